@@ -1,0 +1,1 @@
+"""The parts that the scripts share. Importing any of them does nothing visible."""

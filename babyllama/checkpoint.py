@@ -1,0 +1,289 @@
+"""Checkpoints: what a run leaves behind and what everything else starts from.
+
+    out/<run>/config.yaml                 the resolved config
+              step-000500/model.safetensors       full weights
+                          model.yaml              shape, step, tokenizer name and fingerprint
+                          tokenizer.model         a copy
+                          train_state.safetensors optimizer and random state, to resume only
+                          train_state.json        step, scaler
+                          checksums.json          SHA-256 of the files above, checked on load
+
+A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and
+renamed. No pickle is read or written. `load_model` is the only way in. Format of the weights:
+safetensors 0.4 and later.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from babyllama.cli import REPO, shown
+from babyllama.errors import CheckpointError
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+MODEL_FILES = ("model.safetensors", "model.yaml", "tokenizer.model")
+STATE_FILES = ("train_state.safetensors", "train_state.json")
+
+
+@dataclass
+class Loaded:
+    """A checkpoint, ready to use: the model is on its device and in evaluation mode."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    path: Path
+    kind: str  # "pretrain" or "sft"
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    extra: dict,
+    kind: str,
+    parent: str | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write a checkpoint, whole or not at all, and delete all but the newest `keep`.
+
+    extra: what else resuming needs, as JSON
+    raises: CheckpointError if the disk does not take it; earlier checkpoints are untouched
+    """
+    final = run / f"step-{step:06d}"
+    temporary = run / f"tmp-{final.name}"
+    info = {
+        "kind": kind,
+        "step": step,
+        "parent": parent,
+        "tokenizer": tokenizer.path.stem,
+        "fingerprint": tokenizer.fingerprint,
+        "model": asdict(model.config),
+    }
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        save_file(model_weights(model), temporary / "model.safetensors")
+        (temporary / "model.yaml").write_text(yaml.safe_dump(info, sort_keys=False), "utf-8")
+        (temporary / "tokenizer.model").write_bytes(tokenizer.bytes)
+        save_file(_optimizer_tensors(model, optimizer), temporary / "train_state.safetensors")
+        (temporary / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
+        sums = {name: _sha256(temporary / name) for name in MODEL_FILES + STATE_FILES}
+        (temporary / "checksums.json").write_text(json.dumps(sums, indent=1), "utf-8")
+        for path in temporary.iterdir():
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush(run)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_cannot_save(run, final, model, error)) from None
+    for old in list_checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _cannot_save(run: Path, final: Path, model: nn.Module, error: Exception) -> str:
+    wanted = sum(weight.numel() * 12 for weight in model.parameters()) / 1e6
+    free = shutil.disk_usage(run).free / 1e6
+    older = list_checkpoints(run)
+    last = f"{older[-1].name} is intact" if older else "no earlier checkpoint exists"
+    return (
+        f"could not save {shown(final)}: {error}; it takes {wanted:.0f} MB, {free:.0f} MB are "
+        f"free; {last}; free some space and start the same command again"
+    )
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file or a directory has reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a directory to flush
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_weights(model: Transformer) -> dict[str, Tensor]:
+    """The weights as they are stored: a tied head is not stored twice."""
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tied:
+        del weights["output.weight"]
+    return weights
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state by parameter name, and torch's random state."""
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    tensors = {"rng": torch.get_rng_state()}
+    for weight, state in optimizer.state.items():
+        for key, tensor in state.items():
+            tensors[f"{names[id(weight)]}:{key}"] = tensor.contiguous()
+    return tensors
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_run(out: Path | None = None, kind: str | None = None) -> Path | None:
+    """The run whose newest checkpoint is the youngest, or None.
+
+    kind: only runs of this kind, "pretrain" or "sft"
+    """
+    newest = {}
+    for run in (out or REPO / "out").glob("*"):
+        steps = list_checkpoints(run)
+        if steps and kind in (None, _read_info(steps[-1])["kind"]):
+            newest[steps[-1].stat().st_mtime] = run
+    return newest[max(newest)] if newest else None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint's directory, given itself or its run (whose newest step is taken).
+
+    raises: CheckpointError if there is none
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{shown(path)}: no such checkpoint; wanted a run (out/<name>) or one of its steps"
+        )
+    if (path / "model.yaml").is_file():
+        return path
+    steps = list_checkpoints(path)
+    if not steps:
+        raise CheckpointError(f"{shown(path)}: no complete checkpoint in this directory")
+    return steps[-1]
+
+
+def verify(path: Path, names: tuple[str, ...]) -> None:
+    """Compare files of a checkpoint with their checksums.
+
+    raises: CheckpointError that names the file, and an older checkpoint where there is one
+    """
+    try:
+        sums = json.loads((path / "checksums.json").read_text("utf-8"))
+        bad = [name for name in names if _sha256(path / name) != sums[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        bad = [f"checksums.json ({error})"]
+    if not bad:
+        return
+    older = [p for p in list_checkpoints(path.parent) if p.name < path.name]
+    advice = f"use {shown(older[-1])}" if older else "there is no older one in this run"
+    raise CheckpointError(
+        f"{shown(path)} fails its checksum in {', '.join(bad)}: it was cut or altered; "
+        f"delete it; {advice}"
+    )
+
+
+def _read_info(path: Path) -> dict:
+    try:
+        info = yaml.safe_load((path / "model.yaml").read_text("utf-8"))
+        return {**info, "model": ModelConfig(**info["model"])}
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{shown(path)}: wanted a babyllama checkpoint, {error}") from None
+
+
+def load_model(
+    path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Loaded:
+    """Load a checkpoint strictly, in evaluation mode.
+
+    path: a checkpoint, or a run for its newest one
+    raises: CheckpointError if it is missing, damaged, or does not fit itself
+    """
+    path = find_checkpoint(Path(path))
+    verify(path, MODEL_FILES)
+    info = _read_info(path)
+    tokenizer = Tokenizer(path / "tokenizer.model")
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (
+        info["fingerprint"],
+        info["model"].vocab_size,
+    ):
+        raise CheckpointError(
+            f"{shown(path)}: its tokenizer.model ({tokenizer.vocab_size} pieces, "
+            f"{tokenizer.fingerprint[:12]}…) is not the one it was trained with "
+            f"({info['model'].vocab_size} pieces, {info['fingerprint'][:12]}…)"
+        )
+    # The copy keeps the name of the original, by which token files are found.
+    tokenizer.path = Path("data/tokenizers") / f"{info['tokenizer']}.model"
+    model = Transformer(info["model"])
+    load_weights(model, load_file(path / "model.safetensors"), path)
+    return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
+
+
+def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
+    """Put stored weights into a model.
+
+    raises: CheckpointError with every name and shape that does not fit
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in model_weights(model).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    faults = [
+        f"{name}: wanted {wanted.get(name)}, found {found.get(name)}"
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if faults:
+        raise CheckpointError(f"{shown(where)} does not fit the model: " + "; ".join(faults[:10]))
+    model.load_state_dict(weights, strict=not model.config.tied)
+
+
+def load_train_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+    """Restore optimizer and random state; returns the JSON part, with `step`.
+
+    raises: CheckpointError if the files are damaged or belong to another model
+    """
+    verify(path, STATE_FILES)
+    tensors = load_file(path / "train_state.safetensors")
+    torch.set_rng_state(tensors.pop("rng"))
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, field = key.rpartition(":")
+        by_name.setdefault(name, {})[field] = tensor
+    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    if by_name.keys() != trained.keys():
+        raise CheckpointError(f"{shown(path)}: its optimizer state belongs to another model")
+    for name, weight in trained.items():
+        state = by_name[name].items()
+        optimizer.state[weight] = {field: tensor.to(weight.device) for field, tensor in state}
+    return json.loads((path / "train_state.json").read_text("utf-8"))
+
+
+def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = "") -> list[str]:
+    """What differs between two configs made of dicts, one line a setting.
+
+    free: settings that may differ
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in dict.fromkeys([*old, *new]):
+            where = f"{at}.{key}" if at else key
+            lines += differences(old.get(key), new.get(key), free, where)
+        return lines
+    return [] if old == new or at in free else [f"{at}: saved {old!r}, now {new!r}"]

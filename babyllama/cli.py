@@ -1,0 +1,128 @@
+"""The command line of every script: frozen dataclasses in, one clear line out when it fails.
+
+`parse` reads YAML files and flags into a dataclass with jsonargparse; later settings win, unknown
+names and wrong types stop the run before anything is loaded. `run` turns the user's mistakes into
+one line and exit code 2. Exit codes: 0 done, 2 bad input or config, 3 stopped on numbers,
+75 stopped on request with everything saved.
+"""
+
+import sys
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
+from babyllama.errors import CheckpointError, ConfigError, DataError
+
+Config = TypeVar("Config")
+
+REPO = Path(__file__).resolve().parent.parent
+
+BAD_INPUT = 2
+BAD_NUMBERS = 3
+STOPPED = 75
+
+
+def from_repo(path: Path | str) -> Path:
+    """A path as the user meant it: from the working directory if it is there, else from the
+    repository's root. Scripts so find their files wherever they are started."""
+    path = Path(path).expanduser()
+    return path if path.is_absolute() or path.exists() else REPO / path
+
+
+def shown(path: Path) -> str:
+    """A path as the user would type it: from the repository's root where it lies inside."""
+    path = Path(path)
+    return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
+
+
+def parse(
+    config_class: type[Config],
+    doc: str,
+    argv: Sequence[str] | None = None,
+    default_config: Path | None = None,
+    positional: Sequence[str] = (),
+) -> Config:
+    """Read the command line into `config_class`.
+
+    doc: the script's docstring, shown by --help
+    default_config: the YAML that is read when the user names none with --config
+    positional: optional leading arguments, names of fields of `config_class`
+    """
+    parser = _Parser(description=doc, formatter_class=_Help)
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of the settings below; later wins; "
+        "a config inside it (model: ../model/43m.yaml) is named from where the file lies",
+    )
+    hints = config_class.__dataclass_fields__
+    for name in positional:
+        parser.add_argument(name, nargs="?", type=hints[name].type, default=hints[name].default)
+    parser.add_class_arguments(config_class, skip=set(positional))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = ["--dry_run=true" if word == "--dry-run" else word for word in argv]
+    if default_config and not any(word.split("=")[0] == "--config" for word in argv):
+        argv = ["--config", str(default_config), *argv]
+    argv = [
+        str(from_repo(word)) if before == "--config" else word
+        for before, word in zip(["", *argv], argv, strict=False)
+    ]
+    try:
+        found = parser.instantiate(parser.parse_args(argv))
+        return config_class(**{name: found[name] for name in hints})
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+class _Parser(ArgumentParser):
+    """A parser whose complaint is one line, not a screen of usage above it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        reason = " ".join(message.split()) if message else str(ex)
+        print(f"error: {reason}; --help explains every setting", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows the script's docstring as it is written."""
+
+
+def to_yaml(config: object) -> str:
+    """A resolved config as YAML that `--config` reads back."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def plain(value: object) -> object:
+    """A config as dicts, lists and strings."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return shown(value) if isinstance(value, Path) else value
+
+
+def run(main: Callable[..., int | None], *args: object) -> None:
+    """Call `main` and leave with its exit code; the user's mistakes become one line, code 2."""
+    # A Windows console may speak GBK; the scripts always speak UTF-8.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        code = main(*args)
+    except (ConfigError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: the system refused to read or write{where}: {error.strerror or error}; "
+            f"free some space or choose another place, then start the same command again",
+            file=sys.stderr,
+        )
+        sys.exit(BAD_INPUT)
+    sys.exit(code or 0)

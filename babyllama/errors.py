@@ -1,0 +1,17 @@
+"""The user's mistakes: errors that end a script with one line and exit code 2.
+
+A message says what was wanted, what was found, where, and what to do. Anything else that is
+raised is a bug of ours and keeps its traceback.
+"""
+
+
+class ConfigError(ValueError):
+    """A setting, a flag or a combination of them that cannot work."""
+
+
+class DataError(ValueError):
+    """A file with text, rows or tokens that is missing, foreign or damaged."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or run directory that is missing, damaged or belongs to something else."""

@@ -1,0 +1,157 @@
+"""Canonical rows: the one form that every data set is turned into, one JSON object a line.
+
+    text     {"id": "wiki/12", "text": "…"}
+    chat     {"id": "redgpt/3", "messages": [{"role": "user", "content": "…"}, …]}
+    summary  {"id": "csl/7", "text": "…", "summary": "…", "meta": {…}}      meta is optional
+
+`id` is "<set>/<number>", unique and stable. Unknown keys are refused. Raw downloads are read
+in `data_process/`; this file knows only what comes out of there. No torch.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from babyllama.errors import DataError
+
+REQUIRED = {"text": ("text",), "chat": ("messages",), "summary": ("text", "summary")}
+OPTIONAL = {"text": (), "chat": (), "summary": ("meta",)}
+ROLES = ("system", "user", "assistant")
+
+
+def row_kind(row: dict) -> str:
+    """The kind of a row, read from its keys.
+
+    raises: DataError if the keys fit no kind
+    """
+    for kind, required in REQUIRED.items():
+        wanted = {"id", *required}
+        if wanted <= row.keys() <= wanted | set(OPTIONAL[kind]):
+            return kind
+    raise DataError(
+        f"a row needs the keys of one kind, id with text | messages | text, summary; "
+        f"found {sorted(row)}"
+    )
+
+
+def check_messages(messages: object) -> str | None:
+    """Why a list is not `[system]? (user assistant)+`, or None if it is."""
+    if not isinstance(messages, list) or not messages:
+        return "bad_messages"
+    for message in messages:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            return "bad_messages"
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            return "empty_turn"
+        if message["role"] not in ROLES:
+            return "unknown_role"
+    roles = [message["role"] for message in messages]
+    turns = roles[1:] if roles[0] == "system" else roles
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        return "bad_turns"
+    return None
+
+
+def check_row(row: object) -> str | None:
+    """Why a row is not canonical (a short reason that can be counted), or None if it is."""
+    if not isinstance(row, dict):
+        return "not_an_object"
+    try:
+        kind = row_kind(row)
+    except DataError:
+        return "bad_keys"
+    if not isinstance(row["id"], str) or not row["id"]:
+        return "bad_id"
+    if not all(isinstance(text, str) for text in _strings(row, kind)):
+        return "not_a_string"
+    if kind == "chat":
+        reason = check_messages(row["messages"])
+        if reason:
+            return reason
+    elif not all(row[key].strip() for key in REQUIRED[kind]):
+        return "empty_text"
+    if any(_has_surrogate(text) for text in texts_of(row)):
+        return "lone_surrogate"
+    return None
+
+
+def texts_of(row: dict) -> list[str]:
+    """Every string of a row that a tokenizer will see."""
+    return _strings(row, row_kind(row))
+
+
+def _strings(row: dict, kind: str) -> list:
+    if kind != "chat":
+        return [row[key] for key in REQUIRED[kind]]
+    if check_messages(row["messages"]):
+        return []
+    return [message["content"] for message in row["messages"]]
+
+
+def _has_surrogate(text: str) -> bool:
+    # JSON's "\ud800" becomes half a character that UTF-8 and SentencePiece refuse.
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """The rows of a canonical file.
+
+    raises: DataError with file and line at the first line that is not a canonical row, or if
+        the file is missing or holds no row at all
+    """
+    n_rows = 0
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: wanted one JSON object, found {error}") from None
+        reason = check_row(row)
+        if reason:
+            raise DataError(
+                f"{path}:{number}: wanted a canonical row, found {reason} in {line[:80]!r}; "
+                f"raw files become rows with `python -m data_process.run`"
+            )
+        n_rows += 1
+        yield row
+    if n_rows == 0:
+        raise DataError(f"{path}: wanted rows, found an empty file; make the data set again")
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The non-blank lines of a UTF-8 file (a BOM is removed), without their line ends.
+
+    raises: DataError if the file is missing or not UTF-8
+    """
+    try:
+        # newline="\n": texts may hold \r, \x0b or \u2028, which must not end a row.
+        with open(path, encoding="utf-8-sig", newline="\n") as file:
+            for line in file:
+                line = line.rstrip("\r\n")
+                if line.strip():
+                    yield line
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: wanted UTF-8, found byte 0x{error.object[error.start]:02x} that is not "
+            f"(GBK perhaps?); convert it: iconv -f gb18030 -t utf-8 {path}"
+        ) from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; wanted rows, one JSON object a line") from None
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> int:
+    """Write rows as JSON lines, whole or not at all; returns their number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"tmp-{path.name}")
+    n_rows = 0
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                n_rows += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return n_rows

@@ -1,0 +1,219 @@
+"""The .bin/.idx pair: everything that trains is read from it. No torch.
+
+x.bin   token ids, little endian, uint16 where the vocabulary has at most 65,536 pieces, else uint32
+x.idx   header (128 bytes), document ends, piece ends, piece roles, SHA-256 of all that
+
+    header: magic 8s | version u32 | kind u32 | bytes per id u32 | vocabulary size u32 |
+            tokens u64 | documents u64 | pieces u64 | tokenizer fingerprint 32s |
+            SHA-256 of x.bin 32s | zeros
+    text:   document ends (u64) count tokens; no pieces
+    chat, summary: document ends count pieces, piece ends (u64) count tokens, one role (u8) a piece
+
+Every piece of a dialogue keeps its role, so a training mask is never searched for in the ids.
+Files are written under a temporary name and renamed, .idx last: where it is, the pair is whole.
+"""
+
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from babyllama.errors import DataError
+
+MAGIC = b"BABYLTOK"
+VERSION = 1
+HEADER = struct.Struct("<8sIIIIQQQ32s32s8x")
+KINDS = ("text", "chat", "summary")
+ROLES = ("system", "user", "assistant", "text", "summary")
+
+
+class Vocabulary(Protocol):
+    """What a token file must know of the tokenizer that made it."""
+
+    vocab_size: int
+    fingerprint: str
+
+
+def id_dtype(vocab_size: int) -> np.dtype:
+    """The narrowest id type that holds every id of the vocabulary."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+def pair(stem: Path) -> tuple[Path, Path]:
+    """The two files of a token file, from its stem or from either of them."""
+    stem = Path(stem)
+    if stem.suffix in (".bin", ".idx"):
+        stem = stem.with_suffix("")
+    return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
+
+
+class TokenFileWriter:
+    """Writes one pair; a context manager. An error inside leaves nothing behind.
+
+    Memory: 8 bytes a document (and 9 a piece); ids go straight to the disk.
+    """
+
+    def __init__(self, stem: Path, kind: str, tokenizer: Vocabulary) -> None:
+        self.bin_path, self.idx_path = pair(stem)
+        self.kind = kind
+        self._tokenizer = tokenizer
+        self._dtype = id_dtype(tokenizer.vocab_size)
+        self._ends, self._piece_ends, self._roles = array("Q"), array("Q"), bytearray()
+        self._n_tokens = 0
+        self._hash = hashlib.sha256()
+
+    def __enter__(self) -> "TokenFileWriter":
+        self.bin_path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = [p.with_name(f"tmp-{p.name}") for p in (self.bin_path, self.idx_path)]
+        self._file = open(self._temporary[0], "wb")
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._file.close()
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+
+    def add_text(self, ids: Sequence[int]) -> None:
+        """One document, its <eos> included."""
+        self._write(ids)
+        self._ends.append(self._n_tokens)
+
+    def add_row(self, pieces: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """One dialogue or summary row as (role, ids) pieces."""
+        for role, ids in pieces:
+            self._write(ids)
+            self._piece_ends.append(self._n_tokens)
+            self._roles.append(ROLES.index(role))
+        self._ends.append(len(self._piece_ends))
+
+    def _write(self, ids: Sequence[int]) -> None:
+        wide = np.asarray(ids, dtype=np.int64)
+        # astype() would wrap an id that does not fit, without a word.
+        if wide.size and not 0 <= wide.min() <= wide.max() < self._tokenizer.vocab_size:
+            raise DataError(
+                f"{self.bin_path}: wanted ids below the vocabulary size "
+                f"{self._tokenizer.vocab_size}, found {wide.min()} to {wide.max()}; "
+                f"encode with the tokenizer that is named for this file"
+            )
+        data = wide.astype(self._dtype).tobytes()
+        self._hash.update(data)
+        self._file.write(data)
+        self._n_tokens += wide.size
+
+    def _finish(self) -> None:
+        header = HEADER.pack(
+            MAGIC, VERSION, KINDS.index(self.kind), self._dtype.itemsize,
+            self._tokenizer.vocab_size, self._n_tokens, len(self._ends), len(self._piece_ends),
+            bytes.fromhex(self._tokenizer.fingerprint), self._hash.digest(),
+        )  # fmt: skip
+        index = header + _u64(self._ends) + _u64(self._piece_ends) + bytes(self._roles)
+        self._temporary[1].write_bytes(index + hashlib.sha256(index).digest())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with open(self._temporary[1], "rb+") as file:
+            os.fsync(file.fileno())
+        self.idx_path.unlink(missing_ok=True)
+        os.replace(self._temporary[0], self.bin_path)
+        os.replace(self._temporary[1], self.idx_path)
+
+
+def _u64(values: array) -> bytes:
+    return np.frombuffer(values, dtype=np.uint64).astype("<u8").tobytes() if values else b""
+
+
+class TokenFile:
+    """An opened pair. The ids stay on the disk (memory map); the index is in memory.
+
+    ids: (n_tokens,) uint16 or uint32
+    ends: (n_docs,) ends of the documents, in tokens (text) or in pieces (chat, summary)
+    piece_ends, roles: (n_pieces,) ends in tokens, and indices into ROLES
+    """
+
+    def __init__(self, stem: Path, fingerprint: str | None = None, verify: bool = True) -> None:
+        """Open and check a pair.
+
+        fingerprint: of the tokenizer that will read the ids; a file of another one is refused
+        verify: also compare the SHA-256 of all ids (about 1 s a gigabyte)
+        raises: DataError if a file is missing, foreign, cut or altered
+        """
+        self.bin_path, self.idx_path = pair(stem)
+        for path in (self.bin_path, self.idx_path):
+            if not path.is_file():
+                raise DataError(
+                    f"{path}: no such file; a token file is a .bin with its .idx, made by "
+                    f"python -m data_process.run <set> --tokenizer <file>"
+                )
+        index = self.idx_path.read_bytes()
+        self._read_index(index[:-32], index[-32:])
+        if fingerprint is not None and fingerprint != self.fingerprint:
+            raise DataError(
+                f"{self.bin_path}: made with tokenizer {self.fingerprint[:12]}… "
+                f"({self.vocab_size} pieces), wanted {fingerprint[:12]}…; pre-tokenize again: "
+                f"python -m data_process.run <set> --tokenizer <file>"
+            )
+        self._map_ids(verify)
+
+    def _read_index(self, index: bytes, digest: bytes) -> None:
+        if index[:8] != MAGIC:
+            raise DataError(
+                f"{self.idx_path}: wanted a babyllama index, found bytes {index[:8]!r}; "
+                f"a .bin of another project must be pre-tokenized again"
+            )
+        if hashlib.sha256(index).digest() != digest or len(index) < HEADER.size:
+            raise self._damaged(self.idx_path, "its checksum does not match")
+        (_, version, kind, width, self.vocab_size, self.n_tokens, self.n_docs, n_pieces,
+         fingerprint, self._bin_sha256) = HEADER.unpack_from(index)  # fmt: skip
+        if version != VERSION:
+            raise DataError(f"{self.idx_path}: wanted version {VERSION}, found {version}")
+        self.kind = KINDS[kind]
+        self.dtype = np.dtype(f"<u{width}")
+        self.fingerprint = fingerprint.hex()
+        numbers = np.frombuffer(index, "<u8", self.n_docs + n_pieces, HEADER.size)
+        numbers = numbers.astype(np.int64)
+        self.ends, self.piece_ends = numbers[: self.n_docs], numbers[self.n_docs :]
+        self.roles = np.frombuffer(index, np.uint8, n_pieces, len(index) - n_pieces)
+
+    def _map_ids(self, verify: bool) -> None:
+        wanted, found = self.n_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
+        if wanted != found:
+            raise self._damaged(self.bin_path, f"wanted {wanted} bytes, found {found}")
+        if verify:
+            with open(self.bin_path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() != self._bin_sha256:
+                    raise self._damaged(self.bin_path, "its ids do not match their checksum")
+        # An empty file cannot be mapped.
+        empty = np.zeros(0, self.dtype)
+        self.ids = np.memmap(self.bin_path, self.dtype, mode="r") if self.n_tokens else empty
+
+    @staticmethod
+    def _damaged(path: Path, what: str) -> DataError:
+        return DataError(
+            f"{path}: damaged or cut, {what}; delete it and pre-tokenize again: "
+            f"python -m data_process.run <set> --tokenizer <file>"
+        )
+
+    def doc(self, number: int) -> np.ndarray:
+        """The ids of one document of a text file."""
+        start = self.ends[number - 1] if number else 0
+        return self.ids[start : self.ends[number]]
+
+    def pieces(self, number: int) -> list[tuple[str, np.ndarray]]:
+        """One row of a chat or summary file as (role, ids) pieces."""
+        first = self.ends[number - 1] if number else 0
+        return [
+            (
+                ROLES[self.roles[i]],
+                self.ids[self.piece_ends[i - 1] if i else 0 : self.piece_ends[i]],
+            )
+            for i in range(first, self.ends[number])
+        ]

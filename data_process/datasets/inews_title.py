@@ -1,0 +1,9 @@
+"""The articles of inews as pairs of body and headline, where the headline fits the body."""
+
+from data_process.datasets.inews import LICENSE, PACKAGE, SHARES, SOURCE, read
+
+__all__ = ["LICENSE", "PACKAGE", "SHARES", "SOURCE", "read"]
+
+KIND = "summary"
+RULES = "headline"
+IDS = "inews"

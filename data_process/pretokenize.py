@@ -1,0 +1,75 @@
+"""Canonical rows become token files: ids and roles, nothing that depends on a template.
+
+    text     ids of the text, then <eos>
+    chat     one piece a message with its role; labels and <eos> are laid round it at load time
+    summary  a piece "text" and a piece "summary"
+
+Streams in batches: memory does not grow with the shard, but for 8 bytes a document.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from babyllama.errors import DataError
+from babyllama.rows import read_rows, row_kind
+from babyllama.token_file import TokenFileWriter
+from data_process.executor import Counts
+from tokenizer import Tokenizer
+
+BATCH_CHARS = 200_000
+
+
+@dataclass(frozen=True)
+class PretokenizeConfig:
+    """What decides the bytes of a token file, next to its rows."""
+
+    tokenizer: Path
+    kind: str
+
+
+def pieces_of(row: dict) -> list[tuple[str, str]]:
+    """The texts of a row with their roles."""
+    if "messages" in row:
+        return [(message["role"], message["content"]) for message in row["messages"]]
+    return [(key, row[key]) for key in ("text", "summary") if key in row]
+
+
+def batches(rows: Iterable[dict]) -> Iterator[list[list[tuple[str, str]]]]:
+    """Rows as pieces, in lists of about BATCH_CHARS characters."""
+    batch, n_chars = [], 0
+    for row in rows:
+        batch.append(pieces_of(row))
+        n_chars += sum(len(text) for _, text in batch[-1])
+        if n_chars >= BATCH_CHARS:
+            yield batch
+            batch, n_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _of_kind(source: Path, kind: str) -> Iterator[dict]:
+    for row in read_rows(source):
+        if row_kind(row) != kind:
+            raise DataError(f"{source}: wanted {kind} rows only, found {row['id']!r}; "
+                            f"make the set again: python -m data_process.run")  # fmt: skip
+        yield row
+
+
+def pretokenize_shard(source: Path, target: Path, cfg: PretokenizeConfig) -> Counts:
+    """Write target.bin and target.idx from a file of canonical rows."""
+    tokenizer = Tokenizer(cfg.tokenizer)
+    counts = {"rows": 0, "tokens": 0}
+    with TokenFileWriter(target, cfg.kind, tokenizer) as writer:
+        for batch in batches(_of_kind(source, cfg.kind)):
+            encoded = iter(tokenizer.encode_batch([text for row in batch for _, text in row]))
+            for row in batch:
+                pieces = [(role, next(encoded)) for role, _ in row]
+                if cfg.kind == "text":
+                    pieces[0][1].append(tokenizer.eos_id)
+                    writer.add_text(pieces[0][1])
+                else:
+                    writer.add_row(pieces)
+                counts["rows"] += 1
+                counts["tokens"] += sum(len(ids) for _, ids in pieces)
+    return counts

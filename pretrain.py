@@ -1,0 +1,103 @@
+"""Pretrain a model on token files: token files -> base checkpoint.
+
+    python pretrain.py                                        43M on Chinese Wikipedia
+    python pretrain.py --config configs/pretrain/sample.yaml  the quick start's run
+    python pretrain.py --name deepctrl --base out/wiki        continue from another run's weights
+    python pretrain.py --dry-run                              parameters, memory, time; no training
+
+Any setting below can be given as a flag or in a YAML file. The same command, started again,
+continues a stopped run. Ctrl-C saves first.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.cli import from_repo, parse, run, shown
+from babyllama.data import DataConfig, open_data
+from babyllama.device import DeviceConfig, pick_device
+from babyllama.errors import ConfigError
+from babyllama.estimate import dry_run
+from babyllama.optim import OptimConfig
+from babyllama.parallel import start
+from babyllama.trainer import TrainConfig, open_run, train
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Settings of a pretraining run.
+
+    Args:
+        name: the run's directory, out/<name>
+        tokenizer: SentencePiece model; token files lie in data/tokens/<its name>/<set>
+        base: start from the weights of this run or checkpoint instead of random ones
+        model: shape of the model (configs/model/*.yaml)
+        data: what is trained on
+        optim: optimizer and schedule
+        train: the loop
+        device: where and in which format to compute
+        dry_run: only print parameters, memory and time
+    """
+
+    name: str
+    tokenizer: Path
+    base: Path | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    dry_run: bool = False
+
+
+def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
+    """A new model, or the base's weights and shape if there is a base.
+
+    raises: ConfigError if the base or model.vocab_size belongs to another tokenizer
+    """
+    if cfg.base is not None:
+        return load_base(cfg.base, tokenizer).model
+    if cfg.model.vocab_size not in (0, tokenizer.vocab_size):
+        raise ConfigError(
+            f"model.vocab_size is {cfg.model.vocab_size}, {shown(tokenizer.path)} has "
+            f"{tokenizer.vocab_size} pieces; leave model.vocab_size out"
+        )
+    torch.manual_seed(cfg.train.seed)
+    return Transformer(replace(cfg.model, vocab_size=tokenizer.vocab_size))
+
+
+def load_base(base: Path, tokenizer: Tokenizer) -> Loaded:
+    """The checkpoint to start from.
+
+    raises: ConfigError if it was trained with another tokenizer
+    """
+    loaded = load_model(from_repo(base))
+    if loaded.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ConfigError(
+            f"--base {shown(loaded.path)} was trained with tokenizer {loaded.tokenizer.path.stem} "
+            f"({loaded.tokenizer.fingerprint[:12]}…), --tokenizer {shown(tokenizer.path)} is "
+            f"another ({tokenizer.fingerprint[:12]}…); use the same for both"
+        )
+    return loaded
+
+
+def main(cfg: PretrainConfig) -> int:
+    """Train; returns the exit code."""
+    tokenizer = Tokenizer(from_repo(cfg.tokenizer))
+    model = make_model(cfg, tokenizer)
+    cfg = replace(cfg, model=model.config)
+    data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
+    with start(pick_device(cfg.device.device)) as world:
+        model.to(world.device)
+        if cfg.dry_run:
+            return dry_run(model, data.train, cfg, world)
+        directory = open_run(cfg.name, cfg, world)
+        return train(model, data, tokenizer, cfg, world, directory, "pretrain")
+
+
+if __name__ == "__main__":
+    run(main, parse(PretrainConfig, __doc__, default_config=Path("configs/pretrain/wiki.yaml")))

@@ -1,0 +1,96 @@
+"""Fine-tune a base checkpoint on dialogues and summaries: base -> chat checkpoint.
+
+    python sft.py --dataset sample                    the quick start's run
+    python sft.py --dataset csl --base out/wiki       titles for CSL abstracts
+    python sft.py --dataset redgpt --optim.lr 2e-5    any setting can be a flag; later wins
+
+--dataset NAME reads configs/sft/NAME.yaml where there is one, else the defaults with the set's
+token files. Only the assistant's tokens are learnt. Summary rows become dialogues in a new wording
+each epoch. The same command, started again, continues a stopped run. Ctrl-C saves first.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from babyllama.checkpoint import load_model, newest_run
+from babyllama.cli import REPO, from_repo, parse, run
+from babyllama.data import DataConfig, SourceConfig, open_data
+from babyllama.device import DeviceConfig, pick_device
+from babyllama.errors import ConfigError
+from babyllama.estimate import dry_run
+from babyllama.optim import OptimConfig
+from babyllama.parallel import start
+from babyllama.trainer import TrainConfig, open_run, train
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Settings of a fine-tuning run.
+
+    Args:
+        dataset: a set; its config is configs/sft/<dataset>.yaml where there is one
+        name: the run's directory, out/<name>; null: <dataset>
+        base: run or checkpoint to start from; null: the newest pretraining run
+        data: what is trained on; no sources: the set named by dataset
+        optim: optimizer and schedule
+        train: the loop; a batch is a number of dialogues
+        device: where and in which format to compute
+        dry_run: only print parameters, memory and time
+    """
+
+    dataset: str | None = None
+    name: str | None = None
+    base: Path | None = None
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=50))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3.0))
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    dry_run: bool = False
+
+
+def resolve(cfg: SftConfig) -> SftConfig:
+    """The config with its blanks filled in: sources, name and base.
+
+    raises: ConfigError if there is nothing to train on or to start from
+    """
+    if not cfg.data.sources:
+        if cfg.dataset is None:
+            raise ConfigError("nothing to train on: name a set, python sft.py --dataset sample")
+        cfg = replace(cfg, data=replace(cfg.data, sources=[SourceConfig(cfg.dataset)]))
+    name = cfg.name or cfg.dataset
+    if name is None:
+        raise ConfigError("the run has no name: give --name, or --dataset to take that")
+    base = cfg.base or newest_run(kind="pretrain")
+    if base is None:
+        raise ConfigError("no base to start from: run python pretrain.py first, or name --base")
+    base = from_repo(base)
+    return replace(cfg, name=name, base=base.resolve() if base.exists() else base)
+
+
+def main(cfg: SftConfig) -> int:
+    """Fine-tune; returns the exit code."""
+    cfg = resolve(cfg)
+    base = load_model(cfg.base)
+    length = base.config.max_seq_len
+    data = open_data(cfg.data, base.tokenizer, length, cfg.train)
+    with start(pick_device(cfg.device.device)) as world:
+        model = base.model.to(world.device)
+        if cfg.dry_run:
+            return dry_run(model, data.train, cfg, world)
+        directory = open_run(cfg.name, cfg, world)
+        return train(model, data, base.tokenizer, cfg, world, directory, "sft")
+
+
+def config_of(argv: Sequence[str]) -> Path | None:
+    """configs/sft/<dataset>.yaml for the dataset that the command line names, if it is there."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name = following if word == "--dataset" else word.removeprefix("--dataset=")
+        if word.startswith("--dataset") and (REPO / f"configs/sft/{name}.yaml").is_file():
+            return Path(f"configs/sft/{name}.yaml")
+    return None
+
+
+if __name__ == "__main__":
+    run(main, parse(SftConfig, __doc__, default_config=config_of(sys.argv[1:])))

@@ -1,0 +1,74 @@
+"""What several tests need: a small real vocabulary, a small model, a checkpoint, token files."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from babyllama.checkpoint import save_checkpoint
+from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.token_file import TokenFileWriter
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer, train_vocabulary
+
+# Two cores are shared by the tests; more threads than cores make tiny models slower.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+TEXTS = [
+    "今天天气很好，我们去公园散步。公园里有很多花，也有很多人。",
+    "小猫坐在窗台上看外面的雨。雨停了以后，它跑到院子里玩。",
+    "资料：银杏是一种古老的树种。\n\n人类：银杏的叶子什么时候变黄？\n\n助手：秋天。",
+    "请给下面的文章写一个标题：新的公交线路今天开通，市民出行更加方便。",
+    "The quick brown fox jumps over the lazy dog, 0123456789 times.",
+    "老师说，学习要一步一步来，不要着急。学生们都点了点头。",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A BPE vocabulary of 420 pieces with byte fallback."""
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_vocabulary(TEXTS * 5, path, vocab_size=420)
+    return Tokenizer(path)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> Transformer:
+    """A random model of two layers for that vocabulary."""
+    torch.manual_seed(0)
+    return Transformer(small_config(tokenizer.vocab_size)).eval()
+
+
+def small_config(vocab_size: int = 97, **changes: object) -> ModelConfig:
+    """dim 32, 2 layers, 4 heads, 128 tokens of context."""
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 16, "max_seq_len": 128}
+    return ModelConfig(vocab_size=vocab_size, **(sizes | changes))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
+    """A real checkpoint of the small model, as a fine-tuning run leaves it."""
+    optimizer = make_optimizer(model, OptimConfig())
+    return save_checkpoint(
+        tmp_path / "out/small", 7, model, tokenizer, optimizer, {"tokens": 0}, kind="sft"
+    )
+
+
+@pytest.fixture
+def token_root(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """Token files of three small sets, each with a train and a val part: text, chat, summary."""
+    for split, n_rows in (("train", 40), ("val", 6)):
+        write = {
+            kind: TokenFileWriter(tmp_path / f"tokens/{kind}/{split}-00000", kind, tokenizer)
+            for kind in ("text", "chat", "summary")
+        }
+        with write["text"] as text, write["chat"] as chat, write["summary"] as summary:
+            for n in range(n_rows):
+                body = tokenizer.encode(TEXTS[n % len(TEXTS)] * (1 + n % 3))
+                title = tokenizer.encode(TEXTS[n % len(TEXTS)][: 3 + n % 9])
+                text.add_text([*body, tokenizer.eos_id])
+                summary.add_row([("text", body), ("summary", title)])
+                turns = [("user", title), ("assistant", body[: 5 + n])] * (1 + n % 3)
+                chat.add_row(([("system", body[:20])] if n % 4 == 0 else []) + turns)
+    return tmp_path / "tokens"

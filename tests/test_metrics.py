@@ -1,0 +1,198 @@
+"""Laws of the scores; each ROUGE measure is held against a reference of its own."""
+
+import json
+import math
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rouge import Rouge
+
+from babyllama import metrics
+from babyllama.errors import DataError
+
+LCSTS = Path(__file__).parents[2] / "shared/data/lcsts/test_first_half.jsonl"
+ALPHABET = list("的是研究方法基于模型ABab12，。. \n")
+
+
+def random_texts(seed: int, n: int, longest: int) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return ["".join(rng.choice(ALPHABET, rng.integers(1, longest + 1))) for _ in range(n)]
+
+
+def mean_f(measure, predictions, references) -> list[float]:
+    return [values.mean() for values in measure(predictions, references).f.values()]
+
+
+def slow_clipped_rouge(prediction: str, reference: str) -> list[float]:
+    """Multisets of n-grams and the longest common subsequence, written out."""
+    a, b = ("".join(text.lower().split()) for text in (prediction, reference))
+    if metrics.is_blank(prediction) or metrics.is_blank(reference):
+        return [0.0] * 3
+
+    def f1(common: int, n_a: int, n_b: int) -> float:
+        return 2 * common / (n_a + n_b) if common else 0.0
+
+    scores = []
+    for n in (1, 2):
+        grams_a = Counter(a[i : i + n] for i in range(len(a) - n + 1))
+        grams_b = Counter(b[i : i + n] for i in range(len(b) - n + 1))
+        scores.append(f1((grams_a & grams_b).total(), grams_a.total(), grams_b.total()))
+    row = [0] * (len(b) + 1)
+    for x in a:
+        above, row = row, [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(above[j + 1], row[j]))
+    return [*scores, f1(row[-1], len(a), len(b))]
+
+
+def test_clipped_measure_equals_a_slow_reference():
+    predictions, references = random_texts(0, 1000, 40), random_texts(1, 1000, 25)
+    found = np.stack(list(metrics.rouge_clipped(predictions, references).f.values()), axis=1)
+    wanted = [slow_clipped_rouge(*pair) for pair in zip(predictions, references, strict=True)]
+    assert np.abs(found - wanted).max() < 1e-9
+    assert 0.1 < found.mean() < 0.9
+
+
+def test_published_measure_equals_the_package_called_by_hand():
+    predictions = [text + "x" for text in random_texts(2, 300, 40)]
+    references = [text + "型" for text in random_texts(3, 300, 25)]
+    found = metrics.rouge_published(predictions, references)
+    for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        by_hand = Rouge().get_scores(" ".join(prediction.lower()), " ".join(reference.lower()))[0]
+        for name in metrics.ROUGE:
+            assert found.f[name][i] == by_hand[name]["f"]
+    assert found.n_blank == found.n_long == 0
+
+
+def test_words_measure_compares_words():
+    # Two common characters, but 研究生 (a graduate) is one word.
+    assert mean_f(metrics.rouge_words, ["研究生"], ["研究"])[0] == 0
+    assert mean_f(metrics.rouge_clipped, ["研究生"], ["研究"])[0] == pytest.approx(4 / 5)
+    same = metrics.rouge_words(["基于模型的方法"], ["基于模型的方法"])
+    assert all(values[0] == pytest.approx(1, abs=1e-6) for values in same.f.values())
+
+
+def test_every_measure_takes_any_prediction():
+    odd = ["", " ", "\n\u3000", ".", ". .\n.", "。", "方" * 3000, "方法" * 700, "方\n.\n法", "…"]
+    predictions = [*odd, *random_texts(4, 1000, 60)]
+    references = ["基于模型的 A 方法"] * len(predictions)
+    blank = np.array([not text.strip(". \n\u3000") for text in predictions])
+    assert blank[:5].all() and not blank[5:10].any()
+    for measure in metrics.ROUGE_MEASURES:
+        scores = measure(predictions, references)
+        f = np.stack(list(scores.f.values()))
+        assert np.isfinite(f).all() and f.min() >= 0 and f.max() <= 1
+        assert (f[:, blank] == 0).all() and scores.n_blank == blank.sum()
+
+
+def test_every_measure_takes_a_reference_of_dots():
+    for measure in metrics.ROUGE_MEASURES:
+        assert mean_f(measure, ["方法"], ["."]) == [0, 0, 0]
+
+
+def test_texts_too_long_for_the_published_measure_get_clipped_counts():
+    predictions, references = ["方法" * 700, "方法"], ["基于模型的方法"] * 2
+    published = metrics.rouge_published(predictions, references)
+    clipped = metrics.rouge_clipped(predictions, references)
+    assert published.n_long == 1 and clipped.n_long == 0
+    assert all(published.f[name][0] == clipped.f[name][0] > 0 for name in metrics.ROUGE)
+
+
+def test_the_longest_text_for_the_published_measure_does_not_exhaust_the_stack():
+    reference = "法" * 20
+    prediction = "方" * (metrics.MAX_ROUGE_CHARACTERS - len(reference))
+    scores = metrics.rouge_published([prediction, prediction + "方"], [reference] * 2)
+    assert scores.n_long == 1
+    assert all((values == 0).all() for values in scores.f.values())
+
+
+def test_each_measure_names_package_version_and_unit():
+    names = [measure(["方法"], ["方法"]).measure for measure in metrics.ROUGE_MEASURES]
+    assert names == [
+        f"rouge {version('rouge')}, characters",
+        f"rouge-score {version('rouge-score')}, characters, clipped counts",
+        f"rouge-chinese {version('rouge-chinese')}, jieba words",
+    ]
+
+
+def test_only_clipped_counts_punish_a_loop():
+    predictions = [text + "方法" for text in random_texts(5, 200, 20)]
+    references = [text + "方法" for text in random_texts(6, 200, 20)]
+    loops = [text * 3 for text in predictions]
+    once = metrics.rouge_clipped(predictions, references).f
+    thrice = metrics.rouge_clipped(loops, references).f
+    # Three times as long: precision falls to a third, recall can at most become 1.
+    good = once["rouge-1"] > 0.6
+    assert good.any() and (thrice["rouge-1"][good] < once["rouge-1"][good]).all()
+    assert all(thrice[name].mean() < once[name].mean() for name in metrics.ROUGE)
+    published_once = metrics.rouge_published(predictions, references).f["rouge-1"]
+    published_thrice = metrics.rouge_published(loops, references).f["rouge-1"]
+    assert np.allclose(published_once, published_thrice, atol=1e-12)
+
+
+@pytest.mark.skipif(not LCSTS.exists(), reason="the LCSTS outputs lie beside the project")
+def test_published_measure_on_real_outputs():
+    rows = [json.loads(line) for line in LCSTS.read_text(encoding="utf-8").splitlines()]
+    outputs, titles = [row["system"] for row in rows], [row["title"] for row in rows]
+    found = mean_f(metrics.rouge_published, outputs, titles)
+    # By hand with the package, over these 362 rows.
+    assert found == pytest.approx([0.4719, 0.3151, 0.4274], abs=5e-5)
+    # Its authors report this over 725 rows and without lower case; ours are the first half.
+    assert found == pytest.approx([0.4204, 0.2722, 0.3834], abs=0.06)
+
+
+def test_bootstrap_interval_covers_the_true_mean():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        low, high = metrics.bootstrap_interval(rng.normal(0.4, 0.2, 80), trial, n_resamples=300)
+        covered += low <= 0.4 <= high
+    assert 180 <= covered <= 199
+
+
+def test_bootstrap_interval_is_repeatable_and_as_wide_as_theory_says():
+    values = np.random.default_rng(1).normal(0.4, 0.2, 1000)
+    low, high = metrics.bootstrap_interval(values)
+    assert (low, high) == metrics.bootstrap_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(1000), rel=0.1)
+    assert metrics.bootstrap_interval(np.array([0.5])) == (0.5, 0.5)
+
+
+def test_loss_becomes_perplexity_accuracy_and_bits():
+    assert metrics.perplexity(10 * math.log(7), 10) == pytest.approx(7)
+    assert metrics.perplexity(1e6, 1) == math.inf
+    assert metrics.accuracy(3, 4) == 0.75
+    assert metrics.bits_per_byte(6 * math.log(2), 3) == pytest.approx(2)
+    with pytest.raises(DataError, match="at least one target"):
+        metrics.perplexity(0.0, 0)
+
+
+def test_text_statistics_count_loops_and_blanks():
+    texts = ["模型方法模型方法", "模型方法模型", "", " 方 法 "]
+    found = metrics.text_statistics(texts)
+    assert found == {"mean_length": 4.0, "share_empty": 0.25, "share_repeated_4gram": 0.25}
+    assert metrics.repeats_ngram("哈哈哈哈哈") and not metrics.repeats_ngram("哈哈哈哈")
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("目的。方法。", "目的"),
+        ("目的. 方法.", "目的"),
+        ("What?是", "What"),
+        ("提高了3.14倍!好", "提高了3.14倍"),
+        ("  \n标题\n正文。", "标题"),
+        ("！目的！方法", "目的"),
+        ("没有句号", "没有句号"),
+        ("。", "。"),
+    ],
+)
+def test_first_sentence(text, sentence):
+    assert metrics.first_sentence(text) == sentence
+
+
+def test_first_characters():
+    assert metrics.first_characters("\n" + "一" * 30) == "一" * 25

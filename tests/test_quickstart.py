@@ -1,0 +1,192 @@
+"""The steps of the quick start: in order, continued where stopped, run again when outdated."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import quickstart
+from quickstart import STEPS, Step, run_steps
+
+REPO = Path(quickstart.__file__).parent
+PYTHON = Path(sys.executable)
+
+# Each step appends its name to a file, so that the file tells what ran.
+WRITE = """
+import os, signal, sys
+from pathlib import Path
+name, fate = sys.argv[1], Path(sys.argv[1] + ".fate")
+with open("ran.txt", "a") as file:
+    file.write(name)
+Path("made").mkdir(exist_ok=True)
+Path("made", name).touch()
+if fate.exists():
+    code = int(fate.read_text())
+    fate.unlink()
+    if code < 0:
+        os.kill(os.getppid(), -code)
+        if -code != signal.SIGKILL:
+            signal.pause()  # until the signal is passed on
+    sys.exit(code)
+"""
+
+
+def step(name: str, **changes) -> Step:
+    return Step(name, name, f"python write.py {name}", makes=f"made/{name}")._replace(**changes)
+
+
+ABC = (step("a"), step("b"), step("c"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "write.py").write_text(WRITE)
+    return tmp_path
+
+
+def ran(root: Path, steps=ABC, code: int = 0) -> str:
+    """The names of the steps that one call runs."""
+    (root / "ran.txt").write_text("")
+    assert run_steps(steps, root, PYTHON) == code
+    return (root / "ran.txt").read_text()
+
+
+def ran_in_a_process(root: Path) -> tuple[str, int, str]:
+    """As above, with the process's exit code and messages; all three in a process of their own."""
+    (root / "ran.txt").write_text("")
+    script = (
+        "import signal, sys; from pathlib import Path; import quickstart as q\n"
+        # A shell's background job ignores Ctrl-C, and its children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "steps = [q.Step(n, n, f'python write.py {n}', f'made/{n}') for n in 'abc']\n"
+        "sys.exit(q.run_steps(steps, Path(sys.argv[1]), Path(sys.executable)))"
+    )
+    done = subprocess.run(
+        [PYTHON, "-c", script, root], cwd=REPO, capture_output=True, stdin=subprocess.DEVNULL
+    )
+    return (root / "ran.txt").read_text(), done.returncode, done.stderr.decode()
+
+
+def test_finished_steps_are_not_run_again(root):
+    assert ran(root) == "abc"
+    assert ran(root) == ""
+
+
+def test_a_failing_step_gives_its_exit_code_and_is_where_the_next_call_starts(root, capsys):
+    (root / "b.fate").write_text("7")
+    assert ran(root, code=7) == "ab"
+    told = capsys.readouterr()
+    assert "step 2 of 3" in told.out and "$ python write.py b" in told.out
+    assert "exit code 7: python write.py b" in told.err
+    assert ran(root) == "bc"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends signals")
+@pytest.mark.parametrize("signal, code", [(2, 130), (9, -9), (15, 143)])
+def test_a_call_that_was_killed_is_continued(root, signal, code):
+    (root / "b.fate").write_text(str(-signal))
+    names, exit_code, message = ran_in_a_process(root)
+    assert (names, exit_code) == ("ab", code)
+    assert ("python quickstart.py" in message) == (signal != 9)
+    assert ran(root) == "bc"
+
+
+def test_a_step_that_stopped_with_everything_saved_passes_75_on(root, capsys):
+    (root / "b.fate").write_text("75")
+    assert ran(root, code=75) == "ab"
+    assert "python quickstart.py" in capsys.readouterr().err
+
+
+def test_a_changed_command_runs_again_with_all_after_it(root):
+    ran(root)
+    changed = (ABC[0], step("b", command="python write.py b again"), ABC[2])
+    assert ran(root, changed) == "bc"
+    assert ran(root, changed) == ""
+
+
+def test_a_changed_file_runs_its_step_again_with_all_after_it(root):
+    steps = (ABC[0], step("b", depends=("b.yaml",)), ABC[2])
+    (root / "b.yaml").write_text("lr: 1")
+    assert ran(root, steps) == "abc"
+    (root / "b.yaml").write_text("lr: 2")
+    assert ran(root, steps) == "bc"
+
+
+def test_a_lost_result_is_made_again_with_all_after_it(root):
+    ran(root)
+    (root / "made/b").unlink()
+    assert ran(root) == "bc"
+
+
+def test_an_outdated_run_is_moved_aside_and_an_interrupted_one_is_not(root):
+    steps = (ABC[0], step("b", makes="made", is_run=True))
+    (root / "b.fate").write_text("75")
+    ran(root, steps, code=75)
+    (root / "made/b").write_text("half of it")
+    assert ran(root, steps) == "b"
+    assert (root / "made/b").read_text() == "half of it"
+    ran(root, (step("a", command="python write.py a again"), steps[1]))
+    assert (root / "made/b").read_text() == ""
+    assert [path.read_text() for path in root.glob("out/quickstart/made-*/b")] == ["half of it"]
+
+
+def test_the_summary_comes_before_the_last_step_which_runs_every_time(root, capsys):
+    run = root / "made/a"
+    steps = (ABC[0], step("b", makes="", command="python write.py b"))
+    (root / "write.py").write_text(
+        WRITE.replace('Path("made", name).touch()', "Path('made/a').mkdir(exist_ok=True)")
+    )
+    ran(root, steps)
+    (run / "metrics.jsonl").write_text('{"step": 1, "val_loss": 9}\n{"val_loss": 2}\n{"loss": 1}\n')
+    capsys.readouterr()
+    assert ran(root, steps) == "b"
+    told = capsys.readouterr().out
+    assert "validation loss 2.000" in told and "ppl 7.4" in told
+    assert told.index("validation loss") < told.index("step 2 of 2")
+
+
+def test_the_steps_are_commands_of_this_repository():
+    assert len({each.name for each in STEPS}) == len(STEPS)
+    for each in STEPS:
+        first, second, *rest = each.command.split()
+        assert first == "python"
+        path = rest[0].replace(".", "/") + ".py" if second == "-m" else second
+        assert (REPO / path).is_file(), f"{each.command}: no {path}"
+        for name in each.depends:
+            assert (REPO / name).is_file(), f"{each.command}: no {name}"
+
+
+def test_an_old_python_can_read_the_file_and_says_what_it_wants():
+    text = (REPO / "quickstart.py").read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 8))
+    script = "import sys; sys.version_info = (3, 8, 10); import quickstart as q; q.main()"
+    done = subprocess.run([PYTHON, "-X", "utf8", "-c", script], cwd=REPO, capture_output=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.decode().splitlines()
+    assert "Python 3.11" in line
+
+
+def test_the_constraints_pin_every_requirement():
+    pins = dict(re.findall(r"^([a-z0-9-]+)==(\S+)$", text_of("constraints.txt"), re.MULTILINE))
+    n_lines = sum(line[:1] not in ("", "#") for line in text_of("constraints.txt").splitlines())
+    assert len(pins) == n_lines
+    assert pins["torch"] == "2.13.0"
+    assert not [name for name in pins if "nvidia" in name]
+    for path in ("requirements.txt", *(f"requirements/{p.name}" for p in requirement_files())):
+        for line in re.findall(r"^\w.*$", text_of(path), re.MULTILINE):
+            wanted = Requirement(line)
+            pin = pins.get(canonicalize_name(wanted.name))
+            assert pin and pin in wanted.specifier, f"{path}: {line} has the pin {pin}"
+
+
+def requirement_files() -> list[Path]:
+    return sorted((REPO / "requirements").glob("*.txt"))
+
+
+def text_of(name: str) -> str:
+    return (REPO / name).read_text(encoding="utf-8")

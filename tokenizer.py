@@ -1,0 +1,327 @@
+"""Train, look at and measure a SentencePiece vocabulary.
+
+    python tokenizer.py train --rows data/clean/inews --vocab_size 6000 --out data/tokenizers/sample.model
+    python tokenizer.py show --tokenizer data/tokenizers/sample.model --text 今天天气怎么样？
+    python tokenizer.py stats --tokenizer data/tokenizers/sample.model --rows data/clean/inews
+
+This file owns the tokens: the SentencePiece wrapper, the chat format with its training mask, and
+the decoder that streams whole characters. Ids come from the model file, never from literals. The
+chat format, of which nothing else in the project writes a copy:
+
+    <bos>资料：{system}\\n\\n人类：{user}\\n\\n助手：{assistant}<eos>\\n\\n人类：{user}\\n\\n助手：…
+
+Labels, contents and separators are encoded one by one, so a mask boundary never falls inside a
+token. No torch. Format: SentencePiece ModelProto (Kudo and Richardson 2018, arXiv:1808.06226).
+"""  # noqa: E501
+
+import codecs
+import hashlib
+import io
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from babyllama.errors import ConfigError
+
+LABELS = {"system": "资料：", "user": "人类：", "assistant": "助手："}
+SEPARATOR = "\n\n"
+
+# What a dialogue must get back unchanged: separators, full-width signs, spaces, rare characters.
+_PROBE = "资料：一\n\n人类：Ａ，（１）？\n 二  三\n\n助手：“四”…𠮷😀"
+
+Content = str | Sequence["str | Sequence[int]"]
+
+
+class Tokenizer:
+    """A SentencePiece model with the project's chat format.
+
+    The space that LLaMA vocabularies put before every string is switched off, because contents
+    are encoded piece by piece; text so round-trips exactly.
+
+    vocab_size: number of pieces
+    bos_id, eos_id: as the model file says; pad_id is eos_id where the model has no pad piece
+    fingerprint: SHA-256 of the model file, kept in every token file and checkpoint
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ConfigError(
+                f"tokenizer {self.path}: no such file; name a SentencePiece .model, or train one: "
+                f"python tokenizer.py train --rows data/clean/inews --out {self.path}"
+            )
+        self.bytes = self.path.read_bytes()
+        self.fingerprint = hashlib.sha256(self.bytes).hexdigest()
+        self._sp = _load(self.path, self.bytes)
+        self.vocab_size = self._sp.get_piece_size()
+        self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ConfigError(
+                f"tokenizer {self.path}: wanted a begin and an end piece, found bos "
+                f"{self.bos_id}, eos {self.eos_id}; train it with both"
+            )
+        self.pad_id = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos_id
+        self._piece_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
+        self._labels = {role: self.encode(label) for role, label in LABELS.items()}
+        self._separator = self.encode(SEPARATOR)
+
+    def _bytes_of(self, token: int) -> bytes:
+        """What a token adds to the text: nothing for control pieces, one byte for byte pieces."""
+        if self._sp.is_control(token):
+            return b""
+        piece = self._sp.id_to_piece(token)
+        if self._sp.is_byte(token):
+            return bytes([int(piece[3:5], 16)])
+        return (" ⁇ " if self._sp.is_unknown(token) else piece.replace("▁", " ")).encode()
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of a text; control strings such as "</s>" inside it stay plain text."""
+        ids = self._sp.encode(text)
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def encode_batch(self, texts: list[str], n_threads: int = 1) -> list[list[int]]:
+        """The ids of many texts, faster than one by one."""
+        return self._sp.encode(texts, num_threads=n_threads)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; control pieces vanish, broken UTF-8 becomes U+FFFD."""
+        return b"".join(self._piece_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+    def n_bytes(self, ids: Iterable[int]) -> int:
+        """How many UTF-8 bytes of text the ids stand for."""
+        return sum(len(self._piece_bytes[i]) for i in ids)
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder for one reply that arrives token by token."""
+        return StreamDecoder(self._piece_bytes)
+
+    def require_dialogue(self) -> None:
+        """Refuse a model whose normalisation changes what a dialogue says.
+
+        raises: ConfigError naming the first difference
+        """
+        for text in (SEPARATOR, _PROBE):
+            back = self.decode(self.encode(text))
+            if back != text:
+                raise ConfigError(
+                    f"tokenizer {self.path} changes text: {text!r} comes back as {back!r}, so "
+                    f"turns cannot be told apart; use a model trained with identity "
+                    f"normalisation and byte fallback (python tokenizer.py train makes one)"
+                )
+
+    def encode_content(self, content: Content) -> list[int]:
+        """The ids of one content: a string, or pieces that are strings or ready ids."""
+        if isinstance(content, str):
+            return self.encode(content)
+        ids: list[int] = []
+        for piece in content:
+            ids.extend(self.encode(piece) if isinstance(piece, str) else piece)
+        return ids
+
+    def render_chat(self, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
+        """A finished dialogue as (ids, mask): mask 1 on assistant text and its <eos>, else 0."""
+        ids, mask = [self.bos_id], [0]
+        for number, message in enumerate(messages):
+            head = (self._separator if number else []) + self._labels[message["role"]]
+            body = self.encode_content(message["content"])
+            is_target = message["role"] == "assistant"
+            if is_target:
+                body = [*body, self.eos_id]
+            ids += head + body
+            mask += [0] * len(head) + [int(is_target)] * len(body)
+        return ids, mask
+
+    def render_prompt(self, messages: Sequence[dict]) -> list[int]:
+        """A dialogue that ends with the user, up to where the assistant's text begins.
+
+        The prompt is a prefix of the rendered dialogue, token for token.
+        """
+        ids, _ = self.render_chat(messages)
+        return ids + self._separator + self._labels["assistant"]
+
+
+def _load(path: Path, data: bytes) -> sentencepiece.SentencePieceProcessor:
+    """A processor that adds no space before a text and removes none inside it."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(data)
+        proto.normalizer_spec.add_dummy_prefix = False
+        proto.normalizer_spec.remove_extra_whitespaces = False
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    # protobuf's DecodeError is no subclass of anything narrower.
+    except Exception as error:
+        raise ConfigError(
+            f"tokenizer {path}: wanted a SentencePiece model, found {len(data)} bytes that are "
+            f"none ({error}); a Llama 3 tokenizer.model is another format"
+        ) from None
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come, holding bytes back until a character is whole."""
+
+    def __init__(self, piece_bytes: Sequence[bytes]) -> None:
+        self._piece_bytes = piece_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that this token completes; often one, sometimes none."""
+        return self._utf8.decode(self._piece_bytes[token])
+
+    def finish(self) -> str:
+        """What is left: U+FFFD if the reply ended inside a character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def train_vocabulary(
+    texts: Iterable[str], out: Path, vocab_size: int, max_lines: int = 500_000, seed: int = 0
+) -> None:
+    """Train a BPE vocabulary with byte fallback and write it to `out`, whole or not at all.
+
+    BPE, because other tools silently misread unigram models. Text is kept as it is (identity
+    normalisation), digits are single pieces.
+
+    max_lines: a uniform sample of this many lines is learnt from; bounds the memory
+    raises: ConfigError if the texts are too few for the vocabulary
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(_sample(_lines(texts), max_lines, seed)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=1_000_000,
+            minloglevel=2,
+        )
+    except (RuntimeError, StopIteration) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text at all"
+        raise ConfigError(
+            f"cannot train {vocab_size} pieces on this text: {reason}; "
+            f"give more text or a smaller --vocab_size"
+        ) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f"tmp-{out.name}")
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, out)
+
+
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of at most 1,000 characters; longer ones would take the trainer quadratic time."""
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), 1000):
+                yield line[start : start + 1000]
+
+
+def _sample(lines: Iterator[str], most: int, seed: int) -> list[str]:
+    """A uniform sample of a stream whose length is not known (Vitter 1985, algorithm R)."""
+    chance = random.Random(seed)
+    kept: list[str] = []
+    for number, line in enumerate(lines):
+        if number < most:
+            kept.append(line)
+        elif (place := chance.randrange(number + 1)) < most:
+            kept[place] = line
+    return kept
+
+
+def _texts(rows: Path, split: str) -> Iterator[str]:
+    """Every text of a canonical file, or of a directory's <split>-*.jsonl, with a bar."""
+    from tqdm import tqdm
+
+    from babyllama.cli import from_repo
+    from babyllama.errors import DataError
+    from babyllama.rows import read_rows, texts_of
+
+    place = from_repo(rows)
+    files = sorted(place.glob(f"{split}-*.jsonl")) if place.is_dir() else [place]
+    if not files:
+        raise DataError(f"{rows}: wanted {split}-*.jsonl, found none; run data_process.run first")
+    for file in files:
+        for row in tqdm(read_rows(file), desc=file.name, unit=" rows", leave=False):
+            yield from texts_of(row)
+
+
+def train(rows: Path, out: Path, vocab_size: int = 6000, max_lines: int = 500_000) -> None:
+    """Train a vocabulary on the train part of canonical rows.
+
+    Args:
+        rows: a .jsonl of canonical rows, or a directory of train-*.jsonl
+        out: the .model file to write
+        vocab_size: number of pieces, control and byte pieces included
+        max_lines: learn from a uniform sample of this many lines (bounds the memory)
+    """
+    train_vocabulary(_texts(rows, "train"), out, vocab_size, max_lines)
+    print(f"{out}: {Tokenizer(out).vocab_size} pieces")
+    stats(out, rows)
+
+
+def show(text: str, tokenizer: Path) -> None:
+    """Show how a text splits, one token a line.
+
+    Args:
+        text: what to split
+        tokenizer: a SentencePiece .model file
+    """
+    model = Tokenizer(tokenizer)
+    ids = model.encode(text)
+    for token in ids:
+        print(f"{token:>7}  {model._sp.id_to_piece(token)!r}")
+    same = "yes" if model.decode(ids) == text else f"no, {model.decode(ids)!r}"
+    print(f"{len(text)} characters, {len(ids)} tokens; comes back unchanged: {same}")
+
+
+def stats(tokenizer: Path, rows: Path, split: str = "train") -> None:
+    """Characters per token, round-trip rate and unused pieces of a set.
+
+    Args:
+        tokenizer: a SentencePiece .model file
+        rows: a .jsonl of canonical rows, or a directory of <split>-*.jsonl
+        split: which part of the directory
+    """
+    model = Tokenizer(tokenizer)
+    n_texts = n_same = n_characters = n_tokens = n_byte_tokens = 0
+    used = [False] * model.vocab_size
+    for text in _texts(rows, split):
+        ids = model.encode(text)
+        n_texts += 1
+        n_same += model.decode(ids) == text
+        n_characters += len(text)
+        n_tokens += len(ids)
+        for token in ids:
+            used[token] = True
+            n_byte_tokens += model._sp.is_byte(token)
+    unused = [i for i, was in enumerate(used) if not was and not model._sp.is_control(i)]
+    print(f"{n_texts} texts, {n_characters} characters, {n_tokens} tokens")
+    print(f"characters per token   {n_characters / max(n_tokens, 1):.3f}")
+    print(f"come back unchanged    {n_same / max(n_texts, 1):.2%}")
+    print(f"byte tokens            {n_byte_tokens / max(n_tokens, 1):.3%}")
+    print(f"unused pieces          {len(unused)} of {model.vocab_size}")
+
+
+def main() -> None:
+    """The three commands in the docstring above."""
+    from jsonargparse import auto_cli
+
+    auto_cli({"train": train, "show": show, "stats": stats}, as_positional=False)
+
+
+if __name__ == "__main__":
+    from babyllama.cli import run
+
+    run(main)
