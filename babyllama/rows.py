@@ -71,7 +71,10 @@ def check_row(row: object) -> str | None:
             return reason
     elif not all(row[key].strip() for key in REQUIRED[kind]):
         return "empty_text"
-    if any(_has_surrogate(text) for text in texts_of(row)):
+    if not isinstance(row.get("meta", {}), dict):
+        return "bad_meta"
+    unseen = [row["id"], json.dumps(row.get("meta"), ensure_ascii=False)]
+    if any(_has_surrogate(text) for text in texts_of(row) + unseen):
         return "lone_surrogate"
     return None
 
@@ -91,7 +94,11 @@ def _strings(row: dict, kind: str) -> list:
 
 def _has_surrogate(text: str) -> bool:
     # JSON's "\ud800" becomes half a character that UTF-8 and SentencePiece refuse.
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -101,7 +108,7 @@ def read_rows(path: Path) -> Iterator[dict]:
         the file is missing or holds no row at all
     """
     n_rows = 0
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in numbered_lines(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -119,17 +126,23 @@ def read_rows(path: Path) -> Iterator[dict]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The non-blank lines of a UTF-8 file (a BOM is removed), without their line ends.
+    """The non-blank lines of a file, as `numbered_lines` reads them."""
+    return (line for _, line in numbered_lines(path))
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The non-blank lines of a UTF-8 file (a BOM is removed), without their line ends, each with
+    its number in the file, from 1.
 
     raises: DataError if the file is missing or not UTF-8
     """
     try:
         # newline="\n": texts may hold \r, \x0b or \u2028, which must not end a row.
         with open(path, encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
+            for number, line in enumerate(file, 1):
                 line = line.rstrip("\r\n")
                 if line.strip():
-                    yield line
+                    yield number, line
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: wanted UTF-8, found byte 0x{error.object[error.start]:02x} that is not "

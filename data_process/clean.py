@@ -119,7 +119,9 @@ def cut_title_tail(row: Row) -> Row:
 
 def cut_site_text(row: Row) -> Row:
     """ "Tap above to follow us", disclaimers, editors and the like go from both ends."""
-    text = HEAD_LINE.sub("", LOST_SPACES.sub("", row["text"]))
+    text = LOST_SPACES.sub("", row["text"]) if "?" in row["text"] else row["text"]
+    head = HEAD_LINE.match(text)
+    text = text[head.end() :] if head else text
     start = max(len(text) - TAIL_REACH, 0)
     tail = CREDIT.sub("", TAIL.sub("", text[start:]).rstrip())
     return row | {"text": (text[:start] + tail).strip()}
@@ -194,7 +196,7 @@ def empty(row: Row) -> bool:
 
 # Rules for documents.
 
-GARBLED = re.compile(r"\ufffd|[?？]{3,}|□{2,}|(?:锟斤拷|烫烫烫)|[a-z]{40,}")
+GARBLED = re.compile(r"[?？□]{3,}|\ufffd|锟斤拷")
 TRADITIONAL = re.compile(
     "[國們這來時說對為會學過個後開關還點長實現發經濟產業義從兩員將應該給讓問題報導記體機構區場設處車輛傳據]"
 )

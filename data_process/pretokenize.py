@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from babyllama.errors import DataError
 from babyllama.rows import read_rows, row_kind
 from babyllama.token_file import TokenFileWriter
@@ -66,7 +68,7 @@ def pretokenize_shard(source: Path, target: Path, cfg: PretokenizeConfig) -> Cou
             for row in batch:
                 pieces = [(role, next(encoded)) for role, _ in row]
                 if cfg.kind == "text":
-                    pieces[0][1].append(tokenizer.eos_id)
+                    pieces = [("text", np.append(pieces[0][1], tokenizer.eos_id))]
                     writer.add_text(pieces[0][1])
                 else:
                     writer.add_row(pieces)

@@ -269,8 +269,9 @@ def test_han_share_counts_what_is_not_space():
 # Duplicates and splits.
 
 
-def test_duplicates_differ_in_space_case_and_width_only():
-    assert fingerprint("ＡＢc 一\n二") == fingerprint("abC一 二") != fingerprint("abc一三")
+def test_duplicates_differ_in_space_punctuation_and_case_only():
+    assert fingerprint("ABc，一\n二。") == fingerprint("abC 一,二") != fingerprint("abc一三")
+    assert fingerprint("……") != fingerprint("！")
     seen = Seen()
     assert not seen.repeats({"text": "甲", "summary": "乙"})
     assert seen.repeats({"text": "丙", "summary": " 乙"})
@@ -359,6 +360,25 @@ def test_token_files_of_shards_that_are_gone_go_too(raw, tokenizer, tmp_path):
     stale.write_bytes(b"old")
     main(ProcessConfig("text", raw=raw.parent, out=tmp_path, tokenizer=tokenizer))
     assert not stale.exists()
+
+
+def test_changed_rows_are_turned_into_ids_again(raw, tokenizer, tmp_path):
+    cfg = ProcessConfig("text", raw=raw.parent, out=tmp_path, tokenizer=tokenizer)
+    main(cfg)
+    raw.write_text(documents(60, seed=1), encoding="utf-8")
+    main(cfg)
+    rows = rows_of(tmp_path / "clean/text", "train")
+    file = TokenFile(tmp_path / "tokens/tiny/text/train-00000")
+    assert file.doc(0).tolist() == Tokenizer(tokenizer).encode(rows[0]["text"], eos=True)
+    assert file.n_docs == len(rows)
+
+
+def test_what_a_killed_run_left_behind_does_not_enter_the_set(raw, tmp_path):
+    stale = tmp_path / "clean/tmp-text/train-00009.jsonl"
+    stale.parent.mkdir(parents=True)
+    stale.write_text('{"id": "text/0", "text": "旧"}\n', encoding="utf-8")
+    made("text", tmp_path, raw=raw)
+    assert not list((tmp_path / "clean").rglob(stale.name))
 
 
 # Kills itself at the n-th opening, renaming or removal of a file under the output directory.

@@ -135,7 +135,7 @@ def test_parquet_is_refused_by_name(tmp_path):
 
 
 def test_other_text_comes_line_by_line_and_keeps_quotes_and_tabs(tmp_path):
-    lines = ['to title\t"一个引号\t题目', "[转载]题目\t正文", "a\x0bb\x1cc\x85d"]
+    lines = ['to title\t"一个引号\t题目', "[转载]题目\t正文", "a\x0bb\x1cc\x85d\re"]
     assert data_of(write(tmp_path / "x.tsv", "\n".join(lines) + "\n")) == lines
 
 
