@@ -12,7 +12,6 @@ needed to make them again. The three measures and their traps: babyllama/metrics
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,15 +69,6 @@ class EvalConfig(SamplingConfig):
                 raise ConfigError(f"{name} must be at least 1, found {value}")
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A text and the title that people gave it."""
-
-    id: str
-    text: str
-    title: str
-
-
 def find_files(cfg: EvalConfig) -> list[Path]:
     """The files of the set that is asked for, in order."""
     if cfg.data:
@@ -93,73 +83,72 @@ def find_files(cfg: EvalConfig) -> list[Path]:
     return files
 
 
-def read_pairs(path: Path) -> list[Pair]:
-    """The pairs of one file in any of the three formats.
+def read_pairs(path: Path) -> list[dict]:
+    """The summary rows of one file in any of the three formats.
 
-    raises: DataError with file and line at the first line that is no pair, or if there is none
+    raises: DataError with file and line at the first line without a text and its title, or if
+        there is no line
     """
-    read_line = _tsv_pair if path.suffix == ".tsv" else _json_pair
-    pairs = []
+    is_tsv = path.suffix == ".tsv"
+    rows = []
     for number, line in enumerate(read_lines(path), 1):
-        pair = read_line(line, f"{shown(path)}:{number}")
-        if not pair.text.strip() or not pair.title.strip():
+        row = _from_tsv(line, f"{path.stem}/{number}") if is_tsv else _from_json(line)
+        reason = check_row(row)
+        if reason or row_kind(row) != "summary":
+            wanted = "cells `to title`, abstract, title" if is_tsv else "keys id, text, summary"
             raise DataError(
-                f"{shown(path)}:{number}: wanted a text and its title, found one of them empty "
-                f"in {line[:80]!r}; remove the row"
+                f"{shown(path)}:{number}: wanted a text with its title ({wanted}), found "
+                f"{reason or row_kind(row)} in {line[:80]!r}; correct or remove the line, or name "
+                f"another file"
             )
-        pairs.append(pair)
-    if not pairs:
+        rows.append(row)
+    if not rows:
         raise DataError(f"{shown(path)}: wanted texts with titles, found an empty file")
-    return pairs
+    return rows
 
 
-def _tsv_pair(line: str, where: str) -> Pair:
+def _from_tsv(line: str, row_id: str) -> object:
+    """A row of CSL's folder ts; of its other folders, which hold no titles, nothing."""
     # No csv reader: abstracts hold single quotation marks, behind which it would swallow lines.
     cells = line.split("\t")
     if len(cells) != 3 or cells[0] != "to title":
-        raise DataError(
-            f"{where}: wanted `to title`, abstract, title between tabs, found {len(cells)} cells "
-            f"in {line[:80]!r}; CSL has such rows in its folder ts"
-        )
-    return Pair(Path(where).name, cells[1], cells[2])
+        return cells
+    return {"id": row_id, "text": cells[1], "summary": cells[2]}
 
 
-def _json_pair(line: str, where: str) -> Pair:
+def _from_json(line: str) -> object:
+    """A row as it is, one of csl_title_public turned into ours, or what else stands there."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
-        raise DataError(
-            f"{where}: wanted one JSON object a line, found {line[:80]!r}; name a .jsonl file, "
-            f"or a .tsv file of CSL"
-        ) from None
+        return line
     if isinstance(row, dict) and row.keys() == {"id", "abst", "title"}:
-        return Pair(str(row["id"]), str(row["abst"]), str(row["title"]))
-    reason = check_row(row)
-    if reason or row_kind(row) != "summary":
-        raise DataError(
-            f"{where}: wanted the keys id, text, summary (or id, abst, title) with text in them, "
-            f"found {reason or 'no title'} in {line[:80]!r}"
-        )
-    return Pair(row["id"], row["text"], row["summary"])
+        return {"id": str(row["id"]), "text": row["abst"], "summary": row["title"]}
+    return row
 
 
-def summarise(loaded: Loaded, texts: Sequence[str], cfg: EvalConfig) -> tuple[list[str], int]:
-    """A title for each text, in the order given, and how many texts were cut to the context."""
+def ask(loaded: Loaded, texts: Sequence[str], cfg: EvalConfig) -> tuple[list[list[int]], int]:
+    """The prompt for each text, and how many texts were cut to the context."""
     prompts = SummaryPrompts.load(from_repo(cfg.prompts), loaded.tokenizer)
     room = loaded.config.max_seq_len - cfg.max_new_tokens
     asked = [prompts.eval_prompt(text, room) for text in texts]
-    ids = [prompt for prompt, _ in asked]
+    return [ids for ids, _ in asked], sum(is_cut for _, is_cut in asked)
+
+
+def summarise(loaded: Loaded, prompts: Sequence[list[int]], cfg: EvalConfig) -> list[str]:
+    """A title for each prompt, in the order given."""
     # Like lengths together need little padding; the longest first show at once whether they fit.
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    titles = [""] * len(ids)
-    with tqdm(total=len(ids), desc=shown(loaded.path), unit=" texts") as bar:
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    titles = [""] * len(prompts)
+    with tqdm(total=len(prompts), desc=shown(loaded.path), unit=" texts") as bar:
         for start in range(0, len(order), cfg.batch_size):
             batch = order[start : start + cfg.batch_size]
-            replies = generate(loaded.model, [ids[i] for i in batch], cfg, loaded.tokenizer.eos_id)
+            asked = [prompts[i] for i in batch]
+            replies = generate(loaded.model, asked, cfg, loaded.tokenizer.eos_id)
             for i, reply in zip(batch, replies, strict=True):
                 titles[i] = loaded.tokenizer.decode(reply).strip()
             bar.update(len(batch))
-    return titles, sum(is_cut for _, is_cut in asked)
+    return titles
 
 
 def scores_of(predictions: Sequence[str], references: Sequence[str]) -> dict:
@@ -187,120 +176,102 @@ def table(scores: dict[str, dict]) -> str:
     """One line a system; the measures are numbered and named beneath."""
     measures = list(next(iter(scores.values()))["rouge"])
     head = [f"R-{n} ({i})" for i in range(1, len(measures) + 1) for n in "12L"]
-    lines = [["", *head[:3], "95 % of R-1", *head[3:], "length", "% empty", "% loops"]]
-    for label, row in scores.items():
-        means = [f"{f['mean']:.1f}" for name in measures for f in row["rouge"][name].values()]
-        headline = row["rouge"][measures[0]]["rouge-1"]
-        interval = f"{headline['low']:.1f} - {headline['high']:.1f}"
+    lines = [["", *head, "95 % of R-1 (1)", "length", "% empty", "% loops"]]
+    for name, row in scores.items():
+        means = [f["mean"] for measure in measures for f in row["rouge"][measure].values()]
         rest = [row["mean_length"], row["percent_empty"], row["percent_repeated_4gram"]]
-        lines.append([label, *means[:3], interval, *means[3:], *(f"{x:.1f}" for x in rest)])
-    notes = [f"({i}) {name}" for i, name in enumerate(measures, 1)]
+        interval = "{low:.1f} - {high:.1f}".format(**row["rouge"][measures[0]]["rouge-1"])
+        lines.append([name, *map("{:.1f}".format, means), interval, *map("{:.1f}".format, rest)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(map(str.rjust, line, widths)) for line in lines]
+    notes = [f"({i}) {measure}" for i, measure in enumerate(measures, 1)]
     notes[0] += ": the protocol of published numbers"
-    notes.append("loops: some run of 4 characters stands in the title twice")
     n_long = sum(row["n_too_long_for_rouge"] for row in scores.values())
     if n_long:
         notes.append(f"{n_long} texts were too long for (1); there they have the counts of (2)")
-    return "\n".join([aligned(lines), "", *notes])
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns, the first flush left, the others right; a Chinese character is two wide."""
-    widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([first + _gap(first, widths[0]), *(_gap(c, w) + c for c, w in zip(
-            others, widths[1:], strict=True))])
-        for first, *others in lines
-    )
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def _gap(text: str, width: int) -> str:
-    return " " * (width - _width(text))
+    notes.append("% loops: some run of 4 characters stands in the title twice")
+    return "\n".join([*rows, "", *notes])
 
 
 def samples(columns: dict[str, Sequence[str]], n: int = 5) -> str:
-    """A few rows, spread evenly over the set, what belongs together one beneath the other."""
+    """A few rows, spread evenly over the set: what belongs together stands in one block."""
     n_rows = len(columns["text"])
-    chosen = sorted({i * (n_rows - 1) // max(n - 1, 1) for i in range(n)})
-    width = max(map(_width, columns))
+    chosen = sorted({i * (n_rows - 1) // (n - 1) for i in range(n)})
     return "\n\n".join(
-        "\n".join(
-            f"{label}{_gap(label, width)}  {' '.join(column[i].split())[:60]}"
-            for label, column in columns.items()
-        )
+        "\n".join(f"{name:<12}{' '.join(c[i].split())[:60]}" for name, c in columns.items())
         for i in chosen
     )
 
 
-def sha256_of(files: Sequence[Path]) -> str:
-    """One hash over the bytes of all files, in order."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-def choose_out(cfg: EvalConfig, loaded: Loaded, files: Sequence[Path]) -> Path:
-    """Where the predictions go; refuses at the start what would fail after the last title."""
-    name = cfg.data.stem if cfg.data else f"{cfg.dataset}-{cfg.split}"
-    out = from_repo(cfg.out or loaded.path.parent / f"rouge-{name}-{loaded.path.name}.jsonl")
-    if out.is_dir() or out in files:
-        raise ConfigError(f"--out {shown(out)} is a directory or the data; name a new .jsonl file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def main(cfg: EvalConfig) -> None:
-    """Read, summarise, save the titles, score, save the scores, print."""
-    files = find_files(cfg)
-    pairs = [pair for file in files for pair in read_pairs(file)][: cfg.limit]
-    texts, references = [pair.text for pair in pairs], [pair.title for pair in pairs]
+def load_models(cfg: EvalConfig) -> dict[str, Loaded]:
+    """The checkpoint, and the base where one is named."""
     path = from_repo(cfg.checkpoint) if cfg.checkpoint else newest_run(kind="sft")
     if path is None:
         raise CheckpointError(
             "wanted a checkpoint, found no SFT run in out/; make one with `python sft.py`, or "
             "name one: python eval_rouge.py CHECKPOINT"
         )
-    device = pick_device(cfg.device)
-    loaded = load_model(path, device)
-    base = load_model(from_repo(cfg.base), device) if cfg.base else None
-    out = choose_out(cfg, loaded, files)
+    paths = {"checkpoint": path} | ({"base": from_repo(cfg.base)} if cfg.base else {})
+    return {name: load_model(path, pick_device(cfg.device)) for name, path in paths.items()}
+
+
+def choose_out(cfg: EvalConfig, checkpoint: Path, files: Sequence[Path]) -> Path:
+    """Where the predictions go; refuses at the start what would fail after the last title."""
+    name = cfg.data.stem if cfg.data else f"{cfg.dataset}-{cfg.split}"
+    name += f"-{cfg.limit}" if cfg.limit else ""
+    out = from_repo(cfg.out or checkpoint.parent / f"rouge-{name}-{checkpoint.name}.jsonl")
+    if out.is_dir() or out.resolve() in [file.resolve() for file in files]:
+        raise ConfigError(f"--out {shown(out)} is a directory or the data; name a new .jsonl file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def about(cfg: EvalConfig, files: Sequence[Path], models: dict[str, Loaded]) -> dict:
+    """What must be known to make the scores again."""
+    return {
+        "set": str(cfg.data) if cfg.data else cfg.dataset,
+        "split": None if cfg.data else cfg.split,
+        "data_sha256": hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest(),
+        "models": {n: {"path": shown(m.path), "step": m.step} for n, m in models.items()},
+        "decoding": {field.name: getattr(cfg, field.name) for field in fields(SamplingConfig)},
+        "batch_size": cfg.batch_size,
+        "prompts": str(cfg.prompts),
+    }
+
+
+def main(cfg: EvalConfig) -> None:
+    """Read, summarise, score, save, print."""
+    files = find_files(cfg)
+    rows = [row for file in files for row in read_pairs(file)][: cfg.limit]
+    texts, references = ([row[key] for row in rows] for key in ("text", "summary"))
+    models = load_models(cfg)
+    out = choose_out(cfg, models["checkpoint"].path, files)
+    asked = {name: ask(loaded, texts, cfg) for name, loaded in models.items()}
+    n_cut = {name: n for name, (_, n) in asked.items()}
 
     began = perf_counter()
-    predictions, n_cut = summarise(loaded, texts, cfg)
+    titles = {name: summarise(models[name], prompts, cfg) for name, (prompts, _) in asked.items()}
     seconds = perf_counter() - began
-    rows = [
-        {"id": pair.id, "text": pair.text, "reference": pair.title, "prediction": prediction}
-        for pair, prediction in zip(pairs, predictions, strict=True)
+    predictions = [
+        {"id": row["id"], "text": row["text"], "reference": row["summary"], "prediction": title}
+        for row, title in zip(rows, titles["checkpoint"], strict=True)
     ]
-    write_rows(out, rows)
-    titles = {"checkpoint": predictions}
-    if base:
-        titles["base"], _ = summarise(base, texts, cfg)
+    write_rows(out, predictions)
     copies = {
         "first sentence": [metrics.first_sentence(text) for text in texts],
         "first 25 characters": [metrics.first_characters(text) for text in texts],
     }
     scores = {name: scores_of(found, references) for name, found in (titles | copies).items()}
-    result = {
-        "set": str(cfg.data) if cfg.data else cfg.dataset,
-        "split": None if cfg.data else cfg.split,
-        "n": len(pairs),
-        "data_sha256": sha256_of(files),
-        "checkpoint": shown(loaded.path),
-        "step": loaded.step,
-        "base": shown(base.path) if base else None,
-        "decoding": {field.name: getattr(cfg, field.name) for field in fields(SamplingConfig)},
-        "batch_size": cfg.batch_size,
-        "prompts": str(cfg.prompts),
-        "texts_cut_to_context": n_cut,
-        "seconds": round(seconds, 1),
-        "scores_times_100": scores,
-    }
-    write_rows(out.with_suffix(".scores.json"), [result])
+    measured = {"n": len(rows), "n_cut": n_cut, "seconds": seconds, "scores_x100": scores}
+    scores_file = out.with_suffix(".scores.json")
+    write_rows(scores_file, [about(cfg, files, models) | measured])
 
-    print(samples({"text": texts, "reference": references, **titles}), end="\n\n")
-    ...
+    for name, loaded in models.items():
+        print(f"{name}: {shown(loaded.path)}; {n_cut[name]} of {len(rows)} texts cut to fit")
+    print("", table(scores), "", sep="\n")
+    print(samples({"text": texts, "reference": references} | titles))
+    print(f"\npredictions: {shown(out)}\nscores: {shown(scores_file)}")
+
+
+if __name__ == "__main__":
+    run(main, parse(EvalConfig, __doc__, positional=["checkpoint"]))
