@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from babyllama.checkpoint import Loaded, load_model, newest_run
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.cli import INTERRUPTED, REPO, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import SamplingConfig, stream
@@ -31,7 +31,6 @@ from tokenizer import LABELS, Tokenizer
 EXAMPLES = ("你好", "你是谁？", "你喜欢什么？")
 MOST_CHARACTERS = 100_000  # read from a reference file; far more than any context holds
 STOPPED_EARLY = "（已停止）"
-INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 @dataclass(frozen=True)

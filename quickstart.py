@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -46,7 +45,7 @@ STEPS = (
          makes="data/tokens/sample"),
     Step("pretrain", "预训练 / pretrain",
          "python pretrain.py --config configs/pretrain/sample.yaml", makes="out/sample",
-         depends=("configs/pretrain/sample.yaml",), is_run=True),
+         depends=("configs/pretrain/sample.yaml", "configs/model/tiny.yaml"), is_run=True),
     Step("sft", "微调：拟标题与闲聊 / fine-tune on headlines and small talk",
          "python sft.py --dataset sample", makes="out/sample_sft",
          depends=("configs/sft/sample.yaml", "configs/prompts/summary_zh.yaml"), is_run=True),
@@ -213,20 +212,23 @@ def print_summary(steps: Sequence[Step], root: Path) -> None:
     for number, step in enumerate(steps, 1):
         if step.makes:
             seconds = json.loads(read(stamp_of(step, root)))["seconds"]
-            say(f"{number}  {step.name:<12}{seconds:>8.1f} s   {figures(root / step.makes)}")
+            line = f"{number}  {step.name:<12}{seconds:>8.1f} s   {figures(root / step.makes)}"
+            say(line.rstrip())
 
 
 def figures(made: Path) -> str:
     """The key figures of what a step made, in one line; empty when it left none."""
-    if made.with_suffix(".scores.json").exists():
-        scores = json.loads(read(made.with_suffix(".scores.json")))["scores"]
-        rouge = next(iter(next(iter(scores.values()))["rouge"].values()))
-        return "ROUGE-1/2/L " + " / ".join(f"{value['mean']:.1f}" for value in rouge.values())
-    rows = [json.loads(line) for line in read(made / "metrics.jsonl").splitlines()]
-    losses = [row["val_loss"] for row in rows if "val_loss" in row]
-    if not losses:
+    scores = read(made.with_suffix(".scores.json"))
+    if scores:
+        ours = next(iter(json.loads(scores)["scores_x100"].values()))
+        headline = next(iter(ours["rouge"].values()))
+        return "ROUGE-1/2/L " + " / ".join(f"{score['mean']:.1f}" for score in headline.values())
+    records = [json.loads(line) for line in read(made / "metrics.jsonl").splitlines()]
+    last = next((each for each in reversed(records) if each["kind"] == "val"), None)
+    if not last:
         return ""
-    return f"验证损失 / validation loss {losses[-1]:.3f} · 困惑度 / ppl {math.exp(losses[-1]):.1f}"
+    loss = f"验证损失 / validation loss {last['loss']:.3f}"
+    return f"{loss} · 困惑度 / ppl {last['ppl']:.1f} · 准确率 / accuracy {last['accuracy']:.1%}"
 
 
 def move_aside(folder: Path, to: Path) -> None:

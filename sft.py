@@ -59,8 +59,8 @@ def resolve(cfg: SftConfig) -> SftConfig:
         if cfg.dataset is None:
             raise ConfigError("nothing to train on: name a set, python sft.py --dataset sample")
         cfg = replace(cfg, data=replace(cfg.data, sources=[SourceConfig(cfg.dataset)]))
-    name = cfg.name or cfg.dataset
-    if name is None:
+    name = cfg.name or (cfg.dataset and Path(cfg.dataset).name)
+    if not name:
         raise ConfigError("the run has no name: give --name, or --dataset to take that")
     base = cfg.base or newest_run(kind="pretrain")
     if base is None:

@@ -22,6 +22,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
@@ -40,7 +41,8 @@ class Tokenizer:
     """A SentencePiece model with the project's chat format.
 
     The space that LLaMA vocabularies put before every string is switched off, because contents
-    are encoded piece by piece; text so round-trips exactly.
+    are encoded piece by piece; text so round-trips exactly, but for U+2581, which comes back as
+    the space that SentencePiece writes with it.
 
     vocab_size: number of pieces
     bos_id, eos_id: as the model file says; pad_id is eos_id where the model has no pad piece
@@ -83,9 +85,9 @@ class Tokenizer:
         ids = self._sp.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
-    def encode_batch(self, texts: list[str], n_threads: int = 1) -> list[list[int]]:
-        """The ids of many texts, faster than one by one."""
-        return self._sp.encode(texts, num_threads=n_threads)
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of many texts, int32 arrays; one thread, faster than one by one."""
+        return self._sp.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control pieces vanish, broken UTF-8 becomes U+FFFD."""
@@ -187,15 +189,20 @@ def train_vocabulary(
     max_lines: a uniform sample of this many lines is learnt from; bounds the memory
     raises: ConfigError if the texts are too few for the vocabulary
     """
+    lines = _sample(_lines(texts), max_lines, seed)
+    if not any(lines):
+        raise ConfigError(f"cannot train {vocab_size} pieces: there is no text to learn from")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(_lines(texts), max_lines, seed)),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.9995,
+            # SentencePiece's sign for the space: spelled in bytes, it would not come back as one.
+            required_chars="▁",
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -208,11 +215,10 @@ def train_vocabulary(
             max_sentence_length=1_000_000,
             minloglevel=2,
         )
-    except (RuntimeError, StopIteration) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else "no text at all"
+    except RuntimeError as error:
         raise ConfigError(
-            f"cannot train {vocab_size} pieces on this text: {reason}; "
-            f"give more text or a smaller --vocab_size"
+            f"cannot train {vocab_size} pieces on this text: {str(error).splitlines()[-1]}; "
+            f"give another --vocab_size or more text"
         ) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f"tmp-{out.name}")

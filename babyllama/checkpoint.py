@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -28,12 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from babyllama.cli import REPO, shown
-from babyllama.errors import CheckpointError
+from babyllama.errors import CheckpointError, ConfigError
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 MODEL_FILES = ("model.safetensors", "model.yaml", "tokenizer.model")
 STATE_FILES = ("train_state.safetensors", "train_state.json")
+
+# A longer context than this is a mistake or malice: its rotary table would take the memory.
+_LONGEST = 2**20
 
 
 @dataclass
@@ -77,7 +80,8 @@ def save_checkpoint(
         "fingerprint": tokenizer.fingerprint,
         "model": asdict(model.config),
     }
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left_over in run.glob("tmp-*step-*"):
+        shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         save_file(model_weights(model), temporary / "model.safetensors")
@@ -87,22 +91,31 @@ def save_checkpoint(
         (temporary / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
         sums = {name: _sha256(temporary / name) for name in MODEL_FILES + STATE_FILES}
         (temporary / "checksums.json").write_text(json.dumps(sums, indent=1), "utf-8")
-        for path in temporary.iterdir():
+        for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _delete(final)
         os.replace(temporary, final)
         _flush(run)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_cannot_save(run, final, model, error)) from None
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        _delete(old)
     return final
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; killed on the way, this leaves nothing that looks like one."""
+    doomed = path.with_name(f"tmp-old-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _cannot_save(run: Path, final: Path, model: nn.Module, error: Exception) -> str:
     wanted = sum(weight.numel() * 12 for weight in model.parameters()) / 1e6
-    free = shutil.disk_usage(run).free / 1e6
+    there = next(place for place in (run, *run.parents) if place.exists())
+    free = shutil.disk_usage(there).free / 1e6
     older = list_checkpoints(run)
     last = f"{older[-1].name} is intact" if older else "no earlier checkpoint exists"
     return (
@@ -147,7 +160,11 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    found = [
+        path
+        for path in run.glob("step-*")
+        if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()
+    ]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -186,27 +203,63 @@ def verify(path: Path, names: tuple[str, ...]) -> None:
 
     raises: CheckpointError that names the file, and an older checkpoint where there is one
     """
-    try:
-        sums = json.loads((path / "checksums.json").read_text("utf-8"))
-        bad = [name for name in names if _sha256(path / name) != sums[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        bad = [f"checksums.json ({error})"]
-    if not bad:
-        return
-    older = [p for p in list_checkpoints(path.parent) if p.name < path.name]
+    # is_file() also keeps pipes and devices out, which might be read for ever.
+    missing = [name for name in ("checksums.json", *names) if not (path / name).is_file()]
+    if missing:
+        fault = f"lacks {', '.join(missing)}"
+    else:
+        try:
+            sums = json.loads((path / "checksums.json").read_text("utf-8"))
+            bad = [name for name in names if _sha256(path / name) != sums[name]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            bad = [f"checksums.json ({error})"]
+        if not bad:
+            return
+        fault = f"fails its checksum in {', '.join(bad)}"
+    steps = list_checkpoints(path.parent)
+    older = steps[: steps.index(path)] if path in steps else []
     advice = f"use {shown(older[-1])}" if older else "there is no older one in this run"
-    raise CheckpointError(
-        f"{shown(path)} fails its checksum in {', '.join(bad)}: it was cut or altered; "
-        f"delete it; {advice}"
-    )
+    raise CheckpointError(f"{shown(path)} {fault}: it was cut or altered; delete it; {advice}")
 
 
 def _read_info(path: Path) -> dict:
+    """model.yaml with the shape as a ModelConfig.
+
+    raises: CheckpointError if a key is missing, unknown, or of a wrong type
+    """
     try:
         info = yaml.safe_load((path / "model.yaml").read_text("utf-8"))
-        return {**info, "model": ModelConfig(**info["model"])}
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{shown(path)}: wanted a babyllama checkpoint, {error}") from None
+        config = ModelConfig(**info["model"])
+        typed = [(key, info[key], str) for key in ("kind", "tokenizer", "fingerprint")]
+        typed += [("step", info["step"], int)]
+        typed += [
+            (f"model.{field.name}", getattr(config, field.name), field.type)
+            for field in fields(config)
+        ]
+    except (
+        OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, RecursionError,
+        ConfigError,
+    ) as error:  # fmt: skip
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise CheckpointError(
+            f"{shown(path)}: wanted the model.yaml of a babyllama checkpoint, found {reason}"
+        ) from None
+    wrong = [
+        f"{name} {value!r}"
+        for name, value, kind in typed
+        if not isinstance(value, (int | float) if kind is float else kind)
+    ]
+    if wrong or config.max_seq_len > _LONGEST:
+        found = ", ".join(wrong) or f"model.max_seq_len {config.max_seq_len}"
+        raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {found}")
+    return {**info, "model": config}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{shown(path)}: wanted safetensors, found {error}") from None
 
 
 def load_model(
@@ -232,9 +285,29 @@ def load_model(
         )
     # The copy keeps the name of the original, by which token files are found.
     tokenizer.path = Path("data/tokenizers") / f"{info['tokenizer']}.model"
+    weights = _read_tensors(path / "model.safetensors")
+    _require_fit(info["model"], weights, path)
     model = Transformer(info["model"])
-    load_weights(model, load_file(path / "model.safetensors"), path)
+    load_weights(model, weights, path)
     return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
+
+
+def _require_fit(config: ModelConfig, weights: dict[str, Tensor], where: Path) -> None:
+    """Compare a shape with stored weights before memory is taken for it.
+
+    raises: CheckpointError as load_weights
+    """
+    if config.n_layers > len(weights):
+        raise CheckpointError(
+            f"{shown(where)} does not fit the model: wanted {config.n_layers} layers, found "
+            f"{len(weights)} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            model = Transformer(config)
+    except RuntimeError as error:
+        raise CheckpointError(f"{shown(where)}: no model has this shape, {error}") from None
+    _require_shapes(model, weights, where)
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
@@ -242,6 +315,11 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
 
     raises: CheckpointError with every name and shape that does not fit
     """
+    _require_shapes(model, weights, where)
+    model.load_state_dict(weights, strict=not model.config.tied)
+
+
+def _require_shapes(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in model_weights(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     faults = [
@@ -251,28 +329,54 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
     ]
     if faults:
         raise CheckpointError(f"{shown(where)} does not fit the model: " + "; ".join(faults[:10]))
-    model.load_state_dict(weights, strict=not model.config.tied)
 
 
-def load_train_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Restore optimizer and random state; returns the JSON part, with `step`.
+def load_train_state(
+    path: Path, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
+) -> dict:
+    """Restore weights, optimizer and random state; returns the JSON part, with `step`.
 
-    raises: CheckpointError if the files are damaged or belong to another model
+    raises: CheckpointError if the files are damaged or belong to another model or tokenizer
     """
-    verify(path, STATE_FILES)
-    tensors = load_file(path / "train_state.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    by_name: dict[str, dict[str, Tensor]] = {}
+    verify(path, MODEL_FILES + STATE_FILES)
+    info = _read_info(path)
+    if info["fingerprint"] != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{shown(path)} was trained with another tokenizer ({info['tokenizer']}, "
+            f"{info['fingerprint'][:12]}…) than {shown(tokenizer.path)} is now "
+            f"({tokenizer.fingerprint[:12]}…); set the file back or take another --name"
+        )
+    load_weights(model, _read_tensors(path / "model.safetensors"), path)
+    tensors = _read_tensors(path / "train_state.safetensors")
+    try:
+        state = json.loads((path / "train_state.json").read_text("utf-8"))
+        state = {**state, "step": int(state["step"]), "tokens": int(state["tokens"])}
+        torch.set_rng_state(tensors.pop("rng"))
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{shown(path)}: wanted a training state, found {error!r}") from None
+    _put_optimizer_state(model, optimizer, tensors, path)
+    return state
+
+
+def _put_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], where: Path
+) -> None:
+    kept: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, field = key.rpartition(":")
-        by_name.setdefault(name, {})[field] = tensor
+        kept.setdefault(name, {})[field] = tensor
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    if by_name.keys() != trained.keys():
-        raise CheckpointError(f"{shown(path)}: its optimizer state belongs to another model")
-    for name, weight in trained.items():
-        state = by_name[name].items()
-        optimizer.state[weight] = {field: tensor.to(weight.device) for field, tensor in state}
-    return json.loads((path / "train_state.json").read_text("utf-8"))
+    wanted = {
+        name: {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+        for name, weight in trained.items()
+    }
+    found = {name: {field: t.shape for field, t in state.items()} for name, state in kept.items()}
+    # There is no state yet where no step had numbers that are finite.
+    if found and found != wanted:
+        raise CheckpointError(f"{shown(where)}: its optimizer state belongs to another model")
+    for name, state in kept.items():
+        device = trained[name].device
+        optimizer.state[trained[name]] = {field: t.to(device) for field, t in state.items()}
 
 
 def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = "") -> list[str]:

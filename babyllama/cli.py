@@ -9,11 +9,12 @@ one line and exit code 2. Exit codes: 0 done, 2 bad input or config, 3 stopped o
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from babyllama.errors import CheckpointError, ConfigError, DataError
 
@@ -24,6 +25,7 @@ REPO = Path(__file__).resolve().parent.parent
 BAD_INPUT = 2
 BAD_NUMBERS = 3
 STOPPED = 75
+INTERRUPTED = 130  # as shells say it of a program that Ctrl-C has ended at once
 
 
 def from_repo(path: Path | str) -> Path:
@@ -65,17 +67,28 @@ def parse(
     parser.add_class_arguments(config_class, skip=set(positional))
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = ["--dry_run=true" if word == "--dry-run" else word for word in argv]
-    if default_config and not any(word.split("=")[0] == "--config" for word in argv):
+    argv = [part for word in argv for part in _split_config(word)]
+    if default_config and "--config" not in argv:
         argv = ["--config", str(default_config), *argv]
     argv = [
         str(from_repo(word)) if before == "--config" else word
         for before, word in zip(["", *argv], argv, strict=False)
     ]
     try:
-        found = parser.instantiate(parser.parse_args(argv))
+        found = parser.parse_args(argv)
+        for name, hint in hints.items():
+            if is_dataclass(hint.type) and not isinstance(found[name], Namespace):
+                raise ConfigError(f"{name}: wanted settings (key: value), found {found[name]!r}")
+        found = parser.instantiate(found)
         return config_class(**{name: found[name] for name in hints})
     except ConfigError as error:
         parser.error(str(error))
+    except UnicodeDecodeError as error:
+        parser.error(f"a config file is not UTF-8 text ({error}); save it as UTF-8")
+
+
+def _split_config(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 class _Parser(ArgumentParser):
@@ -117,6 +130,9 @@ def run(main: Callable[..., int | None], *args: object) -> None:
     except (ConfigError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(

@@ -9,6 +9,7 @@ names of the model's forward.
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for source in self.sources:
-            if source.weight <= 0:
+            if not 0 < source.weight < math.inf:
                 raise ConfigError(
                     f"source {source.name!r} has weight {source.weight}; wanted more than 0, "
                     f"or leave the source out"
@@ -120,10 +121,10 @@ class Dialogues:
             frame[ROLES.index(role)] = len(two) - len(self._tokenizer.render_chat([message])[0])
         separator = len(self._tokenizer.encode(SEPARATOR))
         sizes = np.diff(file.piece_ends, prepend=0) + frame[file.roles]
-        first = np.concatenate(([0], file.ends[:-1]))  # first piece of each row
+        n_pieces = np.diff(file.ends, prepend=0)
+        first = file.ends - n_pieces  # first piece of each row
         sizes[first] -= separator
         upto = np.cumsum(sizes)
-        n_pieces = file.ends - first
         before = np.repeat(upto[first] - sizes[first], n_pieces)
         number = np.arange(len(sizes)) - np.repeat(first, n_pieces)
         # With <bos> in front and targets shifted by one, a row takes as many positions as this.

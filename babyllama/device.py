@@ -96,14 +96,19 @@ class Scaler:
         self._scaler.scale(loss).backward()
 
     def step(
-        self, optimizer: torch.optim.Optimizer, parameters: list[Tensor], max_norm: float
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[Tensor],
+        max_norm: float,
+        loss: float = 0.0,
     ) -> float:
-        """Clip and update. A gradient that is not finite changes no weight.
+        """Clip and update. A loss or a gradient that is not finite changes no weight.
 
-        returns: the gradient's norm before clipping
+        returns: the gradient's norm before clipping; NaN where the loss is not finite
         """
         self._scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        norm = norm if math.isfinite(loss) else math.nan
         if math.isfinite(norm):
             self._scaler.step(optimizer)
         self._scaler.update()  # halves the scale where unscale_ met a gradient that overflowed
@@ -114,7 +119,9 @@ class Scaler:
         return self._scaler.state_dict()
 
     def load(self, state: dict) -> None:
-        self._scaler.load_state_dict(state)
+        # Empty where the run was saved on a device that needs no scaling.
+        if state:
+            self._scaler.load_state_dict(state)
 
 
 def memory_gb(device: torch.device) -> float:

@@ -16,6 +16,9 @@ from model import KVCache, Transformer
 # Nearly every nucleus fits into so many tokens; sorting them is far cheaper than sorting V.
 _NUCLEUS = 256
 
+# Below this the likeliest token is the only one left, and dividing by it may overflow.
+_COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -109,7 +112,7 @@ def _steps(
             f"of {model.config.max_seq_len}, or a prompt is empty; shorten it"
         )
     width = max(lengths)
-    tokens = torch.full((len(prompts), width), eos_id)
+    tokens = torch.zeros(len(prompts), width, dtype=torch.int64)  # filler: any id, never seen
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = torch.tensor(prompt)
     start = torch.tensor([width - n for n in lengths], device=device)
@@ -170,7 +173,7 @@ def choose(
         penalty = sampling.repetition_penalty
         weaker = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, weaker, logits)
-    if sampling.temperature == 0:
+    if sampling.temperature < _COLDEST:
         return logits.argmax(dim=-1)
     logits = logits / sampling.temperature
     total = logits.logsumexp(dim=-1, keepdim=True)

@@ -1,9 +1,11 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, curves.png. Main process only."""
 
+import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,19 +14,31 @@ from tqdm import tqdm
 _SHOWN = ("loss", "ppl", "accuracy", "lr", "tokens_per_s", "mem_gb")
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path; what is written there takes the place of `path` if the block succeeds."""
+    temporary = path.with_name("tmp-" + path.name)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class Log:
     """Speaks for a run. With a terminal there is a bar, else a line for each logged step."""
 
     def __init__(self, run: Path, done_steps: int, total_steps: int, is_main: bool = True) -> None:
-        """done_steps: the run continues there; later lines of metrics.jsonl are dropped."""
+        """done_steps: the run continues there; later lines of metrics.jsonl are dropped, and
+        all of them where nothing was saved."""
         self.run, self.is_main, self.total = run, is_main, total_steps
         self._start, self._first = time.perf_counter(), done_steps
         self._bar = None
         if not is_main:
             return
-        self.records = read_metrics(run, done_steps)
-        _rewrite(run / "metrics.jsonl", self.records)
-        self._file = open(run / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.records = read_metrics(run, done_steps) if done_steps else []
+        with written_whole(run / "metrics.jsonl") as path:
+            path.write_text("".join(map(_line, self.records)), encoding="utf-8")
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps, initial=done_steps, desc=run.name, unit="step", ncols=100
@@ -44,10 +58,10 @@ class Log:
         """Keep a record of kind "train" or "val" and show its main figures."""
         if not self.is_main:
             return
-        line = {"kind": kind, "step": step, **figures}
-        self.records.append(line)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        record = {"kind": kind, "step": step, **figures}
+        self.records.append(record)
+        with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(_line(record))
         shown = {key: figures[key] for key in _SHOWN if key in figures}
         text = "  ".join(f"{key} {_short(value)}" for key, value in shown.items())
         if kind == "train" and self._bar is not None:
@@ -68,11 +82,13 @@ class Log:
             draw_curves(self.records, self.run / "curves.png", self.run.name)
 
     def close(self) -> None:
-        """End the bar and the file."""
+        """End the bar."""
         if self._bar is not None:
             self._bar.close()
-        if self.is_main:
-            self._file.close()
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record) + "\n"
 
 
 def _short(value: float) -> str:
@@ -91,13 +107,6 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict]:
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
-
-
-def _rewrite(path: Path, records: list[dict]) -> None:
-    temporary = path.with_name("tmp-" + path.name)
-    lines = [json.dumps(record) + "\n" for record in records]
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -119,7 +128,8 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
             axis.set_yscale("log")
     axes[0].legend()
     figure.suptitle(title)
-    temporary = path.with_name("tmp-" + path.name)
-    figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
-    os.replace(temporary, path)
+    try:
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+    finally:
+        pyplot.close(figure)

@@ -36,11 +36,23 @@ class OptimConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.warmup_steps < 0 or self.max_grad_norm <= 0:
-            raise ConfigError(
-                f"optim wants lr > 0, warmup_steps >= 0, max_grad_norm > 0; found lr {self.lr}, "
-                f"warmup_steps {self.warmup_steps}, max_grad_norm {self.max_grad_norm}"
-            )
+        # Written so that NaN, which compares as false, is refused.
+        wanted = {
+            "lr": ("a number above 0", 0 < self.lr < math.inf),
+            "min_lr_ratio": ("0 to 1", 0 <= self.min_lr_ratio <= 1),
+            "warmup_steps": ("0 or more", self.warmup_steps >= 0),
+            "weight_decay": ("0 or more", 0 <= self.weight_decay < math.inf),
+            "beta1": ("0 to below 1", 0 <= self.beta1 < 1),
+            "beta2": ("0 to below 1", 0 <= self.beta2 < 1),
+            "max_grad_norm": ("more than 0", self.max_grad_norm > 0),
+        }
+        bad = [
+            f"optim.{name} wants {what}, found {getattr(self, name)}"
+            for name, (what, is_good) in wanted.items()
+            if not is_good
+        ]
+        if bad:
+            raise ConfigError("; ".join(bad))
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

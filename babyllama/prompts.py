@@ -45,16 +45,16 @@ class SummaryPrompts:
         """
         if not path.is_file():
             raise ConfigError(f"template file {path}: no such file")
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
             families = [(f["questions"], f["answers"]) for f in raw["families"].values()]
             prompts = cls(tokenizer, raw["slots"], families, raw["eval"]["question"])
-        except (TypeError, KeyError, AttributeError) as error:
+            faults = prompts._faults()
+        except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(
                 f"{path}: wanted slots, families (each with questions and answers) and "
                 f"eval.question; missing or misplaced: {error}"
             ) from None
-        faults = prompts._faults()
         if faults:
             raise ConfigError(f"{path}: " + "; ".join(faults[:10]))
         prompts.longest = max(prompts._lengths())
@@ -63,7 +63,13 @@ class SummaryPrompts:
     def _faults(self) -> list[str]:
         wanted = [(q, "text") for questions, _ in self.families for q in questions]
         wanted += [(a, "summary") for _, answers in self.families for a in answers]
-        faults = []
+        faults = [
+            f"slot {name!r} must be a list of words, found {words!r}"
+            for name, words in self.slots.items()
+            if not isinstance(words, list) or not words or not all(map(_is_word, words))
+        ]
+        if not self.families or not all(q and a for q, a in self.families):
+            faults.append("wanted families, each with a question and an answer at least")
         for template, stored in [*wanted, (self.eval_question, "text")]:
             names = _SLOT.findall(template)
             if names.count(stored) != 1:
@@ -89,7 +95,7 @@ class SummaryPrompts:
         return [_fill(template, dict(zip(names, words, strict=True))) for words in choices]
 
     def _n_ids(self, filled: str) -> int:
-        return sum(len(self._encode(part)) for part in _SLOT.split(filled) if part not in _STORED)
+        return sum(len(self._encode(part)) for part in _SLOT.split(filled)[::2])
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -151,11 +157,16 @@ class SummaryPrompts:
         return self.tokenizer.render_prompt(self.eval_messages(ids, room)), len(ids) > room
 
     def _lay(self, filled: str, stored: Sequence[int]) -> list[Sequence[int]]:
+        # What stands between the slots, and the names of the slots, take turns.
         return [
-            stored if part in _STORED else self._encode(part)
-            for part in _SLOT.split(filled)
+            stored if number % 2 else self._encode(part)
+            for number, part in enumerate(_SLOT.split(filled))
             if part
         ]
+
+
+def _is_word(word: object) -> bool:
+    return isinstance(word, str) and not _SLOT.search(word)
 
 
 def _fill(template: str, chosen: dict[str, str]) -> str:

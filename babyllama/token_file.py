@@ -1,7 +1,7 @@
 """The .bin/.idx pair: everything that trains is read from it. No torch.
 
 x.bin   token ids, little endian, uint16 where the vocabulary has at most 65,536 pieces, else uint32
-x.idx   header (128 bytes), document ends, piece ends, piece roles, SHA-256 of all that
+x.idx   header (120 bytes), document ends, piece ends, piece roles, SHA-256 of all that
 
     header: magic 8s | version u32 | kind u32 | bytes per id u32 | vocabulary size u32 |
             tokens u64 | documents u64 | pieces u64 | tokenizer fingerprint 32s |

@@ -23,15 +23,13 @@ from babyllama.checkpoint import (
     differences,
     list_checkpoints,
     load_train_state,
-    load_weights,
     save_checkpoint,
-    verify,
 )
 from babyllama.cli import BAD_NUMBERS, REPO, STOPPED, plain, shown, to_yaml
 from babyllama.data import Data, TrainData, ValData
 from babyllama.device import DeviceConfig, Scaler, memory_gb, pick_precision
 from babyllama.errors import ConfigError
-from babyllama.log import Log
+from babyllama.log import Log, written_whole
 from babyllama.optim import OptimConfig, lr_at, make_optimizer, set_lr
 from babyllama.parallel import World, no_sync
 from model import Loss, Transformer
@@ -72,10 +70,14 @@ class TrainConfig:
             "max_bad_steps",
         )  # fmt: skip
         bad = [f"{name} {getattr(self, name)}" for name in numbers if getattr(self, name) < 1]
-        if bad or self.max_steps < 0 or (self.max_steps == 0 and self.epochs <= 0):
+        if self.seed < 0:
+            bad.append(f"seed {self.seed}")
+        if self.max_steps < 0 or (self.max_steps == 0 and not 0 < self.epochs < math.inf):
+            bad.append(f"max_steps {self.max_steps} with epochs {self.epochs}")
+        if bad:
             raise ConfigError(
-                f"train wants whole numbers from 1 and max_steps or epochs above 0; found "
-                f"{', '.join(bad) or f'max_steps {self.max_steps}, epochs {self.epochs}'}"
+                f"train wants whole numbers from 1, a seed from 0, and max_steps or epochs above "
+                f"0; found {', '.join(bad)}"
             )
 
 
@@ -109,7 +111,7 @@ def open_run(name: str, config: object, world: World) -> Path:
     run = REPO / "out" / name
     saved = run / "config.yaml"
     if saved.is_file():
-        found = yaml.safe_load(saved.read_text("utf-8"))
+        found = _read_config(saved)
         lines = differences(found, plain(config), FREE)
         if lines:
             raise ConfigError(
@@ -121,9 +123,23 @@ def open_run(name: str, config: object, world: World) -> Path:
     world.barrier()
     if world.is_main:
         run.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_yaml(config), "utf-8")
+        with written_whole(saved) as path:
+            path.write_text(to_yaml(config), "utf-8")
     world.barrier()
     return run
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{shown(path)}: wanted the settings of a run, found {' '.join(str(found).split())}; "
+            f"take another --name, or delete this run"
+        )
+    return found
 
 
 @contextlib.contextmanager
@@ -170,9 +186,11 @@ def train(
     kind: "pretrain" or "sft", kept in the checkpoints
     """
     config, optim = cfg.train, cfg.optim
+    # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
+    torch.manual_seed(config.seed)
     optimizer = make_optimizer(model, optim)
     scaler = Scaler(world.device, pick_precision(world.device, cfg.device.precision))
-    step, tokens_seen = _resume(run, model, optimizer, scaler)
+    step, tokens_seen = _resume(run, model, tokenizer, optimizer, scaler)
     last = total_steps(config, data.train)
     log = Log(run, step, last, world.is_main)
     if step >= last:
@@ -209,16 +227,20 @@ def train(
             set_lr(optimizer, lr)
             batches = data.train.batches(step, config.micro_batch_size, world.rank, world.size)
             sums = forward_backward(wrapped, batches, world, scaler, loss_function)
-            grad_norm = scaler.step(optimizer, parameters, optim.max_grad_norm)
+            grad_norm = scaler.step(optimizer, parameters, optim.max_grad_norm, float(sums[0]))
             step += 1
             tokens_seen += int(sums[3])
             bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
             if bad_steps:
-                log.say(f"step {step}: gradient norm {grad_norm}; the step changed nothing")
+                log.say(
+                    f"step {step}: loss {_means(sums.tolist())['loss']}, gradient norm "
+                    f"{grad_norm}; the step changed nothing"
+                )
             else:
                 window.add(sums)
             log.step(step)
-            if step % config.log_every == 0 or step == last:
+            is_logged = step % config.log_every == 0 or step == last
+            if is_logged and not bad_steps and window.sums[1] > 0:
                 figures = window.figures(tokens_seen)
                 log.record("train", step, {**figures, "lr": lr, "grad_norm": grad_norm})
             if bad_steps >= config.max_bad_steps:
@@ -262,11 +284,18 @@ def forward_backward(
                 loss = loss_function(model, batch)
             # DDP averages gradients over ranks; the sum is wanted.
             scaler.backward(loss.loss_sum * (world.size / n_targets[0]))
-        sums += torch.stack([
-            loss.loss_sum.detach().double(), loss.n_targets, loss.n_correct,
-            torch.tensor(batch["tokens"].numel(), device=world.device),
-        ]).cpu()  # fmt: skip
-    return world.sum(sums.float().to(world.device)).double().cpu() if world.size > 1 else sums
+        sums[:3] += _on_cpu(loss)
+        sums[3] += batch["tokens"].numel()
+    return _over_ranks(sums, world)
+
+
+def _on_cpu(loss: Loss) -> Tensor:
+    """Its three sums; (3,) float64, which Apple's GPUs do not have."""
+    return torch.stack([part.detach().float() for part in loss]).cpu().double()
+
+
+def _over_ranks(sums: Tensor, world: World) -> Tensor:
+    return world.sum(sums.float().to(world.device)).cpu().double() if world.size > 1 else sums
 
 
 @torch.no_grad()
@@ -276,16 +305,15 @@ def evaluate(
     """Loss, perplexity and accuracy over the validation rows, in all and per source."""
     inner = getattr(model, "module", model)
     inner.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)
+    total = torch.zeros(3, dtype=torch.float64)
     losses = {}
     for name in data.names:
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        sums = torch.zeros(3, dtype=torch.float64)
         for batch in data.batches(name, micro_batch_size, world.rank, world.size):
             batch = {key: value.to(world.device) for key, value in batch.items()}
             with scaler.autocast():
-                loss = inner(**batch)
-            sums += torch.stack([loss.loss_sum.double(), loss.n_targets, loss.n_correct])
-        sums = world.sum(sums)
+                sums += _on_cpu(inner(**batch))
+        sums = _over_ranks(sums, world)
         losses[name] = float(sums[0] / sums[1].clamp(min=1))
         total += sums
     inner.train()
@@ -337,17 +365,17 @@ class Window:
 
 
 def _resume(
-    run: Path, model: Transformer, optimizer: torch.optim.Optimizer, scaler: Scaler
+    run: Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer,
+    scaler: Scaler,
 ) -> tuple[int, int]:
     """Continue from the newest checkpoint; returns (step, tokens seen)."""
     steps = list_checkpoints(run)
     if not steps:
         return 0, 0
-    from safetensors.torch import load_file
-
-    verify(steps[-1], ("model.safetensors",))
-    load_weights(model, load_file(steps[-1] / "model.safetensors"), steps[-1])
-    state = load_train_state(steps[-1], model, optimizer)
+    state = load_train_state(steps[-1], model, tokenizer, optimizer)
     scaler.load(state["scaler"])
     return state["step"], state["tokens"]
 

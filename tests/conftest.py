@@ -1,19 +1,24 @@
 """What several tests need: a small real vocabulary, a small model, a checkpoint, token files."""
 
-import os
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 
 from babyllama.checkpoint import save_checkpoint
+from babyllama.cli import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.token_file import TokenFileWriter
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, train_vocabulary
 
-# Two cores are shared by the tests; more threads than cores make tiny models slower.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Tiny models gain nothing from a second thread, and lose tenfold where the cores are busy.
+torch.set_num_threads(1)
 
 TEXTS = [
     "今天天气很好，我们去公园散步。公园里有很多花，也有很多人。",
@@ -58,9 +63,14 @@ def checkpoint(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> Path
 @pytest.fixture
 def token_root(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     """Token files of three small sets, each with a train and a val part: text, chat, summary."""
+    return write_token_files(tmp_path, tokenizer)
+
+
+def write_token_files(root: Path, tokenizer: Tokenizer) -> Path:
+    """The three sets of `token_root`, in root/tokens."""
     for split, n_rows in (("train", 40), ("val", 6)):
         write = {
-            kind: TokenFileWriter(tmp_path / f"tokens/{kind}/{split}-00000", kind, tokenizer)
+            kind: TokenFileWriter(root / f"tokens/{kind}/{split}-00000", kind, tokenizer)
             for kind in ("text", "chat", "summary")
         }
         with write["text"] as text, write["chat"] as chat, write["summary"] as summary:
@@ -71,4 +81,51 @@ def token_root(tmp_path: Path, tokenizer: Tokenizer) -> Path:
                 summary.add_row([("text", body), ("summary", title)])
                 turns = [("user", title), ("assistant", body[: 5 + n])] * (1 + n % 3)
                 chat.add_row(([("system", body[:20])] if n % 4 == 0 else []) + turns)
-    return tmp_path / "tokens"
+    return root / "tokens"
+
+
+class Outcome(NamedTuple):
+    """What a script left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def script(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """Runs a script of the repository in this process, from its first line to its exit code."""
+
+    def call(name: str, *argv: object) -> Outcome:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(REPO / name), run_name="__main__")
+        return Outcome(end.value.code or 0, *capfd.readouterr())
+
+    return call
+
+
+def write_run(path: Path, tokens: Path, tokenizer: Tokenizer | None = None, **train: int) -> Path:
+    """A config of ten short steps on the CPU, for pretrain.py, or without tokenizer for sft.py.
+
+    Ten steps cross the border of an epoch. The run goes to <path without .yaml>.
+
+    train: changes to the section of that name
+    """
+    sizes = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 16, "max_seq_len": 128}
+    names = ["text"] if tokenizer else ["chat", "summary"]
+    every = {"max_steps": 10, "log_every": 1, "eval_every": 5, "save_every": 5}
+    config = {
+        "name": str(path.with_suffix("")),
+        "data": {"sources": [{"name": str(tokens / name)} for name in names]},
+        "optim": {"lr": 1e-2, "warmup_steps": 2},
+        "train": every | {"batch_size": 4 if tokenizer else 11, "micro_batch_size": 2} | train,
+        "device": {"device": "cpu", "precision": "float32"},
+    }
+    if tokenizer:
+        config |= {"tokenizer": str(tokenizer.path), "model": sizes}
+    path.write_text(yaml.safe_dump(config), "utf-8")
+    return path

@@ -9,7 +9,6 @@ import re
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
@@ -21,22 +20,15 @@ from test_retrieval import server, url  # noqa: F401
 
 import chat
 from babyllama.checkpoint import save_checkpoint
-from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows
 from model import ModelConfig, Transformer
-from tokenizer import LABELS, Tokenizer, train_vocabulary
+from tokenizer import LABELS, Tokenizer
 
 REPO = Path(chat.__file__).parent
-TEXT = "资料 人类 助手：，。？！你我他是谁好的吗喜欢什么今天天气好银杏是落叶乔木原产于中国"
 PROMPT = LABELS["user"]
-REPLY = "你好😀。"  # the vocabulary has no 😀: it takes four byte tokens
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    path = tmp_path_factory.mktemp("vocabulary") / "tiny.model"
-    train_vocabulary([TEXT] * 3, path, vocab_size=330)
-    return Tokenizer(path)
+REPLY = "你好😀\x07。"  # the vocabulary has no 😀: it takes four byte tokens
+ON_SCREEN = f"{LABELS['assistant']}你好😀·。\r\n"  # nothing may ring the bell
 
 
 def teach(model: Transformer, chain: list[int]) -> None:
@@ -75,10 +67,19 @@ def endless(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
     return make_checkpoint(tmp_path_factory.mktemp("run") / "endless", tokenizer, reply)
 
 
+# Tiny models gain nothing from a second thread.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "NO_PROXY": "127.0.0.1"}
+
+
 def run_chat(*arguments: object, cwd: Path = REPO) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPO / "chat.py"), *map(str, arguments)]
     return subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", cwd=cwd
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env=ENVIRONMENT,
     )
 
 
@@ -98,14 +99,20 @@ def test_without_a_terminal_three_exchanges_are_shown_always_the_same(tmp_path, 
     assert capsys.readouterr().out == done.stdout
 
 
-def test_a_mistake_is_one_line_and_code_2(polite):
-    done = run_chat(polite, "--prompt", "好" * 2000)
-    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
-    assert re.match("error: .*太长", done.stderr.splitlines()[-1])
-    with pytest.raises(ConfigError, match="--prompt is blank"):
-        chat.main(chat.ChatConfig(prompt=" "))
-    with pytest.raises(CheckpointError, match="/no/such/run"):
-        chat.main(chat.ChatConfig(checkpoint=Path("/no/such/run")))
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["/no/such/run"], "/no/such/run"),
+        (["POLITE", "--prompt", " "], "--prompt is blank"),
+        (["POLITE", "--prompt", "好" * 2000], "太长"),
+        (["POLITE", "--temperature", "-1"], "temperature"),
+        (["POLITE", "--reference", "txet.txt", "--prompt", "你好"], "没有文件"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(script, polite, arguments, message):
+    done = script("chat.py", *(polite if word == "POLITE" else word for word in arguments))
+    assert (done.code, done.out) == (2, "") and message in done.err
+    assert done.err.splitlines()[-1].startswith("error: ") and "Traceback" not in done.err
 
 
 def test_without_any_checkpoint_it_says_how_to_get_one(tmp_path, monkeypatch):
@@ -130,19 +137,26 @@ class Terminal:
             stdout=inside,
             stderr=inside,
             cwd=cwd,
-            env=os.environ | {"TERM": "xterm", "NO_COLOR": "1", "COLUMNS": "2000"} | environment,
+            env=ENVIRONMENT | {"TERM": "xterm", "COLUMNS": "2000"} | environment,
             start_new_session=True,
         )
         os.close(inside)
         self.seen = b""
 
-    def read_until(self, wanted: str, seconds: float = 20) -> bytes:
+    def more(self, seconds: float) -> bool:
+        """Wait for output; whether any came."""
+        ready, _, _ = select.select([self.screen], [], [], seconds)
+        new = b""
+        if ready:
+            with suppress(OSError):  # the program has ended
+                new = os.read(self.screen, 4096)
+        self.seen += new
+        return bool(new)
+
+    def read_until(self, wanted: str) -> bytes:
         """What appears up to and including `wanted`."""
-        deadline = time.monotonic() + seconds
         while wanted.encode() not in self.seen:
-            ready, _, _ = select.select([self.screen], [], [], deadline - time.monotonic())
-            assert ready, f"waited for {wanted!r}, saw {self.seen.decode(errors='replace')!r}"
-            self.seen += os.read(self.screen, 4096)
+            assert self.more(20), f"no {wanted!r} in {self.seen.decode(errors='replace')!r}"
         end = self.seen.index(wanted.encode()) + len(wanted.encode())
         seen, self.seen = self.seen[:end], self.seen[end:]
         return seen
@@ -157,16 +171,20 @@ class Terminal:
         _echo, _, shown = self.read_until(until).partition(b"\n")
         return shown.decode().removesuffix(until)
 
-    def leave(self, keys: str | bytes) -> int:
-        """Type until the program has ended; returns its exit code.
+    def press(self, keys: str | bytes, until: str) -> None:
+        """Type keys, again each second until something happens, and read on.
 
         Python's readline loses a Ctrl-C that comes between its prompt and its waiting.
         """
-        for _ in range(4):
-            with suppress(subprocess.TimeoutExpired):
-                self.type(keys)
-                return self.process.wait(timeout=5)
-        raise AssertionError(f"still running after {keys!r}")
+        self.type(keys)
+        while not self.more(1) and self.process.poll() is None:
+            self.type(keys)
+        self.read_until(until)
+
+    def leave(self, keys: str | bytes) -> int:
+        """Type what ends the program; returns its exit code."""
+        self.press(keys, until="\n")
+        return self.process.wait(timeout=20)
 
 
 @pytest.fixture
@@ -189,7 +207,7 @@ def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 
 
 def test_a_conversation_with_its_commands(open_terminal, polite, tmp_path):
-    terminal = open_terminal(polite)
+    terminal = open_terminal(polite, PYTHONIOENCODING="utf-8:strict")
     (tmp_path / "text.txt").write_text("\ufeff银杏是乔木。", encoding="utf-8")
     (tmp_path / "long.txt").write_text("今天天气好。" * 1000, encoding="utf-8")
     (tmp_path / "picture.txt").write_bytes(b"\xff\xd8\xff\xff\x00")
@@ -208,16 +226,16 @@ def test_a_conversation_with_its_commands(open_terminal, polite, tmp_path):
     assert "资料：他是谁" in terminal.say("／资料 他是谁")
 
     assert "对话为空" in terminal.say("/save talk.jsonl")
-    assert terminal.say("你好") == f"{LABELS['assistant']}{REPLY}\r\n"
+    assert terminal.say("你好") == ON_SCREEN
     assert "太长" in terminal.say("好" * 2000)
-    assert terminal.say(b"a\xffb\x00") == f"{LABELS['assistant']}{REPLY}\r\n"
+    assert terminal.say(b"a\xffb\x00") == ON_SCREEN
     assert "2 轮已存入 talk.jsonl" in terminal.say("/save talk.jsonl")
     assert "已存在" in terminal.say("/save talk.jsonl")
     (row,) = read_rows(tmp_path / "talk.jsonl")
     said = [message["content"] for message in row["messages"]]
     assert said[:3] == ["他是谁", "你好", REPLY] and said[3][0] == "a" and len(said) == 5
 
-    assert "清空，资料保留" in terminal.say("/reset")
+    assert "清空，资料保留" in terminal.say("/res\t")  # completed
     assert "对话为空" in terminal.say("/save second.jsonl")
     assert terminal.leave("/quit\r") == 0
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["talk.jsonl"]
@@ -232,8 +250,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(open_terminal, endless, tmp_
     terminal.read_until(PROMPT)
     terminal.type("半句")
     terminal.read_until("半句")
-    terminal.type(b"\x03")  # drops the line
-    terminal.read_until(PROMPT)
+    terminal.press(b"\x03", until=PROMPT)  # drops the line
     assert "1 轮" in terminal.say("/save talk.jsonl")
     (row,) = read_rows(tmp_path / "talk.jsonl")
     assert re.fullmatch("好{3,399}", row["messages"][1]["content"])
@@ -251,7 +268,7 @@ def test_a_full_context_lets_old_turns_go_and_says_so_once(open_terminal, endles
 
 
 def test_wiki_fetches_asks_back_and_survives_failures(open_terminal, polite, url):  # noqa: F811
-    terminal = open_terminal(polite, "--wiki_url", url, NO_PROXY="127.0.0.1")
+    terminal = open_terminal(polite, "--wiki_url", url)
     assert "银杏科的落叶乔木" in terminal.say("/wiki 白果树")
     assert "2 苹果 (水果)" in terminal.say("/wiki 苹果", until="编号（回车取消）：")
     assert "美国公司" in terminal.say("1")
@@ -264,7 +281,7 @@ def test_wiki_fetches_asks_back_and_survives_failures(open_terminal, polite, url
     terminal.type(b"\x03")
     terminal.read_until("已取消")
     terminal.read_until(PROMPT)
-    assert terminal.say("你好") == f"{LABELS['assistant']}{REPLY}\r\n"
+    assert terminal.say("你好") == ON_SCREEN
 
 
 def talk_of(tokenizer: Tokenizer, room: int, n_turns: int = 6) -> chat.Conversation:

@@ -1,6 +1,7 @@
 """The steps of the quick start: in order, continued where stopped, run again when outdated."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -136,18 +137,27 @@ def test_an_outdated_run_is_moved_aside_and_an_interrupted_one_is_not(root):
 
 
 def test_the_summary_comes_before_the_last_step_which_runs_every_time(root, capsys):
-    run = root / "made/a"
-    steps = (ABC[0], step("b", makes="", command="python write.py b"))
-    (root / "write.py").write_text(
-        WRITE.replace('Path("made", name).touch()', "Path('made/a').mkdir(exist_ok=True)")
-    )
+    steps = (step("a", makes="made"), step("b", makes=""))
     ran(root, steps)
-    (run / "metrics.jsonl").write_text('{"step": 1, "val_loss": 9}\n{"val_loss": 2}\n{"loss": 1}\n')
+    records = [
+        {"kind": "val", "step": 1, "loss": 9.0, "ppl": 8103.1, "accuracy": 0.0},
+        {"kind": "val", "step": 2, "loss": 2.0, "ppl": 7.389, "accuracy": 0.5},
+        {"kind": "train", "step": 3, "loss": 1.0},
+    ]
+    (root / "made/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
     capsys.readouterr()
     assert ran(root, steps) == "b"
     told = capsys.readouterr().out
-    assert "validation loss 2.000" in told and "ppl 7.4" in told
-    assert told.index("validation loss") < told.index("step 2 of 2")
+    figures = "validation loss 2.000 · 困惑度 / ppl 7.4 · 准确率 / accuracy 50.0%"
+    assert told.index(figures) < told.index("step 2 of 2")
+
+
+def test_the_summary_shows_the_rouge_of_the_checkpoint_that_was_scored(tmp_path):
+    ours = {"published": {name: {"mean": 10.04} for name in ("rouge-1", "rouge-2", "rouge-l")}}
+    scores = {"scores_x100": {"sample_sft": {"rouge": ours}, "first sentence": {"rouge": {}}}}
+    (tmp_path / "predictions.scores.json").write_text(json.dumps(scores))
+    shown = quickstart.figures(tmp_path / "predictions.jsonl")
+    assert shown == "ROUGE-1/2/L 10.0 / 10.0 / 10.0"
 
 
 def test_the_steps_are_commands_of_this_repository():

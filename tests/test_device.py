@@ -1,0 +1,107 @@
+"""Which format a card gets, and that float16 skips a step whose gradient overflows."""
+
+import math
+
+import pytest
+import torch
+
+from babyllama.device import Scaler, memory_gb, pick_device, pick_precision, safe_precision
+from babyllama.errors import ConfigError
+
+CARDS = [
+    ("NVIDIA GeForce GTX 1080 Ti", (6, 1), "float32"),
+    ("NVIDIA GeForce GTX 1650", (7, 5), "float32"),
+    ("NVIDIA GeForce GTX 1660 Ti", (7, 5), "float32"),
+    ("NVIDIA GeForce MX450", (7, 5), "float32"),
+    ("NVIDIA GeForce RTX 2080", (7, 5), "float16"),
+    ("Tesla T4", (7, 5), "float16"),
+    ("Tesla V100-SXM2-16GB", (7, 0), "float16"),
+    ("NVIDIA GeForce RTX 3090", (8, 6), "bfloat16"),
+    ("NVIDIA A100-SXM4-40GB", (8, 0), "bfloat16"),
+    ("NVIDIA H100 80GB HBM3", (9, 0), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("card, capability, wanted", CARDS)
+def test_a_card_gets_the_fastest_format_that_trains(
+    card: str, capability: tuple[int, int], wanted: str
+) -> None:
+    assert safe_precision("cuda", card, capability) == wanted
+
+
+@pytest.mark.parametrize(
+    "device, wanted", [("cpu", "float32"), ("cpu-bf16", "bfloat16"), ("mps", "float32")]
+)
+def test_other_devices_compute_in_float32_unless_they_have_bfloat16(
+    device: str, wanted: str
+) -> None:
+    assert safe_precision(device) == wanted
+
+
+def test_a_named_format_is_used_and_auto_is_a_safe_one() -> None:
+    cpu = torch.device("cpu")
+    assert pick_precision(cpu, "float16") == "float16"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported()
+    assert pick_precision(cpu) == ("bfloat16" if has_bf16 else "float32")
+    assert pick_precision(torch.device("mps")) == "float32"
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    assert pick_device("cpu") == torch.device("cpu")
+    for name, is_there in (
+        ("cuda", torch.cuda.is_available()),
+        ("mps", torch.backends.mps.is_available()),
+    ):
+        if is_there:
+            assert pick_device(name).type == name
+        else:
+            with pytest.raises(ConfigError, match=f"{name}.*not available"):
+                pick_device(name)
+    assert pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+def one_step(scaler: Scaler, factor: float) -> tuple[float, bool]:
+    """The norm of one step, and whether it changed the weights."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.clone()
+    with scaler.autocast():
+        loss = model(torch.ones(2, 4)).float().sum() * factor
+    scaler.backward(loss)
+    norm = scaler.step(optimizer, list(model.parameters()), 1.0, loss.item())
+    assert all(weight.grad is None for weight in model.parameters())
+    return norm, not torch.equal(before, model.weight)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_step_is_made_in_every_format_and_a_bad_one_is_not(precision: str) -> None:
+    scaler = Scaler(torch.device("cpu"), precision)
+    norm, changed = one_step(scaler, 1.0)
+    assert changed and norm == pytest.approx(math.sqrt(16 * 4 + 4 * 4), rel=1e-2)
+    for factor in (math.inf, math.nan):
+        norm, changed = one_step(scaler, factor)
+        assert not changed and not math.isfinite(norm)
+    assert one_step(scaler, 1.0)[1]
+
+
+def test_an_overflow_halves_the_scale_of_float16_which_survives_a_restart() -> None:
+    scaler = Scaler(torch.device("cpu"), "float16")
+    one_step(scaler, math.inf)
+    state = scaler.state()
+    assert state["scale"] == 2.0**16 / 2
+    again = Scaler(torch.device("cpu"), "float16")
+    again.load(state)
+    assert again.state() == state
+
+
+@pytest.mark.parametrize("saved, now", [("float32", "float16"), ("float16", "float32")])
+def test_a_run_may_go_on_in_another_format(saved: str, now: str) -> None:
+    state = Scaler(torch.device("cpu"), saved).state()
+    scaler = Scaler(torch.device("cpu"), now)
+    scaler.load(state)
+    assert one_step(scaler, 1.0)[1]
+
+
+def test_memory_is_that_of_this_process() -> None:
+    assert 0.05 < memory_gb(torch.device("cpu")) < 64

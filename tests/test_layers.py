@@ -1,0 +1,136 @@
+"""Who may import whom (the table in README, section on the layout), and what importing may do."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parent.parent
+TOP = ("pretrain", "sft", "chat", "eval_rouge", "quickstart")
+FLOOR_2 = ("data_process", "bench", "vqa", "serve", "export")
+# On floor 1: what may import its neighbours of lower rank.
+RANKS = {"babyllama.checkpoint": 1, "babyllama.data": 1, "babyllama.trainer": 2}
+RANKS |= {"babyllama.estimate": 3}
+TORCH_FREE = (
+    "tokenizer",
+    "babyllama.errors",
+    "babyllama.rows",
+    "babyllama.token_file",
+    "babyllama.prompts",
+    "babyllama.metrics",
+    "data_process",
+)
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of ours by its dotted name, tests and the scripts of benchmarks/ aside."""
+    files = [*REPO.glob("*.py")]
+    for package in ("babyllama", *FLOOR_2):
+        files += (REPO / package).rglob("*.py")
+    names = {}
+    for path in files:
+        parts = path.relative_to(REPO).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+MODULES = module_files()
+
+
+def imports_of(path: Path) -> set[str]:
+    """The modules of ours that a file imports when it is imported itself."""
+    tree = ast.parse(path.read_text("utf-8"))
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in whole}
+    return {name for name in found if name in MODULES}
+
+
+def floor(module: str) -> float:
+    """The floor of a module; parts of floor 1 have their rank behind the point."""
+    package = module.split(".")[0]
+    if module in ("model", "tokenizer", "babyllama", "babyllama.errors"):
+        return 0
+    if package == "babyllama":
+        return 1 + RANKS.get(module, 0) / 10
+    return 2 if package in FLOOR_2 else 3
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module):
+    for imported in imports_of(MODULES[module]):
+        mine, other = floor(module), floor(imported)
+        if mine == 0:
+            assert imported == "babyllama.errors", f"{module} imports {imported}"
+        elif 1 <= mine < 2 and other == mine == 1:
+            # The small parts of floor 1 may use the one that finds paths for all.
+            assert imported == "babyllama.cli", f"{module} imports {imported}"
+        elif mine == other == 2:
+            assert module.split(".")[0] == imported.split(".")[0], f"{module} imports {imported}"
+        else:
+            assert other < mine, f"{module} imports {imported}"
+
+
+def test_every_script_of_the_root_is_known():
+    at_root = {name for name in MODULES if "." not in name and (REPO / f"{name}.py").is_file()}
+    assert at_root == {"model", "tokenizer", *TOP}
+
+
+def run_python(code: str, *words: str, cwd: Path) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.path.insert(0, {str(REPO)!r})\n{code}"
+    return subprocess.run(
+        [sys.executable, "-B", "-c", code, *words],
+        cwd=cwd, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_what_a_cluster_worker_needs_imports_no_torch(tmp_path):
+    free = [name for name in MODULES if name in TORCH_FREE or name.startswith("data_process.")]
+    assert len(free) > 15
+    code = """
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    assert "torch" not in sys.modules, name
+"""
+    done = run_python(code, *free, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_does_nothing_visible(tmp_path):
+    """No output, no file written, no environment or working directory changed, no network."""
+    code = """
+import importlib, json, os
+before, seen = dict(os.environ), []
+
+def watch(event, args):
+    writes = event == "open" and (
+        any(c in str(args[1]) for c in "wax+") or args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    acts = event in ("os.mkdir", "os.rename", "os.remove", "os.chdir", "socket.connect",
+                     "subprocess.Popen", "os.system", "os.fork")
+    if writes or acts:
+        seen.append([module, event, str(args[:2])])
+
+module = "the libraries"
+import numpy, torch, sentencepiece, jsonargparse, tqdm, yaml, safetensors  # their own business
+torch.nn.functional.softmax(torch.ones(1), 0)
+sys.addaudithook(watch)
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+print(json.dumps({"seen": seen, "same": dict(os.environ) == before, "cwd": os.getcwd()}))
+"""
+    done = run_python(code, *MODULES, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line) == {"seen": [], "same": True, "cwd": str(tmp_path)}
+    assert not list(tmp_path.iterdir())
