@@ -176,7 +176,7 @@ def newest_run(out: Path | None = None, kind: str | None = None) -> Path | None:
     newest = {}
     for run in (out or REPO / "out").glob("*"):
         steps = list_checkpoints(run)
-        if steps and kind in (None, _read_info(steps[-1])["kind"]):
+        if steps and (kind is None or _read_info(steps[-1])["kind"] == kind):
             newest[steps[-1].stat().st_mtime] = run
     return newest[max(newest)] if newest else None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import yaml
+from docstring_parser import parse as docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from babyllama.errors import CheckpointError, ConfigError, DataError
@@ -62,8 +63,12 @@ def parse(
         "a config inside it (model: ../model/43m.yaml) is named from where the file lies",
     )
     hints = config_class.__dataclass_fields__
+    explained = {p.arg_name: p.description for p in docstring(config_class.__doc__).params}
     for name in positional:
-        parser.add_argument(name, nargs="?", type=hints[name].type, default=hints[name].default)
+        field = hints[name]
+        parser.add_argument(
+            name, nargs="?", type=field.type, default=field.default, help=explained[name]
+        )
     parser.add_class_arguments(config_class, skip=set(positional))
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = ["--dry_run=true" if word == "--dry-run" else word for word in argv]

@@ -30,6 +30,7 @@ from babyllama.data import Data, TrainData, ValData
 from babyllama.device import DeviceConfig, Scaler, memory_gb, pick_precision
 from babyllama.errors import ConfigError
 from babyllama.log import Log, written_whole
+from babyllama.metrics import accuracy, perplexity
 from babyllama.optim import OptimConfig, lr_at, make_optimizer, set_lr
 from babyllama.parallel import World, no_sync
 from model import Loss, Transformer
@@ -321,11 +322,12 @@ def evaluate(
 
 
 def _means(sums: list[float]) -> dict:
-    loss = sums[0] / max(1.0, sums[1])
+    loss_sum, n_targets, n_correct = sums[:3]
+    n_targets = max(1.0, n_targets)
     return {
-        "loss": loss,
-        "ppl": math.exp(min(loss, 50.0)),
-        "accuracy": sums[2] / max(1.0, sums[1]),
+        "loss": loss_sum / n_targets,
+        "ppl": perplexity(loss_sum, n_targets),
+        "accuracy": accuracy(n_correct, n_targets),
         "n_targets": int(sums[1]),
     }
 

@@ -77,12 +77,12 @@ def one_step(scaler: Scaler, factor: float) -> tuple[float, bool]:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_a_step_is_made_in_every_format_and_a_bad_one_is_not(precision: str) -> None:
     scaler = Scaler(torch.device("cpu"), precision)
-    norm, changed = one_step(scaler, 1.0)
-    assert changed and norm == pytest.approx(math.sqrt(16 * 4 + 4 * 4), rel=1e-2)
+    norm, changed = one_step(scaler, 0.01)
+    assert changed and norm == pytest.approx(0.01 * math.sqrt(16 * 4 + 4 * 4), rel=1e-2)
     for factor in (math.inf, math.nan):
         norm, changed = one_step(scaler, factor)
         assert not changed and not math.isfinite(norm)
-    assert one_step(scaler, 1.0)[1]
+    assert one_step(scaler, 0.01)[1]
 
 
 def test_an_overflow_halves_the_scale_of_float16_which_survives_a_restart() -> None:
@@ -100,7 +100,7 @@ def test_a_run_may_go_on_in_another_format(saved: str, now: str) -> None:
     state = Scaler(torch.device("cpu"), saved).state()
     scaler = Scaler(torch.device("cpu"), now)
     scaler.load(state)
-    assert one_step(scaler, 1.0)[1]
+    assert one_step(scaler, 0.01)[1]
 
 
 def test_memory_is_that_of_this_process() -> None:

@@ -379,6 +379,11 @@ def test_ten_steps_are_five_kill_and_five(
     kind: str, place: Place, straight: Callable[[str], Path], start: Callable
 ) -> None:
     arguments, run = command(place, kind, f"killed-{kind}"), place.root / f"killed-{kind}"
+    if kind == "pretrain":  # before the first checkpoint: the run begins anew
+        process = start(arguments)
+        until(process, "train step 2/10")
+        kill(process)
+        assert list_checkpoints(run) == []
     process = start(arguments)
     until(process, "train step 7/10")
     kill(process)
@@ -388,20 +393,6 @@ def test_ten_steps_are_five_kill_and_five(
     assert logged(run, "train") == list(range(1, 11))
     assert logged(run, "val") == [0, 5, 10]
     assert not list(run.glob("tmp-*"))
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_anew(
-    place: Place, straight: Callable[[str], Path], start: Callable
-) -> None:
-    arguments, run = command(place, "pretrain", "early"), place.root / "early"
-    process = start(arguments)
-    until(process, "train step 2/10")
-    kill(process)
-    assert list_checkpoints(run) == []
-    finish(start(arguments))
-    assert_same_state(run, straight("pretrain"))
-    assert logged(run, "train") == list(range(1, 11))
-    assert logged(run, "val") == [0, 5, 10]
 
 
 def test_a_run_that_is_stopped_saves_says_how_to_go_on_and_ends_as_if_it_had_not_been(
@@ -424,19 +415,19 @@ def test_a_run_that_is_stopped_saves_says_how_to_go_on_and_ends_as_if_it_had_not
     assert logged(run, "train") == list(range(1, 11))
 
 
-def kill_at_random(place: Place, start: Callable, name: str, n_kills: int, seed: int) -> None:
-    """Kill runs at random moments until there were as many kills; runs that end meanwhile are
-    compared with an uninterrupted one, and begun again."""
+def kill_at_random(
+    place: Place, start: Callable, wanted: Path, n_kills: int, save_every: int, seed: int
+) -> None:
+    """Kill runs at random moments until there were as many kills; runs that end are compared with
+    one that nobody interrupted, and another is begun."""
     chance = random.Random(seed)
-    every = {"eval_every": 4, "save_every": 1}
-    reference = place.root / f"{name}-reference"
-    finish(start(command(place, "pretrain", reference.name, **every)))
     done = finished = 0
     while done < n_kills or not finished:
-        arguments = command(place, "pretrain", f"{name}-{finished}", **every)
-        run = place.root / f"{name}-{finished}"
+        name = f"random-{n_kills}-{finished}"
+        arguments = command(place, "pretrain", name, eval_every=4, save_every=save_every)
+        run = place.root / name
         process = start(arguments)
-        until(process, "step")
+        until(process, "parameters")  # the first line that a run says
         if done < n_kills:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=chance.uniform(0, 2))
@@ -447,21 +438,25 @@ def kill_at_random(place: Place, start: Callable, name: str, n_kills: int, seed:
             done += 1
             continue
         assert process.returncode == 0, said
-        assert_same_state(run, reference)
+        assert_same_state(run, wanted)
         assert logged(run, "train") == list(range(1, 11))
         assert not list(run.glob("tmp-*step-*"))
         finished += 1
     print(f"{done} kills, {finished} runs finished")
 
 
-def test_kills_at_random_moments_tear_nothing(place: Place, start: Callable) -> None:
-    kill_at_random(place, start, "random", n_kills=3, seed=int(time.time()))
+def test_kills_at_random_moments_tear_nothing(
+    place: Place, start: Callable, straight: Callable[[str], Path]
+) -> None:
+    kill_at_random(place, start, straight("pretrain"), 3, save_every=2, seed=int(time.time()))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_fifty_kills_at_random_moments_tear_nothing(place: Place, start: Callable) -> None:
-    kill_at_random(place, start, "fifty", n_kills=50, seed=0)
+def test_fifty_kills_at_random_moments_tear_nothing(
+    place: Place, start: Callable, straight: Callable[[str], Path]
+) -> None:
+    kill_at_random(place, start, straight("pretrain"), 50, save_every=1, seed=0)
 
 
 def contents(root: Path) -> dict[str, bytes]:
