@@ -28,7 +28,7 @@ from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.generate import SamplingConfig, generate
 from babyllama.prompts import SummaryPrompts
-from babyllama.rows import check_row, read_lines, row_kind, write_rows
+from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def read_pairs(path: Path) -> list[dict]:
     """
     is_tsv = path.suffix == ".tsv"
     rows = []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in numbered_lines(path):
         row = _from_tsv(line, f"{path.stem}/{number}") if is_tsv else _from_json(line)
         reason = check_row(row)
         if reason or row_kind(row) != "summary":

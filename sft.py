@@ -58,7 +58,7 @@ def resolve(cfg: SftConfig) -> SftConfig:
     if not cfg.data.sources:
         if cfg.dataset is None:
             raise ConfigError("nothing to train on: name a set, python sft.py --dataset sample")
-        cfg = replace(cfg, data=replace(cfg.data, sources=[SourceConfig(cfg.dataset)]))
+        cfg = replace(cfg, data=replace(cfg.data, sources=(SourceConfig(cfg.dataset),)))
     name = cfg.name or (cfg.dataset and Path(cfg.dataset).name)
     if not name:
         raise ConfigError("the run has no name: give --name, or --dataset to take that")
@@ -85,7 +85,7 @@ def main(cfg: SftConfig) -> int:
 
 def config_of(argv: Sequence[str]) -> Path | None:
     """configs/sft/<dataset>.yaml for the dataset that the command line names, if it is there."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = following if word == "--dataset" else word.removeprefix("--dataset=")
         if word.startswith("--dataset") and (REPO / f"configs/sft/{name}.yaml").is_file():
             return Path(f"configs/sft/{name}.yaml")

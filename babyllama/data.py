@@ -11,7 +11,7 @@ names of the model's forward.
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -55,11 +55,15 @@ class DataConfig:
         max_val_rows: validation takes the first rows of each source, at most this many
     """
 
-    sources: list[SourceConfig] = field(default_factory=list)
+    # A tuple, because jsonargparse lays a list over an earlier one of the same length: the weights
+    # of a config would pass on to the sets that a flag names.
+    sources: tuple[SourceConfig, ...] = ()
     prompts: Path = Path("configs/prompts/summary_zh.yaml")
     max_val_rows: int = 256
 
     def __post_init__(self) -> None:
+        if self.max_val_rows < 1:
+            raise ConfigError(f"data.max_val_rows wants 1 or more, found {self.max_val_rows}")
         for source in self.sources:
             if not 0 < source.weight < math.inf:
                 raise ConfigError(

@@ -125,11 +125,6 @@ def read_rows(path: Path) -> Iterator[dict]:
         raise DataError(f"{path}: wanted rows, found an empty file; make the data set again")
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """The non-blank lines of a file, as `numbered_lines` reads them."""
-    return (line for _, line in numbered_lines(path))
-
-
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The non-blank lines of a UTF-8 file (a BOM is removed), without their line ends, each with
     its number in the file, from 1.

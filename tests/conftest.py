@@ -91,6 +91,13 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
+    @property
+    def error(self) -> str:
+        """The one line that a mistake of the user's must become, with exit code 2."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert self.code == 2 and len(lines) == 1 and "Traceback" not in self.err, self
+        return lines[0]
+
 
 @pytest.fixture
 def script(

@@ -167,9 +167,10 @@ def test_weights_say_how_often_the_rows_of_a_source_come(tmp_path):
 
 def test_sources_are_mixed_evenly_over_an_epoch(tmp_path):
     mixture = Mixture([numbered(tmp_path, 400), numbered(tmp_path, 400, 1000)], [1.0, 1.0], seed=5)
-    first_half = rows_of_epoch(mixture, 0)[:400]
+    turns = [[row < 1000 for row in rows_of_epoch(mixture, epoch)] for epoch in range(2)]
     # A hypergeometric count: mean 200, deviation 7.1.
-    assert 170 < sum(row < 1000 for row in first_half) < 230
+    assert all(170 < sum(turn[:400]) < 230 for turn in turns)
+    assert turns[0] != turns[1]
 
 
 def test_permuted_is_a_permutation_and_another_for_each_epoch():
@@ -218,9 +219,9 @@ def test_packing_keeps_every_row_and_never_overfills(lengths, capacity):
 
 
 def test_packing_takes_the_bin_that_fits_best():
-    # 70 + 30 and 60 + 40 fill both; first fit would put 40 beside nothing.
-    bins = best_fit([60, 70, 30, 40], 100)
-    assert sorted(map(sorted, bins)) == [[0, 3], [1, 2]]
+    # 30 goes beside 70, though 60 leaves more room: that room is wanted for 25 and 15.
+    bins = best_fit([70, 60, 30, 25, 15], 100)
+    assert sorted(map(sorted, bins)) == [[0, 2], [1, 3, 4]]
 
 
 def test_a_packed_batch_has_the_loss_of_its_rows(data, model):

@@ -15,7 +15,7 @@ import eval_rouge
 from babyllama import metrics
 from babyllama.checkpoint import load_model
 from babyllama.errors import ConfigError, DataError
-from babyllama.rows import read_lines, write_rows
+from babyllama.rows import numbered_lines, write_rows
 
 REPO = Path(eval_rouge.__file__).parent
 TEXTS = [
@@ -56,7 +56,7 @@ def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path):
     done = evaluate(checkpoint.parent, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
-    rows = [json.loads(line) for line in read_lines(out)]
+    rows = [json.loads(line) for _, line in numbered_lines(out)]
     assert [list(row) for row in rows] == [["id", "text", "reference", "prediction"]] * 5
     assert [row["id"] for row in rows] == [f"small/{i}" for i in range(5)]
     assert [row["text"] for row in rows] == TEXTS and [row["reference"] for row in rows] == TITLES
@@ -128,7 +128,7 @@ def test_csl_files_run_to_the_end_and_land_in_the_run(checkpoint, tmp_path):
     done = evaluate(checkpoint, "--data", path, "--limit", 3)
     assert done.returncode == 0, done.stderr
     out = checkpoint.parent / "rouge-test-3-step-000007.jsonl"
-    rows = [json.loads(line) for line in read_lines(out)]
+    rows = [json.loads(line) for _, line in numbered_lines(out)]
     assert [row["text"] for row in rows] == ['小猫"坐在窗台上.', "银杏", '小猫"坐在窗台上.']
 
 

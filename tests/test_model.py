@@ -242,6 +242,22 @@ def test_frozen_weights_get_no_gradient_and_the_rest_gets_the_same(frozen):
             torch.testing.assert_close(gradient, wanted[name], msg=name)
 
 
+@pytest.mark.parametrize("frozen", ["output.weight", "tok_embeddings.weight"])
+def test_no_gradient_of_a_frozen_head_is_computed(frozen):
+    model, tokens = random_model(), random_tokens(2, 30)
+    model.get_parameter(frozen).requires_grad = False
+    kept: list[torch.Size] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(tokens, tokens)
+    # The loss keeps the finished gradient of the head, and nothing else has its shape.
+    assert (model.output.weight.shape in kept) == (frozen != "output.weight")
+
+
 def test_per_position_losses_sum_to_the_loss():
     model, tokens = random_model(max_seq_len=300), random_tokens(1, 300)
     targets = some_targets(300, 280)

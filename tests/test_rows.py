@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babyllama.errors import DataError
-from babyllama.rows import check_row, read_lines, read_rows, row_kind, texts_of, write_rows
+from babyllama.rows import check_row, numbered_lines, read_rows, row_kind, texts_of, write_rows
 
 TEXT = {"id": "wiki/1", "text": "一段文字"}
 SUMMARY = {"id": "csl/7", "text": "正文", "summary": "标题", "meta": {"keywords": ["甲", 2]}}
@@ -129,7 +129,7 @@ def test_line_separators_inside_a_text_do_not_end_a_row(tmp_path):
 
 def test_a_lone_carriage_return_does_not_end_a_line(tmp_path):
     (tmp_path / "lines").write_bytes(b"a\rb\r\n\r\nc\n  \nd")
-    assert list(read_lines(tmp_path / "lines")) == ["a\rb", "c", "d"]
+    assert [line for _, line in numbered_lines(tmp_path / "lines")] == ["a\rb", "c", "d"]
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,13 @@ def test_no_damaged_file_is_accepted(
     TokenFile(path)
 
 
+def test_a_cut_is_noticed_without_reading_the_ids(tmp_path):
+    path = pair(write(tmp_path / "x", "text", random_pieces("text", 12)))[0]
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"damaged or cut, wanted .* bytes, found"):
+        TokenFile(path, verify=False)
+
+
 @pytest.mark.parametrize("which", [0, 1], ids=["bin", "idx"])
 @pytest.mark.parametrize("data", [b"", b"\0", b"\0" * 7, b"\0" * 400], ids=len)
 def test_a_foreign_file_is_refused(tmp_path, which, data):

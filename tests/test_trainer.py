@@ -427,7 +427,7 @@ def kill_at_random(
         arguments = command(place, "pretrain", name, eval_every=4, save_every=save_every)
         run = place.root / name
         process = start(arguments)
-        until(process, "parameters")  # the first line that a run says
+        until(process, name)  # the first line that a run says
         if done < n_kills:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=chance.uniform(0, 2))
