@@ -204,7 +204,11 @@ def environment() -> dict[str, str]:
     """The environment of the children: UTF-8 everywhere, and pip writes into .venv alone."""
     elsewhere = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME"}
     kept = {name: value for name, value in os.environ.items() if name not in elsewhere}
-    return {**kept, "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "1"}
+    kept = {**kept, "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "1"}
+    # By default torch's threads wait for each other at full speed; on a processor that is busy
+    # with something else as well, that was found to make training ten times slower.
+    kept.setdefault("OMP_WAIT_POLICY", "passive")
+    return kept
 
 
 def print_summary(steps: Sequence[Step], root: Path) -> None:

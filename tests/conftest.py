@@ -1,5 +1,6 @@
 """What several tests need: a small real vocabulary, a small model, a checkpoint, token files."""
 
+import os
 import runpy
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tokenizer import Tokenizer, train_vocabulary
 
 # Tiny models gain nothing from a second thread, and lose tenfold where the cores are busy.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
 
 TEXTS = [
     "今天天气很好，我们去公园散步。公园里有很多花，也有很多人。",

@@ -206,8 +206,9 @@ def test_a_dry_run_estimates_and_writes_nothing(
 
 
 def test_scripts_work_from_another_directory(
-    config: Path, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+    config: Path, tmp_path: Path, tokenizer: Tokenizer, script: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Paths are taken from the working directory, and those of the project from its root."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -223,11 +224,8 @@ def test_scripts_work_from_another_directory(
     assert found.returncode == 0, found.stderr
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000001"]
     assert [p.name for p in elsewhere.iterdir()] == ["here.yaml"]
-    found = subprocess.run(
-        [sys.executable, REPO / "sft.py", "--config=configs/sft/csl.yaml", "--print_config"],
-        cwd=elsewhere, capture_output=True, text=True,
-    )  # fmt: skip
-    assert found.returncode == 0 and "name: csl" in found.stdout
+    monkeypatch.chdir(elsewhere)
+    assert printed(script, "sft.py", "--config=configs/sft/csl.yaml")["name"] == "csl"
 
 
 def test_a_path_is_looked_for_here_then_in_the_project(

@@ -7,7 +7,6 @@ eighth step. Whatever kills, signals or compares runs starts the scripts as a us
 
 import json
 import math
-import os
 import random
 import signal
 import subprocess
@@ -301,11 +300,7 @@ def start() -> Iterator[Callable[[list[str]], subprocess.Popen]]:
     started: list[subprocess.Popen] = []
 
     def popen(arguments: list[str]) -> subprocess.Popen:
-        # One thread: twice as many as cores would let the runs of these tests wait for each other.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        started.append(
-            subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment)
-        )
+        started.append(subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True))
         return started[-1]
 
     yield popen
