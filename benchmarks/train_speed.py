@@ -1,6 +1,6 @@
 """Training speed and memory of the 43M shape on this processor, beside transformers.
 
-    python -m benchmarks.train_speed              about 15 minutes where bfloat16 is emulated
+    python -m benchmarks.train_speed              about 10 minutes where bfloat16 is emulated
     python -m benchmarks.train_speed --rounds 5 --peers hf_float32
 
 Batch 8 x 512, 65,000 pieces, AdamW. Every contestant runs in a process of its own, in turn, as
@@ -91,13 +91,14 @@ def hf_step(dtype: torch.dtype) -> Callable[[], None]:
 def product_gflops(dtype: torch.dtype) -> float:
     """Rate of the head-shaped product, 10^9 operations a second."""
     a, b = torch.randn(4096, 256, dtype=dtype), torch.randn(256, 65_000, dtype=dtype)
-    seconds = timed(lambda: a @ b, 2)
+    seconds = timed(lambda: a @ b, 2, warm_up=dtype == torch.float32)
     return 2 * 4096 * 256 * 65_000 / seconds / 1e9
 
 
-def timed(work: Callable[[], object], times: int) -> float:
+def timed(work: Callable[[], object], times: int, warm_up: bool = True) -> float:
     """Seconds of one call, the mean of `times` after one that is not counted."""
-    work()
+    if warm_up:
+        work()
     started = time.perf_counter()
     for _ in range(times):
         work()
@@ -109,7 +110,7 @@ def measure_one(name: str, steps: int) -> dict:
     if name.startswith("product"):
         return {"gflops": product_gflops(getattr(torch, name.removeprefix("product_")))}
     step = our_step() if name == "ours" else hf_step(getattr(torch, name.removeprefix("hf_")))
-    tokens_per_s = BATCH * LENGTH / timed(step, steps)
+    tokens_per_s = BATCH * LENGTH / timed(step, steps, warm_up=steps > 1)
     # Kilobytes on Linux, bytes on macOS.
     unit = 1024 if sys.platform == "linux" else 1024**2
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
@@ -118,8 +119,9 @@ def measure_one(name: str, steps: int) -> dict:
 
 def in_process(name: str, cfg: SpeedConfig) -> dict:
     """One contestant in a fresh process, so that memory peaks do not mix."""
-    # Where bfloat16 is emulated a step takes minutes; one is enough to see the order.
-    steps = 1 if name == "hf_bfloat16" else cfg.steps
+    # Where bfloat16 is emulated a step takes minutes: one, cold, is enough to see the order.
+    emulated = pick_precision(torch.device("cpu")) == "float32"
+    steps = 1 if name == "hf_bfloat16" and emulated else cfg.steps
     command = [
         sys.executable,
         "-m",

@@ -7,6 +7,7 @@ import pickle
 import random
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -155,9 +156,9 @@ def test_the_newest_checkpoints_are_kept_and_nothing_else(
     (tmp_path / "tmp-step-000001").mkdir()  # as a kill leaves it
     (tmp_path / "tmp-old-step-000001").mkdir()
     (tmp_path / "step-000009").write_text("a file is no checkpoint")
-    for step in (1, 2, 3, 1_000_000):
+    for step in (1, 2, 999_999, 1_000_000):
         save(tmp_path, tokenizer, step)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000003", "step-1000000"]
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
     assert find_checkpoint(tmp_path).name == "step-1000000"
     assert not list(tmp_path.glob("tmp-*"))
     save(tmp_path, tokenizer, 2_000_000, keep=1)
@@ -427,6 +428,58 @@ def test_a_link_to_a_checkpoint_may_be_used_and_is_all_that_is_deleted(
     save(tmp_path / "run", tokenizer, step=2, keep=1)
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000002"]
     verify(elsewhere, MODEL_FILES + STATE_FILES)
+
+
+def killed_at(number: int, act: Callable[[], object]) -> bool:
+    """Act in another process that is killed before its n-th use of the file system; whether it
+    got so far."""
+    child = os.fork()
+    if child == 0:
+        left = number
+
+        def count(event: str, _: tuple) -> None:
+            nonlocal left
+            left -= event.startswith(("open", "os.", "shutil."))
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        try:
+            act()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_kill_anywhere_while_saving_leaves_whole_checkpoints(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Every use of the file system in turn: the new checkpoint is complete or absent, the one
+    before it is there, and the next save cleans up."""
+    run = tmp_path / "run"
+    for step in (1, 2):
+        save(run, tokenizer, step)
+    before = shutil.copytree(run, tmp_path / "before")
+    model, optimizer = trained(tokenizer)
+    extra = {"tokens": 0, "scaler": {}}
+
+    def save_third() -> Path:
+        return save_checkpoint(run, 3, model, tokenizer, optimizer, extra, kind="sft")
+
+    kills = 0
+    while killed_at(kills + 1, save_third):
+        kills += 1
+        names = [path.name for path in list_checkpoints(run)]
+        assert names[-1] in ("step-000002", "step-000003") and "step-000002" in names
+        for path in list_checkpoints(run):
+            load_all(path, tokenizer)
+        save_third()
+        assert sorted(p.name for p in run.iterdir()) == ["step-000002", "step-000003"]
+        shutil.rmtree(run)
+        shutil.copytree(before, run)
+    print(f"{kills} kills")
+    assert kills > 20
 
 
 @contextmanager
