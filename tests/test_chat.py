@@ -125,7 +125,9 @@ class Terminal:
     """chat.py at a pseudo terminal, and what a user would type there."""
 
     # The terminal must be the child's controlling one, or Ctrl-C would be a mere byte.
-    START = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    START = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    # A shell's background job ignores Ctrl-C, and its children inherit that.
+    START += "signal.signal(signal.SIGINT, signal.SIG_DFL); "
     START += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
     def __init__(self, cwd: Path, *arguments: object, **environment: str) -> None:
@@ -156,7 +158,7 @@ class Terminal:
     def read_until(self, wanted: str) -> bytes:
         """What appears up to and including `wanted`."""
         while wanted.encode() not in self.seen:
-            assert self.more(20), f"no {wanted!r} in {self.seen.decode(errors='replace')!r}"
+            assert self.more(60), f"no {wanted!r} in {self.seen.decode(errors='replace')!r}"
         end = self.seen.index(wanted.encode()) + len(wanted.encode())
         seen, self.seen = self.seen[:end], self.seen[end:]
         return seen
