@@ -1,4 +1,4 @@
-"""The same model in the hands of a peer, transformers, for measurements side by side."""
+"""The same model in the hands of a peer, transformers: for benchmarks and the parity test."""
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +43,7 @@ def hf_model(config: ModelConfig) -> LlamaForCausalLM:
             num_attention_heads=config.n_heads,
             num_key_value_heads=config.kv_heads,
             max_position_embeddings=config.max_seq_len,
+            rope_theta=config.rope_theta,
             rms_norm_eps=config.norm_eps,
             tie_word_embeddings=config.tied,
         )

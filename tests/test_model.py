@@ -1,6 +1,5 @@
 """Laws of the decoder, each held against a slow or foreign reference."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,6 @@ from babyllama.errors import ConfigError
 from model import IGNORED, SLICE, KVCache, ModelConfig, Transformer
 
 REPO = Path(__file__).parent.parent
-
-# Names of the LLaMA release to those of `transformers`.
-RENAMED = (
-    ("tok_embeddings", "model.embed_tokens"),
-    ("layers.", "model.layers."),
-    ("attention_norm", "input_layernorm"),
-    ("ffn_norm", "post_attention_layernorm"),
-    (r"attention.w([qkvo])", r"self_attn.\1_proj"),
-    ("feed_forward.w1", "mlp.gate_proj"),
-    ("feed_forward.w2", "mlp.down_proj"),
-    ("feed_forward.w3", "mlp.up_proj"),
-    ("^norm", "model.norm"),
-    ("^output", "lm_head"),
-)
 
 
 def random_model(seed: int = 0, **changes: object) -> Transformer:
@@ -45,12 +30,6 @@ def random_tokens(*shape: int, seed: int = 1, vocab_size: int = 97) -> Tensor:
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def renamed(name: str) -> str:
-    for old, new in RENAMED:
-        name = re.sub(old, new, name)
-    return name
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -62,25 +41,10 @@ def renamed(name: str) -> str:
     ids=["plain", "grouped", "tied", "theta"],
 )
 def test_logits_equal_those_of_transformers(changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from benchmarks.peers import hf_copy
 
     model = random_model(**changes)
-    config = model.config
-    peer = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.dim,
-            intermediate_size=config.hidden_dim,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.n_heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.max_seq_len,
-            rope_theta=config.rope_theta,
-            rms_norm_eps=config.norm_eps,
-            tie_word_embeddings=config.tied,
-        )
-    ).eval()
-    peer.load_state_dict({renamed(name): w for name, w in model.state_dict().items()})
+    peer = hf_copy(model)
     tokens = random_tokens(3, 40)
     with torch.no_grad():
         ours, theirs = model(tokens), peer(tokens).logits
