@@ -29,8 +29,9 @@ from babyllama.rows import check_row, texts_of
 from data_process.clean import fix, reason_to_drop, texts
 from data_process.dedup import Seen
 from data_process.executor import Job, file_key, run_shards, write_whole
+from data_process.packages import package_dir
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.raw import Skip, data_files, package_dir
+from data_process.raw import Skip, data_files
 from data_process.registry import GROUPS, DataSet, data_sets
 from data_process.split import SPLITS, Splitter
 from tokenizer import Tokenizer

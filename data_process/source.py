@@ -1,4 +1,4 @@
-"""Where a data set comes from: what a reader's module says in SOURCE, and fetch.py and list.py use."""
+"""Where a data set comes from: what a reader says in SOURCE, for fetch.py and list.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -13,15 +13,8 @@ from pathlib import Path
 import pytest
 
 from babyllama.errors import DataError
-from data_process.raw import (
-    Record,
-    Skip,
-    data_files,
-    package_dir,
-    read_pickle,
-    records,
-    split_of,
-)
+from data_process.packages import package_dir, read_pickle
+from data_process.raw import Record, Skip, data_files, records, split_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "raw"
 ROWS = [{"text": f"第{n}行：天气晴，风向东\u2028\x0b。"} for n in range(40)]

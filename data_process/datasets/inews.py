@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from babyllama.errors import DataError
-from data_process.raw import Skip, read_pickle
+from data_process.packages import read_pickle
+from data_process.raw import Skip
 
 KIND = "text"
 RULES = "article"
