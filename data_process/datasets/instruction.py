@@ -1,44 +1,67 @@
-"""One question, one answer: Alpaca's and BELLE's {instruction, input, output} and relatives."""
+"""One question, one answer: Alpaca's and BELLE's {instruction, input, output} and relatives.
 
-from collections.abc import Iterator
-from pathlib import Path
+    {"instruction": "…", "input": "…", "output": "…"}     input may be missing, empty or "无输入"
+    {"input": "…", "target": "…"}, {"prompt": "…", "response": "…"}
 
-from data_process.raw import Record, Skip, as_row, records
+`history` (a list of [question, answer]) and `system` are understood beside these keys. A line
+with a list of turns instead is read as conversations.py does it.
+"""
+
+import html
+import re
+from collections.abc import Iterable, Iterator
+
+from data_process.datasets.conversations import LISTS, conversation, dialogue, in_turns, refuse
+from data_process.raw import Record, Skip
+from data_process.source import Source
 
 KIND = "chat"
-SOURCE = 'your own files of {"instruction": …, "input": …, "output": …} (Alpaca, BELLE, Firefly)'
+SOURCE = Source(
+    home='your own files of {"instruction": …, "input": …, "output": …} (Alpaca, BELLE, Firefly)',
+    manual="nothing to fetch: put your own files there",
+)
 LICENSE = "that of the files"
 
 # Keys of the question's parts, key of the answer; the first answer present decides.
 PAIRS = ((("instruction", "input"), "output"), (("instruction", "input"), "target"),
          (("prompt",), "response"))  # fmt: skip
+# One Alpaca row in a hundred says in words that it has no input.
+NO_INPUT = re.compile(
+    r"\W*(?:(?:无|没有|无需|不需要)输入|no ?input)\W*|无|不适用|n/a", re.IGNORECASE
+)
+PLACEHOLDER = re.compile(r"\{\{(?:name|author)\}\}")  # in LLaMA-Factory's identity.json
 
 
-def read(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
+def read(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
     """One dialogue an object, with earlier turns where it has a history."""
-    for record in records(raw_dir, encoding):
-        yield record if isinstance(record, Skip) else _row(record)
+    for record in records:
+        yield record if isinstance(record, Skip) else instruction(record)
 
 
-def _row(record: Record) -> dict | Skip:
-    if not isinstance(record.data, dict):
-        return Skip("not_json", record.where, record.data)
-    found = next((pair for pair in PAIRS if pair[1] in record.data), None)
+def instruction(record: Record) -> dict | Skip:
+    """The row of an object that holds a question and its answer."""
+    data = record.data
+    if not isinstance(data, dict):
+        return refuse(record, "not_json")
+    if any(key in data for key in LISTS):
+        return conversation(record)
+    found = next((pair for pair in PAIRS if pair[1] in data), None)
     if not found:
-        return Skip("wrong_keys", record.where, str(record.data))
-    parts = [record.data.get(key) or "" for key in found[0]]
-    history, system = record.data.get("history") or [], record.data.get("system") or ""
+        return refuse(record, "wrong_keys")
+    parts, answer = [data.get(key) or "" for key in found[0]], data[found[1]]
+    history, system = data.get("history") or [], data.get("system") or ""
     if not isinstance(history, list) or not all(_is_pair(turn) for turn in history):
-        return Skip("wrong_type", record.where, str(record.data))
-    answer = record.data[found[1]]
+        return refuse(record, "wrong_type")
     if not all(isinstance(text, str) for text in (*parts, answer, system)):
-        return Skip("wrong_type", record.where, str(record.data))
+        return refuse(record, "wrong_type")
+    if PLACEHOLDER.search(answer):
+        return refuse(record, "placeholder", broken=False)
+    if len(parts) == 2 and parts[0].strip() and NO_INPUT.fullmatch(html.unescape(parts[1]).strip()):
+        parts.pop()
     question = "\n".join(part.strip() for part in parts if part.strip())
-    messages = [{"role": "system", "content": system}] if system.strip() else []
-    for user, assistant in [*history, (question, answer)]:
-        messages.append({"role": "user", "content": user})
-        messages.append({"role": "assistant", "content": assistant})
-    return as_row(record, messages=messages)
+    persona = [{"role": "system", "content": system}] if system.strip() else []
+    turns = [text for pair in [*history, (question, answer)] for text in pair]
+    return dialogue(record, persona + in_turns(turns))
 
 
 def _is_pair(turn: object) -> bool:
