@@ -23,8 +23,8 @@ import sentencepiece
 from babyllama.cli import REPO, from_repo, parse, run
 from babyllama.rows import read_rows, texts_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.registry import data_sets
-from data_process.run import ProcessConfig, make_clean
+from data_process.run import ProcessConfig
+from data_process.run import main as make
 from tokenizer import train_vocabulary
 
 MEMORY_OF_ONE = """
@@ -78,8 +78,7 @@ def main(cfg: SpeedConfig) -> None:
     """Make the input, time both, measure memory, print one JSON line."""
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        (sample,) = data_sets("inews")
-        make_clean(sample, ProcessConfig("inews", out=work))
+        make(ProcessConfig("inews", out=work))
         source = work / "clean/inews/train-00000.jsonl"
         texts = [text for row in read_rows(source) for text in texts_of(row)]
         model = from_repo(cfg.tokenizer)

@@ -2,20 +2,24 @@
 
 A fix changes a row (FIXES), a rule says that a row must go (RULES); both tables have one line
 for each way of cleaning, usually named after the kind of the rows. The name of a function is
-the name under which run.py counts it. Duplicates belong to dedup.py.
+the name under which it is counted, and by which --skip_rules switches it off. What only web sites
+need is in clean_web.py; duplicates belong to dedup.py.
 """
 
+import functools
 import html
 import itertools
 import re
-from collections.abc import Callable, Iterator
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 
+from babyllama.errors import ConfigError, DataError
+from data_process import clean_web as web
+from data_process.han import HAN, han_share
 from tokenizer import LABELS, SEPARATOR
 
 Row = dict
-HAN = re.compile("[\u4e00-\u9fff]+")
 LETTERS = re.compile(r"[^\W\d_]+")
-SPACE = re.compile(r"\s+")
 
 
 def texts(row: Row) -> Iterator[str]:
@@ -26,14 +30,12 @@ def texts(row: Row) -> Iterator[str]:
         yield from (row[key] for key in ("text", "summary") if key in row)
 
 
-def han_share(text: str) -> float:
-    """The share of Han characters among those that are not space."""
-    solid = SPACE.sub("", text)
-    return 1 - len(HAN.sub("", solid)) / len(solid) if solid else 0.0
-
-
 def _each_text(row: Row, change: Callable[[str], str]) -> Row:
     return row | {key: change(row[key]) for key in ("text", "summary") if key in row}
+
+
+def _each_content(row: Row, change: Callable[[str], str]) -> Row:
+    return row | {"messages": [m | {"content": change(m["content"])} for m in row["messages"]]}
 
 
 # Fixes for documents and summaries.
@@ -68,74 +70,68 @@ def strip_html(row: Row) -> Row:
     return _each_text(row, change)
 
 
-# Fixes for articles from web sites: text is the body, summary the headline.
-
-TITLE_TAILS = (
-    re.compile(r"\s*_.*$"),
-    re.compile(r"\s*[|｜].*$"),
-    re.compile(r"\s*(?:--|\s[-–—]\s).*$"),
-    re.compile(r"[-–—][^-–—]{0,12}(?:网|新闻|论坛|频道|在线|公司|头条)\S{0,6}$"),
+# Full-width letters and digits; Chinese punctuation stays as wide as it is.
+WIDE = re.compile("[０-９Ａ-Ｚａ-ｚ]")
+REFERENCE = re.compile(r"\[\d{1,3}(?:-\d{1,3})?\]")
+EMPTY_BRACKETS = re.compile(r"[（(][，,、；;：:\s]*[）)]|《》|「」")
+OWNER = re.compile(
+    r"^(?:作者[:：]\S{1,40}|链接[:：]\s*https?://\S+|来源[:：]\s*知乎"
+    r"|著作权归作者所有[^\n]{0,60}|商业转载请联系[^\n]{0,60})\s*$",
+    re.MULTILINE,
 )
-TITLE_LABEL = re.compile(
-    r"^(?:\[[^\]]{1,8}\]|【[^】]{1,8}】|「[^」]{1,8}」|标题[:：]|原标题[:：]|\w{1,8}\s?[|｜丨])\s*"
+
+
+def compose(row: Row) -> Row:
+    """Letters with separate accents become one character (Unicode NFC)."""
+    return _each_text(row, lambda text: unicodedata.normalize("NFC", text))
+
+
+def narrow(row: Row) -> Row:
+    """Full-width letters and digits become plain ones."""
+    return _each_text(row, lambda text: WIDE.sub(lambda found: chr(ord(found[0]) - 0xFEE0), text))
+
+
+def strip_marks(row: Row) -> Row:
+    """Reference marks such as [12], brackets left empty, and doubled commas go."""
+
+    def change(text: str) -> str:
+        return EMPTY_BRACKETS.sub("", REFERENCE.sub("", text)).replace("。。", "。")
+
+    return _each_text(row, change)
+
+
+def cut_owner(row: Row) -> Row:
+    """Lines that only name the author, the link and the rights of a copied answer go."""
+    return _each_text(row, lambda text: OWNER.sub("", text).strip() if "：" in text else text)
+
+
+# Frequent characters whose simplified form differs: one in a hundred marks a traditional text.
+TRADITIONAL = re.compile(
+    "[國們這來時說對為會學過個後開關還點長實現發經濟產業義從兩員將應該給讓問題報導記體機構區場設處車輛傳據]"
 )
-LEAST_TITLE = 6
-
-HEAD_LINE = re.compile(
-    r"^(?:[^\n。]{0,20}(?:点击?上方|点击?蓝字|点上方|蓝色字)[^\n。，]{0,40}?"
-    r"(?:关注(?:我们|哦|吧)?|订阅(?:本刊)?|阅读)[!！。，]?"
-    r"|[(（]?原标题[:：][^\n]{0,80}(?:\n|$)|内容摘要[:：]|核心提示[:：])\s*"
-)
-TAIL = re.compile(
-    r"\s*(?:返回搜狐|查看更多|特别声明[:：]|免责声明[:：]|声明[:：]|本文来自大风号|本文为一点号"
-    r"|责任编辑|责编|见习编辑|[(（](?:责任编辑|责编|编辑)|此稿由网友上传|视频来自[:：]|图片来源[:：]"
-    r"|阅读全文|我要反馈|举报本文|分享到[:：]|相关阅读[:：]|文章关键词|更多精彩[:：]?|\(admin\)"
-    r"|长按.{0,6}二维码|长按识别|扫.{0,4}二维码|转载请注明|版权归原作者|如有侵权|欢迎转载"
-    r"|新媒体协会|广告合作|原标题[:：]?).*$",
-    re.DOTALL,
-)
-CREDIT = re.compile(
-    r"\s*[(（【]?(?:[^\s，。！？]{0,4}编辑|来源|编审|监制|校对|编译|供稿|运营人员|文/图|图/文|作者)"
-    r"[:：｜|].{0,40}$"
-)
-LOST_SPACES = re.compile(r"(?:\?[ \n]+)+\?|^\?+|\? *$")
-TAIL_REACH = 300  # a tail starts this near the end; further inside it may be part of the story
 
 
-def cut_title_tail(row: Row) -> Row:
-    """Site names, key words and labels round a headline go, if a headline is left.
-
-    The name of a forum stays: the rule `forum` drops the row by it.
-    """
-    title = row["summary"].replace("\n", " ")
-    if FORUM.search(title):
-        return row | {"summary": title}
-    for pattern in (*TITLE_TAILS, TITLE_LABEL, TITLE_LABEL):
-        shorter = pattern.sub("", title)
-        if len(shorter) >= LEAST_TITLE:
-            title = shorter
-    return row | {"summary": title.strip()}
+@functools.cache
+def _converter() -> Callable[[str], str]:
+    try:
+        import opencc
+    except ImportError:
+        raise DataError("wanted OpenCC to simplify traditional characters, found it not installed; "
+                        "pip install -r requirements.txt") from None  # fmt: skip
+    return opencc.OpenCC("t2s").convert
 
 
-def cut_site_text(row: Row) -> Row:
-    """ "Tap above to follow us", disclaimers, editors and the like go from both ends."""
-    text = LOST_SPACES.sub("", row["text"]) if "?" in row["text"] else row["text"]
-    head = HEAD_LINE.match(text)
-    text = text[head.end() :] if head else text
-    start = max(len(text) - TAIL_REACH, 0)
-    tail = CREDIT.sub("", TAIL.sub("", text[start:]).rstrip())
-    return row | {"text": (text[:start] + tail).strip()}
+def _simplify(text: str) -> str:
+    is_traditional = len(TRADITIONAL.findall(text)) > 0.01 * len(text)
+    return _converter()(text) if is_traditional else text
 
 
-def cut_repeated_title(row: Row) -> Row:
-    """A body that begins with its own headline would teach copying."""
-    title, text = row["summary"], row["text"]
-    while title and text.startswith(title) and len(text) > len(title):
-        text = text[len(title) :].lstrip(" \n:：,，。!！?？…")
-    return row | {"text": text}
+def simplify(row: Row) -> Row:
+    """Texts in traditional characters become simplified ones (OpenCC, t2s)."""
+    return (_each_content if "messages" in row else _each_text)(row, _simplify)
 
 
-# Fixes for dialogues. Their texts are never changed inside.
+# Fixes for dialogues. Beyond `simplify`, their texts are never changed inside.
 
 THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
@@ -146,7 +142,7 @@ def _messages(row: Row, messages: list[dict]) -> Row:
 
 def strip_turns(row: Row) -> Row:
     """Space at both ends of a turn goes."""
-    return _messages(row, [m | {"content": m["content"].strip()} for m in row["messages"]])
+    return _each_content(row, str.strip)
 
 
 def drop_persona(row: Row) -> Row:
@@ -171,12 +167,17 @@ def cut_open_turn(row: Row) -> Row:
     )
 
 
+WEB = (tidy_characters, strip_html, web.cut_title_tail, web.cut_site_text, web.cut_repeated_title)
+DOCUMENT_FIXES = (compose, tidy_characters, strip_html, narrow, simplify, strip_marks, cut_owner)
+DIALOGUE_FIXES = (drop_thinking, simplify, strip_turns, cut_open_turn)
+
 FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
-    "text": (tidy_characters, strip_html),
-    "summary": (tidy_characters, strip_html),
-    "article": (tidy_characters, strip_html, cut_title_tail, cut_site_text, cut_repeated_title),
-    "headline": (tidy_characters, strip_html, cut_title_tail, cut_site_text, cut_repeated_title),
-    "chat": (drop_persona, drop_thinking, strip_turns, cut_open_turn),
+    "text": DOCUMENT_FIXES,
+    "summary": (tidy_characters, strip_html, simplify),
+    "article": WEB,
+    "headline": WEB,
+    "chat": (drop_persona, *DIALOGUE_FIXES),
+    "reference": DIALOGUE_FIXES,
     "smalltalk": (strip_turns, cut_open_turn),
 }
 
@@ -186,7 +187,12 @@ FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
 
 def not_chinese(row: Row) -> bool:
     """Less than three in ten letters are Han; digits, signs and formulas do not count."""
-    return han_share("".join(LETTERS.findall("".join(texts(row))))) < 0.3
+    text = "".join(texts(row))
+    n_han = len(text) - len(HAN.sub("", text))
+    # Letters are looked for only where they decide.
+    if n_han == 0:
+        return True
+    return n_han < 0.3 * len(text) and n_han < 0.3 * sum(map(len, LETTERS.findall(text)))
 
 
 def empty(row: Row) -> bool:
@@ -196,10 +202,8 @@ def empty(row: Row) -> bool:
 
 # Rules for documents.
 
-GARBLED = re.compile(r"[?？□]{3,}|\ufffd|锟斤拷")
-TRADITIONAL = re.compile(
-    "[國們這來時說對為會學過個後開關還點長實現發經濟產業義從兩員將應該給讓問題報導記體機構區場設處車輛傳據]"
-)
+# At the start of a line, ??? is Markdown: a box to be opened.
+GARBLED = re.compile(r"(?<=.)[?？□]{3,}|\ufffd|锟斤拷")
 
 
 def short_text(row: Row) -> bool:
@@ -217,111 +221,28 @@ def traditional(row: Row) -> bool:
     return len(TRADITIONAL.findall(row["text"])) > 0.02 * len(row["text"])
 
 
+PAIR = re.compile(r"(.)\1", re.DOTALL)
+RUN = re.compile(r"([^\s.…·\-—=*_])\1{19}")
+
+
+def _repeats(text: str) -> bool:
+    lines = [line for line in text.split("\n") if len(line) > 5]
+    if len(lines) - len(set(lines)) >= max(5, 0.1 * len(lines)):
+        return True
+    # A run of 20 covers two neighbours among every tenth character; few texts have such.
+    return bool(PAIR.search(text[::10])) and bool(RUN.search(text))
+
+
 def repetition(row: Row) -> bool:
-    """One line stands five times, or one character 20 times in a row."""
-    lines = [line for line in row["text"].split("\n") if len(line) > 5]
-    repeated = len(lines) - len(set(lines)) >= 5
-    return repeated or bool(re.search(r"([^\s.…·\-—=*_])\1{19}", row["text"]))
-
-
-# Rules for articles from web sites.
-
-GAMBLING = re.compile(
-    "博彩|真人娱乐|娱乐城|娱乐平台|娱乐总代|娱乐网|娱乐官|老虎机|时时彩|六合彩|百家乐|棋牌|投注|电子游艺"
-    "|澳门[金银赌]|威尼斯人|千赢|必赢|龙虎和|彩票平台|心水|赌场|注册送|体验金"
-)
-ADVERT = re.compile(
-    "厂家|批发|供应商|生产商|加盟|代理商|采购|报价|价格表|售价|规格|型号|质优价廉|欢迎.{0,6}(?:咨询|订购|来电|选购)"
-    "|咨询热线|免费咨询|诚信经营|产品特点|产品介绍|主营|(?:服务|订购)热线|[qQ]{2}[:：]\\d|1[3-9]\\d{9}|400-\\d{3}"
-    "|包邮|优惠|折扣|下单|团购|月供|首付|开盘|楼盘"
-)
-SHOP_TITLE = re.compile(
-    "厂家|批发|供应商|生产商|经销商|直销|货源|高仿|精仿|哪家好|口碑|报价|专线|加盟"
-)
-PROMOTION = re.compile(
-    "关注我们|点击关注|长按|二维码|扫码|扫一扫|公众号|加微信|微信号|点赞|转发|投稿|粉丝|小程序|下载附件|订阅"
-)
-FORUM = re.compile(
-    "贴吧|签到|百度知道|寻医问药|律师365|华律网|找法网|爱问共享|互动百科|百度推荐|好大夫|博客|论坛|黄页|分类网"
-    "|光波网|建材网|商国互联|沭阳网|盛丰|范文|下载|招聘|前程无忧"
-)
-VULGAR = re.compile(
-    "色情|裸聊|裸照|约炮|援交|强奸|轮奸|性侵|性虐|猥亵|嫖|卖淫|乱伦|情妇|阴道|肛门|小三|出轨|强暴"
-)
-
-
-def short_body(row: Row) -> bool:
-    """Under 80 Han characters: a picture, a film or a page that failed to load."""
-    return sum(map(len, HAN.findall(row["text"]))) < 80
-
-
-def little_han(row: Row) -> bool:
-    """Less than six in ten characters are Han: tables, links, code."""
-    return han_share(row["text"]) < 0.6
-
-
-def gambling(row: Row) -> bool:
-    """Betting pages, most of them stitched from other articles to mislead search engines."""
-    return bool(GAMBLING.search(row["summary"])) or len(GAMBLING.findall(row["text"])) > 2
-
-
-def advert(row: Row) -> bool:
-    """A shop's headline, or a body with more than one selling word in 100 characters."""
-    n_words = len(ADVERT.findall(row["text"]))
-    return bool(SHOP_TITLE.search(row["summary"])) or n_words > max(3, len(row["text"]) / 100)
-
-
-def promotion(row: Row) -> bool:
-    """Three or more calls to follow, scan or share."""
-    return len(PROMOTION.findall(row["text"])) > 2
-
-
-def forum(row: Row) -> bool:
-    """The page is a forum, question, download or shop page, as its title says."""
-    return bool(FORUM.search(row["summary"]))
-
-
-def vulgar(row: Row) -> bool:
-    """Sexual violence and the like, in the headline or three times in the body."""
-    return bool(VULGAR.search(row["summary"])) or len(VULGAR.findall(row["text"])) > 2
-
-
-# Rules for pairs of text and headline.
-
-SHOUTING = re.compile(
-    r"[!！].*[!！]|速看|99%|想不到|惊呆|必看|赶紧看|快看|转疯|一定要看|你知道吗|太可怕|看完|看哭|为什么.*[?？]|扩散"
-)
-CUT_OFF = re.compile(r"^[.…]{2,}|[.…]{2,}$")
-WORD = re.compile(r"[\u4e00-\u9fff0-9a-zA-Z]+")
-
-
-def short_title(row: Row) -> bool:
-    """Under six characters, or over 40: a section's name, or half the article."""
-    return not LEAST_TITLE <= len(row["summary"]) <= 40
-
-
-def title_cut_off(row: Row) -> bool:
-    """The headline begins or ends in dots."""
-    return bool(CUT_OFF.search(row["summary"]))
-
-
-def clickbait(row: Row) -> bool:
-    """The headline shouts or teases instead of telling."""
-    return bool(SHOUTING.search(row["summary"]))
-
-
-def title_not_in_text(row: Row) -> bool:
-    """Fewer than three in ten pairs of neighbouring headline characters stand in the text."""
-    title = "".join(WORD.findall(row["summary"])).lower()
-    text = "".join(WORD.findall(row["text"])).lower()
-    pairs = [title[i : i + 2] for i in range(len(title) - 1)]
-    return sum(pair in text for pair in pairs) < 0.3 * len(pairs) or not pairs
+    """Five lines and a tenth of all repeat others, or one character stands 20 times in a row."""
+    return _repeats(row["text"])
 
 
 # Rules for dialogues.
 
 OWN_LABELS = re.compile(
     "|".join([*(SEPARATOR + label for label in LABELS.values()), "<eos>|</?s>"])
+    + r"|\n(?:Human|Assistant) ?[:：]"
 )
 IDENTITY = re.compile(
     "我是.{0,8}(?:moss|belle|chatgpt|文心一言|通义千问|chatglm|deepseek|kimi)"
@@ -355,6 +276,11 @@ def refusal(row: Row) -> bool:
     return any(REFUSAL.match(answer) for answer in _answers(row))
 
 
+def looping_answer(row: Row) -> bool:
+    """An answer repeats its lines, or one character 20 times in a row."""
+    return any(map(_repeats, _answers(row)))
+
+
 def rude(row: Row) -> bool:
     """Insults, weapons, and words of the corpus that translation has spoilt."""
     return any(map(RUDE.search, texts(row)))
@@ -372,22 +298,38 @@ def mixed_languages(row: Row) -> bool:
 
 
 DOCUMENT = (empty, garbled, not_chinese, traditional, repetition)
-ARTICLE = (*DOCUMENT, short_body, little_han, gambling, advert, forum, promotion, vulgar)
+ARTICLE = (*DOCUMENT, web.short_body, web.little_han, web.gambling, web.advert, web.forum,
+           web.promotion, web.vulgar)  # fmt: skip
+HEADLINE = (web.short_title, web.title_cut_off, web.clickbait, web.title_not_in_text)
+DIALOGUE = (empty, role_label_inside, other_identity, refusal, not_chinese, looping_answer)
 
 RULES: dict[str, tuple[Callable[[Row], bool], ...]] = {
     "text": (*DOCUMENT, short_text),
     "summary": (empty, not_chinese),
     "article": ARTICLE,
-    "headline": (*ARTICLE, short_title, title_cut_off, clickbait, title_not_in_text),
-    "chat": (empty, role_label_inside, other_identity, refusal, not_chinese),
+    "headline": (*ARTICLE, *HEADLINE),
+    "chat": DIALOGUE,
+    "reference": DIALOGUE,
     "smalltalk": (empty, role_label_inside, mixed_languages, rude, echo),
 }
 
 
-def fix(row: Row, rules: str) -> tuple[Row, list[str]]:
-    """The row after all fixes, and the names of those that changed it."""
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names that are no fix and no rule."""
+    tables = (*FIXES.values(), *RULES.values())
+    known = {function.__name__ for line in tables for function in line}
+    unknown = sorted(set(names) - known)
+    if unknown:
+        raise ConfigError(f"--skip_rules: wanted names of fixes and rules, found {unknown}; known "
+                          f"are {', '.join(sorted(known))}")  # fmt: skip
+
+
+def fix(row: Row, rules: str, skip: Iterable[str] = ()) -> tuple[Row, list[str]]:
+    """The row after all fixes but those to skip, and the names of those that changed it."""
     changed = []
     for function in FIXES[rules]:
+        if function.__name__ in skip:
+            continue
         fixed = function(row)
         if fixed != row:
             changed.append(function.__name__)
@@ -395,6 +337,6 @@ def fix(row: Row, rules: str) -> tuple[Row, list[str]]:
     return row, changed
 
 
-def reason_to_drop(row: Row, rules: str) -> str | None:
-    """The name of the first rule that refuses the row, or None."""
-    return next((rule.__name__ for rule in RULES[rules] if rule(row)), None)
+def reason_to_drop(row: Row, rules: str, skip: Iterable[str] = ()) -> str | None:
+    """The name of the first rule, but those to skip, that refuses the row, or None."""
+    return next((r.__name__ for r in RULES[rules] if r.__name__ not in skip and r(row)), None)

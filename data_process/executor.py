@@ -1,8 +1,10 @@
-"""Runs one function over many shards: in this process, or in several.
+"""Runs one function over many shards: in this process, in several, or on a Ray cluster.
 
-A shard job is `function(in_path, out_path, cfg) -> Counts`. It is done when its `.done` file holds
-the job's key; a run that was killed so continues where it stopped, and a job whose input or
-settings changed is done again. Another engine (a cluster) is one more function in ENGINES.
+A shard job is `function(source, target, cfg) -> counts`. It writes its files behind the stem
+`target` and names them in counts["files"]. It is done when its `.done` file holds the job's key
+and those files have the sizes that it states; a run that was killed so continues where it
+stopped, and a job whose input or settings changed is done again. Which engine ran, and with how
+many workers, leaves no trace in the bytes.
 """
 
 import hashlib
@@ -14,11 +16,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from babyllama.errors import DataError
+from babyllama.cli import REPO
+from babyllama.errors import ConfigError, DataError
 
-Counts = dict[str, int]
+Engine = Literal["serial", "processes", "ray"]
+Counts = dict[str, Any]  # what JSON can hold
 ShardFunction = Callable[[Path, Path, Any], Counts]
 
 
@@ -26,14 +30,15 @@ ShardFunction = Callable[[Path, Path, Any], Counts]
 class Job:
     """One shard to be made.
 
-    target: stem of the output; `.done` and the suffixes in `makes` are put behind it
+    target: stem of the output; `.done` and other suffixes are put behind it
     key: stands for everything that decides the output's bytes
+    cfg: third argument of the function
     """
 
     source: Path
     target: Path
-    makes: tuple[str, ...]
     key: str
+    cfg: Any
 
     @property
     def done_path(self) -> Path:
@@ -41,21 +46,21 @@ class Job:
 
     def counts(self) -> Counts | None:
         """What the job counted, if it is done and its files are there."""
-        made = [self.target.with_name(self.target.name + suffix) for suffix in self.makes]
-        if not self.done_path.is_file() or not all(path.is_file() for path in made):
-            return None
         try:
-            done = json.loads(self.done_path.read_text())
-            return done["counts"] if done["key"] == self.key else None
-        except (ValueError, TypeError, KeyError):
+            done = json.loads(self.done_path.read_text(encoding="utf-8"))
+            sizes = {name: (self.target.parent / name).stat().st_size for name in done["sizes"]}
+            return done["counts"] if (done["key"], done["sizes"]) == (self.key, sizes) else None
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
 
-def file_key(path: Path, *settings: object) -> str:
-    """A key that changes when a file's bytes or the settings do."""
-    with open(path, "rb") as file:
-        content = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashlib.sha256(json.dumps([content, *map(str, settings)]).encode()).hexdigest()
+def key_of(*settings: object) -> str:
+    """A key that changes when a setting does; files (Path) stand for their bytes."""
+    parts = [
+        hashlib.sha256(item.read_bytes()).hexdigest() if isinstance(item, Path) else str(item)
+        for item in settings
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -69,26 +74,27 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _one(function: ShardFunction, job: Job, cfg: Any) -> Counts:
+def _one(function: ShardFunction, job: Job) -> None:
     job.done_path.unlink(missing_ok=True)
-    counts = function(job.source, job.target, cfg)
-    write_whole(job.done_path, json.dumps({"key": job.key, "counts": counts}))
-    return counts
+    counts = function(job.source, job.target, job.cfg)
+    sizes = {name: (job.target.parent / name).stat().st_size for name in counts.pop("files")}
+    done = {"key": job.key, "sizes": sizes, "counts": counts}
+    write_whole(job.done_path, json.dumps(done, ensure_ascii=False))
 
 
-def serial(function: ShardFunction, jobs: list[Job], cfg: Any, workers: int) -> Iterator[Job]:
+def serial(function: ShardFunction, jobs: list[Job], workers: int) -> Iterator[Job]:
     """One after the other, in this process."""
     for job in jobs:
-        _one(function, job, cfg)
+        _one(function, job)
         yield job
 
 
-def processes(function: ShardFunction, jobs: list[Job], cfg: Any, workers: int) -> Iterator[Job]:
+def processes(function: ShardFunction, jobs: list[Job], workers: int) -> Iterator[Job]:
     """Several at once on this machine."""
     # spawn: the same on every system, and no copy of this process's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        futures = {pool.submit(_one, function, job, cfg): job for job in jobs}
+        futures = {pool.submit(_one, function, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -102,14 +108,81 @@ def processes(function: ShardFunction, jobs: list[Job], cfg: Any, workers: int) 
             pool.shutdown(cancel_futures=True)
 
 
-ENGINES = {"serial": serial, "processes": processes}
+def cluster(function: ShardFunction, jobs: list[Job], workers: int) -> Iterator[Job]:
+    """Several at once on a running Ray cluster whose machines share this file system.
+
+    Ray starts a task again whose worker or machine died; a task's own error ends the run.
+    """
+    ray = _join_cluster(jobs[0].target.parent)
+    task = ray.remote(_one).options(max_retries=3, num_cpus=1)
+    waiting, running = list(reversed(jobs)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                job = waiting.pop()
+                running[task.remote(function, job)] = job
+            (ready,), _ = ray.wait(list(running), num_returns=1)
+            ray.get(ready)
+            yield running.pop(ready)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"wanted {len(jobs)} shards from the Ray cluster, but a task was lost more than three "
+            f"times ({type(error).__name__}); look at `ray status`, then start the same command "
+            f"again: finished shards are kept"
+        ) from None
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _join_cluster(directory: Path) -> Any:
+    """The module ray, connected, once every machine of the cluster sees a directory of ours."""
+    try:
+        import ray
+    except ImportError:
+        raise ConfigError("--engine ray wants the package ray, found it not installed; "
+                          "pip install -r requirements/cluster.txt") from None  # fmt: skip
+    if not ray.is_initialized():
+        # The code is read from the shared file system, as the data are.
+        paths = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
+        try:
+            ray.init("auto", runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False)
+        except ConnectionError:
+            raise ConfigError("--engine ray wants a running cluster, found none; start it with "
+                              "`ray start --head` here and `ray start --address=HOST:6379` on the "
+                              "other machines") from None  # fmt: skip
+    mark = directory / f"tmp-seen-{os.getpid()}"
+    mark.touch()
+    try:
+        blind = [
+            node["NodeManagerHostname"]
+            for node in ray.nodes()
+            if node["Alive"] and not ray.get(_on_node(ray, node["NodeID"]).remote(str(mark)))
+        ]
+    finally:
+        mark.unlink()
+    if blind:
+        raise ConfigError(
+            f"--engine ray wants a file system that all machines share, but {', '.join(blind)} "
+            f"cannot see {directory}; choose --out on a shared disk"
+        )
+    return ray
+
+
+def _on_node(ray: Any, node_id: str) -> Any:
+    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(os.path.exists).options(num_cpus=0, scheduling_strategy=strategy)
+
+
+ENGINES = {"serial": serial, "processes": processes, "ray": cluster}
 
 
 def run_shards(
     function: ShardFunction,
     jobs: list[Job],
-    cfg: Any,
-    engine: str = "serial",
+    engine: Engine = "serial",
     workers: int = 1,
     show: Callable[[Iterable[Job], int], Iterable[Job]] = lambda jobs, n: jobs,
 ) -> list[Counts]:
@@ -118,7 +191,9 @@ def run_shards(
     show: wraps the finished jobs and their number, e.g. in a progress bar
     """
     todo = [job for job in jobs if job.counts() is None]
-    for _ in show(ENGINES[engine](function, todo, cfg, workers) if todo else (), len(todo)):
+    for directory in {job.target.parent for job in todo}:
+        directory.mkdir(parents=True, exist_ok=True)
+    for _ in show(ENGINES[engine](function, todo, workers) if todo else (), len(todo)):
         pass
     counts = [job.counts() for job in jobs]
     missing = [str(job.target) for job, count in zip(jobs, counts, strict=True) if count is None]

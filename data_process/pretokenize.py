@@ -15,7 +15,7 @@ import numpy as np
 
 from babyllama.errors import DataError
 from babyllama.rows import read_rows, row_kind
-from babyllama.token_file import TokenFileWriter
+from babyllama.token_file import TokenFileWriter, pair
 from data_process.executor import Counts
 from tokenizer import Tokenizer
 
@@ -74,4 +74,4 @@ def pretokenize_shard(source: Path, target: Path, cfg: PretokenizeConfig) -> Cou
                     writer.add_row(pieces)
                 counts["rows"] += 1
                 counts["tokens"] += sum(len(ids) for _, ids in pieces)
-    return counts
+    return counts | {"files": [path.name for path in pair(target)]}

@@ -26,6 +26,7 @@ from babyllama.cli import shown
 from babyllama.errors import DataError
 from data_process.layouts import HEAD, LAYOUTS, SURROGATE, Skip, layout_of
 
+WIDE_BYTES = bytes(range(128, 256))
 DEPTH = 3  # archives inside archives
 HELD_OUT = {"test": "test", "dev": "val", "val": "val", "valid": "val", "validation": "val"}
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
@@ -186,7 +187,7 @@ def _check_encoding(name: str, head: bytes, encoding: str) -> None:
         wrong = not encoding.lower().replace("_", "-").startswith("utf-16")
     else:
         likely = "gb18030"
-        n_wide = sum(byte > 127 for byte in head)
+        n_wide = len(head) - len(head.translate(None, WIDE_BYTES))
         # Single bad bytes are damaged lines; another encoding breaks most characters.
         n_bad = len(SURROGATE.findall(head.decode(encoding, "surrogateescape")))
         wrong = n_bad > 0.3 * n_wide

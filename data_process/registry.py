@@ -1,23 +1,20 @@
-"""The table of data sets. A new one is one file in datasets/ and one line here."""
+"""The table of data sets: each file in datasets/ is one."""
 
 import importlib
+import pkgutil
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.errors import ConfigError
+from data_process import datasets
+from data_process.source import Source
 
-MODULES = {
-    "inews": "inews",
-    "inews_title": "inews_title",
-    "smalltalk": "smalltalk",
-    "csl": "csl",
-    "text": "text",
-    "conversations": "conversations",
-    "instruction": "instruction",
-}
+MODULES = tuple(sorted(module.name for module in pkgutil.iter_modules(datasets.__path__)))
 GROUPS = {"sample": ("inews", "inews_title", "smalltalk")}
 SHARES = {"val": 0.02}
+IMPORT = re.compile(r"^from data_process\.datasets\.(\w+) import", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -27,19 +24,35 @@ class DataSet:
     name: of the set, its directory under data/clean
     ids: the name before the ids of its rows
     rules: which row of the tables in clean.py applies
+    The other fields are explained in datasets/__init__.py.
     """
 
     name: str
     reader: str
     kind: str
-    source: str
+    source: Source
     license: str
     ids: str
     rules: str
     shares: Mapping[str, float]
     package: tuple[str, str, str] | None
-    read: Callable[[Path, str], Iterator]
+    layout: str
+    whole: bool
+    split_files: bool
+    refused_count: bool
+    read: Callable[..., Iterator] | None
+    read_dir: Callable[[Path, str], Iterator] | None
     finish: Callable[[dict], dict]
+
+    def code(self) -> list[Path]:
+        """The reader's file, and those of the readers that it builds on."""
+        found, waiting = [], [self.reader]
+        while waiting:
+            path = Path(datasets.__path__[0]) / f"{waiting.pop()}.py"
+            if path not in found:
+                found.append(path)
+                waiting += IMPORT.findall(path.read_text(encoding="utf-8"))
+        return sorted(found)
 
 
 def data_sets(reader: str, name: str | None = None) -> list[DataSet]:
@@ -58,7 +71,8 @@ def data_sets(reader: str, name: str | None = None) -> list[DataSet]:
 
 
 def _data_set(reader: str, name: str) -> DataSet:
-    module = importlib.import_module(f"data_process.datasets.{MODULES[reader]}")
+    module = importlib.import_module(f"data_process.datasets.{reader}")
+    read_dir = getattr(module, "read_dir", None)
     return DataSet(
         name=name,
         reader=reader,
@@ -69,6 +83,11 @@ def _data_set(reader: str, name: str) -> DataSet:
         rules=getattr(module, "RULES", module.KIND),
         shares=getattr(module, "SHARES", SHARES),
         package=getattr(module, "PACKAGE", None),
-        read=module.read,
+        layout=getattr(module, "LAYOUT", ""),
+        whole=getattr(module, "WHOLE", False) or read_dir is not None,
+        split_files=getattr(module, "SPLIT_FILES", True),
+        refused_count=getattr(module, "REFUSED_COUNT", False),
+        read=getattr(module, "read", None),
+        read_dir=read_dir,
         finish=getattr(module, "finish", lambda row: row),
     )

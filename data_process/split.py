@@ -4,8 +4,10 @@ A row's part depends on nothing but its id, so it stays where it is when other r
 """
 
 import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
+TAIL = re.compile(r"(?<=\d)-\d+$")
 SPLITS = ("train", "val", "test")
 
 
@@ -16,8 +18,11 @@ def share_of(row_id: str) -> float:
 
 
 def by_hash(row_id: str, shares: Mapping[str, float]) -> str:
-    """The part of a row: held-out parts get their shares, train the rest."""
-    place = share_of(row_id)
+    """The part of a row: held-out parts get their shares, train the rest.
+
+    Rows of one entry ("x/3-1", "x/3-2") stay together: they share its text.
+    """
+    place = share_of(TAIL.sub("", row_id))
     for name, share in shares.items():
         if place < share:
             return name
@@ -26,11 +31,13 @@ def by_hash(row_id: str, shares: Mapping[str, float]) -> str:
 
 
 class Splitter:
-    """Assigns rows in reading order; official held-out rows come first (raw.data_files)."""
+    """Assigns rows to parts.
 
-    def __init__(self, shares: Mapping[str, float]) -> None:
-        self._shares = shares
-        self._official: set[str] = set()
+    official: the parts that the publisher fixed, in the whole set
+    """
+
+    def __init__(self, shares: Mapping[str, float], official: Collection[str]) -> None:
+        self._shares, self._official = shares, official
 
     def split(self, row_id: str, official: str | None) -> str:
         """The part of a row.
@@ -38,8 +45,6 @@ class Splitter:
         An official train row serves as validation only if the publisher gives no validation
         part, and never as test.
         """
-        if official:
-            self._official.add(official)
         if official in ("val", "test"):
             return official
         if official == "train":

