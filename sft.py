@@ -22,7 +22,8 @@ from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
 from babyllama.optim import OptimConfig
 from babyllama.parallel import start
-from babyllama.trainer import TrainConfig, open_run, train
+from babyllama.run_dir import open_run
+from babyllama.trainer import TrainConfig, train
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def main(cfg: SftConfig) -> int:
         model = base.model.to(world.device)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world)
-        directory = open_run(cfg.name, cfg, world)
-        return train(model, data, base.tokenizer, cfg, world, directory, "sft")
+        with open_run(cfg.name, cfg, world) as directory:
+            return train(model, data, base.tokenizer, cfg, world, directory, "sft")
 
 
 def config_of(argv: Sequence[str]) -> Path | None:

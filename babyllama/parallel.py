@@ -7,13 +7,15 @@ one process. Engines are added here, as branches of `wrap`.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from babyllama.cli import BAD_INPUT
 
 # A rank that waits longer than this for the others ends the job (torch's default is 30 minutes).
 TIMEOUT = datetime.timedelta(seconds=50)
@@ -41,10 +43,16 @@ class World:
         """Whether the flag is up on any rank."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.size > 1:
-            self.any(False)
+    def on_main(self, act: Callable[[], object]) -> None:
+        """Act in the main process while the others wait; where it fails, all of them end."""
+        error = None
+        if self.is_main:
+            try:
+                act()
+            except Exception as caught:
+                error = caught
+        if self.any(error is not None):
+            raise error or SystemExit(BAD_INPUT)  # the main process alone says what it was
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the loop calls it; its parameters and names stay the model's own."""

@@ -16,20 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from babyllama.checkpoint import (
-    differences,
-    list_checkpoints,
-    load_train_state,
-    save_checkpoint,
-)
-from babyllama.cli import BAD_NUMBERS, REPO, STOPPED, plain, shown, to_yaml
+from babyllama.checkpoint import list_checkpoints, load_train_state, save_checkpoint
+from babyllama.cli import BAD_NUMBERS, STOPPED, shown
 from babyllama.data import Data, TrainData, ValData
 from babyllama.device import DeviceConfig, Scaler, memory_gb, pick_precision
 from babyllama.errors import ConfigError
-from babyllama.log import Log, written_whole
+from babyllama.log import Log
 from babyllama.metrics import accuracy, perplexity
 from babyllama.optim import OptimConfig, lr_at, make_optimizer, set_lr
 from babyllama.parallel import World, no_sync
@@ -82,13 +76,6 @@ class TrainConfig:
             )
 
 
-# Settings that a run may be continued with although they differ: they change no weight beyond
-# rounding.
-FREE = (
-    "train.micro_batch_size", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep", "device.device", "dry_run",
-)  # fmt: skip
-
 LossFunction = Callable[[nn.Module, dict[str, Tensor]], Loss]
 
 
@@ -100,47 +87,6 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
 def total_steps(config: TrainConfig, data: TrainData) -> int:
     """How many updates a run makes."""
     return config.max_steps or max(1, round(config.epochs * data.steps_per_epoch))
-
-
-def open_run(name: str, config: object, world: World) -> Path:
-    """The directory of a run, new or to be continued with the same config.
-
-    config: resolved, which is saved as config.yaml
-
-    raises: ConfigError with the differences if it belongs to another config
-    """
-    run = REPO / "out" / name
-    saved = run / "config.yaml"
-    if saved.is_file():
-        found = _read_config(saved)
-        lines = differences(found, plain(config), FREE)
-        if lines:
-            raise ConfigError(
-                f"{shown(run)} holds a run of another config; take another --name, delete it, or "
-                f"set back:\n  " + "\n  ".join(lines)
-            )
-    elif list_checkpoints(run):
-        raise ConfigError(f"{shown(run)} has checkpoints but no config.yaml; take another --name")
-    world.barrier()
-    if world.is_main:
-        run.mkdir(parents=True, exist_ok=True)
-        with written_whole(saved) as path:
-            path.write_text(to_yaml(config), "utf-8")
-    world.barrier()
-    return run
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        found = error
-    if not isinstance(found, dict):
-        raise ConfigError(
-            f"{shown(path)}: wanted the settings of a run, found {' '.join(str(found).split())}; "
-            f"take another --name, or delete this run"
-        )
-    return found
 
 
 @contextlib.contextmanager
@@ -204,15 +150,16 @@ def train(
     bad_steps = 0
 
     def save() -> None:
-        world.barrier()
-        if world.is_main:
-            extra = {"tokens": tokens_seen, "scaler": scaler.state()}
-            parent = shown(cfg.base) if cfg.base else None
+        extra = {"tokens": tokens_seen, "scaler": scaler.state()}
+        parent = shown(cfg.base) if cfg.base else None
+
+        def write() -> None:
             save_checkpoint(
                 run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep
             )
             log.draw()
-        world.barrier()
+
+        world.on_main(write)
 
     def validate() -> None:
         figures = evaluate(wrapped, data.val, config.micro_batch_size, scaler, world)

@@ -1,0 +1,131 @@
+"""A run's directory: one run at a time, the same config, and no trace of those that died."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import write_run
+
+from babyllama.errors import ConfigError
+from babyllama.optim import OptimConfig
+from babyllama.parallel import World
+from babyllama.run_dir import lock, open_run
+from tokenizer import Tokenizer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str = "x"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_in_a_directory_is_refused_in_one_line(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
+    assert script("pretrain.py", "--config", config).code == 0
+    assert not (tmp_path / "run/lock.txt").exists()
+    with lock(tmp_path / "run"):
+        before = contents(tmp_path)
+        for _ in range(5):
+            found = script("pretrain.py", "--config", config)
+            assert "run is in use" in found.error and f"process {os.getpid()} on" in found.error
+            assert len(found.err.splitlines()) == 1
+        assert contents(tmp_path) == before
+    assert script("pretrain.py", "--config", config).code == 0
+
+
+def in_a_fork(act: Callable[[], object]) -> int:
+    """Act in another process; its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except ConfigError:
+            os._exit(2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_lock_of_a_dead_process_does_not_block(tmp_path: Path) -> None:
+    def hold_and_die() -> None:
+        with lock(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def take() -> None:
+        with lock(tmp_path):
+            pass
+
+    for _ in range(5):
+        assert in_a_fork(hold_and_die) == -signal.SIGKILL
+        assert (tmp_path / "lock.txt").exists()  # what it left says nothing
+        with lock(tmp_path):
+            assert str(os.getpid()) in (tmp_path / "lock.txt").read_text()
+            assert in_a_fork(take) == 2
+        assert in_a_fork(take) == 0
+
+
+def test_a_failure_in_the_main_process_ends_the_others_without_a_word() -> None:
+    def fail() -> None:
+        raise ConfigError("wrong")
+
+    with pytest.raises(ConfigError, match="wrong"):
+        WORLD.on_main(fail)
+
+    class Other(World):
+        def any(self, flag: bool) -> bool:
+            assert not flag
+            return True  # as the main process reports it
+
+    with pytest.raises(SystemExit) as end:
+        Other(1, 2, torch.device("cpu")).on_main(fail)
+    assert end.value.code == 2
+
+
+def test_a_setting_that_a_saved_config_does_not_know_yet_is_taken_at_its_default(
+    tmp_path: Path,
+) -> None:
+    with open_run(str(tmp_path), Settings(), WORLD) as run:
+        saved = yaml.safe_load((run / "config.yaml").read_text())
+    del saved["optim"]["beta1"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    with open_run(str(tmp_path), Settings(), WORLD):
+        pass
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    changed = Settings(optim=OptimConfig(beta1=0.5))
+    with (
+        pytest.raises(ConfigError, match=r"optim\.beta1: saved 0\.9, now 0\.5"),
+        open_run(str(tmp_path), changed, WORLD),
+    ):
+        pass
+    with lock(tmp_path):  # a refusal holds nothing
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_a_directory_that_cannot_be_written_is_said_in_one_line(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    """A file where the directory should be refuses everybody, root too."""
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
+    (tmp_path / "run").write_text("in the way")
+    assert "run" in script("pretrain.py", "--config", config).error
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").mkdir(mode=0o500)
+    if os.access(tmp_path / "run", os.W_OK):
+        return  # root writes where it likes
+    assert "lock" in script("pretrain.py", "--config", config).error
