@@ -11,6 +11,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -133,8 +134,8 @@ def cluster(function: ShardFunction, jobs: list[Job], workers: int) -> Iterator[
             f"again: finished shards are kept"
         ) from None
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+        if running:  # something failed: the cluster drops what this run still asks for
+            ray.shutdown()
 
 
 def _join_cluster(directory: Path) -> Any:
@@ -145,14 +146,13 @@ def _join_cluster(directory: Path) -> Any:
         raise ConfigError("--engine ray wants the package ray, found it not installed; "
                           "pip install -r requirements/cluster.txt") from None  # fmt: skip
     if not ray.is_initialized():
+        _reach(os.environ.get("RAY_ADDRESS", ""))
         # The code is read from the shared file system, as the data are.
         paths = os.pathsep.join([str(REPO), *filter(None, [os.environ.get("PYTHONPATH")])])
         try:
             ray.init("auto", runtime_env={"env_vars": {"PYTHONPATH": paths}}, log_to_driver=False)
         except ConnectionError:
-            raise ConfigError("--engine ray wants a running cluster, found none; start it with "
-                              "`ray start --head` here and `ray start --address=HOST:6379` on the "
-                              "other machines") from None  # fmt: skip
+            raise ConfigError(NO_CLUSTER.format("")) from None
     mark = directory / f"tmp-seen-{os.getpid()}"
     mark.touch()
     try:
@@ -169,6 +169,23 @@ def _join_cluster(directory: Path) -> Any:
             f"cannot see {directory}; choose --out on a shared disk"
         )
     return ray
+
+
+NO_CLUSTER = (
+    "--engine ray wants a running cluster, found none{}; start it with `ray start --head` here and "
+    "`ray start --address=HOST:6379` on the other machines"
+)
+
+
+def _reach(address: str) -> None:
+    """Refuse an address at which nobody answers; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        raise ConfigError(NO_CLUSTER.format(f" at RAY_ADDRESS {address}")) from None
 
 
 def _on_node(ray: Any, node_id: str) -> Any:

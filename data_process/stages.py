@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -270,9 +271,9 @@ class Finishing:
             yield self._splitter.split(row["id"], official), row
 
     def _number(self, local: int | str) -> str:
-        """The number of an entry in the set; "3-1", the second row of an entry, keeps its tail."""
-        number, dash, tail = str(local).partition("-")
-        return f"{self._first_id + int(number)}{dash}{tail}"
+        """An entry's number in the set; rows of one entry, "3-1" or "3.1", keep their ends."""
+        number = re.match(r"\d+", str(local))[0]
+        return f"{self._first_id + int(number)}{str(local)[len(number) :]}"
 
     def _is_dropped(self, number: int, row: dict, official: str | None) -> bool:
         n_chars = sum(map(len, texts(row)))

@@ -63,11 +63,15 @@ def raw(tmp_path: Path) -> Path:
 
 
 def start(raw: Path, out: Path, tokenizer: Path, engine: str, address: str) -> subprocess.Popen:
+    """The run in a process of its own; what it says goes to <out>.log."""
     command = [sys.executable, "-c", RUN, raw, out, tokenizer, engine]
     environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": str(REPO)}
-    return subprocess.Popen(
-        [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    with open(log_of(out), "wb") as log:
+        return subprocess.Popen([*map(str, command)], env=environment, stdout=log, stderr=log)
+
+
+def log_of(out: Path) -> Path:
+    return out.with_suffix(".log")
 
 
 def bytes_of(out: Path) -> dict[str, bytes]:
@@ -81,7 +85,7 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 def test_a_cluster_that_loses_workers_writes_the_same_bytes(cluster, raw, tokenizer, tmp_path):
     serial = start(raw, tmp_path / "serial", tokenizer.path, "serial", "")
-    assert serial.wait() == 0, serial.stdout.read().decode()
+    assert serial.wait() == 0, log_of(tmp_path / "serial").read_text()
     run = start(raw, tmp_path / "ray", tokenizer.path, "ray", cluster)
     killed, workers = 0, {}
     while run.poll() is None:
@@ -92,7 +96,7 @@ def test_a_cluster_that_loses_workers_writes_the_same_bytes(cluster, raw, tokeni
                     process.kill()
                     killed += 1
         time.sleep(0.02)
-    assert run.returncode == 0, run.stdout.read().decode()
+    assert run.returncode == 0, log_of(tmp_path / "ray").read_text()
     assert killed == 2 and len(workers) > 2
     assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "serial")
 
@@ -101,10 +105,10 @@ def test_a_job_that_fails_on_the_cluster_ends_in_its_own_line(cluster, tmp_path)
     """An error inside a shard is the run's error, not a warning."""
     broken = tmp_path / "raw.jsonl"
     broken.write_bytes("这是一行文字，编码不对。\n".encode("utf-16") * 50)
-    done = start(broken, tmp_path / "out", tmp_path / "none", "ray", cluster)
-    out = done.communicate()[0].decode()
-    assert done.returncode != 0
-    assert out.strip().split("\n")[-1].startswith("babyllama.errors.DataError: raw.jsonl: wanted")
+    run = start(broken, tmp_path / "out", tmp_path / "none", "ray", cluster)
+    assert run.wait() == 1
+    last = log_of(tmp_path / "out").read_text().strip().split("\n")[-1]
+    assert last.startswith("babyllama.errors.DataError: raw.jsonl: wanted")
 
 
 def test_without_a_cluster_one_line_says_how_to_start_one(tmp_path, monkeypatch):

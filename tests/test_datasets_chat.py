@@ -125,9 +125,9 @@ EXPECTED = {
     "lccc.json": [
         (0, "test", "U:火锅我在重庆吃iphone 6 plus很贵", "A:哈哈！"),
         "wrong_type!",
-        ("0-1", "val", "U:生快", "A:谢谢", "U:晚安"),
+        ("0.1", "val", "U:生快", "A:谢谢", "U:晚安"),
         "no_answer",
-        ("0-2", "train", "U:真的瘦了...", "A:T.T还要学Rap"),
+        ("0.2", "train", "U:真的瘦了...", "A:T.T还要学Rap"),
     ],
     "lccc_lines.jsonl": [(0, "U:你好", "A:你好呀"), "wrong_type!"],
     "diamante_valid.json": [

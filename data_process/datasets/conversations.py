@@ -100,12 +100,15 @@ def split_at_labels(label: re.Pattern[str], text: str) -> tuple[str, list[tuple[
     return before, list(zip(rest[::2], map(str.strip, rest[1::2]), strict=True))
 
 
-def with_ids(record: Record, rows: Iterable[dict | Skip]) -> Iterator[dict | Skip]:
-    """The rows of one record under the ids n, n-1, n-2 …"""
+def with_ids(record: Record, rows: Iterable[dict | Skip], mark: str = "-") -> Iterator[dict | Skip]:
+    """The rows of one record under the ids n, n-1, n-2 …
+
+    Rows that share a text stay in one part of the set; with the mark "." they are split one by one.
+    """
     n_rows = 0
     for row in rows:
         if isinstance(row, Skip):
             yield row
         else:
-            yield row | {"id": f"{record.n}-{n_rows}"} if n_rows else row
+            yield row | {"id": f"{record.n}{mark}{n_rows}"} if n_rows else row
             n_rows += 1

@@ -35,7 +35,7 @@ def read(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
         if isinstance(record, Skip):
             yield record
         else:
-            yield from with_ids(record, _rows(record))
+            yield from with_ids(record, _rows(record), ".")
 
 
 def _rows(record: Record) -> Iterator[dict | Skip]:
