@@ -35,9 +35,9 @@ from data_process.clean import texts
 from data_process.executor import write_whole
 from data_process.layouts import Skip
 from data_process.raw import records
+from data_process.signatures import HELD_OUT, each_row
 from data_process.windows import TextWindows, Windows, hits, load_windows, read_list, windows_of
 
-HELD_OUT = ("val", "test")
 BATCH_BYTES = 1 << 20
 LEAK = "leak"
 
@@ -64,7 +64,7 @@ def flag_shard(source: Path, target: Path, cfg: FlagConfig) -> dict[str, Any]:
     with open(path, "w", encoding="utf-8", newline="\n") as out:
         for first, rows in _batches(source):
             n_rows += len(rows)
-            found = hits(["\0".join(row) for row in rows], windows)
+            found = hits(rows, windows)
             for number in np.flatnonzero((found >= cfg.min_hits).any(axis=1)).tolist():
                 most = int(found[number].argmax())
                 leak = {"row": first + number, "hits": int(found[number, most])}
@@ -86,17 +86,20 @@ def _leaks_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.leaks.jsonl")
 
 
-def _batches(path: Path) -> Iterator[tuple[int, list[list[str]]]]:
-    """(number of the first row, texts of each row), some rows at a time."""
-    first, n_bytes, rows = 0, 0, []
-    with open(path, "rb") as file:
-        for line in file:
-            row = json.loads(line)
-            rows.append([] if row.get("split") in HELD_OUT else list(texts(row)))
-            n_bytes += len(line)
-            if n_bytes >= BATCH_BYTES:
-                yield first, rows
-                first, n_bytes, rows = first + len(rows), 0, []
+def _joined(row: dict[str, Any]) -> str:
+    # No window holds a NUL, so none runs over from a text into the next.
+    return "" if row.get("split") in HELD_OUT else "\0".join(texts(row))
+
+
+def _batches(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number of the first row, the rows' texts), some rows at a time."""
+    first, size, rows = 0, 0, []
+    for n_bytes, row in each_row(path, _joined):
+        rows.append(row)
+        size += n_bytes
+        if size >= BATCH_BYTES:
+            yield first, rows
+            first, size, rows = first + len(rows), 0, []
     if rows:
         yield first, rows
 
@@ -162,10 +165,12 @@ def _note(found: TextWindows) -> dict[str, int]:
 
 def _held_out_texts(shards: Sequence[Path]) -> Iterator[str]:
     for shard in shards:
-        with open(shard, "rb") as lines:
-            for row in map(json.loads, lines):
-                if row.get("split") in HELD_OUT:
-                    yield from texts(row)
+        for _, strings_of_row in each_row(shard, _held_out_strings):
+            yield from strings_of_row
+
+
+def _held_out_strings(row: dict[str, Any]) -> list[str]:
+    return list(texts(row)) if row.get("split") in HELD_OUT else []
 
 
 def strings(path: Path, n_skipped: Counter[str]) -> Iterator[str]:

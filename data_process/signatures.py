@@ -8,12 +8,13 @@ BATCH_BYTES (at least one row), some thirty times over, and 8 bytes a part of th
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -25,7 +26,9 @@ from data_process.minhash import PIECE, DedupConfig, band_keys, sides
 
 BATCH_BYTES = 1 << 21
 SIGNATURE = ("marks", "ends", "bands", "lines")
+HELD_OUT = ("val", "test")  # values of "split" in rows that their publisher holds out
 
+T = TypeVar("T")
 Signed = tuple[Path, Path]  # a shard, the stem of its signature
 
 
@@ -50,28 +53,37 @@ class Batch:
     texts: list[str] = field(default_factory=list)
 
 
-def read_batches(path: Path) -> Iterator[Batch]:
-    """A shard's rows, about BATCH_BYTES at a time.
+def each_row(path: Path, take: Callable[[dict], T]) -> Iterator[tuple[int, T]]:
+    """(size of its line in bytes, what `take` makes of it) for each row of a shard.
 
     raises: DataError at the first line that is not a row
     """
-    batch, begin, end = Batch(0), 0, 0
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
-                batch.marks.append(marks_of(row))
-                batch.texts.append("".join(sides(row)))
+                yield len(line), take(json.loads(line))
             except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
                 raise DataError(
-                    f"{shown(path)}:{batch.first + len(batch.ends) + 1}: wanted a canonical row, "
-                    f"found {line[:60]!r} ({type(error).__name__}); make the shard again"
+                    f"{shown(path)}:{number}: wanted a canonical row, found {line[:60]!r} "
+                    f"({type(error).__name__}); make the shard again"
                 ) from None
-            end += len(line)
-            batch.ends.append(end)
-            if end - begin >= BATCH_BYTES:
-                yield batch
-                batch, begin = Batch(batch.first + len(batch.ends)), end
+
+
+def _marks_and_text(row: dict[str, Any]) -> tuple[list[int], str]:
+    return marks_of(row), "".join(sides(row))
+
+
+def read_batches(path: Path) -> Iterator[Batch]:
+    """A shard's rows, about BATCH_BYTES at a time."""
+    batch, begin, end = Batch(0), 0, 0
+    for n_bytes, (marks, text) in each_row(path, _marks_and_text):
+        end += n_bytes
+        batch.ends.append(end)
+        batch.marks.append(marks)
+        batch.texts.append(text)
+        if end - begin >= BATCH_BYTES:
+            yield batch
+            batch, begin = Batch(batch.first + len(batch.ends)), end
     if batch.ends:
         yield batch
 
@@ -135,11 +147,12 @@ class Corpus:
     def _map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         shard, stem = self.shards[number]
         lines = np.load(signature_paths(stem)["lines"], mmap_mode="r")
-        return np.memmap(shard, np.uint8, mode="r"), lines
+        # As plain views: a memmap takes ten times as long to be sliced.
+        return np.asarray(np.memmap(shard, np.uint8, mode="r")), np.asarray(lines)
 
     def place_of(self, row: int) -> tuple[int, int]:
         """(shard, row in it)"""
-        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        shard = bisect_right(self.starts, row) - 1
         return shard, row - self.starts[shard]
 
     def row(self, row: int) -> dict[str, Any]:
