@@ -151,8 +151,9 @@ def test_the_rows_that_leak_are_flagged_whatever_shard_they_stand_in(known, tmp_
     rows[9] = {"id": 9, "messages": [{"role": "user", "content": evaluation[4]}]}
     rows[10] = {"id": 10, "text": evaluation[5], "split": "test"}
     rows[250] = {"id": 250, "text": evaluation[6] + "x" * (BATCH_BYTES if known else 9)}
+    rows[290] = {"id": 290, "text": evaluation[7]}
     rows[299] = {"id": 299, "text": with_windows(1, seed=2)}
-    wanted = {7: "list 0", 8: "list 1", 9: "list 0", 250: "list 0"}
+    wanted = {7: "list 0", 8: "list 1", 9: "list 0", 250: "list 0", 290: "list 0"}
     for n_shards in (1, 3):
         found = {}
         for shard in range(n_shards):

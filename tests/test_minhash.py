@@ -27,7 +27,6 @@ from data_process.minhash import (
     sides,
 )
 from data_process.near_duplicates import (
-    MAX_COMPARED,
     REASONS,
     dedup_shards,
     find_duplicates,
@@ -146,13 +145,19 @@ def test_a_text_has_the_same_minima_alone_in_company_and_across_tiles():
     assert (halves.min(axis=1) == together[:, 6]).all()
 
 
-@pytest.mark.parametrize("n_changed", [1, 4, 12])
-def test_two_texts_agree_in_as_many_minima_as_they_are_similar(n_changed):
-    (text,) = random_texts(1, 300)
-    other = replaced(text, *range(5, 5 + 20 * n_changed, 20))
-    wanted = jaccard(pieces(text), pieces(other))
-    left, right = minima([text, other], 2000).T
-    assert abs((left == right).mean() - wanted) < 4 * (wanted * (1 - wanted) / 2000) ** 0.5
+def copies_of_300_characters() -> dict[str, tuple[str, str]]:
+    (text,), table = random_texts(1, 300), HAN[:400]
+    changed = {f"{n} changed": (text, replaced(text, *range(5, 300, 300 // n))) for n in (1, 4, 12)}
+    # Neighbours in a table of characters differ by one: the worst case for weak hashes.
+    return changed | {"a table": (table, table[:300])}
+
+
+@pytest.mark.parametrize("case", copies_of_300_characters())
+def test_two_texts_agree_in_as_many_minima_as_they_are_similar(case):
+    pair = copies_of_300_characters()[case]
+    wanted = jaccard(*map(pieces, pair))
+    left, right = minima(list(pair), 4000).T
+    assert abs((left == right).mean() - wanted) < 4 * (wanted * (1 - wanted) / 4000) ** 0.5
 
 
 def test_the_keys_of_a_short_text_are_none_and_of_others_as_the_formula_says():
@@ -238,7 +243,7 @@ def families(draw: st.DrawFn) -> list[dict]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(rows=families(), n_shards=st.integers(1, 3))
 def test_the_rows_that_go_are_those_of_the_definition(tmp_path_factory, rows, n_shards):
     wanted = slow_drops(rows)
@@ -328,10 +333,9 @@ def test_boilerplate_costs_no_more_than_a_few_comparisons_a_row(tmp_path):
     shards = signed(tmp_path, rows, SURE)
     counts = find_duplicates(shards, tmp_path / "drops", SURE)
     assert counts["near_duplicate"] == 2 and counts["not_compared"] > 0
-    assert counts["compared"] <= MAX_COMPARED * len(rows)
+    assert counts["compared"] < 40 * len(rows), "of the 75 that each shares a key with"
     assert set(load_drops(tmp_path / "drops" / "00000.npy")) == {150, 151}
-    kept = rows[:150]
-    assert dropped(tmp_path / "again", kept) == {}
+    assert dropped(tmp_path / "again", rows[:150]) == {}
 
 
 def test_a_dialogue_goes_only_if_question_and_answer_are_both_similar(tmp_path):
@@ -353,6 +357,8 @@ def test_a_repeated_headline_or_short_text_counts_only_if_it_is_exact(tmp_path):
     rows[1]["summary"] = "另一标题"
     rows += [text_row(4, "好的啊"), text_row(5, "好的呢"), text_row(6, "好 的啊！")]
     assert dropped(tmp_path, rows) == dict.fromkeys((2, 3, 6), "duplicate")
+    shards = signed(tmp_path, rows[4:], SURE)
+    assert find_duplicates(shards, tmp_path / "drops", SURE)["compared"] == 0
 
 
 def test_held_out_rows_go_as_exact_copies_only_and_others_are_compared_with_them(tmp_path):
