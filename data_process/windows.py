@@ -2,8 +2,9 @@
 
 A window's number is the 8-byte BLAKE2b digest of its UTF-8 bytes, read little-endian; white space
 is removed before and case lowered; only numbers divisible by 8 are kept. If the texts are known, a
-rolling hash says which windows are worth a digest (about 70 MB/s of text); if only their numbers are,
-every window needs one (4 MB/s). Both find the same. Where texts come from: decontaminate.py.
+rolling hash says which windows are worth a digest (35 MB/s of rows on one core); if only their
+numbers are, every window needs one (4 MB/s). Both find the same. Where texts come from:
+decontaminate.py.
 """
 
 import hashlib
