@@ -166,15 +166,22 @@ def _object(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
     inner = next((value[key] for key in WRAPPERS if isinstance(value.get(key), list)), [value])
     for number, element in enumerate(inner):
         place = f"{name}[{number}]"
-        good = isinstance(element, dict | list)
-        yield place, element if good else Skip("not_an_object", place, str(element))
+        written = json.dumps(element, ensure_ascii=False)
+        if not isinstance(element, dict | list):
+            yield place, Skip("not_an_object", place, written)
+        else:
+            yield place, Skip("bad_bytes", place, written) if SURROGATE.search(written) else element
 
 
 def _table(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
     """The rows of a CSV file, as column -> text; its first line names the columns."""
     csv.field_size_limit(LONGEST)
     rows = csv.reader(text)
-    columns, number = next(rows, []), 0
+    try:
+        columns, number = next(rows, []), 0
+    except csv.Error as error:
+        raise DataError(f"{name}: wanted CSV whose first line names the columns, found a line that "
+                        f"cannot be read ({error}); choose another reader") from None  # fmt: skip
     while True:
         number += 1
         place = f"{name}[{number}]"
