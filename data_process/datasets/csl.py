@@ -1,46 +1,102 @@
 """CSL: abstracts of Chinese papers with their titles, in any of the published layouts.
 
-TSV without header   2 columns  title, abstract                (the older CLGE release)
-                     3 columns  "to title", abstract, title    (benchmark/ts)
-                     5 columns  title, abstract, keywords, discipline, category (the full set)
-JSON lines or list   {"id", "title", "abst"}  (csl_title_public), or "content" for the abstract
+TSV without header   2 columns  title, abstract                     (the older CLGE release)
+                     3 columns  "to title", abstract, title         (benchmark/ts)
+                     5 columns  title, abstract, keywords, discipline, category   (the full set)
+JSON lines or list   "title", "abst" (csl_title_public); "abstract" or "content"; "keywords" …
 
-Lines of the other benchmark tasks ("to keywords" …) hold no pair and are left out.
+The benchmark's other tasks ("to keywords" …) are read by csl_keywords, csl_discipline and
+csl_category, which take the fields that they need from `papers`. All four tasks were drawn from
+the full set and share their papers: clear the full set of the benchmark's dev and test papers.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
-from data_process.raw import Record, Skip, as_row, records
+from data_process.raw import Record, Skip, as_row
+from data_process.source import Source
 
 KIND = "summary"
-SOURCE = "github.com/ydli-ai/CSL, or csl_title_public of github.com/CLUEbenchmark/CLGE"
-LICENSE = "Apache-2.0 (repository of CSL); none stated for csl_title_public"
+SOURCE = Source(
+    home="github.com/ydli-ai/CSL",
+    rows="benchmark/ts 8,000 / 1,000 / 1,000; full set 396,209",
+    huggingface="neuclir/csl",
+    files=("data/csl.jsonl.gz",),
+    manual="the hub holds the full set; for the benchmark take benchmark/ts/*.tsv of the "
+    "repository, for csl_title_public the link in github.com/CLUEbenchmark/CLGE",
+)
+LICENSE = "Apache-2.0 (CSL's repository and card); none stated for csl_title_public"
 
-COLUMNS = {2: (1, 0), 3: (1, 2), 5: (1, 0)}  # where abstract and title stand
-ABSTRACT_KEYS = ("abst", "content", "abstract")
+TASKS = {
+    "to title": ("abstract", "title"),
+    "to keywords": ("abstract", "keywords"),  # the abstract, a space, and the title
+    "to discipline": ("abstract", "discipline"),
+    "to category": ("title", "category"),
+}
+COLUMNS = {2: ("title", "abstract"), 5: ("title", "abstract", "keywords", "discipline", "category")}
+KEYS = {"abst": "abstract", "content": "abstract", "keyword": "keywords", "label": "discipline"}
+META = ("keywords", "discipline", "category")
+FIELDS = frozenset(COLUMNS[5])
 
 
-def read(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
+def read(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
     """Pairs with the abstract as text and the title as summary."""
-    for record in records(raw_dir, encoding):
-        yield record if isinstance(record, Skip) else _row(record)
+    for record, paper in papers(records, "abstract", "title"):
+        if isinstance(paper, Skip):
+            yield paper
+        else:
+            meta = {key: paper[key] for key in META if key in paper}
+            fields = {"text": paper["abstract"], "summary": paper["title"]}
+            yield as_row(record, **fields, **({"meta": meta} if meta else {}))
 
 
-def _row(record: Record) -> dict | Skip:
+def papers(
+    records: Iterable[Record | Skip], *wanted: str
+) -> Iterator[tuple[Record | Skip, dict | Skip]]:
+    """Each record with the fields of its paper, all of them filled; keywords are a list.
+
+    wanted: fields without which a record is a Skip
+    """
+    for record in records:
+        yield record, record if isinstance(record, Skip) else _paper(record, wanted)
+
+
+def _paper(record: Record, wanted: tuple[str, ...]) -> dict | Skip:
+    paper = _fields(record)
+    if isinstance(paper, Skip):
+        return paper
+    if isinstance(record.data, str) and not paper.keys() >= set(wanted):
+        return Skip("other_task", record.where, record.data, broken=False)
+    if isinstance(paper.get("keywords"), str):
+        paper["keywords"] = paper["keywords"].split("_")
+    for field, value in paper.items():
+        parts = value if field == "keywords" and isinstance(value, list) else [value]
+        if not all(isinstance(part, str) for part in parts):
+            return Skip("wrong_type", record.where, str(record.data))
+    if "keywords" in paper:
+        paper["keywords"] = [word.strip() for word in paper["keywords"] if word.strip()]
+    filled = {key: value for key, value in paper.items() if value and not str(value).isspace()}
+    for field in wanted:
+        if field not in filled:
+            return Skip(f"no_{field}", record.where, str(record.data), broken=field in paper)
+    return filled
+
+
+def _fields(record: Record) -> dict | Skip:
+    """What a record states of its paper, unchecked."""
     if isinstance(record.data, dict):
-        abstract = next((record.data[k] for k in ABSTRACT_KEYS if k in record.data), None)
-        title = record.data.get("title")
-    else:
-        # A quoting reader would glue rows: fields may start with one '"'.
-        fields = record.data.split("\t")
-        if fields[0].startswith("to ") and fields[0] != "to title":
-            return Skip("other_task", record.where, record.data, broken=False)
-        if len(fields) not in COLUMNS:
-            return Skip("wrong_columns", record.where, record.data)
-        abstract, title = (fields[i] for i in COLUMNS[len(fields)])
-    if not isinstance(abstract, str) or not isinstance(title, str):
+        # In csldcp "label" is the discipline; in CLUE's csl, whether the keywords are the paper's.
+        label = str(record.data.get("label"))
+        if label == "0":
+            return Skip("false_keywords", record.where, str(record.data), broken=False)
+        named = {KEYS.get(key, key): value for key, value in record.data.items()
+                 if value is not None and (key != "label" or not label.isdigit())}  # fmt: skip
+        return {key: value for key, value in named.items() if key in FIELDS}
+    if not isinstance(record.data, str):
         return Skip("wrong_type", record.where, str(record.data))
-    if not abstract.strip() or not title.strip():
-        return Skip("empty_text", record.where, str(record.data))
-    return as_row(record, text=abstract, summary=title)
+    # A quoting reader would glue rows: fields may start with one '"'.
+    columns = record.data.split("\t")
+    if len(columns) == 3 and columns[0] in TASKS:
+        return dict(zip(TASKS[columns[0]], columns[1:], strict=True))
+    if len(columns) not in COLUMNS:
+        return Skip("wrong_columns", record.where, record.data)
+    return dict(zip(COLUMNS[len(columns)], columns, strict=True))
