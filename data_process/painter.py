@@ -1,0 +1,110 @@
+"""What inspect.py puts on a terminal: coloured tokens; Chinese text cut and aligned by its width.
+
+A character's width is that of Unicode Standard Annex 11: W and F take two columns.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+from itertools import groupby
+
+from tokenizer import Tokenizer
+
+BOLD, DIM, GREEN, RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[0m"
+
+
+class Painter:
+    """Turns rows and tokens into what a terminal shows."""
+
+    def __init__(self, tokenizer: Tokenizer | None, colours: bool, width: int) -> None:
+        self.tokenizer, self.colours, self.width = tokenizer, colours, width
+
+    def ink(self, style: str, text: str) -> str:
+        return f"{style}{text}{RESET}" if self.colours and style and text else text
+
+    def parts(self, ids: Sequence[int]) -> list[str]:
+        """The characters that each token completes; control tokens by name."""
+        names = {self.tokenizer.bos_id: "<bos>", self.tokenizer.eos_id: "<eos>"}
+        decoder = self.tokenizer.stream_decoder()
+        return [
+            visible(decoder.feed(token)) if self.tokenizer.n_bytes([token])
+            else names.get(token, f"<{token}>")
+            for token in ids
+        ]  # fmt: skip
+
+    def dialogue(self, read: tuple[list[int], list[int]], pieces: bool = False) -> str:
+        """The text of (ids, mask), what is learnt marked."""
+        border, runs = self.ink(DIM, "|") if pieces else "", []
+        for is_learnt, run_of in groupby(zip(*read, strict=True), key=lambda pair: pair[1]):
+            parts = self.parts([token for token, _ in run_of])
+            parts = [_seen(p).replace("↵", "↵\n") for p in parts] if pieces else ["".join(parts)]
+            text = border.join(self.ink(GREEN if is_learnt else "", part) for part in parts)
+            runs.append(f"⟦{text}⟧" if is_learnt and not self.colours else text)
+        return border.join(runs)
+
+    def context(self, text: str, wanted: str) -> str:
+        """The place where a text holds what was searched for."""
+        before, _, after = text.partition(wanted)
+        before, after = (
+            visible(before[-20:]).replace("\n", "↵"),
+            visible(after[:20]).replace("\n", "↵"),
+        )
+        return (
+            f"{self.ink(DIM, '… ' + before)}{self.ink(BOLD, wanted)}{self.ink(DIM, after + ' …')}"
+        )
+
+    def ids(self, ids: Sequence[int], pieces: bool) -> str:
+        """As many ids as fit on a line; or all, each with its token below it."""
+        if not pieces:
+            line = " ".join(map(str, ids))
+            if len(line) > self.width:
+                line = line[: max(20, self.width - 36)].rsplit(" ", 1)[0]
+                line += f" … {len(ids) - line.count(' ') - 1} more, all with --pieces"
+            return self.ink(DIM, line)
+        lines, above, below = [], "", ""
+        for token, part in zip(ids, map(_seen, self.parts(ids)), strict=True):
+            room = max(width_of(part), len(str(token))) + 2
+            if above and len(above) + room > self.width:
+                lines += [self.ink(DIM, above), below]
+                above = below = ""
+            above += str(token).ljust(room)
+            below += part + " " * (room - width_of(part))
+        return "\n".join([*lines, self.ink(DIM, above), below])
+
+
+def _seen(part: str) -> str:
+    return part.replace("\n", "↵").replace(" ", "␣") or "·"
+
+
+def visible(text: str) -> str:
+    """Control and invisible characters spelled out: a row must not steer the terminal."""
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if c not in "\n\u200d" and unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp")
+        else c
+        for c in text
+    )
+
+
+def width_of(text: str) -> int:
+    """Columns that a text takes in a terminal; Chinese characters take two."""
+    n_wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + n_wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
+
+
+def clipped(text: str, width: int) -> str:
+    """As much of a text as fits into so many columns."""
+    if width_of(text[: width + 1]) <= width:
+        return text
+    n = 0
+    while width_of(text[: n + 1]) < width:
+        n += 1
+    return text[:n] + "…"
+
+
+def outline(value: object) -> object:
+    """A JSON value with its strings cut short."""
+    if isinstance(value, dict):
+        return {key: outline(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [outline(item) for item in value]
+    return clipped(value, 32) if isinstance(value, str) else value
