@@ -23,14 +23,17 @@ from babyllama.checkpoint import Loaded, load_model, newest_run
 from babyllama.cli import INTERRUPTED, REPO, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import SamplingConfig, stream
+from babyllama.fast import Decoder, Weights, make_decoder
+from babyllama.generate import Reply, generate_replies, stream_text
 from babyllama.retrieval import API_URL, Choices, WikiError, look_up, trim
 from babyllama.rows import write_rows
+from babyllama.sampling import SamplingConfig
 from tokenizer import LABELS, Tokenizer
 
 EXAMPLES = ("你好", "你是谁？", "你喜欢什么？")
 MOST_CHARACTERS = 100_000  # read from a reference file; far more than any context holds
 STOPPED_EARLY = "（已停止）"
+ENDINGS = {"length": "（到了长度上限）", "loop": "（开始重复，已停止）"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class ChatConfig(SamplingConfig):
         prompt: answer this one message and exit
         reference: 资料 to answer from: a text file, or the text itself
         device: auto, cpu, cuda or mps
+        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
         wiki_url: address of the MediaWiki API behind /wiki, for a mirror
     """
 
@@ -49,6 +53,7 @@ class ChatConfig(SamplingConfig):
     prompt: str | None = None
     reference: str = ""
     device: Device = "auto"
+    weights: Weights = "auto"
     wiki_url: str = API_URL
 
 
@@ -152,32 +157,28 @@ def visible(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "·", text) if sys.stdout.isatty() else text
 
 
-def reply(loaded: Loaded, cfg: ChatConfig, prompt: list[int]) -> tuple[str, str]:
-    """Print a reply as it comes; returns it with "" or the reason why it ended early.
-
-    Bytes that never became a whole character are left out.
-    """
-    decoder, text, n_tokens = loaded.tokenizer.stream_decoder(), "", 0
+def reply(loaded: Loaded, decoder: Decoder, cfg: ChatConfig, prompt: list[int]) -> tuple[str, str]:
+    """Print a reply as it comes; returns it with "" or the reason why it ended early."""
+    text, end = "", Reply()
     try:
-        for token in stream(loaded.model, prompt, cfg, loaded.tokenizer.eos_id):
-            n_tokens += 1
-            piece = decoder.feed(token)
+        for piece in stream_text(decoder, prompt, cfg, loaded.tokenizer, end):
             text += piece
             print(visible(piece), end="", flush=True)
     except KeyboardInterrupt:
         return text, STOPPED_EARLY
-    most = min(cfg.max_new_tokens, loaded.config.max_seq_len - len(prompt))
-    return text, "（到了长度上限）" if n_tokens >= most else ""
+    return text, ENDINGS.get(end.reason, "")
 
 
-def answer(loaded: Loaded, cfg: ChatConfig, talk: Conversation, question: str) -> None:
+def answer(
+    loaded: Loaded, decoder: Decoder, cfg: ChatConfig, talk: Conversation, question: str
+) -> None:
     """One turn: prints the reply and keeps it, unless it is blank."""
     n_gone = talk.first
     prompt = talk.prompt_for(question)
     if n_gone == 0 < talk.first:
         print(paint("（上下文满了：从现在起，模型看不到最早的几轮；资料保留）"))
     print(paint(LABELS["assistant"], "36"), end="", flush=True)
-    text, ended_early = reply(loaded, cfg, prompt)
+    text, ended_early = reply(loaded, decoder, cfg, prompt)
     print(paint(ended_early))
     if text.strip():
         talk.turns.append((question, text))
@@ -261,7 +262,7 @@ def set_up_terminal() -> Callable[[], str]:
     return readline.get_line_buffer
 
 
-def converse(loaded: Loaded, cfg: ChatConfig, talk: Conversation) -> None:
+def converse(loaded: Loaded, decoder: Decoder, cfg: ChatConfig, talk: Conversation) -> None:
     """Read, answer, repeat, until /quit, Ctrl-D, or Ctrl-C on an empty line."""
     line_so_far = set_up_terminal()
     print(paint("输入文字即可对话；/help 显示命令，Ctrl-D 退出"))
@@ -278,7 +279,7 @@ def converse(loaded: Loaded, cfg: ChatConfig, talk: Conversation) -> None:
                 if not obey(cfg, talk, "/" + line[1:]):
                     return
             elif line.strip():
-                answer(loaded, cfg, talk, line)
+                answer(loaded, decoder, cfg, talk, line)
         except (KeyboardInterrupt, EOFError):
             print(paint("\n已取消"))
         except (ConfigError, DataError, WikiError, OSError) as error:
@@ -288,8 +289,11 @@ def converse(loaded: Loaded, cfg: ChatConfig, talk: Conversation) -> None:
 def main(cfg: ChatConfig) -> int:
     if cfg.prompt is not None and not cfg.prompt.strip():
         raise ConfigError("--prompt is blank; give a message, or leave it out to talk")
+    if cfg.n > 1 and not cfg.prompt:
+        raise ConfigError(f"--n {cfg.n} is for one message; add --prompt, or leave it out to talk")
     loaded = load_model(choose_checkpoint(cfg.checkpoint), pick_device(cfg.device))
     loaded.tokenizer.require_dialogue()
+    decoder = make_decoder(loaded.model, cfg.weights)
     context = loaded.config.max_seq_len
     talk = Conversation(loaded.tokenizer, room=context - min(cfg.max_new_tokens, context // 4))
     notes = [f"模型：{shown(loaded.path)}" + "（未经对话微调）" * (loaded.kind == "pretrain")]
@@ -297,17 +301,23 @@ def main(cfg: ChatConfig) -> int:
         notes.append(talk.set_reference(read_reference(cfg.reference)))
     print(paint("\n".join(notes)), file=sys.stderr if cfg.prompt else sys.stdout)
     if cfg.prompt:
-        _, ended_early = reply(loaded, cfg, talk.prompt_for(whole(cfg.prompt)))
+        prompt = talk.prompt_for(whole(cfg.prompt))
+        if cfg.n > 1:
+            eos_id = loaded.tokenizer.eos_id
+            for found in generate_replies(decoder, [prompt], cfg, eos_id, loaded.tokenizer):
+                print(visible(found.text))
+            return 0
+        _, ended_early = reply(loaded, decoder, cfg, prompt)
         print()
         print(ended_early, end="\n" if ended_early else "", file=sys.stderr)
         return INTERRUPTED if ended_early == STOPPED_EARLY else 0
     if all(file is not None and file.isatty() for file in (sys.stdin, sys.stdout)):
-        converse(loaded, cfg, talk)
+        converse(loaded, decoder, cfg, talk)
         return 0
     cfg = replace(cfg, seed=cfg.seed or 0)
     for question in EXAMPLES:
         print(LABELS["user"] + question)
-        answer(loaded, cfg, talk, question)
+        answer(loaded, decoder, cfg, talk, question)
     return 0
 
 

@@ -1,196 +1,274 @@
-"""Choosing the next token: one reply as a stream, or many at once with a shared KV cache.
+"""Writing replies: one as a stream, or many at once with a shared KV cache; beams.
 
-Sources: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751), repetition penalty (Keskar et
-al. 2019, section 4.1).
+The model is a Transformer or a faster Decoder made from one (fast.py); how a token is chosen is
+sampling.py's. The number of a reply in its batch and the seed give it random numbers of its own,
+so it does not depend on which other replies are written beside it.
 """
 
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from babyllama.errors import ConfigError
-from model import KVCache, Transformer
+from babyllama.batch import Batch
+from babyllama.fast import Decoder
+from babyllama.sampling import (
+    SamplingConfig,
+    choose,
+    extend_beams,
+    loops,
+    n_showable,
+    repeats,
+    squeeze,
+    until_stop,
+)
+from model import Transformer
+from tokenizer import Tokenizer
 
-# Nearly every nucleus fits into so many tokens; sorting them is far cheaper than sorting V.
-_NUCLEUS = 256
-
-# Below this the likeliest token is the only one left, and dividing by it may overflow.
-_COLDEST = 1e-6
+# A reply whose rules refuse so many tokens at one place has nothing left to say.
+_MOST_REFUSED = 50
+_NOTHING = -2  # no token's id
 
 
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How the next token is chosen.
+@dataclass
+class Reply:
+    """One reply and how it ended.
 
-    Args:
-        max_new_tokens: longest reply
-        temperature: flattens (> 1) or sharpens (< 1) the choice; 0 takes the likeliest token
-        top_p: choose among the likeliest tokens that together have this probability
-        top_k: choose among this many tokens at most; 0: no limit
-        repetition_penalty: above 1: tokens that were already there become less likely
-        seed: of the choice; null: a new one each time
+    ids: its tokens without <eos>; with the token that holds the end of a stop text
+    text: what a reader gets, cut before a stop text; empty where no tokenizer was given
+    reason: eos; length: the longest reply or the end of the context; stop; loop: the rules against
+        repetition left no other way; "" while it is written
     """
 
-    max_new_tokens: int = 256
-    temperature: float = 0.8
-    top_p: float = 0.9
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        faults = [
-            text
-            for is_bad, text in (
-                (self.max_new_tokens < 1, f"max_new_tokens {self.max_new_tokens} (at least 1)"),
-                (not 0 <= self.temperature <= 10, f"temperature {self.temperature} (0 to 10)"),
-                (not 0 < self.top_p <= 1, f"top_p {self.top_p} (above 0, at most 1)"),
-                (self.top_k < 0, f"top_k {self.top_k} (0 or more)"),
-                (
-                    not 0 < self.repetition_penalty <= 10,
-                    f"repetition_penalty {self.repetition_penalty} (above 0, at most 10)",
-                ),
-            )
-            if is_bad
-        ]
-        if faults:
-            raise ConfigError("sampling cannot use " + ", ".join(faults))
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: Literal["", "eos", "length", "stop", "loop"] = ""
 
 
 def stream(
-    model: Transformer,
+    model: Transformer | Decoder,
     prompt: Sequence[int],
     sampling: SamplingConfig,
     eos_id: int,
-    generator: torch.Generator | None = None,
+    tokenizer: Tokenizer | None = None,
+    reply: Reply | None = None,
 ) -> Iterator[int]:
-    """The tokens of one reply as they are chosen, without <eos>.
+    """The tokens of one reply as they are chosen, without <eos>; with beams, when all are.
 
+    tokenizer: needed by the settings that look at characters (stop, no_repeat_ngram, loop_guard)
+    reply: filled on the way, for who wants to know how it ended
     raises: ConfigError if the prompt leaves no room in the context
     """
-    for _, ids in _steps(model, [prompt], sampling, eos_id, generator):
-        if ids[0] != eos_id:
-            yield ids[0]
+    reply = Reply() if reply is None else reply
+    if sampling.beams > 1:
+        (best, *_) = _search_beams(model, prompt, sampling, eos_id, tokenizer)
+        reply.__dict__.update(best.__dict__)
+        yield from reply.ids
+        return
+    n_given = 0
+    for _ in _write(model, [prompt], sampling, eos_id, tokenizer, [reply]):
+        yield from reply.ids[n_given:]
+        n_given = len(reply.ids)
+
+
+def stream_text(
+    model: Transformer | Decoder,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer,
+    reply: Reply | None = None,
+) -> Iterator[str]:
+    """The text of one reply as whole characters come, without the stop texts.
+
+    What may be the beginning of a stop text is held back until it is clear that it is none. Bytes
+    that never become a whole character are left out.
+    """
+    reply = Reply() if reply is None else reply
+    decoder, text, n_shown = tokenizer.stream_decoder(), "", 0
+    for token in stream(model, prompt, sampling, tokenizer.eos_id, tokenizer, reply):
+        text += decoder.feed(token)
+        end = n_showable(text, sampling.stop)
+        if end > n_shown:
+            yield text[n_shown:end]
+            n_shown = end
+    rest = until_stop(text, sampling.stop)[n_shown:]
+    if rest:
+        yield rest
 
 
 def generate(
-    model: Transformer, prompts: Sequence[Sequence[int]], sampling: SamplingConfig, eos_id: int
-) -> list[list[int]]:
-    """A reply for each prompt, without <eos>. Prompts may differ in length; like lengths together
-    waste least.
-
-    raises: ConfigError if a prompt leaves no room in the context
-    """
-    replies: list[list[int]] = [[] for _ in prompts]
-    for rows, ids in _steps(model, prompts, sampling, eos_id):
-        for row, token in zip(rows, ids, strict=True):
-            if token != eos_id:
-                replies[row].append(token)
-    return replies
-
-
-def _steps(
-    model: Transformer,
+    model: Transformer | Decoder,
     prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     eos_id: int,
-    generator: torch.Generator | None = None,
-) -> Iterator[tuple[list[int], list[int]]]:
-    """The unfinished rows and their next tokens, step by step; finished rows leave the batch."""
+    tokenizer: Tokenizer | None = None,
+) -> list[list[int]]:
+    """The ids of generate_replies."""
+    return [r.ids for r in generate_replies(model, prompts, sampling, eos_id, tokenizer)]
+
+
+def generate_replies(
+    model: Transformer | Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    eos_id: int,
+    tokenizer: Tokenizer | None = None,
+) -> list[Reply]:
+    """The replies to each prompt: sampling.n to the first, then to the second, and so on.
+
+    Prompts may differ in length; like lengths together waste least.
+
+    tokenizer: needed by the settings that look at characters
+    raises: ConfigError if a prompt leaves no room in the context
+    """
+    if sampling.beams > 1:
+        found = [_search_beams(model, prompt, sampling, eos_id, tokenizer) for prompt in prompts]
+        return [reply for replies in found for reply in replies[: sampling.n]]
+    replies = [Reply() for _ in range(len(prompts) * sampling.n)]
+    for _ in _write(model, prompts, sampling, eos_id, tokenizer, replies):
+        pass
+    return replies
+
+
+class _Rules:
+    """What ends a reply, and which tokens may not follow it."""
+
+    def __init__(self, sampling: SamplingConfig, eos_id: int, tokenizer: Tokenizer | None) -> None:
+        if sampling.reads_text and tokenizer is None:
+            raise ValueError("stop, no_repeat_ngram and loop_guard look at text: give a tokenizer")
+        self.sampling, self.eos_id, self.tokenizer = sampling, eos_id, tokenizer
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The whole characters of a reply."""
+        return "".join(map(self.tokenizer.stream_decoder().feed, ids))
+
+    def allow(self, ids: list[int], token: int) -> bool:
+        """Whether the rules against repetition let this token follow."""
+        n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
+        if token == self.eos_id or not (n or redraws):
+            return True
+        before, after = self.text(ids), self.text([*ids, token])
+        if redraws and loops(after, before):
+            return False
+        return not n or not repeats(squeeze(before), squeeze(after), n)
+
+    def extend(self, reply: Reply, token: int, limit: int) -> None:
+        """Lengthen a reply by a token, or end it, or both."""
+        if token == self.eos_id:
+            reply.reason = "eos"
+        elif token == _NOTHING or self._ends_in_loop(reply.ids, token):
+            reply.reason = "loop"
+        else:
+            reply.ids.append(token)
+            if len(reply.ids) >= limit:
+                reply.reason = "length"
+        if self.tokenizer and (reply.reason or self.sampling.stop):
+            text = self.text(reply.ids)
+            reply.text = until_stop(text, self.sampling.stop)
+            if len(reply.text) < len(text):
+                reply.reason = "stop"
+
+    def _ends_in_loop(self, ids: list[int], token: int) -> bool:
+        return self.sampling.loop_guard == "end" and loops(self.text([*ids, token]), self.text(ids))
+
+
+def _write(
+    model: Transformer | Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    eos_id: int,
+    tokenizer: Tokenizer | None,
+    replies: list[Reply],
+) -> Iterator[None]:
+    """Fill the replies, a token each at every step; finished ones leave the batch."""
+    rules = _Rules(sampling, eos_id, tokenizer)
     if not prompts:
         return
-    device = model.rope.device
-    if generator is None and sampling.seed is not None:
-        generator = torch.Generator(device).manual_seed(sampling.seed)
-    lengths = [len(prompt) for prompt in prompts]
-    limits = [min(sampling.max_new_tokens, model.config.max_seq_len - n) for n in lengths]
-    if min(lengths) < 1 or min(limits) < 1:
-        raise ConfigError(
-            f"a prompt of {max(lengths)} tokens leaves no room for a reply in the model's context "
-            f"of {model.config.max_seq_len}, or a prompt is empty; shorten it"
-        )
-    width = max(lengths)
-    tokens = torch.zeros(len(prompts), width, dtype=torch.int64)  # filler: any id, never seen
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.tensor(prompt)
-    start = torch.tensor([width - n for n in lengths], device=device)
-    tokens = tokens.to(device)
+    # A generator must not be left inside inference_mode: its caller would be in it, too.
     with torch.inference_mode():
-        cache = KVCache(model.config, start, width + max(limits), model.output.weight.dtype)
-        seen = _seen(tokens, start, model.config.vocab_size) if penalised(sampling) else None
-    rows, steps = list(range(len(prompts))), 0
+        batch = Batch(model, prompts, sampling.max_new_tokens, sampling.n)
+    limits, seed = batch.limits, sampling.seed
+    if seed is None:
+        seed = random.randrange(2**63)
+    chances = [random.Random(f"{seed}/{row}") for row in range(len(replies))]
+    rows = list(range(len(replies)))
     while rows:
-        # A generator must not be left inside inference_mode: its caller would be in it, too.
         with torch.inference_mode():
-            logits = model.output(model.hidden(tokens, cache=cache)[:, -1]).float()
-            chosen = choose(logits, sampling, seen, generator)
-            ids = chosen.tolist()
-        yield rows, ids
-        steps += 1
-        going = [
-            i
-            for i, (row, token) in enumerate(zip(rows, ids, strict=True))
-            if token != eos_id and steps < limits[row]
-        ]
+            logits = batch.penalised(sampling, eos_id)
+            numbers = torch.tensor([chances[row].random() for row in rows], device=logits.device)
+            ids = choose(logits, sampling, numbers).tolist()
+            for i, row in enumerate(rows):
+                if sampling.reads_text:
+                    ids[i] = _redraw(logits[i], ids[i], replies[row].ids, rules, chances[row])
+                rules.extend(replies[row], ids[i], limits[row])
+        yield
+        going = [i for i, row in enumerate(rows) if not replies[row].reason]
         with torch.inference_mode():
-            if seen is not None:
-                seen.scatter_(1, chosen[:, None], True)
             if 0 < len(going) < len(rows):
-                kept = torch.tensor(going, device=device)
-                cache.keep(kept)
-                chosen = chosen[kept]
-                seen = None if seen is None else seen[kept]
-            tokens = chosen[:, None]
-        rows = [rows[i] for i in going]
+                batch.keep(going)
+            rows = [rows[i] for i in going]
+            if rows:
+                batch.add([ids[i] for i in going])
 
 
-def penalised(sampling: SamplingConfig) -> bool:
-    """Whether the choice depends on what was already said."""
-    return sampling.repetition_penalty != 1
+def _redraw(
+    logits: Tensor, token: int, ids: list[int], rules: _Rules, chance: random.Random
+) -> int:
+    """The token, or the first drawn after it that the rules allow, or _NOTHING.
 
-
-def _seen(tokens: Tensor, start: Tensor, vocab_size: int) -> Tensor:
-    """Which tokens each prompt holds, filler aside: (B, V) bool."""
-    is_prompt = torch.arange(tokens.shape[1], device=tokens.device) >= start[:, None]
-    counts = torch.zeros(len(tokens), vocab_size, dtype=torch.int32, device=tokens.device)
-    return counts.scatter_add_(1, tokens, is_prompt.int()) > 0
-
-
-def choose(
-    logits: Tensor,
-    sampling: SamplingConfig,
-    seen: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The next token of each row.
-
-    logits: (B, V) float32; seen: (B, V) bool, tokens to penalise
-    returns: (B,)
+    logits: (V,) of which the token was drawn
     """
-    if seen is not None:
-        penalty = sampling.repetition_penalty
-        weaker = torch.where(logits > 0, logits / penalty, logits * penalty)
-        logits = torch.where(seen, weaker, logits)
-    if sampling.temperature < _COLDEST:
-        return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
-    total = logits.logsumexp(dim=-1, keepdim=True)
-    values, tokens = _candidates(logits, total, sampling)
-    probabilities = (values - total).exp()
-    before = probabilities.cumsum(dim=-1) - probabilities
-    # The likeliest token always stays.
-    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
+    logits = logits[None].clone()
+    for _ in range(min(_MOST_REFUSED, logits.shape[1])):
+        if rules.allow(ids, token):
+            return token
+        logits[0, token] = -torch.inf
+        number = torch.tensor([chance.random()], device=logits.device)
+        token = int(choose(logits, rules.sampling, number))
+    return _NOTHING
 
 
-def _candidates(logits: Tensor, total: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens, largest first: enough of them to hold the nucleus of every row."""
-    vocab_size = logits.shape[-1]
-    if sampling.top_k:
-        return logits.topk(min(sampling.top_k, vocab_size), dim=-1)
-    values, tokens = logits.topk(min(_NUCLEUS, vocab_size), dim=-1)
-    if bool(((values - total).exp().sum(dim=-1) >= sampling.top_p).all()):
-        return values, tokens
-    return logits.sort(dim=-1, descending=True)
+def _search_beams(
+    model: Transformer | Decoder,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    eos_id: int,
+    tokenizer: Tokenizer | None,
+) -> list[Reply]:
+    """The likeliest replies that a beam search finds, best first, at most sampling.beams.
+
+    It ends when so many replies are finished and no unfinished one is better than the worst.
+    """
+    rules, most = _Rules(sampling, eos_id, tokenizer), sampling.beams
+    done: list[tuple[float, Reply]] = []
+    beams, scores = [Reply()], [0.0]
+    with torch.inference_mode():
+        batch = Batch(model, [prompt], sampling.max_new_tokens, 1)
+        (limit,) = batch.limits
+        for length in range(1, limit + 1):
+            logits = batch.penalised(sampling, eos_id)
+            known = torch.tensor(scores, device=logits.device)
+            n_wanted = 2 * most + (_MOST_REFUSED if sampling.reads_text else 0)
+            going: list[tuple[float, int, int, Reply]] = []
+            for score, beam, token in extend_beams(logits, known, n_wanted):
+                if len(going) == most or not rules.allow(beams[beam].ids, token):
+                    continue
+                reply = Reply(list(beams[beam].ids))
+                rules.extend(reply, token, limit)
+                if reply.reason:
+                    done.append((score / length**sampling.length_penalty, reply))
+                else:
+                    going.append((score, beam, token, reply))
+            done = sorted(done, key=lambda pair: -pair[0])[:most]
+            best = max((score for score, *_ in going), default=-torch.inf)
+            if not going or (
+                len(done) == most and best / length**sampling.length_penalty <= done[-1][0]
+            ):
+                break
+            scores, parents, ids, beams = map(list, zip(*going, strict=True))
+            batch.keep(parents)
+            batch.add(ids)
+    return [reply for _, reply in done] or [Reply(reason="loop")]

@@ -1,13 +1,26 @@
-"""Laws of choosing tokens: what a batch shares changes nothing, and no limit is passed."""
+"""Laws of replies: what a batch shares changes nothing, no limit is passed, rules hold."""
+
+import copy
+import itertools
 
 import pytest
 import torch
 from conftest import small_config
 from torch import Tensor
 
-from babyllama.errors import ConfigError
-from babyllama.generate import SamplingConfig, choose, generate, stream
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.fast import make_decoder
+from babyllama.generate import (
+    Reply,
+    SamplingConfig,
+    generate,
+    generate_replies,
+    stream,
+    stream_text,
+)
+from babyllama.sampling import loops, repeats, squeeze, until_stop
 from model import Transformer
+from tokenizer import Tokenizer
 
 NEVER = 1000  # an <eos> that is not in the vocabulary
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=20)
@@ -45,7 +58,7 @@ def slow_greedy(
     for _ in range(min(n, model.config.max_seq_len - len(prompt))):
         with torch.no_grad():
             logits = model(torch.tensor([ids]))[0, -1]
-        for token in set(ids):
+        for token in set(ids) - {eos_id}:
             logits[token] = (
                 logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
             )
@@ -66,15 +79,17 @@ def an_eos_for(replies: list[list[int]]) -> int:
     return max(places, key=places.get)
 
 
+@pytest.mark.parametrize("is_fast", [False, True], ids=["plain", "fast"])
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}], ids=["plain", "grouped"])
-def test_a_greedy_reply_does_not_depend_on_the_batch(changes, penalty):
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2}], ids=["all heads", "grouped"])
+def test_a_greedy_reply_does_not_depend_on_the_batch(changes, penalty, is_fast):
     model = lively_model(**changes)
     sampling = SamplingConfig(temperature=0, max_new_tokens=20, repetition_penalty=penalty)
     endless = [slow_greedy(model, prompt, 20, NEVER, penalty) for prompt in PROMPTS]
     eos_id = an_eos_for(endless)
     wanted = [slow_greedy(model, prompt, 20, eos_id, penalty) for prompt in PROMPTS]
     assert len({len(reply) for reply in wanted}) > 2
+    model = make_decoder(model, "float32") if is_fast else model
     assert generate(model, PROMPTS, sampling, eos_id) == wanted
     for prompt, reply in zip(PROMPTS, wanted, strict=True):
         assert generate(model, [prompt], sampling, eos_id) == [reply]
@@ -163,79 +178,6 @@ def test_a_stream_leaves_its_caller_outside_inference_mode(model):
         assert not torch.is_inference_mode_enabled()
 
 
-N_DRAWS = 8_000
-
-
-def drawn(logits: Tensor, **settings: object) -> Tensor:
-    """How often each token is chosen: (V,) shares of N_DRAWS."""
-    sampling = SamplingConfig(**{"temperature": 1.0, "top_p": 1.0} | settings)
-    generator = torch.Generator().manual_seed(0)
-    chosen = choose(logits.expand(N_DRAWS, -1), sampling, generator=generator)
-    return torch.bincount(chosen, minlength=len(logits)) / N_DRAWS
-
-
-def reference_shares(
-    logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
-) -> Tensor:
-    """The reference: sort everything, keep what is wanted, write the shares back."""
-    values, order = (logits / temperature).softmax(-1).sort(descending=True)
-    kept = torch.arange(len(logits)) < (top_k or len(logits))
-    kept &= values.cumsum(-1) - values < top_p
-    shares = torch.zeros_like(logits)
-    shares[order] = values * kept / (values * kept).sum()
-    return shares
-
-
-@pytest.mark.parametrize(
-    "spread, settings",
-    [
-        (3.0, {"top_p": 0.9}),  # a nucleus of some dozens of 600: the shortcut
-        (3.0, {"top_p": 0.9, "temperature": 0.5}),
-        (0.1, {"top_p": 0.9}),  # a nucleus of more than 256: everything is sorted
-        (0.1, {"top_p": 1.0}),
-        (3.0, {"top_k": 5}),
-        (3.0, {"top_k": 20, "top_p": 0.5, "temperature": 2.0}),
-        (3.0, {"top_k": 1000}),
-    ],
-    ids=str,
-)
-def test_tokens_are_drawn_from_the_nucleus_with_their_shares(spread, settings):
-    logits = spread * torch.randn(600, generator=torch.Generator().manual_seed(1))
-    wanted, found = reference_shares(logits, **settings), drawn(logits, **settings)
-    assert (found[wanted == 0] == 0).all()
-    # Five deviations of a count, which is at least as wide as that of a single draw.
-    deviation = (wanted * (1 - wanted) / N_DRAWS).sqrt()
-    assert ((found - wanted).abs() <= 5 * deviation + 2 / N_DRAWS).all()
-    likely = wanted > 10 / N_DRAWS
-    assert likely.sum() > 2
-    assert (found[likely] > 0).all()
-
-
-def test_rows_of_a_batch_with_small_and_large_nuclei_are_both_served():
-    generator = torch.Generator().manual_seed(1)
-    peaked, flat = torch.zeros(600), 0.01 * torch.randn(600, generator=generator)
-    peaked[7] = 20.0
-    logits = torch.stack((peaked, flat)).repeat(3000, 1)
-    chosen = choose(logits, SamplingConfig(temperature=1.0, top_p=0.9), generator=generator)
-    assert (chosen[::2] == 7).all()
-    assert 500 < len(chosen[1::2].unique()) <= 541
-
-
-def test_the_penalty_lowers_seen_tokens_alone():
-    logits = torch.tensor([[2.0, 1.5, -1.0, -1.2, 0.0]])
-    seen = torch.tensor([[True, False, True, False, True]])
-    weak = torch.tensor([[2.0 / 1.6, 1.5, -1.6, -1.2, 0.0]])
-    penalised = SamplingConfig(temperature=1.0, top_p=1.0, repetition_penalty=1.6)
-    plain = SamplingConfig(temperature=1.0, top_p=1.0)
-    many = (4000, -1)
-    found = choose(
-        logits.expand(many), penalised, seen.expand(many), torch.Generator().manual_seed(0)
-    )
-    wanted = choose(weak.expand(many), plain, None, torch.Generator().manual_seed(0))
-    assert torch.equal(found, wanted)
-    assert logits.tolist()[0][0] == 2.0  # what the caller gave is left alone
-
-
 @pytest.mark.parametrize("filler", [0, 50], ids=["zero", "eos"])
 def test_filler_is_not_penalised(model, filler):
     # The short row wants to say what the batch may be filled up with.
@@ -258,22 +200,189 @@ def test_a_word_said_in_the_reply_is_penalised_too(model):
         assert len(set(reply) & set(prompt)) < len(reply) / 2
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"max_new_tokens": 0}, r"max_new_tokens 0 \(at least 1\)"),
-        ({"temperature": -0.1}, "temperature -0.1"),
-        ({"temperature": 11}, "temperature 11"),
-        ({"temperature": float("nan")}, "temperature nan"),
-        ({"top_p": 0}, "top_p 0 "),
-        ({"top_p": 1.1}, "top_p 1.1"),
-        ({"top_k": -1}, "top_k -1"),
-        ({"repetition_penalty": 0}, "repetition_penalty 0"),
-        ({"repetition_penalty": float("inf")}, "repetition_penalty inf"),
-        ({"top_k": -1, "top_p": 2, "max_new_tokens": -5}, "max_new_tokens .*top_p .*top_k"),
-    ],
-    ids=str,
-)
-def test_settings_that_cannot_work_are_refused(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        SamplingConfig(**changes)
+def test_a_drawn_reply_does_not_depend_on_the_replies_behind_it(model):
+    sampling = SamplingConfig(seed=5, max_new_tokens=20)
+    every = generate(model, PROMPTS, sampling, NEVER)
+    for n in (1, 2, 5):
+        assert generate(model, PROMPTS[:n], sampling, NEVER) == every[:n]
+
+
+def test_several_replies_are_those_of_the_prompt_asked_several_times(model):
+    sampling = SamplingConfig(seed=5, max_new_tokens=20)
+    three = SamplingConfig(seed=5, max_new_tokens=20, n=3)
+    replies = generate(model, PROMPTS[:2], three, NEVER)
+    thrice = [prompt for prompt in PROMPTS[:2] for _ in range(3)]
+    assert replies == generate(model, thrice, sampling, NEVER)
+    assert len({tuple(reply) for reply in replies}) == 6
+
+
+def test_a_reply_says_how_it_ended(model):
+    eos_id = an_eos_for(generate(model, PROMPTS, GREEDY, NEVER))
+    for reply in generate_replies(model, PROMPTS, GREEDY, eos_id):
+        assert reply.reason == ("length" if len(reply.ids) == 20 else "eos")
+    reply = Reply()
+    assert list(stream(model, PROMPTS[0], GREEDY, eos_id, reply=reply)) == reply.ids
+    assert reply.reason
+
+
+@pytest.fixture
+def speaker(tokenizer: Tokenizer) -> Transformer:
+    """A random model with the vocabulary of `tokenizer` that says many different things."""
+    return lively_model(vocab_size=tokenizer.vocab_size)
+
+
+def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return "".join(map(tokenizer.stream_decoder().feed, ids))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_reply_ends_before_the_first_stop_text(speaker, tokenizer, seed):
+    prompt = tokenizer.encode("今天")
+    endless = SamplingConfig(seed=seed, max_new_tokens=60)
+    (whole,) = generate_replies(speaker, [prompt], endless, NEVER, tokenizer)
+    assert whole.text == text_of(tokenizer, whole.ids) and len(whole.text) > 40
+    stops = [whole.text[30:33], whole.text[20:23], "not there"]
+    sampling = SamplingConfig(seed=seed, max_new_tokens=60, stop=stops)
+    (reply,) = generate_replies(speaker, [prompt], sampling, NEVER, tokenizer)
+    assert reply.text == until_stop(whole.text, stops) and reply.reason == "stop"
+    assert whole.ids[: len(reply.ids)] == reply.ids
+    assert not any(stop in text_of(tokenizer, reply.ids[:-1]) for stop in stops)
+
+
+@pytest.mark.parametrize("stop", [[], ["天气", "。"], ["a"]], ids=str)
+def test_a_streamed_text_is_the_text_of_the_reply(speaker, tokenizer, stop):
+    prompt = tokenizer.encode("今天")
+    sampling = SamplingConfig(seed=1, max_new_tokens=60, stop=stop)
+    (wanted,) = generate_replies(speaker, [prompt], sampling, tokenizer.eos_id, tokenizer)
+    reply = Reply()
+    parts = list(stream_text(speaker, prompt, sampling, tokenizer, reply))
+    assert "".join(parts) == wanted.text == reply.text
+    assert all(parts) and reply == wanted
+
+
+def test_no_run_of_characters_comes_twice_where_that_is_forbidden(speaker, tokenizer):
+    prompt = tokenizer.encode("今天")
+    free = SamplingConfig(temperature=0, max_new_tokens=80)
+    bound = SamplingConfig(temperature=0, max_new_tokens=80, no_repeat_ngram=2)
+    (loose,) = generate_replies(speaker, [prompt], free, NEVER, tokenizer)
+    (strict,) = generate_replies(speaker, [prompt], bound, NEVER, tokenizer)
+    assert repeats("", squeeze(loose.text), 2) and not repeats("", squeeze(strict.text), 2)
+    same = [a == b for a, b in zip(loose.ids, strict.ids, strict=False)].index(False)
+    # They part where the likeliest token would have been the first to repeat something.
+    before, after = (squeeze(text_of(tokenizer, loose.ids[:n])) for n in (same, same + 1))
+    assert same > 3 and repeats(before, after, 2)
+
+
+@pytest.fixture
+def parrot(tokenizer: Tokenizer) -> Transformer:
+    """A model that says the same few words for ever."""
+    model = lively_model(vocab_size=tokenizer.vocab_size)
+    circle = tokenizer.encode("今天天气很好，我们去公园散步。")
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.wo.weight.zero_()
+            layer.feed_forward.w2.weight.zero_()
+        for token, after in zip(circle, [*circle[1:], circle[0]], strict=True):
+            model.output.weight[after] = 9 * model.tok_embeddings.weight[token]
+    return model
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"seed": 0, "temperature": 0.5}], ids=str)
+def test_a_guarded_reply_does_not_loop(parrot, tokenizer, fields):
+    prompt = tokenizer.encode("今")
+
+    def reply(guard: str) -> Reply:
+        sampling = SamplingConfig(max_new_tokens=100, loop_guard=guard, **fields)
+        return generate_replies(parrot, [prompt], sampling, NEVER, tokenizer)[0]
+
+    free, ended, redrawn = reply("off"), reply("end"), reply("redraw")
+    assert loops(free.text) and free.reason == "length"
+    assert ended.reason == "loop" and not loops(ended.text)
+    assert ended.ids == free.ids[: len(ended.ids)]
+    assert loops(text_of(tokenizer, free.ids[: len(ended.ids) + 1]))
+    assert len(redrawn.ids) == 100 and not loops(redrawn.text)
+    assert redrawn.ids[: len(ended.ids)] == ended.ids
+
+
+def test_settings_that_look_at_text_need_a_tokenizer(model):
+    with pytest.raises(ValueError, match="give a tokenizer"):
+        generate(model, PROMPTS, SamplingConfig(stop=["。"]), NEVER)
+
+
+def overflowing() -> Transformer:
+    """A model whose activations leave the range of float16, but not its weights."""
+    model = lively_model()
+    with torch.no_grad():
+        for layer in model.layers:
+            for weight in (layer.feed_forward.w1, layer.feed_forward.w3, layer.feed_forward.w2):
+                weight.weight *= 60
+    return model.half()
+
+
+def test_logits_that_overflow_are_computed_again_in_float32():
+    model = overflowing()
+    wanted = generate(copy.deepcopy(model).float(), PROMPTS, GREEDY, NEVER)
+    with pytest.warns(RuntimeWarning, match="float16 were not finite") as caught:
+        assert generate(model, PROMPTS, GREEDY, NEVER) == wanted
+    assert len(caught) == 1
+    assert model.output.weight.dtype == torch.float16
+
+
+def test_an_overflow_in_the_middle_of_a_reply_changes_no_token(model):
+    wanted = generate(model, PROMPTS, GREEDY, NEVER)
+    decoder = make_decoder(model, "float32")
+    steps = []
+
+    def step(tokens: Tensor, cache: object) -> Tensor:
+        steps.append(len(tokens))
+        return decoder.step(tokens, cache) * (torch.nan if len(steps) == 5 else 1)
+
+    broken = type(decoder)(model, step, "breaks")
+    with pytest.warns(RuntimeWarning, match="breaks were not finite"):
+        assert generate(broken, PROMPTS, GREEDY, NEVER) == wanted
+    assert len(steps) == 5
+
+
+def test_weights_that_are_not_finite_are_reported(model):
+    with torch.no_grad():
+        model.output.weight[3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"finite logits.*use an earlier one"):
+        generate(model, PROMPTS, GREEDY, NEVER)
+
+
+def likeliest(model: Transformer, prompt: list[int], n: int, eos_id: int, power: float) -> list:
+    """The reference: every reply of n tokens or with an end before, best first."""
+    found = []
+    for reply in itertools.product(range(model.config.vocab_size), repeat=n):
+        if eos_id in reply[:-1] and reply[reply.index(eos_id) :] != (eos_id,) * (
+            n - reply.index(eos_id)
+        ):
+            continue  # counted once, with nothing but ends behind its end
+        length = reply.index(eos_id) + 1 if eos_id in reply else n
+        with torch.no_grad():
+            log_p = model(torch.tensor([[*prompt, *reply]]))[0].log_softmax(-1)
+        score = sum(float(log_p[len(prompt) - 1 + i, reply[i]]) for i in range(length))
+        found.append((score / length**power, [t for t in reply[:length] if t != eos_id]))
+    return [reply for _, reply in sorted(found, key=lambda pair: -pair[0])]
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_beams_enough_for_all_find_the_likeliest_replies(power):
+    model, eos_id = lively_model(vocab_size=8), 2
+    with torch.no_grad():
+        model.output.weight /= 6
+    sampling = SamplingConfig(beams=64, n=5, max_new_tokens=3, length_penalty=power)
+    for prompt in ([1, 4], [5]):
+        wanted = likeliest(model, prompt, 3, eos_id, power)
+        replies = generate(model, [prompt], sampling, eos_id)
+        assert replies == wanted[:5]
+        assert list(stream(model, prompt, sampling, eos_id)) == wanted[0]
+
+
+def test_the_rules_hold_for_beams(parrot, tokenizer):
+    sampling = SamplingConfig(beams=3, max_new_tokens=60, loop_guard="redraw")
+    (reply,) = generate_replies(parrot, [tokenizer.encode("今")], sampling, NEVER, tokenizer)
+    assert len(reply.ids) == 60 and not loops(reply.text)
+    stopped = SamplingConfig(beams=3, max_new_tokens=60, stop=["公园"])
+    (reply,) = generate_replies(parrot, [tokenizer.encode("今")], stopped, NEVER, tokenizer)
+    assert reply.reason == "stop" and reply.text.endswith("我们去")

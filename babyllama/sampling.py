@@ -1,0 +1,233 @@
+"""Choosing the next token: pure functions of logits, and the rules that look at the text.
+
+Owns SamplingConfig. What runs the model and keeps the replies is generate.py.
+
+Sources: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751), min_p (Nguyen et al. 2024,
+arXiv:2407.01082), repetition penalty (Keskar et al. 2019, section 4.1), frequency penalty as in
+OpenAI's interface, length-normalised beams (Wu et al. 2016, arXiv:1609.08144, without the 5).
+Axes: B rows of a batch, V vocabulary, S tokens said.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from babyllama.errors import ConfigError
+
+# Nearly every nucleus fits into the first so many tokens; sorting all V takes 50 times as long.
+_NUCLEUS = 128
+
+# Below this the likeliest token is the only one left, and dividing by it may overflow.
+_COLDEST = 1e-6
+
+# A reply loops where a run of so many characters stands in it for this time.
+LOOP_LENGTH, LOOP_TIMES = 10, 3
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen.
+
+    Args:
+        max_new_tokens: longest reply
+        temperature: flattens (> 1) or sharpens (< 1) the choice; 0 takes the likeliest token
+        top_p: choose among the likeliest tokens that together have this probability
+        top_k: choose among this many tokens at most; 0: no limit
+        min_p: leave out tokens less likely than this share of the likeliest one; 0: none
+        repetition_penalty: above 1: tokens that were already there become less likely
+        frequency_penalty: taken from a token's logit for each time the reply holds it
+        no_repeat_ngram: no run of so many characters comes twice in a reply; 0: any may
+        stop: end the reply before the first of these texts
+        loop_guard: what to do when 10 characters in a row come for the third time in a reply:
+            nothing (off), end the reply there (end), or take another token (redraw)
+        n: replies to each prompt
+        beams: above 1: keep so many beginnings at once and return the likeliest replies; nothing
+            is drawn then, so temperature, top_p, top_k, min_p and seed have no effect
+        length_penalty: of beams: log-probabilities are divided by the length to this power
+        seed: of the choice; null: a new one each time
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_p: float = 0.9
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram: int = 0
+    stop: list[str] = field(default_factory=list)
+    loop_guard: Literal["off", "end", "redraw"] = "off"
+    n: int = 1
+    beams: int = 1
+    length_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature <= 10, "0 to 10"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty <= 10, "above 0, at most 10"),
+            "frequency_penalty": (-10 <= self.frequency_penalty <= 10, "-10 to 10"),
+            "no_repeat_ngram": (self.no_repeat_ngram >= 0, "0 or more"),
+            "stop": (all(self.stop), "no empty text"),
+            "loop_guard": (self.loop_guard in ("off", "end", "redraw"), "off, end or redraw"),
+            "n": (self.n >= 1 and (self.beams == 1 or self.n <= self.beams), "1 to beams"),
+            "beams": (self.beams >= 1, "at least 1"),
+            "length_penalty": (-10 <= self.length_penalty <= 10, "-10 to 10"),
+        }
+        faults = [
+            f"{name} {getattr(self, name)} ({wanted})"
+            for name, (is_good, wanted) in allowed.items()
+            if not is_good
+        ]
+        if faults:
+            raise ConfigError("sampling cannot use " + ", ".join(faults))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a rule looks at the reply's characters, not its tokens alone."""
+        return bool(self.stop or self.no_repeat_ngram or self.loop_guard != "off")
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0
+
+
+def penalise(
+    logits: Tensor, sampling: SamplingConfig, said: Tensor, n_prompt: int, eos_id: int
+) -> Tensor:
+    """Logits in which tokens that were said are less likely; the end of a reply never is.
+
+    logits: (B, V); said: (B, S) ids, of which the first n_prompt are the prompt's
+    """
+    if sampling.repetition_penalty != 1:
+        found = logits.gather(1, said)
+        penalty = sampling.repetition_penalty
+        weaker = torch.where(found > 0, found / penalty, found * penalty)
+        penalised = logits.scatter(1, said, weaker)
+        if 0 <= eos_id < logits.shape[1]:
+            penalised[:, eos_id] = logits[:, eos_id]
+        logits = penalised
+    if sampling.frequency_penalty:
+        reply = said[:, n_prompt:]
+        cost = logits.new_full(reply.shape, -sampling.frequency_penalty)
+        logits = logits.scatter_add(1, reply, cost)
+    return logits
+
+
+def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
+    """The next token of each row.
+
+    logits: (B, V) float32
+    chances: (B,) uniform random numbers from 0 to 1, one a row: where in its distribution
+    returns: (B,)
+    """
+    if sampling.temperature < _COLDEST:
+        return logits.argmax(dim=-1)
+    values, tokens = _candidates(logits, sampling)
+    probabilities = values.exp()
+    before = probabilities.cumsum(dim=-1) - probabilities
+    kept = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
+    kept[:, 0] = True  # the likeliest token always stays
+    sums = probabilities.where(kept, 0).cumsum(dim=-1)
+    # The first token whose sum is above the chance; rounding must not lead past the last kept.
+    place = torch.searchsorted(sums, chances[:, None] * sums[:, -1:], right=True)
+    place = torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1)
+    return tokens.gather(1, place).squeeze(1)
+
+
+def _candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and ids of the likeliest tokens, largest first: enough of them to hold
+    the nucleus of every row."""
+    cold = 1 / sampling.temperature
+    top = logits.amax(dim=-1, keepdim=True)
+    total = ((logits - top) * cold).exp_().sum(dim=-1, keepdim=True).log()
+    wanted = min(sampling.top_k or _NUCLEUS, logits.shape[1])
+    values, tokens = largest(logits, wanted)
+    scaled = (values - top) * cold - total
+    if sampling.top_k or bool((scaled.exp().sum(dim=-1) >= sampling.top_p).all()):
+        return scaled, tokens
+    values, tokens = logits.sort(dim=-1, descending=True)
+    return (values - top) * cold - total, tokens
+
+
+def largest(values: Tensor, k: int, n_groups: int = 16) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their places, largest first: topk, but faster for large V.
+
+    A row is folded into `n_groups` lines. The k largest lie in the k columns with the largest
+    maxima, so only those are searched.
+    """
+    B, V = values.shape
+    width = V // n_groups
+    if width <= 4 * k:
+        found = values.topk(k)
+        return found.values, found.indices
+    folded = values[:, : n_groups * width].view(B, n_groups, width)
+    columns = folded.amax(dim=1).topk(k, sorted=False).indices[:, None]  # (B, 1, k)
+    lines = torch.arange(0, n_groups * width, width, device=values.device)[:, None]
+    rest = torch.arange(n_groups * width, V, device=values.device).expand(B, -1)
+    few = torch.cat((folded.gather(2, columns.expand(-1, n_groups, -1)).flatten(1),
+                     values[:, n_groups * width :]), dim=1)  # fmt: skip
+    places = torch.cat(((columns + lines).flatten(1), rest), dim=1)
+    found = few.topk(k)
+    return found.values, places.gather(1, found.indices)
+
+
+def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, int, int]]:
+    """The k likeliest continuations by one token of beams whose log-probabilities are `scores`.
+
+    logits: (B, V); scores: (B,)
+    returns: (score, beam, token), best first
+    """
+    values, tokens = largest(logits.log_softmax(dim=-1), min(k, logits.shape[1]))
+    found = (values + scores[:, None]).flatten().topk(min(k, values.numel()))
+    beams = (found.indices // values.shape[1]).tolist()
+    chosen = tokens.flatten()[found.indices].tolist()
+    return list(zip(found.values.tolist(), beams, chosen, strict=True))
+
+
+def squeeze(text: str) -> str:
+    """A text without white space and without the bytes of an unfinished character."""
+    return "".join(text.rstrip("\ufffd").split())
+
+
+def repeats(before: str, after: str, n: int, times: int = 2) -> bool:
+    """Whether `after`, which begins with `before`, holds a run of `n` characters for the
+    `times`-th time that ends behind `before`."""
+    for end in range(max(len(before) + 1, n), len(after) + 1):
+        run, place = after[end - n : end], -1
+        for _ in range(times - 1):
+            place = after.find(run, place + 1, end - 1)
+            if place < 0:
+                break
+        else:
+            return True
+    return False
+
+
+def loops(text: str, before: str = "") -> bool:
+    """Whether a text falls into a loop, behind `before` where that is given."""
+    return repeats(squeeze(before), squeeze(text), LOOP_LENGTH, LOOP_TIMES)
+
+
+def until_stop(text: str, stop: Sequence[str]) -> str:
+    """A text up to the first of the texts that end it."""
+    ends = [place for end in stop if (place := text.find(end)) >= 0]
+    return text[: min(ends, default=len(text))]
+
+
+def n_showable(text: str, stop: Sequence[str]) -> int:
+    """How many characters of an unfinished text cannot be part of a text that ends it."""
+    shown = len(until_stop(text, stop))
+    for end in stop:
+        for n in range(min(len(end) - 1, shown), 0, -1):
+            if text.endswith(end[:n]):
+                shown = min(shown, len(text) - n)
+                break
+    return shown

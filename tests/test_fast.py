@@ -1,0 +1,210 @@
+"""Laws of fast steps: float32 ones equal the model's, int8 ones those of the rounded weights."""
+
+import copy
+import ctypes
+
+import pytest
+import torch
+from conftest import small_config
+from torch import Tensor
+
+from babyllama import int8
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.fast import Decoder, make_decoder, plain_decoder
+from babyllama.generate import SamplingConfig, generate
+from model import KVCache, Transformer
+
+needs_compiler = pytest.mark.skipif(not int8.compiler(), reason="there is no C compiler")
+KINDS = ["float32", pytest.param("int8", marks=needs_compiler)]
+SHAPES = {
+    "plain": {},
+    "grouped": {"n_kv_heads": 2},
+    "tied": {"tied": True},
+    "odd": {"dim": 40, "n_heads": 5, "n_kv_heads": 1, "multiple_of": 7},
+}
+LENGTHS = (5, 1, 17, 30, 8)
+
+
+def lively_model(**changes: object) -> Transformer:
+    """Random weights, those of the norms included, whose layers change what is said."""
+    torch.manual_seed(0)
+    model = Transformer(small_config(**changes)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)
+            else:
+                weight.uniform_(0.5, 2)
+    return model
+
+
+def rounded(model: Transformer) -> Transformer:
+    """The model whose weights are what int8 holds: the reference of its steps.
+
+    The norms' weights move into the matrices behind them, as they do there.
+    """
+    model = copy.deepcopy(model)
+
+    def put(weight: Tensor, norm: Tensor | None = None) -> None:
+        values, scales = int8.quantise(weight if norm is None else weight * norm)
+        weight.copy_(values.float() * scales[:, None])
+
+    with torch.no_grad():
+        embedding = model.tok_embeddings.weight.clone()
+        for layer in model.layers:
+            a, f = layer.attention, layer.feed_forward
+            for part in (a.wq, a.wk, a.wv):
+                put(part.weight, layer.attention_norm.weight)
+            for part in (f.w1, f.w3):
+                put(part.weight, layer.ffn_norm.weight)
+            put(a.wo.weight)
+            put(f.w2.weight)
+            layer.attention_norm.weight.fill_(1)
+            layer.ffn_norm.weight.fill_(1)
+        put(model.output.weight, model.norm.weight)
+        model.norm.weight.fill_(1)
+        model.tok_embeddings.weight = torch.nn.Parameter(embedding)
+    return model
+
+
+def prompts_and_cache(model: Transformer, lengths: tuple[int, ...]) -> tuple[Tensor, KVCache]:
+    """Random prompts filled up on the left, read by the model."""
+    width = max(lengths)
+    tokens = torch.randint(97, (len(lengths), width), generator=torch.Generator().manual_seed(1))
+    cache = KVCache(model.config, torch.tensor([width - n for n in lengths]), width + 12)
+    model.hidden(tokens, cache=cache)
+    return tokens, cache
+
+
+def logits_of(decoder: Decoder, model: Transformer, lengths: tuple[int, ...]) -> Tensor:
+    """Logits of ten steps, with rows that leave on the way: (rows of all steps, V)."""
+    _, cache = prompts_and_cache(model, lengths)
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for number in range(10):
+        if number == 6 and len(lengths) > 1:
+            cache.keep(torch.tensor([1, 3]))
+        ids = torch.randint(97, (len(cache.start),), generator=generator)
+        found.append(decoder.step(ids, cache))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("lengths", [(9,), LENGTHS], ids=["one", "ragged"])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@torch.inference_mode()
+def test_a_float32_step_is_the_models(changes, lengths):
+    model = lively_model(**changes)
+    wanted = logits_of(plain_decoder(model), model, lengths)
+    found = logits_of(make_decoder(model, "float32"), model, lengths)
+    assert wanted.std() > 0.5
+    assert torch.allclose(found, wanted, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lengths", [(9,), LENGTHS], ids=["one", "ragged"])
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@torch.inference_mode()
+def test_an_int8_step_is_that_of_the_rounded_weights(changes, lengths):
+    model = lively_model(**changes)
+    # The prompt is read with the weights as they are.
+    wanted = logits_of(plain_decoder(rounded(model)), model, lengths)
+    found = logits_of(make_decoder(model, "int8"), model, lengths)
+    plain = logits_of(plain_decoder(model), model, lengths)
+    assert (found - wanted).abs().max() < 5e-3 * wanted.std()
+    # What rounding changes is small, and larger than what the step adds to it.
+    assert 4 * (found - wanted).std() < (plain - wanted).std() < 0.05 * wanted.std()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_the_rows_of_a_batch_do_not_see_each_other(kind):
+    model = lively_model()
+    decoder = make_decoder(model, kind)
+    tokens, cache = prompts_and_cache(model, LENGTHS)
+    together = decoder.step(torch.arange(5), cache)
+    for row, n in enumerate(LENGTHS):
+        alone = KVCache(model.config, torch.tensor([0]), n + 5)
+        model.hidden(tokens[row : row + 1, -n:], cache=alone)
+        found = decoder.step(torch.tensor([row]), alone)
+        assert torch.allclose(found[0], together[row], atol=2e-3 if kind == "int8" else 1e-4)
+
+
+@needs_compiler
+def test_sums_of_the_largest_numbers_do_not_overflow():
+    config = small_config(dim=1024, n_heads=2, n_layers=1)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.fill_(1.0)  # every sum has terms of one sign, all as large as can be
+        wanted = rounded(model)(torch.tensor([[3, 4]]))[:, -1]
+        cache = KVCache(config, torch.tensor([0]), 4)
+        model.hidden(torch.tensor([[3]]), cache=cache)
+        found = make_decoder(model, "int8").step(torch.tensor([4]), cache)
+    assert torch.allclose(found, wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_decoder_leaves_the_model_as_it_was(kind):
+    model = lively_model()
+    wanted = copy.deepcopy(model.state_dict())
+    decoder = make_decoder(model, kind)
+    generate(decoder, [[1, 2, 3]], SamplingConfig(max_new_tokens=5), -1)
+    assert decoder.kind == kind and decoder.model is model
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, wanted[name])
+
+
+def test_int8_values_use_their_range():
+    weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    weight[7] = 0
+    values, scales = int8.quantise(weight)
+    assert values.dtype == torch.int8
+    assert (values.abs().amax(1) == 127).sum() == 49 and (values[7] == 0).all()
+    assert ((values * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(CheckpointError, match="not finite numbers"):
+        int8.quantise(torch.tensor([[1.0, torch.inf]]))
+
+
+@pytest.fixture
+def forget_library():
+    int8.compiled.cache_clear()
+    yield
+    int8.compiled.cache_clear()
+
+
+def test_without_a_compiler_int8_is_refused_and_auto_is_float32(monkeypatch, forget_library):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(ConfigError, match=r"need a C compiler.*--weights float32"):
+        make_decoder(lively_model(), "int8")
+    assert make_decoder(lively_model(), "auto").kind == "float32"
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, forget_library, tmp_path):
+    bad = tmp_path / "cc"
+    bad.write_text("#!/bin/sh\necho no such dialect >&2\nexit 1\n")
+    bad.chmod(0o755)
+    monkeypatch.setenv("CC", str(bad))
+    with pytest.raises(ConfigError, match=r"no such dialect.*--weights float32"):
+        make_decoder(lively_model(), "int8")
+
+
+@needs_compiler
+def test_auto_takes_int8_where_it_can():
+    assert make_decoder(lively_model()).kind == "int8"
+    assert make_decoder(lively_model().bfloat16()).kind == "bfloat16"
+
+
+def test_int8_is_for_float32_models():
+    with pytest.raises(ConfigError, match=r"found torch\.float16 on cpu"):
+        make_decoder(lively_model().half(), "int8")
+
+
+@needs_compiler
+def test_compiling_leaves_tiny_numbers_alone():
+    assert isinstance(int8.compiled(), ctypes.CDLL)
+    tiny = torch.tensor(1e-40)
+    assert tiny * 0.5 > 0  # -ffast-math would have made it 0 for the whole process

@@ -1,0 +1,241 @@
+"""Laws of choosing a token: the shares of the reference, and what penalties and rules may touch."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from babyllama.errors import ConfigError
+from babyllama.sampling import (
+    LOOP_LENGTH,
+    LOOP_TIMES,
+    SamplingConfig,
+    choose,
+    extend_beams,
+    largest,
+    loops,
+    n_showable,
+    penalise,
+    repeats,
+    until_stop,
+)
+
+N_DRAWS = 4_000
+
+
+def drawn(logits: Tensor, **changes: object) -> Tensor:
+    """How often each token is chosen: (V,) shares of N_DRAWS, at evenly spread chances."""
+    sampling = SamplingConfig(**{"temperature": 1.0, "top_p": 1.0} | changes)
+    chances = (torch.arange(N_DRAWS) + 0.5) / N_DRAWS
+    chosen = choose(logits.expand(N_DRAWS, -1), sampling, chances)
+    return torch.bincount(chosen, minlength=len(logits)) / N_DRAWS
+
+
+def reference_shares(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+) -> Tensor:
+    """The reference: sort everything, keep what is wanted, write the shares back."""
+    values, order = (logits / temperature).softmax(-1).sort(descending=True)
+    kept = torch.arange(len(logits)) < (top_k or len(logits))
+    kept &= values.cumsum(-1) - values < top_p
+    kept &= values >= min_p * values[0]
+    shares = torch.zeros_like(logits)
+    shares[order] = values * kept / (values * kept).sum()
+    return shares
+
+
+@pytest.mark.parametrize(
+    "spread, changes",
+    [
+        (3.0, {"top_p": 0.9}),  # a nucleus of some dozens of 600: the shortcut
+        (3.0, {"top_p": 0.9, "temperature": 0.5}),
+        (0.1, {"top_p": 0.9}),  # a nucleus of more than 128: everything is sorted
+        (0.1, {"top_p": 1.0}),
+        (3.0, {"top_k": 5}),
+        (3.0, {"top_k": 20, "top_p": 0.5, "temperature": 2.0}),
+        (3.0, {"top_k": 1000}),
+        (3.0, {"min_p": 0.05}),
+        (3.0, {"min_p": 0.3, "top_p": 0.6}),
+        (3.0, {"min_p": 1.0}),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_from_the_nucleus_with_their_shares(spread, changes):
+    logits = spread * torch.randn(600, generator=torch.Generator().manual_seed(1))
+    wanted, found = reference_shares(logits, **changes), drawn(logits, **changes)
+    assert (found[wanted == 0] == 0).all()
+    # Chances are spread evenly, so a share is met to the two draws at its ends.
+    assert ((found - wanted).abs() <= 2.1 / N_DRAWS).all()
+    assert (found > 0).sum() >= min(3, (wanted > 0).sum())
+
+
+def test_rows_of_a_batch_with_small_and_large_nuclei_are_both_served():
+    generator = torch.Generator().manual_seed(1)
+    peaked, flat = torch.zeros(600), 0.01 * torch.randn(600, generator=generator)
+    peaked[7] = 20.0
+    logits = torch.stack((peaked, flat)).repeat(3000, 1)
+    chances = torch.rand(6000, generator=generator)
+    chosen = choose(logits, SamplingConfig(temperature=1.0, top_p=0.9), chances)
+    assert (chosen[::2] == 7).all()
+    assert 500 < len(chosen[1::2].unique()) <= 541
+
+
+@pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
+@pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"min_p": 0.5}, {"top_p": 1e-6}], ids=str)
+def test_the_last_chances_choose_a_token_that_is_kept(chance, changes):
+    logits = torch.tensor([[0.0, 5.0, 4.9, 4.8, -torch.inf, -100.0]])
+    sampling = SamplingConfig(**{"temperature": 1.0, "top_p": 0.99} | changes)
+    chosen = choose(logits, sampling, torch.tensor([chance]))
+    assert chosen.item() in ((1,) if chance == 0 or changes.get("top_p") else (1, 2, 3))
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("n", [60, 1000, 4111])
+def test_the_folded_search_finds_what_topk_finds(k, n):
+    values = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    values[1] = values[1].round()  # many are equal
+    found, places = largest(values, k)
+    assert torch.equal(found, values.topk(k).values)
+    assert torch.equal(values.gather(1, places), found)
+    assert all(len(set(row.tolist())) == k for row in places)
+
+
+SAID = torch.tensor([[0, 2, 4, 2]])
+LOGITS = torch.tensor([[2.0, 1.5, -1.0, -1.2, 0.0]])
+
+
+def test_the_repetition_penalty_lowers_what_was_said_but_the_end():
+    sampling = SamplingConfig(repetition_penalty=1.6)
+    assert penalise(LOGITS, sampling, SAID, 2, -1).tolist() == [
+        pytest.approx([2.0 / 1.6, 1.5, -1.6, -1.2, 0.0])
+    ]
+    for eos_id in (0, 2):
+        found = penalise(LOGITS, sampling, SAID, 2, eos_id)[0]
+        assert found[eos_id] == LOGITS[0, eos_id]
+        assert (found != LOGITS[0]).sum() == 1
+    assert LOGITS[0, 0] == 2.0  # what the caller gave is left alone
+
+
+@pytest.mark.parametrize(
+    "n_prompt, counts", [(0, [1, 0, 2, 0, 1]), (2, [0, 0, 1, 0, 1]), (4, [0] * 5)]
+)
+def test_the_frequency_penalty_counts_the_reply(n_prompt, counts):
+    found = penalise(LOGITS, SamplingConfig(frequency_penalty=0.5), SAID, n_prompt, -1)
+    assert torch.allclose(found, LOGITS - 0.5 * torch.tensor([counts]))
+
+
+def test_beams_are_extended_by_the_best_of_all_pairs():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    scores = torch.tensor([-1.0, -3.0, -1.5])
+    every = [
+        (scores[beam] + logits[beam].log_softmax(0)[token], beam, token)
+        for beam in range(3)
+        for token in range(50)
+    ]
+    wanted = sorted(every, key=lambda triple: -triple[0])[:7]
+    found = extend_beams(logits, scores, 7)
+    assert [triple[1:] for triple in found] == [triple[1:] for triple in wanted]
+    assert [triple[0] for triple in found] == pytest.approx([float(t[0]) for t in wanted])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab", max_size=14), st.text("ab", max_size=6), st.integers(1, 4), st.integers(2, 3))
+def test_a_repeat_is_a_run_whose_last_character_is_new(before, more, n, times):
+    text = before + more
+    ends = {}
+    for end in range(n, len(text) + 1):
+        ends.setdefault(text[end - n : end], []).append(end)
+    wanted = any(end > len(before) for all_ends in ends.values() for end in all_ends[times - 1 :])
+    assert repeats(before, text, n, times) == wanted
+
+
+SENTENCE = "今天天气很好，我们去公园散步。"
+
+
+@pytest.mark.parametrize(
+    "text, is_loop",
+    [
+        (SENTENCE * 2, False),
+        (SENTENCE * 3, True),
+        ("好" * (LOOP_LENGTH + LOOP_TIMES - 2), False),
+        ("好" * (LOOP_LENGTH + LOOP_TIMES - 1), True),
+        ("一，" + SENTENCE + "二，" + SENTENCE + "三，" + SENTENCE, True),  # not quite periodic
+        ("\n".join(" ".join(SENTENCE) for _ in range(3)), True),  # white space does not hide it
+        ("", False),
+    ],
+)
+def test_a_loop_is_ten_characters_for_the_third_time(text, is_loop):
+    assert loops(text) == is_loop
+    assert not loops(text, before=text)
+
+
+def test_a_loop_counts_where_it_ends():
+    assert not loops(SENTENCE * 3 + "好", before=SENTENCE * 3)
+    assert loops(SENTENCE * 3, before=(SENTENCE * 3)[:-1])
+
+
+@pytest.mark.parametrize(
+    "text, stop, wanted, shown",
+    [
+        ("你好。再见", ["。"], "你好", 2),
+        ("你好", ["。", "再"], "你好", 2),
+        ("你好\n\n人", ["\n\n人类："], "你好\n\n人", 2),
+        ("你好\n\n", ["\n\n人类：", "\n"], "你好", 2),
+        ("你好\n\n人类：", ["\n\n人类："], "你好", 2),
+        ("aab", ["aabb", "bc"], "aab", 0),
+        ("aabd", ["aabb"], "aabd", 4),
+        ("", ["x"], "", 0),
+        ("x", [], "x", 1),
+    ],
+)
+def test_a_text_ends_before_its_stop_and_shows_no_beginning_of_one(text, stop, wanted, shown):
+    assert until_stop(text, stop) == wanted
+    assert n_showable(text, stop) == shown
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_what_was_shown_is_never_taken_back(text, stop):
+    prefixes = [text[:n] for n in range(len(text) + 1)]
+    going = [part for part in prefixes if until_stop(part, stop) == part]
+    shown = max(n_showable(part, stop) for part in going)
+    # The reply goes on by one token, of one character or of more.
+    for last in prefixes[len(going) :] or [text]:
+        assert shown <= len(until_stop(last, stop))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_new_tokens": 0}, r"max_new_tokens 0 \(at least 1\)"),
+        ({"temperature": -0.1}, "temperature -0.1"),
+        ({"temperature": 11}, "temperature 11"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"top_p": 0}, "top_p 0 "),
+        ({"top_p": 1.1}, "top_p 1.1"),
+        ({"top_k": -1}, "top_k -1"),
+        ({"min_p": 1.5}, "min_p 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty inf"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty nan"),
+        ({"no_repeat_ngram": -2}, "no_repeat_ngram -2"),
+        ({"stop": ["。", ""]}, "stop .*no empty text"),
+        ({"loop_guard": "on"}, "loop_guard on .*redraw"),
+        ({"n": 0}, "n 0"),
+        ({"n": 3, "beams": 2}, r"n 3 \(1 to beams\)"),
+        ({"beams": 0}, "beams 0"),
+        ({"length_penalty": math.inf}, "length_penalty inf"),
+        ({"top_k": -1, "top_p": 2, "max_new_tokens": -5}, "max_new_tokens .*top_p .*top_k"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingConfig(**changes)
