@@ -149,7 +149,13 @@ def root(error: BaseException) -> str:
     """The first cause of a network failure; what is wrapped round it only repeats the address."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {error}"[:120]
+    return (str(error) or type(error).__name__)[:120]
+
+
+def stated_size(answer: requests.Response) -> int | None:
+    """How long the server says that the body is, if it says so and does not compress it."""
+    length = answer.headers.get("Content-Length", "")
+    return int(length) if length.isdigit() and "Content-Encoding" not in answer.headers else None
 
 
 def size_of(path: Path) -> int:
@@ -273,13 +279,11 @@ class Transfer:
         raise Lost(f"the server cannot go on at byte {start:,}")
 
     def _begin(self, answer: requests.Response) -> None:
-        packed = "Content-Encoding" in answer.headers
-        length = answer.headers.get("Content-Length", "")
         if not self.file.is_listed:
-            self.size = int(length) if length.isdigit() and not packed else None
+            self.size = stated_size(answer)
         tag = answer.headers.get("ETag", "")
         version = answer.headers.get("Last-Modified", "") if tag[:1] != '"' else tag
-        self._note.write_text("" if packed else self._hashed or version, "utf-8")
+        self._note.write_text(self._hashed or version, "utf-8")
 
     def _copy(self, answer: requests.Response, out: BinaryIO) -> None:
         try:

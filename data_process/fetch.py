@@ -103,10 +103,11 @@ def _check_package(data_set: DataSet) -> None:
 
 def _by_hand(data_set: DataSet, cfg: FetchConfig) -> str:
     source, name = data_set.source, data_set.name
+    place = shown(from_repo(cfg.out) / name)
+    raw = "" if cfg.out == FetchConfig.out else f" --raw {place}"
     return (
         f"{name}: wanted an open download, found none; {source.manual or f'see {source.home}'}; "
-        f"put the files into {shown(from_repo(cfg.out) / name)}, "
-        f"then run python -m data_process.run {name}"
+        f"put the files into {place}, then run python -m data_process.run {name}{raw}"
     )
 
 
@@ -132,7 +133,7 @@ def fetch(data_set: DataSet, cfg: FetchConfig) -> None:
             download(file, target / file.path, line, bar)
     n_bytes = sum(size_of(target / file.path) for file in files)
     print(
-        f"{data_set.name}: {len(files)} files, {amount(n_bytes)}, in {shown(target)}: "
+        f"{data_set.name}: {len(files)} file(s), {amount(n_bytes)}, in {shown(target)}: "
         f"{len(todo)} downloaded, {len(files) - len(todo)} were there"
     )
     if data_set.source.manual:
@@ -214,7 +215,9 @@ def _listing(files: list[RemoteFile], target: Path) -> str:
     total = sum(file.size or 0 for file in files)
     unknown = "" if all(file.size is not None for file in files) else ", some sizes unknown"
     free = amount(_free(target))
-    return "\n".join([*lines, f"  {amount(total):>8}  in {len(files)} files{unknown}; {free} free"])
+    return "\n".join(
+        [*lines, f"  {amount(total):>8}  in {len(files)} file(s){unknown}; {free} free"]
+    )
 
 
 def amount(n_bytes: int | None) -> str:

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlencode, urlsplit
 
 from babyllama.errors import DataError
-from data_process.download import REFUSALS, Line, RemoteFile
+from data_process.download import REFUSALS, Line, RemoteFile, stated_size
 from data_process.source import Source
 
 PLACES = {"huggingface": "Hugging Face", "modelscope": "ModelScope", "url": "direct address"}
@@ -106,10 +106,7 @@ def with_size(file: RemoteFile, line: Line) -> RemoteFile:
     if file.size is not None:
         return file
     with line.insist(file.url, lambda: line.ask(file.url)) as answer:
-        length = answer.headers.get("Content-Length", "")
-        packed = "Content-Encoding" in answer.headers
-    size = None if packed or not length.isdigit() else int(length)
-    return replace(file, size=size, is_listed=False)
+        return replace(file, size=stated_size(answer), is_listed=False)
 
 
 LISTINGS = {"huggingface": _huggingface, "modelscope": _modelscope, "url": _urls}

@@ -23,14 +23,14 @@ from babyllama.cli import parse
 from babyllama.errors import ConfigError, DataError
 from data_process import download, fetch
 from data_process.fetch import FetchConfig
-from data_process.hubs import PAGE, is_inside
+from data_process.hubs import PAGE, is_inside, places
 from data_process.registry import MODULES, data_sets
 from data_process.source import Source
 
 REPO = "owner/set"
 OLD = bytes(range(256)) * 20
 NEW = OLD[::-1] + b"new"
-SAFE = {"train.jsonl": OLD, "data/测试 1.json": b"{}\n" * 99, "data/empty.txt": b""}
+SAFE = {"train.jsonl": OLD, "data/测试 1#%20.json": b"{}\n" * 99, "data/empty.txt": b""}
 
 
 def sha(data: bytes) -> str:
@@ -105,7 +105,7 @@ class Hub(BaseHTTPRequestHandler):
         start = int(asked[6:-1]) if asked and valid and event != "no range" else 0
         if start > len(data) or (start and event == "416"):
             return self.answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})
-        start -= min(start, 5) if event == "wrong start" else 0
+        start += 5 if start and event == "wrong start" else 0
         if start:
             span = f"bytes {start}-{len(data) - 1}/{len(data)}"
             headers |= {} if event == "bare" else {"Content-Range": span}
@@ -230,6 +230,21 @@ def test_a_file_that_changes_between_attempts_starts_anew(server, tmp_path, vali
     server.files["train.jsonl"] = NEW
     server.validators = {key: value.replace("o", "0") + "2" for key, value in validators.items()}
     assert contents(bring(server, tmp_path)) == {"train.jsonl": NEW}
+    assert not any(h.get("If-Range", "").startswith("W/") for _, h in server.asked)
+
+
+def test_a_file_may_change_and_grow_while_it_is_fetched(server, tmp_path):
+    server.plan["train.jsonl"] = [("", 0), ("drop", 700), ("change", 1)]
+    assert contents(bring(server, tmp_path)) == {"train.jsonl": NEW}
+
+
+def test_a_new_version_on_the_hub_does_not_go_on_from_the_old_one(server, tmp_path):
+    server.plan["train.jsonl"] = [("drop", 700)]
+    with pytest.raises(DataError):
+        bring(server, tmp_path, "huggingface", tries=1)
+    server.files["train.jsonl"], server.hashes["train.jsonl"] = NEW, sha(NEW)
+    assert contents(bring(server, tmp_path, "huggingface"))["train.jsonl"] == NEW
+    assert set(ranges(server)) == {""}
 
 
 @pytest.mark.parametrize("event", ["no range", "416", "wrong start", "packed"])
@@ -238,10 +253,12 @@ def test_where_the_server_cannot_go_on_the_file_starts_anew(server, tmp_path, ev
     assert contents(bring(server, tmp_path)) == {"train.jsonl": OLD}
 
 
-def test_a_mirror_may_leave_out_which_part_it_sends(server, tmp_path):
+def test_a_mirror_may_leave_out_which_part_it_sends_and_name_the_hash(server, tmp_path):
+    server.hashes["train.jsonl"] = f"sha256:{sha(OLD)}"
     server.plan["train.jsonl"] = [("drop", 700), ("bare", 0)]
     assert contents(bring(server, tmp_path, "huggingface"))["train.jsonl"] == OLD
-    assert ranges(server).count("bytes=700-") == 1
+    assert ranges(server) == ["", "bytes=700-", "", ""]
+    assert all(headers["Accept-Encoding"] == "identity" for _, headers in server.asked)
 
 
 def test_a_wrong_hash_leaves_no_file(server, tmp_path):
@@ -250,6 +267,9 @@ def test_a_wrong_hash_leaves_no_file(server, tmp_path):
         with pytest.raises(DataError, match=rf"SHA-256 {sha(b'other')[:16]}.*{sha(OLD)[:16]}"):
             bring(server, tmp_path, place, files="train.jsonl")
     assert contents(tmp_path) == {} and len(ranges(server)) == 1
+    server.hashes["train.jsonl"] = sha(OLD)
+    with pytest.raises(DataError, match="SHA-256 9999"):
+        bring(server, tmp_path, "huggingface", sha256={"empty.txt": "9999"})
 
 
 def test_pieces_of_two_versions_are_found_out_and_fetched_in_one(server, tmp_path):
@@ -388,7 +408,7 @@ def test_an_old_file_stays_until_the_new_one_is_whole(server, tmp_path, capsys):
 def test_patterns_choose_files_and_one_that_fits_nothing_is_told(server, tmp_path, capsys):
     patterns = ("*.json", "dev*")
     target = bring(server, tmp_path, "huggingface", patterns=patterns)
-    assert set(contents(target)) == {"data/测试 1.json"}
+    assert set(contents(target)) == {"data/测试 1#%20.json"}
     assert "no file like dev*" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"wanted files like dev\*, found 3 others: train.jsonl"):
         bring(server, tmp_path, "huggingface", files="train.jsonl, dev*")
@@ -434,6 +454,16 @@ def test_an_address_without_scheme_is_refused(server, tmp_path, monkeypatch):
 def test_a_package_needs_no_download(script):
     outcome = script("data_process/fetch.py", "sample")
     assert outcome.code == 0 and outcome.out.count("which is installed") == 3
+
+
+def test_what_must_be_fetched_by_hand_is_told_how_and_where_to(script, tmp_path):
+    by_hand = [name for name in MODULES if data_sets(name)[0].source.manual]
+    name = next(
+        n for n in by_hand if not (data_sets(n)[0].package or places(data_sets(n)[0].source))
+    )
+    error = script("data_process/fetch.py", name, "--out", tmp_path).error
+    assert data_sets(name)[0].source.manual in error
+    assert f"into {tmp_path}/{name}, then run" in error and f"--raw {tmp_path}/{name}" in error
 
 
 def test_from_is_a_word_of_the_command_line():
