@@ -159,7 +159,7 @@ class Attention(nn.Module):
             v.to(q.dtype),
             attn_mask=mask,
             # One new token sees the whole cache: neither a mask nor causality is needed.
-            is_causal=mask is None and T > 1,
+            is_causal=mask is None and (cache is None or T > 1),
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return self.wo(out.transpose(1, 2).reshape(B, T, D))

@@ -21,11 +21,14 @@ from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
 from babyllama.optim import OptimConfig
-from babyllama.parallel import start
+from babyllama.parallel import ParallelConfig, start
 from babyllama.run_dir import open_run
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
+
+# What a run shows of itself at each evaluation.
+SAMPLES = ("今天", "中国的", "科学家发现")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class PretrainConfig:
         optim: optimizer and schedule
         train: the loop
         device: where and in which format to compute
+        parallel: how several processes share the work
         dry_run: only print parameters, memory and time
     """
 
@@ -50,8 +54,9 @@ class PretrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(samples=SAMPLES))
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
 
 
@@ -92,7 +97,7 @@ def main(cfg: PretrainConfig) -> int:
     model = make_model(cfg, tokenizer)
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
-    with start(pick_device(cfg.device.device)) as world:
+    with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model.to(world.device)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world)

@@ -21,9 +21,12 @@ from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
 from babyllama.optim import OptimConfig
-from babyllama.parallel import start
+from babyllama.parallel import ParallelConfig, start
 from babyllama.run_dir import open_run
 from babyllama.trainer import TrainConfig, train
+
+# What a run shows of itself at each evaluation.
+SAMPLES = ("你好！", "请介绍一下你自己。", "秋天有什么特点？")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class SftConfig:
         optim: optimizer and schedule
         train: the loop; a batch is a number of dialogues
         device: where and in which format to compute
+        parallel: how several processes share the work
         dry_run: only print parameters, memory and time
     """
 
@@ -46,8 +50,9 @@ class SftConfig:
     base: Path | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=50))
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3.0))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3.0, samples=SAMPLES))
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
 
 
@@ -76,7 +81,7 @@ def main(cfg: SftConfig) -> int:
     base = load_model(cfg.base)
     length = base.config.max_seq_len
     data = open_data(cfg.data, base.tokenizer, length, cfg.train)
-    with start(pick_device(cfg.device.device)) as world:
+    with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world)

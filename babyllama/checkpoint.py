@@ -7,6 +7,7 @@
                           train_state.safetensors optimizer and random state, to resume only
                           train_state.json        step, scaler
                           checksums.json          SHA-256 of the files above, checked on load
+              best/                 the step of the lowest validation loss, without training state
 
 A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and
 renamed. No pickle is read or written. `load_model` is the only way in. Format of the weights:
@@ -18,6 +19,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 
 from babyllama.cli import REPO, shown
 from babyllama.errors import CheckpointError, ConfigError
+from babyllama.optim import state_shapes
+from babyllama.parallel import World, share_of, whole
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -54,6 +58,9 @@ class Loaded:
         return self.model.config
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def save_checkpoint(
     run: Path,
     step: int,
@@ -64,15 +71,58 @@ def save_checkpoint(
     kind: str,
     parent: str | None = None,
     keep: int = 2,
+    world: World = ALONE,
 ) -> Path:
     """Write a checkpoint, whole or not at all, and delete all but the newest `keep`.
+
+    All processes call it; shares of weights and state are put together and the main one writes.
 
     extra: what else resuming needs, as JSON
     raises: CheckpointError if the disk does not take it; earlier checkpoints are untouched
     """
     final = run / f"step-{step:06d}"
-    temporary = run / f"tmp-{final.name}"
-    info = {
+    info = _info(step, model, tokenizer, kind, parent)
+    weights, state = model_weights(model), _optimizer_tensors(model, optimizer)
+
+    def fill(place: Path) -> None:
+        _write_model(place, weights, info, tokenizer)
+        save_file(state, place / "train_state.safetensors")
+        (place / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
+
+    def write() -> None:
+        _write_whole(final, fill)
+        for old in list_checkpoints(run)[:-keep]:
+            _delete(old)
+
+    world.on_main(write)
+    return final
+
+
+def save_best(
+    run: Path,
+    step: int,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    val_loss: float,
+    kind: str,
+    parent: str | None = None,
+    world: World = ALONE,
+) -> Path:
+    """Write `run`/best, for use and not to resume from; arguments and errors as save_checkpoint."""
+    info = {**_info(step, model, tokenizer, kind, parent), "val_loss": val_loss}
+    weights = model_weights(model)
+    world.on_main(
+        lambda: _write_whole(
+            run / "best", lambda place: _write_model(place, weights, info, tokenizer)
+        )
+    )
+    return run / "best"
+
+
+def _info(
+    step: int, model: Transformer, tokenizer: Tokenizer, kind: str, parent: str | None
+) -> dict:
+    return {
         "kind": kind,
         "step": step,
         "parent": parent,
@@ -80,16 +130,23 @@ def save_checkpoint(
         "fingerprint": tokenizer.fingerprint,
         "model": asdict(model.config),
     }
-    for left_over in run.glob("tmp-*step-*"):
+
+
+def _write_model(place: Path, weights: dict, info: dict, tokenizer: Tokenizer) -> None:
+    save_file(weights, place / "model.safetensors")
+    (place / "model.yaml").write_text(yaml.safe_dump(info, sort_keys=False), "utf-8")
+    (place / "tokenizer.model").write_bytes(tokenizer.bytes)
+
+
+def _write_whole(final: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a directory under another name, add checksums, flush it to the disk and rename it."""
+    run, temporary = final.parent, final.with_name(f"tmp-{final.name}")
+    for left_over in (*run.glob("tmp-*step-*"), *run.glob("tmp-*best")):
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        save_file(model_weights(model), temporary / "model.safetensors")
-        (temporary / "model.yaml").write_text(yaml.safe_dump(info, sort_keys=False), "utf-8")
-        (temporary / "tokenizer.model").write_bytes(tokenizer.bytes)
-        save_file(_optimizer_tensors(model, optimizer), temporary / "train_state.safetensors")
-        (temporary / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
-        sums = {name: _sha256(temporary / name) for name in MODEL_FILES + STATE_FILES}
+        fill(temporary)
+        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
         (temporary / "checksums.json").write_text(json.dumps(sums, indent=1), "utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
@@ -98,11 +155,9 @@ def save_checkpoint(
         os.replace(temporary, final)
         _flush(run)
     except (OSError, SafetensorError) as error:
+        wanted = sum(path.stat().st_size for path in temporary.glob("*"))
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_cannot_save(run, final, model, error)) from None
-    for old in list_checkpoints(run)[:-keep]:
-        _delete(old)
-    return final
+        raise CheckpointError(_cannot_save(final, wanted, error)) from None
 
 
 def _delete(path: Path) -> None:
@@ -112,15 +167,15 @@ def _delete(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _cannot_save(run: Path, final: Path, model: nn.Module, error: Exception) -> str:
-    wanted = sum(weight.numel() * 12 for weight in model.parameters()) / 1e6
+def _cannot_save(final: Path, written: int, error: Exception) -> str:
+    run = final.parent
     there = next(place for place in (run, *run.parents) if place.exists())
     free = shutil.disk_usage(there).free / 1e6
     older = list_checkpoints(run)
     last = f"{older[-1].name} is intact" if older else "no earlier checkpoint exists"
     return (
-        f"could not save {shown(final)}: {error}; it takes {wanted:.0f} MB, {free:.0f} MB are "
-        f"free; {last}; free some space and start the same command again"
+        f"could not save {shown(final)}: {error}; of what it takes {written / 1e6:.1f} MB were "
+        f"written, {free:.1f} MB are free; {last}; free some space and start the same command again"
     )
 
 
@@ -141,8 +196,8 @@ def _sha256(path: Path) -> str:
 
 
 def model_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights as they are stored: a tied head is not stored twice."""
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    """The weights as they are stored: whole, and a tied head is not stored twice."""
+    weights = {name: whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied:
         del weights["output.weight"]
     return weights
@@ -154,7 +209,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     tensors = {"rng": torch.get_rng_state()}
     for weight, state in optimizer.state.items():
         for key, tensor in state.items():
-            tensors[f"{names[id(weight)]}:{key}"] = tensor.contiguous()
+            tensors[f"{names[id(weight)]}:{key}"] = whole(tensor).contiguous()
     return tensors
 
 
@@ -316,11 +371,13 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
     raises: CheckpointError with every name and shape that does not fit
     """
     _require_shapes(model, weights, where)
-    model.load_state_dict(weights, strict=not model.config.tied)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(share_of(weight, weights[name]))
 
 
 def _require_shapes(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
-    wanted = {name: tuple(tensor.shape) for name, tensor in model_weights(model).items()}
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     faults = [
         f"{name}: wanted {wanted.get(name)}, found {found.get(name)}"
@@ -366,28 +423,15 @@ def _put_optimizer_state(
         name, _, field = key.rpartition(":")
         kept.setdefault(name, {})[field] = tensor
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    wanted = {
-        name: {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
-        for name, weight in trained.items()
-    }
+    shapes = state_shapes(optimizer)
+    wanted = {name: shapes[weight] for name, weight in trained.items()}
     found = {name: {field: t.shape for field, t in state.items()} for name, state in kept.items()}
     # There is no state yet where no step had numbers that are finite.
     if found and found != wanted:
         raise CheckpointError(f"{shown(where)}: its optimizer state belongs to another model")
     for name, state in kept.items():
-        device = trained[name].device
-        optimizer.state[trained[name]] = {field: t.to(device) for field, t in state.items()}
-
-
-def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = "") -> list[str]:
-    """What differs between two configs made of dicts, one line a setting.
-
-    free: settings that may differ
-    """
-    if isinstance(old, dict) and isinstance(new, dict):
-        lines = []
-        for key in dict.fromkeys([*old, *new]):
-            where = f"{at}.{key}" if at else key
-            lines += differences(old.get(key), new.get(key), free, where)
-        return lines
-    return [] if old == new or at in free else [f"{at}: saved {old!r}, now {new!r}"]
+        weight = trained[name]
+        optimizer.state[weight] = {
+            field: share_of(weight, t) if t.dim() else t.to(weight.device)
+            for field, t in state.items()
+        }

@@ -9,6 +9,7 @@ names of the model's forward.
 """
 
 import bisect
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ class Windows:
     def __init__(self, name: str, files: list[TokenFile], max_seq_len: int) -> None:
         self.name = name
         self.dropped: dict[str, int] = {}
-        self._files = files
+        self.files = files
         self._length = max_seq_len
         counts = [max(0, -(-(file.n_tokens - 1) // max_seq_len)) for file in files]
         self._ends = np.cumsum(counts)
@@ -94,7 +95,7 @@ class Windows:
         place = int(np.searchsorted(self._ends, number, side="right"))
         first = int(self._ends[place - 1]) if place else 0
         start = (number - first) * self._length
-        ids = self._files[place].ids[start : start + self._length + 1].astype(np.int64)
+        ids = self.files[place].ids[start : start + self._length + 1].astype(np.int64)
         return ids[:-1], ids[1:]
 
 
@@ -107,7 +108,7 @@ class Dialogues:
     ) -> None:
         self.name = name
         self._tokenizer = tokenizer
-        self._files = files
+        self.files = files
         fitting = [self._fitting(file, max_seq_len) for file in files]
         self.dropped = {
             "answer_does_not_fit": int(sum((n == 0).sum() for n, _ in fitting)),
@@ -140,7 +141,7 @@ class Dialogues:
 
     def row(self, number: int, _rng: np.random.Generator) -> Row:
         file, place, fitting = self._rows[number].tolist()
-        pieces = self._files[file].pieces(place)[:fitting]
+        pieces = self.files[file].pieces(place)[:fitting]
         return _supervised(
             self._tokenizer, [{"role": role, "content": [ids]} for role, ids in pieces]
         )
@@ -158,7 +159,7 @@ class Summaries:
             [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
         )[0]
         self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
-        self._files = files
+        self.files = files
         sizes = [np.diff(file.piece_ends, prepend=0).reshape(-1, 2) for file in files]
         fits = [np.minimum(s[:, 0], _LEAST_TEXT) + s[:, 1] <= self._room for s in sizes]
         cut = [f & (s.sum(axis=1) > self._room) for f, s in zip(fits, sizes, strict=True)]
@@ -173,7 +174,7 @@ class Summaries:
 
     def row(self, number: int, rng: np.random.Generator) -> Row:
         file, place, _ = self._rows[number].tolist()
-        (_, text), (_, summary) = self._files[file].pieces(place)
+        (_, text), (_, summary) = self.files[file].pieces(place)
         room = self._room - len(summary)
         messages = self._prompts.messages(text, summary, rng, max_text=room)
         return _supervised(self._prompts.tokenizer, messages)
@@ -365,6 +366,12 @@ class TrainData:
     @property
     def steps_per_epoch(self) -> float:
         return len(self.mixture) / self.batch_size
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all token files of the mixture: another one where a set was made anew."""
+        digests = (file.digest for source in self.mixture.sources for file in source.files)
+        return hashlib.sha256(b"".join(digests)).hexdigest()
 
     def sequences(self, step: int) -> list[list[Row]]:
         """The global batch of a step, packed."""

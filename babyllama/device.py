@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from babyllama.errors import ConfigError
+from babyllama.parallel import whole
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -25,10 +26,12 @@ class DeviceConfig:
     Args:
         device: auto takes cuda, else mps, else cpu
         precision: auto takes the fastest format that is safe on the device
+        force: take the named format even where it is known to fail or to be emulated
     """
 
     device: Device = "auto"
     precision: Precision = "auto"
+    force: bool = False
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -63,29 +66,56 @@ def safe_precision(device: str, card: str = "", capability: tuple[int, int] = (0
     return "float32"
 
 
-def pick_precision(device: torch.device, wanted: str = "auto") -> str:
+def pick_precision(device: torch.device, wanted: str = "auto", force: bool = False) -> str:
     """The format to use on a device: as wanted, or the fastest safe one."""
-    if wanted != "auto":
-        return wanted
+    return checked_precision(*_kind(device), wanted=wanted, force=force)[0]
+
+
+def precision_warning(device: torch.device, wanted: str, force: bool) -> str:
+    """Why a device does not get the wanted format, or should not; empty where it may have it."""
+    return checked_precision(*_kind(device), wanted=wanted, force=force)[1]
+
+
+def checked_precision(
+    device: str, card: str, capability: tuple[int, int], wanted: str, force: bool
+) -> tuple[str, str]:
+    """The format to use and a warning, empty where there is none; arguments as safe_precision."""
+    safe = safe_precision(device, card, capability)
+    is_bad = device == "cuda" and (
+        (wanted == "float16" and safe == "float32") or (wanted == "bfloat16" and safe != "bfloat16")
+    )
+    is_bad |= device == "cpu" and wanted == "bfloat16"
+    if not is_bad:
+        return (safe if wanted == "auto" else wanted), ""
+    why = "gives NaN or is slow" if wanted == "float16" else "is emulated, and slow,"
+    if force:
+        return wanted, f"{wanted} {why} on {card or device}; taken because of device.force"
+    return "float32", f"{wanted} {why} on {card or device}; float32 instead (--device.force true)"
+
+
+def _kind(device: torch.device) -> tuple[str, str, tuple[int, int]]:
+    """A device as safe_precision wants it."""
     if device.type == "cuda":
-        return safe_precision(
-            "cuda", torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        )
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return safe_precision("cpu-bf16")
-    return safe_precision(device.type)
+        name = torch.cuda.get_device_name(device)
+        return "cuda", name, torch.cuda.get_device_capability(device)
+    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "cpu-bf16" if has_bf16 else device.type, "", (0, 0)
 
 
 class Scaler:
     """Autocast, backward and optimizer step in one format.
 
     float16 needs its loss scaled up so that small gradients do not vanish; the scale is halved
-    when a gradient overflows, and that step is skipped.
+    when a gradient overflows, and that step is skipped (Micikevicius et al. 2018, section 3.2).
+    All processes decide by the same norm, so their scales stay equal with any engine.
     """
+
+    FIRST, EVERY = 2.0**16, 2000  # the scale, doubled after so many good steps in a row
 
     def __init__(self, device: torch.device, precision: str) -> None:
         self.device, self.precision = device, precision
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
+        self._scales = precision == "float16"
+        self._scale, self._good_steps = (self.FIRST if self._scales else 1.0), 0
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.precision == "float32":
@@ -93,7 +123,7 @@ class Scaler:
         return torch.autocast(self.device.type, dtype=getattr(torch, self.precision))
 
     def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
+        (loss * self._scale if self._scales else loss).backward()
 
     def step(
         self,
@@ -106,22 +136,32 @@ class Scaler:
 
         returns: the gradient's norm before clipping; NaN where the loss is not finite
         """
-        self._scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        if self._scales:
+            torch._foreach_mul_([w.grad for w in parameters if w.grad is not None], 1 / self._scale)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
+        self._adapt(math.isfinite(norm))
         norm = norm if math.isfinite(loss) else math.nan
         if math.isfinite(norm):
-            self._scaler.step(optimizer)
-        self._scaler.update()  # halves the scale where unscale_ met a gradient that overflowed
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _adapt(self, is_good: bool) -> None:
+        if not self._scales:
+            return
+        self._good_steps = self._good_steps + 1 if is_good else 0
+        if not is_good:
+            self._scale /= 2
+        elif self._good_steps == self.EVERY:
+            self._scale, self._good_steps = self._scale * 2, 0
+
     def state(self) -> dict:
-        return self._scaler.state_dict()
+        return {"scale": self._scale, "good_steps": self._good_steps} if self._scales else {}
 
     def load(self, state: dict) -> None:
         # Empty where the run was saved on a device that needs no scaling.
-        if state:
-            self._scaler.load_state_dict(state)
+        if state and self._scales:
+            self._scale, self._good_steps = state["scale"], state.get("good_steps", 0)
 
 
 def memory_gb(device: torch.device) -> float:

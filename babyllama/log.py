@@ -1,17 +1,26 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, curves.png. Main process only."""
+"""What a run tells, by its main process only.
+
+A progress bar or plain lines, metrics.jsonl, samples.jsonl, curves.png, and, where it is asked
+for, TensorBoard or SwanLab.
+"""
 
 import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from babyllama.errors import ConfigError
+
 # Order of the figures in a line; all others stay in metrics.jsonl.
-_SHOWN = ("loss", "ppl", "accuracy", "lr", "tokens_per_s", "mem_gb")
+_SHOWN = ("loss", "ppl", "accuracy", "bpb", "lr", "tokens_per_s", "mfu", "mem_gb")
+
+# Seconds between two drawings of curves.png while a run goes on.
+_REDRAW_S = 60
 
 
 @contextlib.contextmanager
@@ -28,17 +37,34 @@ def written_whole(path: Path) -> Iterator[Path]:
 class Log:
     """Speaks for a run. With a terminal there is a bar, else a line for each logged step."""
 
-    def __init__(self, run: Path, done_steps: int, total_steps: int, is_main: bool = True) -> None:
-        """done_steps: the run continues there; later lines of metrics.jsonl are dropped, and
-        all of them where nothing was saved."""
+    def __init__(
+        self,
+        run: Path,
+        done_steps: int,
+        total_steps: int,
+        is_main: bool = True,
+        track: str = "none",
+    ) -> None:
+        """done_steps: the run continues there; later lines of metrics.jsonl and samples.jsonl are
+        dropped, and all of them where nothing was saved
+        track: "none", "tensorboard" or "swanlab" """
         self.run, self.is_main, self.total = run, is_main, total_steps
         self._start, self._first = time.perf_counter(), done_steps
-        self._bar = None
+        self._bar, self._drawn = None, self._start
         if not is_main:
             return
+        self._track = open_tracker(track, run)
         self.records = read_metrics(run, done_steps) if done_steps else []
-        with written_whole(run / "metrics.jsonl") as path:
-            path.write_text("".join(map(_line, self.records)), encoding="utf-8")
+        for name, kept in (
+            ("metrics.jsonl", self.records),
+            (
+                "samples.jsonl",
+                read_records(run / "samples.jsonl", done_steps) if done_steps else [],
+            ),
+        ):
+            if kept or (run / name).exists() or name == "metrics.jsonl":
+                with written_whole(run / name) as path:
+                    path.write_text("".join(map(_line, kept)), encoding="utf-8")
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=total_steps, initial=done_steps, desc=run.name, unit="step", ncols=100
@@ -48,6 +74,11 @@ class Log:
         """One line for the user."""
         if self.is_main:
             tqdm.write(text, file=sys.stderr)
+
+    def warn(self, text: str) -> None:
+        """One line that begins with "warning", if there is something to say."""
+        if text:
+            self.say(f"warning: {text}")
 
     def step(self, step: int) -> None:
         """Move the bar."""
@@ -62,6 +93,9 @@ class Log:
         self.records.append(record)
         with open(self.run / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(_line(record))
+        self._track(kind, step, figures)
+        if kind == "val" and time.perf_counter() - self._drawn > _REDRAW_S:
+            self.draw()
         shown = {key: figures[key] for key in _SHOWN if key in figures}
         text = "  ".join(f"{key} {_short(value)}" for key, value in shown.items())
         if kind == "train" and self._bar is not None:
@@ -76,19 +110,29 @@ class Log:
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
+    def samples(self, step: int, pairs: Sequence[tuple[str, str]]) -> None:
+        """Keep what the model made of fixed prompts."""
+        if self.is_main and pairs:
+            with open(self.run / "samples.jsonl", "a", encoding="utf-8") as file:
+                for prompt, reply in pairs:
+                    file.write(_line({"step": step, "prompt": prompt, "reply": reply}))
+
     def draw(self) -> None:
         """Redraw curves.png from all records."""
+        self._drawn = time.perf_counter()
         if self.is_main and self.records:
             draw_curves(self.records, self.run / "curves.png", self.run.name)
 
-    def close(self) -> None:
-        """End the bar."""
+    def close(self, text: str) -> None:
+        """Draw the curves, end the bar and say how the run ended."""
+        self.draw()
         if self._bar is not None:
             self._bar.close()
+        self.say(text)
 
 
 def _line(record: dict) -> str:
-    return json.dumps(record) + "\n"
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _short(value: float) -> str:
@@ -96,8 +140,12 @@ def _short(value: float) -> str:
 
 
 def read_metrics(run: Path, last_step: int | None = None) -> list[dict]:
-    """The records of a run up to a step. A line cut by a kill is left out."""
-    path = run / "metrics.jsonl"
+    """The figures of a run up to a step."""
+    return read_records(run / "metrics.jsonl", last_step)
+
+
+def read_records(path: Path, last_step: int | None = None) -> list[dict]:
+    """The lines of a file up to a step. A line cut by a kill is left out."""
     records = []
     for line in path.read_text("utf-8").split("\n") if path.exists() else []:
         try:
@@ -107,6 +155,56 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict]:
         if last_step is None or record["step"] <= last_step:
             records.append(record)
     return records
+
+
+def open_tracker(name: str, run: Path) -> Callable[[str, int, dict], None]:
+    """What takes each record (kind, step, figures) to a service beside the files.
+
+    raises: ConfigError if its package is not installed
+    """
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run / "tensorboard"))
+
+            def send(values: dict[str, float], step: int) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+        elif name == "swanlab":
+            import swanlab
+
+            swanlab.init(project="babyllama", experiment_name=run.name, logdir=str(run / "swanlab"))
+
+            def send(values: dict[str, float], step: int) -> None:
+                swanlab.log(values, step=step)
+
+        else:
+            return lambda *_: None
+    except ImportError as error:
+        raise ConfigError(
+            f"train.track {name} wants a package that is not there ({error}); install it: "
+            f"pip install -r requirements/track.txt"
+        ) from None
+    return lambda kind, step, figures: send(_flat(kind, figures), step)
+
+
+def _flat(kind: str, figures: dict) -> dict[str, float]:
+    """Figures by one name each; those of sources as val/loss/<source>."""
+    flat = {f"{kind}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
+    sources = figures.get("sources", {})
+    return flat | {f"{kind}/loss/{name}": loss for name, loss in sources.items()}
+
+
+def _draw_sources(axis: object, records: list[dict]) -> None:
+    """The validation loss of each source, where there are several."""
+    validated = [record for record in records if record["kind"] == "val"]
+    names = dict.fromkeys(name for record in validated for name in record.get("sources", {}))
+    for name in names if len(names) > 1 else ():
+        points = [(r["step"], r["sources"][name]) for r in validated if name in r["sources"]]
+        axis.plot(*zip(*points, strict=True), label=f"val {Path(name).name}", lw=1, ls="--")
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -122,6 +220,8 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
             points = [(r["step"], r[key]) for r in records if r["kind"] == kind]
             if points:
                 axis.plot(*zip(*points, strict=True), label=kind, **style)
+        if key == "loss":
+            _draw_sources(axis, records)
         axis.set(xlabel="step", title={"ppl": "perplexity"}.get(key, key))
         axis.grid(alpha=0.3)
         if key == "ppl":

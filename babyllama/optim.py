@@ -1,16 +1,18 @@
-"""AdamW and the learning rate.
+"""AdamW, Muon and the learning rate.
 
-AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only; linear warm-up, then half a
-cosine down to a tenth.
+AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only; Muon (Jordan et al. 2024) for
+the layers' matrices as an option; linear warm-up, then half a cosine down to a tenth.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from babyllama.errors import ConfigError
+from babyllama.parallel import share_of, whole
 
 
 @dataclass(frozen=True)
@@ -18,21 +20,25 @@ class OptimConfig:
     """Optimizer and schedule.
 
     Args:
+        name: adamw, or muon for the matrices of the layers and adamw for all else
         lr: highest learning rate
         min_lr_ratio: the schedule ends at this share of lr
         warmup_steps: steps from 0 up to lr
         weight_decay: on matrices; norms have none
         beta1: decay of the mean gradient
         beta2: decay of the mean squared gradient
+        momentum: of muon
         max_grad_norm: longer gradients are shortened to this
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -44,6 +50,7 @@ class OptimConfig:
             "weight_decay": ("0 or more", 0 <= self.weight_decay < math.inf),
             "beta1": ("0 to below 1", 0 <= self.beta1 < 1),
             "beta2": ("0 to below 1", 0 <= self.beta2 < 1),
+            "momentum": ("0 to below 1", 0 <= self.momentum < 1),
             "max_grad_norm": ("more than 0", self.max_grad_norm > 0),
         }
         bad = [
@@ -56,14 +63,82 @@ class OptimConfig:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters that train, in two groups: decayed matrices and the rest."""
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    """The optimizer of the parameters that train: decayed matrices and the rest in groups."""
+    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    by_muon = {
+        name: w
+        for name, w in trained.items()
+        if config.name == "muon" and name.startswith("layers.") and w.dim() == 2
+    }
+    rest = [w for name, w in trained.items() if name not in by_muon]
     groups = [
-        {"params": [w for w in trained if w.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in trained if w.dim() < 2], "weight_decay": 0.0},
+        {"params": [w for w in rest if w.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [w for w in rest if w.dim() < 2], "weight_decay": 0.0},
     ]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    if not by_muon:
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
+    muon = {"params": list(by_muon.values()), "weight_decay": config.weight_decay}
+    groups.append({**muon, "momentum": config.momentum})
+    return MuonAdamW(groups, lr=config.lr, betas=betas, fused=True)
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW whose groups with a `momentum` are updated by Muon instead.
+
+    torch.optim.Muon multiplies in bfloat16, which processors without such instructions emulate
+    forty times slower; and it has no part for the parameters that are no matrices.
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "momentum" not in group]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            for weight in group["params"] if "momentum" in group else ():
+                if weight.grad is not None:
+                    self._update(weight, group)
+
+    def _update(self, weight: Tensor, group: dict) -> None:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+        ahead = weight.grad.lerp(mean, group["momentum"])  # Nesterov
+        turned = orthogonal(whole(ahead))
+        # So its elements are as large as those of an AdamW update, and lr means the same
+        # (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+        size = 0.2 * math.sqrt(max(weight.shape))
+        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        weight.add_(share_of(weight, turned), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """About the nearest matrix with orthogonal rows or columns: every singular value becomes 0.7
+    to 1.2, by a Newton-Schulz iteration with Jordan's coefficients."""
+    dtype = torch.bfloat16 if matrix.is_cuda else matrix.dtype
+    x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    for _ in range(steps):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+    return x.to(matrix.dtype)
+
+
+def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:
+    """What the optimizer keeps of each parameter once it has made a step."""
+    return {
+        weight: {"momentum_buffer": weight.shape}
+        if "momentum" in group
+        else {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
 
 
 def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:

@@ -9,6 +9,7 @@ process that holds it, whatever kills that, on Linux, macOS and Windows alike.
 """
 
 import contextlib
+import errno
 import os
 import socket
 import sqlite3
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.checkpoint import differences, list_checkpoints
+from babyllama.checkpoint import list_checkpoints
 from babyllama.cli import REPO, plain, shown, to_yaml
 from babyllama.errors import ConfigError
 from babyllama.log import written_whole
@@ -28,7 +29,8 @@ from babyllama.parallel import World
 # rounding.
 FREE = (
     "train.micro_batch_size", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep", "device.device", "dry_run",
+    "train.keep", "train.keep_best", "train.compile", "train.recompute", "train.samples",
+    "train.track", "device.device", "parallel.engine", "parallel.timeout_s", "dry_run",
 )  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def lock(run: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:
         connection.close()
         if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-            raise OSError(error.sqlite_errorcode, str(error), str(run / "lock")) from None
+            raise OSError(errno.EIO, str(error), str(run / "lock")) from None
         who = holder.read_text("utf-8").strip() if holder.is_file() else "by another process"
         raise ConfigError(
             f"{shown(run)} is in use ({who}); wait for that run to end, stop it, or take another "
@@ -97,6 +99,20 @@ def _require_same(run: Path, config: object) -> None:
             )
     elif list_checkpoints(run):
         raise ConfigError(f"{shown(run)} has checkpoints but no config.yaml; take another --name")
+
+
+def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = "") -> list[str]:
+    """What differs between two configs made of dicts, one line a setting.
+
+    free: settings that may differ
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in dict.fromkeys([*old, *new]):
+            where = f"{at}.{key}" if at else key
+            lines += differences(old.get(key), new.get(key), free, where)
+        return lines
+    return [] if old == new or at in free else [f"{at}: saved {old!r}, now {new!r}"]
 
 
 def _read_config(path: Path) -> dict:

@@ -137,6 +137,7 @@ class TokenFile:
     ids: (n_tokens,) uint16 or uint32
     ends: (n_docs,) ends of the documents, in tokens (text) or in pieces (chat, summary)
     piece_ends, roles: (n_pieces,) ends in tokens, and indices into ROLES
+    digest: SHA-256 of the index, which holds that of the ids
     """
 
     def __init__(self, stem: Path, fingerprint: str | None = None, verify: bool = True) -> None:
@@ -154,6 +155,7 @@ class TokenFile:
                     f"python -m data_process.run <set> --tokenizer <file>"
                 )
         index = self.idx_path.read_bytes()
+        self.digest = index[-32:]
         self._read_index(index[:-32], index[-32:])
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise DataError(

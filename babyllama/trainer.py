@@ -1,4 +1,4 @@
-"""The training loop and the evaluation pass: one loop for pretraining, fine-tuning and all else.
+"""The training loop: one loop for pretraining, fine-tuning and all else.
 
 A step either happens whole or not at all. Its supervised tokens are counted first, over all
 micro-batches and ranks; each backward then divides its sum of losses by that count, so the update
@@ -9,24 +9,24 @@ weight. Ctrl-C and SIGTERM end the loop after the running step, with everything 
 import contextlib
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from babyllama.checkpoint import list_checkpoints, load_train_state, save_checkpoint
+from babyllama.checkpoint import list_checkpoints, load_train_state, save_best, save_checkpoint
 from babyllama.cli import BAD_NUMBERS, STOPPED, shown
-from babyllama.data import Data, TrainData, ValData
-from babyllama.device import DeviceConfig, Scaler, memory_gb, pick_precision
-from babyllama.errors import ConfigError
+from babyllama.data import Data, TrainData
+from babyllama.device import DeviceConfig, Scaler, pick_precision, precision_warning
+from babyllama.errors import ConfigError, DataError
 from babyllama.log import Log
-from babyllama.metrics import accuracy, perplexity
 from babyllama.optim import OptimConfig, lr_at, make_optimizer, set_lr
 from babyllama.parallel import World, no_sync
+from babyllama.speed import mfu_per_rate
+from babyllama.validation import Window, evaluate, means, on_cpu, over_ranks, samples
 from model import Loss, Transformer
 from tokenizer import Tokenizer
 
@@ -44,8 +44,13 @@ class TrainConfig:
         eval_every: steps between two evaluations
         save_every: steps between two checkpoints
         keep: newest checkpoints that are kept
+        keep_best: also keep the weights of the lowest validation loss, in best/
         seed: of initial weights, order and wordings
         max_bad_steps: stop after so many steps in a row with numbers that are not finite
+        compile: run each layer as torch.compile makes it; the first steps take minutes
+        recompute: keep less for the way back and compute it again: less memory, a third slower
+        samples: prompts continued or answered at each evaluation, kept in samples.jsonl
+        track: also send the figures to TensorBoard or SwanLab (requirements/track.txt)
     """
 
     max_steps: int = 0
@@ -56,8 +61,13 @@ class TrainConfig:
     eval_every: int = 200
     save_every: int = 500
     keep: int = 2
+    keep_best: bool = True
     seed: int = 0
     max_bad_steps: int = 20
+    compile: bool = False
+    recompute: bool = False
+    samples: tuple[str, ...] = ()
+    track: Literal["none", "tensorboard", "swanlab"] = "none"
 
     def __post_init__(self) -> None:
         numbers = (
@@ -135,35 +145,36 @@ def train(
     config, optim = cfg.train, cfg.optim
     # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
     torch.manual_seed(config.seed)
+    wrapped = world.wrap(model, config.compile, config.recompute)
     optimizer = make_optimizer(model, optim)
-    scaler = Scaler(world.device, pick_precision(world.device, cfg.device.precision))
-    step, tokens_seen = _resume(run, model, tokenizer, optimizer, scaler)
-    last = total_steps(config, data.train)
-    log = Log(run, step, last, world.is_main)
+    precision = pick_precision(world.device, cfg.device.precision, cfg.device.force)
+    scaler = Scaler(world.device, precision)
+    seen = _resume(run, model, tokenizer, optimizer, scaler, data.train.fingerprint)
+    step, last = seen.step, total_steps(config, data.train)
+    log = Log(run, step, last, world.is_main, config.track)
     if step >= last:
         log.say(f"{shown(run)} is finished: {step} of {last} steps; nothing to do")
         return 0
     log.say(_opening(model, data.train, world, scaler, run, step, last))
-    wrapped = world.wrap(model)
+    log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    window = Window(world.device)
+    window = Window(world.device, mfu_per_rate(model, world, precision))
+    parent = shown(cfg.base) if cfg.base else None
     bad_steps = 0
 
     def save() -> None:
-        extra = {"tokens": tokens_seen, "scaler": scaler.state()}
-        parent = shown(cfg.base) if cfg.base else None
-
-        def write() -> None:
-            save_checkpoint(
-                run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep
-            )
-            log.draw()
-
-        world.on_main(write)
+        extra = {**asdict(seen), "scaler": scaler.state(), "data": data.train.fingerprint}
+        save_checkpoint(
+            run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep, world
+        )
 
     def validate() -> None:
-        figures = evaluate(wrapped, data.val, config.micro_batch_size, scaler, world)
+        figures = evaluate(wrapped, data.val, config.micro_batch_size, scaler, world, tokenizer)
         log.record("val", step, figures)
+        log.samples(step, samples(model, tokenizer, config.samples, kind))
+        if config.keep_best and step and figures["loss"] < (seen.best or math.inf):
+            seen.best = figures["loss"]
+            save_best(run, step, model, tokenizer, seen.best, kind, parent, world)
         window.restart()
 
     with stop_requests() as asked:
@@ -176,12 +187,12 @@ def train(
             batches = data.train.batches(step, config.micro_batch_size, world.rank, world.size)
             sums = forward_backward(wrapped, batches, world, scaler, loss_function)
             grad_norm = scaler.step(optimizer, parameters, optim.max_grad_norm, float(sums[0]))
-            step += 1
-            tokens_seen += int(sums[3])
+            seen.step = step = step + 1
+            seen.tokens += int(sums[3])
             bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
             if bad_steps:
                 log.say(
-                    f"step {step}: loss {_means(sums.tolist())['loss']}, gradient norm "
+                    f"step {step}: loss {means(sums.tolist())['loss']}, gradient norm "
                     f"{grad_norm}; the step changed nothing"
                 )
             else:
@@ -189,14 +200,13 @@ def train(
             log.step(step)
             is_logged = step % config.log_every == 0 or step == last
             if is_logged and not bad_steps and window.sums[1] > 0:
-                figures = window.figures(tokens_seen)
+                figures = window.figures(seen.tokens)
                 log.record("train", step, {**figures, "lr": lr, "grad_norm": grad_norm})
             if bad_steps >= config.max_bad_steps:
-                log.say(
+                log.close(
                     f"stopped: {bad_steps} steps in a row with numbers that are not finite; "
                     f"try a lower --optim.lr; the last checkpoint is intact"
                 )
-                log.close()
                 return BAD_NUMBERS
             if step % config.eval_every == 0 or step == last:
                 validate()
@@ -205,11 +215,9 @@ def train(
                 save()
                 window.restart()
             if stop and step < last:
-                log.close()
-                log.say(f"stopped at step {step} of {last}, saved; the same command continues")
+                log.close(f"stopped at step {step} of {last}, saved; the same command continues")
                 return STOPPED
-    log.close()
-    log.say(f"done: {shown(run)} (checkpoint {list_checkpoints(run)[-1].name}, curves.png)")
+    log.close(f"done: {shown(run)} (checkpoint {list_checkpoints(run)[-1].name}, curves.png)")
     return 0
 
 
@@ -232,85 +240,18 @@ def forward_backward(
                 loss = loss_function(model, batch)
             # DDP averages gradients over ranks; the sum is wanted.
             scaler.backward(loss.loss_sum * (world.size / n_targets[0]))
-        sums[:3] += _on_cpu(loss)
+        sums[:3] += on_cpu(loss)
         sums[3] += batch["tokens"].numel()
-    return _over_ranks(sums, world)
+    return over_ranks(sums, world)
 
 
-def _on_cpu(loss: Loss) -> Tensor:
-    """Its three sums; (3,) float64, which Apple's GPUs do not have."""
-    return torch.stack([part.detach().float() for part in loss]).cpu().double()
+@dataclass
+class Seen:
+    """How far a run is; part of its checkpoints."""
 
-
-def _over_ranks(sums: Tensor, world: World) -> Tensor:
-    return world.sum(sums.float().to(world.device)).cpu().double() if world.size > 1 else sums
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: ValData, micro_batch_size: int, scaler: Scaler, world: World
-) -> dict:
-    """Loss, perplexity and accuracy over the validation rows, in all and per source."""
-    inner = getattr(model, "module", model)
-    inner.eval()
-    total = torch.zeros(3, dtype=torch.float64)
-    losses = {}
-    for name in data.names:
-        sums = torch.zeros(3, dtype=torch.float64)
-        for batch in data.batches(name, micro_batch_size, world.rank, world.size):
-            batch = {key: value.to(world.device) for key, value in batch.items()}
-            with scaler.autocast():
-                sums += _on_cpu(inner(**batch))
-        sums = _over_ranks(sums, world)
-        losses[name] = float(sums[0] / sums[1].clamp(min=1))
-        total += sums
-    inner.train()
-    return {**_means(total.tolist()), "sources": losses}
-
-
-def _means(sums: list[float]) -> dict:
-    loss_sum, n_targets, n_correct = sums[:3]
-    n_targets = max(1.0, n_targets)
-    return {
-        "loss": loss_sum / n_targets,
-        "ppl": perplexity(loss_sum, n_targets),
-        "accuracy": accuracy(n_correct, n_targets),
-        "n_targets": int(sums[1]),
-    }
-
-
-class Window:
-    """Sums and time since the last logged step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.sums = torch.zeros(4, dtype=torch.float64)
-        self.seconds, self._tokens = 0.0, 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out the time that has passed since the last step (evaluation, saving)."""
-        self._clock = time.perf_counter()
-
-    def add(self, sums: Tensor) -> None:
-        """One step has ended."""
-        self.sums += sums
-        self._tokens += float(sums[3])
-        now = time.perf_counter()
-        self.seconds += now - self._clock
-        self._clock = now
-
-    def figures(self, tokens_seen: int) -> dict:
-        """Means since the last call; starts anew."""
-        figures = {
-            **_means(self.sums.tolist()),
-            "tokens": tokens_seen,
-            "tokens_per_s": self._tokens / max(self.seconds, 1e-9),
-            "mem_gb": memory_gb(self._device),
-        }
-        self.sums.zero_()
-        self.seconds, self._tokens = 0.0, 0.0
-        return figures
+    step: int = 0
+    tokens: int = 0
+    best: float | None = None  # lowest validation loss of a step
 
 
 def _resume(
@@ -319,14 +260,24 @@ def _resume(
     tokenizer: Tokenizer,
     optimizer: torch.optim.Optimizer,
     scaler: Scaler,
-) -> tuple[int, int]:
-    """Continue from the newest checkpoint; returns (step, tokens seen)."""
+    fingerprint: str,
+) -> Seen:
+    """Continue from the newest checkpoint, where there is one.
+
+    raises: DataError if the token files are not those the run has read so far
+    """
     steps = list_checkpoints(run)
     if not steps:
-        return 0, 0
+        return Seen()
     state = load_train_state(steps[-1], model, tokenizer, optimizer)
+    if state.get("data", fingerprint) != fingerprint:
+        raise DataError(
+            f"{shown(run)} was trained on other token files than are there now (fingerprint "
+            f"{state['data'][:12]}… then, {fingerprint[:12]}… now): a set was made again; set it "
+            f"back, or begin a new run from these weights: --name another --base {shown(run)}"
+        )
     scaler.load(state["scaler"])
-    return state["step"], state["tokens"]
+    return Seen(state["step"], state["tokens"], state.get("best"))
 
 
 def _opening(

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from babyllama.device import Scaler, memory_gb, pick_device, pick_precision, safe_precision
+from babyllama.device import (
+    Scaler,
+    checked_precision,
+    memory_gb,
+    pick_device,
+    pick_precision,
+    safe_precision,
+)
 from babyllama.errors import ConfigError
 
 CARDS = [
@@ -44,6 +51,38 @@ def test_a_named_format_is_used_and_auto_is_a_safe_one() -> None:
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
     assert pick_precision(cpu) == ("bfloat16" if has_bf16 else "float32")
     assert pick_precision(torch.device("mps")) == "float32"
+
+
+@pytest.mark.parametrize(
+    "device, card, capability, wanted, gets, warns",
+    [
+        ("cuda", "NVIDIA GeForce GTX 1660 Ti", (7, 5), "float16", "float32", True),
+        ("cuda", "NVIDIA GeForce GTX 1080 Ti", (6, 1), "float16", "float32", True),
+        ("cuda", "NVIDIA GeForce RTX 2080", (7, 5), "float16", "float16", False),
+        ("cuda", "NVIDIA GeForce RTX 2080", (7, 5), "bfloat16", "float32", True),
+        ("cuda", "NVIDIA GeForce RTX 3090", (8, 6), "float16", "float16", False),
+        ("cuda", "NVIDIA GeForce GTX 1660 Ti", (7, 5), "auto", "float32", False),
+        ("cpu", "", (0, 0), "bfloat16", "float32", True),
+        ("cpu-bf16", "", (0, 0), "bfloat16", "bfloat16", False),
+        ("mps", "", (0, 0), "float16", "float16", False),
+    ],
+)
+def test_a_format_known_to_fail_is_replaced_with_a_warning_unless_forced(
+    device: str, card: str, capability: tuple[int, int], wanted: str, gets: str, warns: bool
+) -> None:
+    found, warning = checked_precision(device, card, capability, wanted, force=False)
+    assert found == gets and bool(warning) == warns
+    if warns:
+        assert wanted in warning and card in warning and "device.force" in warning
+        found, warning = checked_precision(device, card, capability, wanted, force=True)
+        assert found == wanted and "device.force" in warning
+
+
+def test_the_scale_of_float16_doubles_after_many_good_steps() -> None:
+    scaler = Scaler(torch.device("cpu"), "float16")
+    scaler.load({"scale": 1024.0, "good_steps": scaler.EVERY - 1})
+    one_step(scaler, 0.01)
+    assert scaler.state() == {"scale": 2048.0, "good_steps": 0}
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:

@@ -13,7 +13,14 @@ TOP = ("pretrain", "sft", "chat", "eval_rouge", "quickstart")
 FLOOR_2 = ("data_process", "bench", "vqa", "serve", "export")
 # On floor 1: what may import its neighbours of lower rank.
 RANKS = {"babyllama.checkpoint": 1, "babyllama.data": 1, "babyllama.trainer": 2}
-RANKS |= {"babyllama.run_dir": 2, "babyllama.estimate": 3}
+RANKS |= {
+    "babyllama.device": 0.5,
+    "babyllama.optim": 0.5,
+    "babyllama.speed": 0.5,
+    "babyllama.validation": 1.5,
+    "babyllama.run_dir": 2,
+    "babyllama.estimate": 3,
+}
 TORCH_FREE = (
     "tokenizer",
     "babyllama.errors",

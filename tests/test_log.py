@@ -18,7 +18,6 @@ def write(run: Path, log: Log, first: int, last: int) -> None:
     for step in range(first, last + 1):
         log.step(step)
         log.record("train", step, FIGURES | {"loss": 5.0 / step, "lr": 1e-3})
-    log.close()
 
 
 def test_without_a_terminal_each_record_is_a_plain_line(
@@ -42,9 +41,12 @@ def test_with_a_terminal_there_is_one_bar_with_the_newest_figures(
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    write(tmp_path, Log(tmp_path, 2, 4), 3, 4)
+    log = Log(tmp_path, 2, 4)
+    write(tmp_path, log, 3, 4)
+    log.close("done")
     text = terminal.getvalue()
     assert "4/4" in text and "loss 1.25" in text.split("\r")[-1]
+    assert text.endswith("done\n") and (tmp_path / "curves.png").exists()
     assert tmp_path.name in text and "train step" not in text
 
 

@@ -8,7 +8,15 @@ import torch
 from conftest import small_config
 
 from babyllama.errors import ConfigError
-from babyllama.optim import OptimConfig, lr_at, make_optimizer, set_lr
+from babyllama.optim import (
+    MuonAdamW,
+    OptimConfig,
+    lr_at,
+    make_optimizer,
+    orthogonal,
+    set_lr,
+    state_shapes,
+)
 from model import Transformer
 
 CONFIG = OptimConfig(lr=0.02, min_lr_ratio=0.25, warmup_steps=10)
@@ -79,10 +87,59 @@ def test_an_update_is_adamw_as_published() -> None:
         torch.testing.assert_close(weight.detach().double(), wanted[name][0], rtol=1e-5, atol=1e-6)
 
 
+def test_muon_updates_the_matrices_of_the_layers_and_adamw_all_else() -> None:
+    model = Transformer(small_config())
+    optimizer = make_optimizer(model, OptimConfig(name="muon"))
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    by_muon = [names[id(w)] for g in optimizer.param_groups if "momentum" in g for w in g["params"]]
+    assert len(by_muon) == 2 * 7 and all("layers." in name for name in by_muon)
+    assert not any("norm" in name for name in by_muon)
+    model(torch.arange(3, 35)[None], torch.arange(4, 36)[None]).loss_sum.backward()
+    optimizer.step()
+    kept = {names[id(weight)]: sorted(state) for weight, state in optimizer.state.items()}
+    assert kept.keys() == set(names.values())
+    assert all((kept[name] == ["momentum_buffer"]) == (name in by_muon) for name in kept)
+    shapes = state_shapes(optimizer)
+    for weight, state in optimizer.state.items():
+        assert {field: tensor.shape for field, tensor in state.items()} == shapes[weight]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
+def test_an_update_of_muon_has_singular_values_near_one(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonal(matrix))
+    assert values.min() > 0.5 and values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.linalg.svdvals(orthogonal(matrix) - u @ v).max() < 0.5
+    assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_muon_is_that_of_torch() -> None:
+    """torch's own multiplies in bfloat16, so the two agree to its precision."""
+    ours, theirs = (torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    cfg = OptimConfig(name="muon", lr=0.01, weight_decay=0.3, momentum=0.9)
+    group = {"params": list(ours[0].parameters()), "weight_decay": 0.3, "momentum": 0.9}
+    mine = MuonAdamW([group], lr=cfg.lr)
+    other = torch.optim.Muon(
+        theirs.parameters(), lr=cfg.lr, weight_decay=0.3, momentum=0.9,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for _ in range(4):
+        grad = torch.randn(8, 12)
+        ours[0].weight.grad, theirs[0].weight.grad = grad.clone(), grad.clone()
+        mine.step()
+        other.step()
+        torch.testing.assert_close(ours[0].weight, theirs[0].weight, rtol=0, atol=3e-3)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"lr": 0.0}, {"lr": math.nan}, {"lr": math.inf}, {"min_lr_ratio": 1.5}, {"warmup_steps": -1},
      {"weight_decay": -0.1}, {"beta1": 1.0}, {"beta2": -0.1}, {"max_grad_norm": 0.0},
+     {"momentum": 1.0},
      {"max_grad_norm": math.nan}],
 )  # fmt: skip
 def test_settings_that_cannot_train_are_refused_by_name(wrong: dict) -> None:

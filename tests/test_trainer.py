@@ -8,6 +8,7 @@ eighth step. Whatever kills, signals or compares runs starts the scripts as a us
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import small_config, write_run, write_token_files
+from conftest import TEXTS, small_config, write_run, write_token_files
 from safetensors.torch import load_file
 
 from babyllama.checkpoint import (
@@ -42,14 +43,15 @@ from babyllama.errors import ConfigError
 from babyllama.log import read_metrics
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.parallel import World
+from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import (
     TrainConfig,
-    evaluate,
     forward_backward,
     next_token_loss,
     total_steps,
     train,
 )
+from babyllama.validation import evaluate
 from model import IGNORED, Loss, Transformer
 from tokenizer import Tokenizer
 
@@ -63,6 +65,7 @@ class Rows:
     masked whole, row n has 2 n + 1 targets."""
 
     name = "rows"
+    files = ()
 
     def __init__(self, n_rows: int = 16) -> None:
         self.dropped: dict[str, int] = {}
@@ -245,6 +248,90 @@ def test_twenty_losses_are_those_of_the_golden_curve(tmp_path: Path, tokenizer: 
         pytest.fail(f"{GOLDEN} was written; look at it and run the test again")
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), abs=1e-4)
     assert losses[-1] < losses[0] - 0.5  # something is learnt
+
+
+def trained(run: Path, tokenizer: Tokenizer, **changes: object) -> list[float]:
+    """The losses of ten steps."""
+    run.mkdir()
+    cfg = Settings(TrainConfig(**{"max_steps": 10, "log_every": 1, **changes}))
+    assert train(rows_model(), rows_data(), tokenizer, cfg, WORLD, run, "pretrain") == 0
+    return [r["loss"] for r in read_metrics(run) if r["kind"] == "train"]
+
+
+def test_recomputing_activations_changes_no_bit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    plain = trained(tmp_path / "plain", tokenizer)
+    assert trained(tmp_path / "again", tokenizer, recompute=True) == plain
+    assert_same_state(tmp_path / "again", tmp_path / "plain")
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler for inductor"
+)
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+def test_compiled_layers_train_alike_and_keep_their_names(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    plain = trained(tmp_path / "plain", tokenizer)
+    for changes in ({"compile": True}, {"compile": True, "recompute": True}):
+        run = tmp_path / f"compiled-{len(changes)}"
+        assert trained(run, tokenizer, **changes) == pytest.approx(plain, abs=1e-5)
+        names = [load_file(list_checkpoints(r)[-1] / "model.safetensors").keys()
+                 for r in (run, tmp_path / "plain")]  # fmt: skip
+        assert names[0] == names[1]
+
+
+def test_without_a_compiler_compiling_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ConfigError, match=r"train\.compile needs a C\+\+ compiler"):
+        trained(tmp_path / "run", tokenizer, compile=True)
+
+
+def test_the_best_weights_are_kept_apart_and_survive_a_restart(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    trained(tmp_path / "run", tokenizer, eval_every=2, save_every=5, keep=1)
+    val = {r["step"]: r["loss"] for r in read_metrics(tmp_path / "run") if r["kind"] == "val"}
+    best = min(list(val)[1:], key=val.get)
+    found = yaml.safe_load((tmp_path / "run/best/model.yaml").read_text())
+    assert (found["step"], found["val_loss"]) == (best, val[best])
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000010"]
+    state = json.loads((list_checkpoints(tmp_path / "run")[0] / "train_state.json").read_text())
+    assert state["best"] == val[best]
+    assert not list((tmp_path / "run").glob("tmp-*"))
+    verify(tmp_path / "run/best", MODEL_FILES)
+    trained(tmp_path / "without", tokenizer, keep_best=False)
+    assert not (tmp_path / "without/best").exists()
+
+
+def test_a_worse_step_does_not_replace_the_best(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """After two steps the learning rate is absurd, and what follows is worse."""
+    cfg = Settings(
+        TrainConfig(max_steps=6, eval_every=1),
+        OptimConfig(lr=3.0, warmup_steps=3),
+    )
+    train(rows_model(), rows_data(), tokenizer, cfg, WORLD, tmp_path, "pretrain")
+    val = [r["loss"] for r in read_metrics(tmp_path) if r["kind"] == "val"][1:]
+    assert val[-1] > min(val)
+    found = yaml.safe_load((tmp_path / "best/model.yaml").read_text())
+    assert found["val_loss"] == min(val) and found["step"] == 1 + val.index(min(val))
+
+
+def test_token_files_made_anew_are_noticed_when_a_run_goes_on(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=2)
+    assert script("pretrain.py", "--config", config).code == 0
+    write_token_files(tmp_path, tokenizer)  # the same again: nothing to notice
+    assert script("pretrain.py", "--config", config).code == 0
+    with TokenFileWriter(token_root / "text/train-00000", "text", tokenizer) as file:
+        for _ in range(40):
+            file.add_text([*tokenizer.encode(TEXTS[0] * 3), tokenizer.eos_id])
+    found = script("pretrain.py", "--config", config)
+    assert "trained on other token files" in found.error and "--base" in found.error
 
 
 def test_a_run_lasts_max_steps_or_its_epochs() -> None:
