@@ -12,13 +12,11 @@ reasons and examples; timing.json how long it took.
 """
 
 import json
-import os
 import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,91 +29,40 @@ from data_process import (
     decontaminate,
     dedup,
     layouts,
+    minhash,
     near_duplicates,
     parts,
     raw,
+    signatures,
     split,
     stages,
+    windows,
+)
+from data_process.assemble import (
+    Making,
+    PipelineConfig,
+    RawSet,
+    finish_swap,
+    old_counts,
+    put_together,
+    timing_of,
 )
 from data_process.decontaminate import FlagConfig, flag_shard, load_flags, make_windows
-from data_process.executor import Engine, Job, key_of, run_shards, write_whole
+from data_process.executor import Job, key_of, run_shards, write_whole
 from data_process.near_duplicates import DedupConfig, dedup_shards, load_drops, sign_shard
 from data_process.packages import package_dir
 from data_process.registry import DataSet
-from data_process.split import SPLITS
 from data_process.stages import CleanConfig, WriteConfig, clean_shard, write_shard
 from data_process.tally import merged
 
 READ_CODE = tuple(Path(m.__file__) for m in (clean, clean_web, layouts, parts, raw, stages))
-LATER_CODE = tuple(Path(m.__file__) for m in (near_duplicates, decontaminate, dedup, split, stages))
-STAGES = ("read", "clean", "dedup", "decontaminate", "write")
-
-
-@dataclass(frozen=True)
-class RawSet:
-    """A set to be made, where its raw files lie, and whether the publisher's parts count."""
-
-    data_set: DataSet
-    place: Path
-    official: bool = True
-
-
-@dataclass(frozen=True)
-class PipelineConfig:
-    """What decides the rows, and how the work is done.
-
-    out: root of clean/ and work/
-    skip: names of fixes and rules that are switched off
-    evaluation: files whose text must not be trained on
-    job_bytes: of raw files, for one job
-    dedup_across: repeats are looked for across the sets of the run, else within each
-    """
-
-    out: Path
-    encoding: str = "utf-8-sig"
-    max_bad: float = 0.01
-    skip: tuple[str, ...] = ()
-    evaluation: tuple[Path, ...] = ()
-    dedup: DedupConfig | None = field(default_factory=DedupConfig)
-    dedup_across: bool = False
-    keep_work: bool = True
-    job_bytes: int = parts.JOB_BYTES
-    engine: Engine = "serial"
-    workers: int = 1
+LATER = (decontaminate, dedup, minhash, near_duplicates, signatures, split, stages, windows)
+LATER_CODE = tuple(Path(m.__file__) for m in LATER)
+SIGN_CODE = tuple(Path(m.__file__) for m in (dedup, minhash, signatures))
 
 
 # For each clean shard: stage, the function that loads its list, and the list's place.
 Drops = dict[Path, list[tuple[str, Callable, Path]]]
-
-
-@dataclass
-class Making:
-    """A set on its way through the stages."""
-
-    raw: RawSet
-    cfg: PipelineConfig
-    raw_key: str
-    key: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    read: list[dict] = field(default_factory=list)  # counts of the clean jobs
-    shards: list[Path] = field(default_factory=list)  # clean rows
-    first_ids: list[int] = field(default_factory=list)  # of each shard's job
-
-    @property
-    def name(self) -> str:
-        return self.raw.data_set.name
-
-    @property
-    def work(self) -> Path:
-        return self.cfg.out / "work" / self.name
-
-    @property
-    def target(self) -> Path:
-        return self.cfg.out / "clean" / self.name
-
-    def official(self) -> tuple[str, ...]:
-        """The parts that the publisher fixed."""
-        return tuple(sorted({part for counts in self.read for part in counts["official"]}))
 
 
 def raw_place(data_set: DataSet, place: Path | None) -> Path:
@@ -146,8 +93,8 @@ def make_clean(sets: list[RawSet], cfg: PipelineConfig) -> list[tuple[dict, bool
         for raw_set, key in zip(sets, raw_keys, strict=True)
     ]
     for making in all_sets:
-        _finish_swap(making.target)
-    old = {making.name: _old_counts(making.target, making.key) for making in all_sets}
+        finish_swap(making.target)
+    old = {making.name: old_counts(making.target, making.key) for making in all_sets}
     fresh = [making for making in all_sets if not old[making.name]]
     if fresh:
         # All sets of the run: the held-out rows of one concern the others.
@@ -188,7 +135,7 @@ def _make(all_sets: list[Making], wanted: set[str]) -> None:
     with _timed("write", all_sets):
         _write(fresh, drops)
     for making in fresh:
-        timing = json.dumps(_timing(making), indent=1) + "\n"
+        timing = json.dumps(timing_of(making), indent=1) + "\n"
         write_whole(making.target / "timing.json", timing)
 
 
@@ -257,37 +204,45 @@ def _refuse_damaged(making: Making) -> None:
 
 def _dedup(all_sets: list[Making], settings: DedupConfig, drops: Drops) -> None:
     cfg, jobs = all_sets[0].cfg, []
+    sign_key = key_of(*SIGN_CODE, settings.bands, settings.band_rows)
     for making in all_sets:
         for shard in making.shards:
-            key = key_of(_done_key(shard), settings)
+            key = key_of(_done_key(shard), sign_key)
             jobs.append(Job(shard, making.work / "signatures" / shard.stem, key, settings))
     _run(cfg, sign_shard, jobs, "sign")
-    groups = [all_sets] if cfg.dedup_across else [[making] for making in all_sets]
+    keys = {job.source: job.key for job in jobs}
+    # Sets with held-out rows first: these stay, and their copies elsewhere go.
+    ordered = sorted(all_sets, key=lambda making: not making.held_out())
+    groups = [ordered] if cfg.dedup_across else [[making] for making in all_sets]
     for group in groups:
         signed = [(shard, m.work / "signatures" / shard.stem) for m in group for shard in m.shards]
         directory = group[0].work / ("repeats-across" if cfg.dedup_across else "repeats")
-        key = key_of(settings, *(job.key for job in jobs if (job.source, job.target) in signed))
-        found = dedup_shards(signed, directory, settings, key)
-        for shard, place in found.items():
+        key = key_of(settings, *LATER_CODE, *(keys[shard] for shard, _ in signed))
+        for shard, place in dedup_shards(signed, directory, settings, key).items():
             drops[shard].append(("dedup", load_drops, place))
+        done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
+        for making in group:
+            making.notes["dedup"] = done["counts"]
 
 
 def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     cfg = all_sets[0].cfg
     held_out = [
-        shard for making in all_sets if {"val", "test"} & set(making.official())
-        for shard in making.shards
+        shard for making in all_sets if making.held_out() for shard in making.shards
     ]  # fmt: skip
-    windows = make_windows(cfg.evaluation, held_out, cfg.out / "work" / "windows")
-    if not windows:
+    windows_path = make_windows(cfg.evaluation, held_out, cfg.out / "work" / "windows")
+    if not windows_path:
         return
-    settings = FlagConfig(windows)
+    settings = FlagConfig(windows_path)
     jobs = []
     for making in all_sets:
         for shard in making.shards:
-            key = key_of(_done_key(shard), windows.name)
+            key = key_of(_done_key(shard), windows_path.name)
             jobs.append(Job(shard, making.work / "flags" / shard.stem, key, settings))
     _run(cfg, flag_shard, jobs, "decontaminate")
+    notes = json.loads(windows_path.with_suffix(".json").read_text(encoding="utf-8"))
+    for making in all_sets:
+        making.notes["evaluation"] = notes
     for job in jobs:
         drops[job.source].append(("decontaminate", load_flags, job.target))
 
@@ -320,107 +275,4 @@ def _write(fresh: list[Making], drops: Drops) -> None:
             for job, count, owner in zip(jobs, counts, owners, strict=True)
             if owner is making
         ]
-        _put_together(making, mine)
-
-
-def _put_together(making: Making, made: list[tuple[Job, dict]]) -> None:
-    """Number the shards through, join the small held-out parts, swap the set in."""
-    fresh = making.target.with_name(f"tmp-{making.name}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    sizes = {name: Counter(rows=0, chars=0, shards=0) for name in SPLITS}
-    try:
-        for job, count in made:
-            for name in SPLITS:
-                if count["parts"][name]["rows"]:
-                    source = job.target.with_name(f"{job.target.name}.{name}.jsonl")
-                    _append(fresh, name, source, sizes[name], count["parts"][name])
-        counts = _counts(making, [count for _, count in made], sizes)
-        text = json.dumps(counts, ensure_ascii=False, indent=1) + "\n"
-        write_whole(fresh / "counts.json", text)
-        _swap(fresh, making.target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    shutil.rmtree(making.work / "rows" if making.cfg.keep_work else making.work, ignore_errors=True)
-
-
-def _append(fresh: Path, name: str, source: Path, size: Counter, count: dict) -> None:
-    """Put a shard's rows into the set: as a file of their own, or behind the file before."""
-    last = fresh / f"{name}-{size['shards'] - 1:05d}.jsonl"
-    fits = size["shards"] and last.stat().st_size + source.stat().st_size < parts.JOB_BYTES
-    size.update(count | {"shards": 0 if fits else 1})
-    path = last if fits else fresh / f"{name}-{size['shards'] - 1:05d}.jsonl"
-    with open(path, "ab") as out, open(source, "rb") as rows:
-        shutil.copyfileobj(rows, out)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _counts(making: Making, written: list[dict], sizes: dict[str, Counter]) -> dict:
-    """What counts.json says. It depends on the input and the settings alone."""
-    by_stage = {stage: merged(c[stage] for c in making.read) for stage in ("read", "clean")}
-    for stage in STAGES[2:]:
-        if stage in written[0]["stages"]:
-            by_stage[stage] = merged(count["stages"][stage] for count in written)
-    dropped = {r: found for counts in by_stage.values() for r, found in counts["dropped"].items()}
-    data_set = making.raw.data_set
-    return {
-        "set": data_set.name,
-        "reader": data_set.reader,
-        "kind": data_set.kind,
-        "source": str(data_set.source),
-        "license": data_set.license,
-        "rows_in": by_stage["read"]["rows_in"],
-        "chars_in": by_stage["read"]["chars_in"],
-        "rows_out": by_stage["write"]["rows_out"],
-        "chars_out": by_stage["write"]["chars_out"],
-        "parts": sizes,
-        "fixed": by_stage["clean"]["fixed"],
-        "dropped": dict(sorted(dropped.items(), key=lambda item: -item[1]["rows"])),
-        "stages": by_stage,
-        "leaks": [row_id for count in written for row_id in count["leaks"]],
-        "inputs": {name: digest for c in making.read for name, digest in c["inputs"].items()},
-        "key": making.key,
-    }
-
-
-def _timing(making: Making) -> dict:
-    """Seconds of each stage (of all sets of the run together), and its rate."""
-    counts = json.loads((making.target / "counts.json").read_text(encoding="utf-8"))
-    rows = {name: counts["stages"][name]["rows_in"] for name in STAGES if name in counts["stages"]}
-    return {
-        "engine": making.cfg.engine,
-        "workers": making.cfg.workers,
-        "stages": {
-            name: {"seconds": seconds, "rows_per_s": round(rows[name] / max(seconds, 1e-3), 1)}
-            for name, seconds in making.seconds.items()
-            if name in rows
-        },
-    }
-
-
-def _old_counts(target: Path, key: str) -> dict | None:
-    try:
-        counts = json.loads((target / "counts.json").read_text(encoding="utf-8"))
-        names = [f"{s}-{n:05d}.jsonl" for s in SPLITS for n in range(counts["parts"][s]["shards"])]
-        whole = counts["key"] == key and all((target / name).is_file() for name in names)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return counts if whole else None
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    """Put a finished directory in the place of an old one, with no moment without either."""
-    old = target.with_name(f"old-{target.name}")
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _finish_swap(target: Path) -> None:
-    """Undo or clear away what a run left that was killed between the two renames."""
-    old = target.with_name(f"old-{target.name}")
-    if old.exists() and not target.exists():
-        old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+        put_together(making, mine)

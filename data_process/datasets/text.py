@@ -1,7 +1,8 @@
 """Documents as JSON objects: SkyPile, C4-zh, seq-monkey, minimind's pretraining files, WuDao …
 
-{"text": …} or {"content": …}; a "title" or "prefix" becomes the first line, unless the text begins
-with it. Control strings of chat formats, with which older minimind files glue samples, go.
+{"text": …}, {"content": …} or {"abst": …}; a "title" or "prefix" becomes the first line, unless
+the text begins with it. Control strings of chat formats, with which older minimind files glue
+samples, go.
 """
 
 import re
@@ -19,7 +20,7 @@ SOURCE = Source(
 )
 LICENSE = "that of the files"
 
-BODIES = ("text", "content")
+BODIES = ("text", "content", "abst")
 TITLES = ("title", "prefix")
 CONTROL = re.compile(
     r"(?:(?:<\|im_start\|>(?:(?:system|user|assistant)\n)?|<\|(?:im_end|endoftext)\|>|</?s>|<unk>)\s*)+"
