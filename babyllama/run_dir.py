@@ -69,6 +69,7 @@ def lock(run: Path) -> Iterator[None]:
     connection = sqlite3.connect(run / "lock", timeout=0, isolation_level=None)
     holder = run / "lock.txt"
     try:
+        connection.execute("PRAGMA journal_mode = MEMORY")  # no file beside it
         connection.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError as error:
         connection.close()

@@ -20,6 +20,7 @@ RANKS |= {
     "babyllama.validation": 1.5,
     "babyllama.run_dir": 2,
     "babyllama.estimate": 3,
+    "babyllama.compare": 3,
 }
 TORCH_FREE = (
     "tokenizer",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from babyllama.log import Log, draw_curves, read_metrics, written_whole
+from babyllama.errors import ConfigError
+from babyllama.log import Log, draw_curves, read_metrics, read_records, written_whole
 
 FIGURES = {"loss": 2.5, "ppl": 12.18, "accuracy": 0.25, "n_targets": 640, "tokens_per_s": 12345.6}
 
@@ -112,3 +113,66 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_validation_loss_of_each_source_is_drawn(tmp_path: Path) -> None:
+    def picture(sources: list[str]) -> bytes:
+        records = [
+            {
+                "kind": "val",
+                "step": step,
+                **FIGURES,
+                "sources": {n: 2.0 + i for i, n in enumerate(sources)},
+            }
+            for step in (0, 10)
+        ]
+        draw_curves(records, tmp_path / "curves.png", "run")
+        return (tmp_path / "curves.png").read_bytes()
+
+    assert picture(["inews"]) == picture([])  # its loss is the loss
+    assert picture(["inews", "smalltalk"]) != picture([])
+
+
+def test_the_curves_are_redrawn_while_a_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = Log(tmp_path, 0, 4)
+    log.record("val", 0, FIGURES)
+    assert not (tmp_path / "curves.png").exists()
+    monkeypatch.setattr("babyllama.log._REDRAW_S", 0)
+    log.record("val", 1, FIGURES)
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_samples_are_kept_by_step_and_dropped_with_what_was_not_saved(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, 9)
+    for step in (0, 5, 8):
+        log.samples(step, [("今天", f"天气{step}"), ("你好", "再见")])
+    assert "今天" in (tmp_path / "samples.jsonl").read_text("utf-8")  # legible
+    Log(tmp_path, 5, 9)
+    found = read_records(tmp_path / "samples.jsonl")
+    assert [(r["step"], r["prompt"], r["reply"]) for r in found][2:] == [
+        (5, "今天", "天气5"),
+        (5, "你好", "再见"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "swanlab"])
+def test_a_service_that_is_not_installed_names_the_file_to_install(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ConfigError, match=rf"{name}.*requirements/track\.txt"):
+        Log(tmp_path, 0, 4, track=name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, 0, 4, track="tensorboard")
+    log.record("val", 3, {**FIGURES, "sources": {"inews": 2.0}})
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("val/loss")] == [(3, 2.5)]
+    assert found.Scalars("val/loss/inews")[0].value == 2.0
