@@ -98,6 +98,20 @@ def save_checkpoint(
     return final
 
 
+def require_space(run: Path, model: nn.Module) -> None:
+    """Refuse a run whose first checkpoint would not fit on the disk.
+
+    raises: CheckpointError with both sizes
+    """
+    wanted = 12 * sum(weight.numel() for weight in model.parameters())  # weights and two moments
+    free = shutil.disk_usage(run).free
+    if free < wanted:
+        raise CheckpointError(
+            f"{shown(run)}: a checkpoint takes {wanted / 1e6:.1f} MB, {free / 1e6:.1f} MB are free "
+            f"on its disk; free some space and start the same command again"
+        )
+
+
 def save_best(
     run: Path,
     step: int,

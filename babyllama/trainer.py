@@ -17,7 +17,13 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from babyllama.checkpoint import list_checkpoints, load_train_state, save_best, save_checkpoint
+from babyllama.checkpoint import (
+    list_checkpoints,
+    load_train_state,
+    require_space,
+    save_best,
+    save_checkpoint,
+)
 from babyllama.cli import BAD_NUMBERS, STOPPED, shown
 from babyllama.data import Data, TrainData
 from babyllama.device import DeviceConfig, Scaler, pick_precision, precision_warning
@@ -155,6 +161,7 @@ def train(
     if step >= last:
         log.say(f"{shown(run)} is finished: {step} of {last} steps; nothing to do")
         return 0
+    world.on_main(lambda: require_space(run, model))
     log.say(_opening(model, data.train, world, scaler, run, step, last))
     log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
     parameters = [weight for weight in model.parameters() if weight.requires_grad]

@@ -31,6 +31,7 @@ from babyllama.checkpoint import (
     load_train_state,
     load_weights,
     newest_run,
+    require_space,
     save_checkpoint,
     verify,
 )
@@ -543,6 +544,17 @@ def test_a_run_whose_disk_fills_up_ends_with_one_line_and_code_2(
     assert not list(run.glob("tmp-*"))
     assert script("pretrain.py", "--config", config).code == 0  # with space again it goes on
     assert list_checkpoints(run)[-1].name == "step-000010"
+
+
+def test_too_little_space_is_said_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(small_config())
+    require_space(tmp_path, model)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
+    with pytest.raises(CheckpointError, match=r"takes 0\.4 MB, 0\.3 MB are free"):
+        require_space(tmp_path, model)
 
 
 @pytest.fixture

@@ -116,6 +116,28 @@ def test_a_setting_that_a_saved_config_does_not_know_yet_is_taken_at_its_default
         pass
 
 
+MUTATIONS = {
+    "model.dim": 64, "model.n_layers": 3, "model.n_heads": 2, "model.n_kv_heads": 2,
+    "model.multiple_of": 32, "model.max_seq_len": 64, "model.rope_theta": 500.0,
+    "model.norm_eps": 1e-6, "model.tied": True, "train.batch_size": 3,
+}  # fmt: skip
+
+
+def test_every_setting_that_differs_from_the_run_is_named(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    """Before any weight is loaded; each alone, then all together with a line for each."""
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
+    assert script("pretrain.py", "--config", config).code == 0
+    flags = {name: f"--{name}={str(value).lower()}" for name, value in MUTATIONS.items()}
+    for name in ("model.rope_theta", "train.batch_size"):
+        found = script("pretrain.py", "--config", config, flags[name])
+        assert found.code == 2 and f"  {name}: saved" in found.err
+    found = script("pretrain.py", "--config", config, *flags.values())
+    assert found.code == 2
+    assert [line.split(":")[0].strip() for line in found.err.splitlines()[1:]] == list(MUTATIONS)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
 def test_a_directory_that_cannot_be_written_is_said_in_one_line(
     tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable

@@ -37,10 +37,19 @@ from babyllama.checkpoint import (
     verify,
 )
 from babyllama.cli import BAD_NUMBERS, REPO, STOPPED
-from babyllama.data import Data, Mixture, TrainData, ValData, collate
+from babyllama.data import (
+    Data,
+    DataConfig,
+    Mixture,
+    SourceConfig,
+    TrainData,
+    ValData,
+    collate,
+    open_data,
+)
 from babyllama.device import DeviceConfig, Scaler
-from babyllama.errors import ConfigError
-from babyllama.log import read_metrics
+from babyllama.errors import ConfigError, DataError
+from babyllama.log import read_metrics, read_records
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.parallel import World
 from babyllama.token_file import TokenFileWriter
@@ -48,6 +57,7 @@ from babyllama.trainer import (
     TrainConfig,
     forward_backward,
     next_token_loss,
+    stop_requests,
     total_steps,
     train,
 )
@@ -332,6 +342,81 @@ def test_token_files_made_anew_are_noticed_when_a_run_goes_on(
             file.add_text([*tokenizer.encode(TEXTS[0] * 3), tokenizer.eos_id])
     found = script("pretrain.py", "--config", config)
     assert "trained on other token files" in found.error and "--base" in found.error
+
+
+def test_token_files_removed_while_a_run_reads_them_do_not_stop_it(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer
+) -> None:
+    """The ids stay mapped until the run ends, and the next start says what is missing."""
+    sources = DataConfig(sources=(SourceConfig(str(token_root / "text")),))
+    cfg = Settings(TrainConfig(max_steps=6, batch_size=4, micro_batch_size=4, log_every=1))
+    data = open_data(sources, tokenizer, 32, cfg.train)
+    model = Transformer(small_config(tokenizer.vocab_size, max_seq_len=32))
+
+    def loss_function(model: Transformer, batch: dict[str, torch.Tensor]) -> Loss:
+        for path in token_root.glob("text/*"):
+            path.unlink()
+        return model(**batch)
+
+    (tmp_path / "run").mkdir()
+    code = train(model, data, tokenizer, cfg, WORLD, tmp_path / "run", "pretrain", loss_function)
+    assert code == 0 and logged(tmp_path / "run", "train") == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(DataError, match=r"wanted token files train-\*\.idx, found none; make them"):
+        open_data(sources, tokenizer, 32, cfg.train)
+
+
+def test_samples_of_fixed_prompts_are_kept_at_each_evaluation(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer
+) -> None:
+    sources = DataConfig(sources=(SourceConfig(str(token_root / "text")),))
+    prompts = ("今天", "很长的话" * 99)  # the second one leaves no room for a reply
+    cfg = Settings(TrainConfig(max_steps=2, batch_size=4, eval_every=1, samples=prompts))
+    for kind in ("pretrain", "sft"):
+        data = open_data(sources, tokenizer, 128, cfg.train)
+        (tmp_path / kind).mkdir()
+        model = Transformer(small_config(tokenizer.vocab_size))
+        train(model, data, tokenizer, cfg, WORLD, tmp_path / kind, kind)
+        found = read_records(tmp_path / kind / "samples.jsonl")
+        assert [(r["step"], r["prompt"]) for r in found] == [(n, "今天") for n in range(3)]
+        assert all(isinstance(r["reply"], str) for r in found)
+        val = [r for r in read_metrics(tmp_path / kind) if r["kind"] == "val"]
+        for record in val:  # bits: of the loss; bytes: fewer tokens than bytes in Chinese
+            assert 0 < record["bpb"] < record["loss"] / math.log(2)
+
+
+def test_validation_is_in_bits_per_byte_of_the_text(token_root: Path, tokenizer: Tokenizer) -> None:
+    sources = DataConfig(sources=(SourceConfig(str(token_root / "text")),))
+    data = open_data(sources, tokenizer, 64, TrainConfig())
+    model = Transformer(small_config(tokenizer.vocab_size))
+    scaler = Scaler(WORLD.device, "float32")
+    found = evaluate(model, data.val, 7, scaler, WORLD, tokenizer)
+    targets = [b["targets"] for b in data.val.batches(data.val.names[0], 7)]
+    ids = torch.cat([t[t != IGNORED] for t in targets]).tolist()
+    text = len(tokenizer.decode(ids).encode())
+    assert found["bpb"] == pytest.approx(found["loss"] * len(ids) / text / math.log(2))
+
+
+def test_the_second_request_to_stop_ends_at_once() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests() as asked:
+        assert not asked
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_two_thousand_steps_take_no_more_memory_than_two_hundred(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    loop = TrainConfig(max_steps=2000, batch_size=8, micro_batch_size=4, log_every=20,
+                       eval_every=100, save_every=100)  # fmt: skip
+    train(rows_model(), rows_data(), tokenizer, Settings(loop), WORLD, tmp_path, "pretrain")
+    used = {r["step"]: r["mem_gb"] for r in read_metrics(tmp_path) if r["kind"] == "train"}
+    print({step: used[step] for step in (200, 1000, 2000)})
+    assert used[2000] - used[200] < 0.02
 
 
 def test_a_run_lasts_max_steps_or_its_epochs() -> None:
