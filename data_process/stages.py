@@ -281,8 +281,8 @@ class Finishing:
             tally = self.stages[stage]
             tally.rows_in, tally.chars_in = tally.rows_in + 1, tally.chars_in + n_chars
             reason, remark = drops.get(number, ("", ""))
-            # The publisher's held-out rows are what is protected; only exact copies go.
-            if reason and (official not in ("val", "test") or reason == "duplicate"):
+            # The publisher's held-out rows stay as they are, or scores could not be compared.
+            if reason and official not in ("val", "test"):
                 tally.drop(reason, row["id"], f"{remark} {' | '.join(texts(row))}".strip())
                 if stage == "decontaminate":
                     self.leaks.append(row["id"])

@@ -123,7 +123,7 @@ def test_csl_keeps_quotes_columns_and_official_splits(tmp_path):
     texts = "".join(row["text"] for row in train + val)
     assert texts.count('"') == 1 + 1 + 2
     assert "温室番茄的节水灌溉试验" in titles and "\ue004" not in texts
-    assert dropped(counts) == {"duplicate": 2, "other_task": 1}
+    assert dropped(counts) == {"duplicate": 1, "other_task": 1}
 
 
 def test_conversations_drop_what_cannot_be_a_dialogue(tmp_path):

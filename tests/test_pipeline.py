@@ -136,6 +136,15 @@ def test_held_out_rows_of_one_set_leave_the_other_sets_of_the_run(texts, tmp_pat
     assert not {leak for leak in text["leaks"] if int(leak.split("/")[1]) >= 20}
 
 
+def test_rows_that_a_publisher_holds_out_all_stay_and_their_copies_in_train_go(texts, tmp_path):
+    for name, lines in (("test", [0, 0, 1]), ("dev", [1, 2]), ("train", [0, 2, 3, 4])):
+        rows = "".join(f"to title\t{texts[n]}\t{texts[n][:20]}\n" for n in lines)
+        (tmp_path / f"{name}.tsv").write_text(rows, encoding="utf-8")
+    raw_set = RawSet(data_sets("csl")[0], tmp_path)
+    ((counts, _),) = make_clean([raw_set], PipelineConfig(tmp_path / "out"))
+    assert [counts["parts"][name]["rows"] for name in ("train", "val", "test")] == [2, 2, 3]
+
+
 def test_rules_are_switched_off_by_name(texts, tmp_path):
     place = write_lines(tmp_path / "raw.jsonl", [*texts[:5], "短", "short English text only here"])
     cfg = PipelineConfig(tmp_path / "a")
