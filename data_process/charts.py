@@ -133,8 +133,14 @@ def _title(sets: Sequence["SetStats"], words: Words, tokenizer: str | None) -> s
     return f"{words('title')}    {names}    {total}"
 
 
-def _coloured(sets: Sequence["SetStats"]) -> list[tuple[str, "SetStats"]]:
-    return [(COLOURS[n % len(COLOURS)], one) for n, one in enumerate(sets)]
+def _coloured(sets: Sequence["SetStats"]) -> list[tuple[object, "SetStats"]]:
+    """Every set with a colour of its own."""
+    from matplotlib import colormaps
+
+    colours = COLOURS
+    if len(sets) > len(COLOURS):
+        colours = colormaps["turbo"](np.linspace(0.05, 0.95, len(sets)))
+    return list(zip(colours, sets, strict=False))
 
 
 def _chars(axes: "Axes", sets: Sequence["SetStats"], words: Words) -> None:
