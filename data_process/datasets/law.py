@@ -19,7 +19,7 @@ LICENSE = "none stated; statutes and judicial interpretations are outside copyri
 
 # Lengths are bounded, so that a text full of opening marks costs no more than its length.
 MARKS = (
-    (re.compile(r"<!--.{0,500}?-->", re.DOTALL), ""),
+    (re.compile(r"<!--.{0,200}?-->", re.DOTALL), ""),
     (re.compile(r"\A\s*author:[^\n]*\n"), ""),
     (re.compile(r"^>[ \t]?", re.MULTILINE), ""),
     (re.compile(r"^#{1,6}[ \t]+([^\n]{0,300}?)[ \t]{0,3}#{0,6}$", re.MULTILINE), r"\1"),
@@ -32,8 +32,8 @@ MARKS = (
     (re.compile(r" ?:eqref:`[^`\n]{0,99}`"), "上式"),
     (re.compile(r" ?:[a-z]{1,9}:`[^`\n]{0,99}`"), ""),
     (re.compile(r"!\[(?:\\.|[^\]\\\n]){0,100}\]\([^)\n]{0,300}\)"), ""),
-    (re.compile(r"\[((?:\\.|[^\]\\\n]){0,200})\]\([^)\n]{0,300}\)"), r"\1"),
-    (re.compile(r"[(\[~]\*\*(.{1,300}?)\*\*[)\]~]", re.DOTALL), r"\1"),  # d2l: [**key words**]
+    (re.compile(r"\[((?:\\.|[^\]\\\n]){0,100})\]\([^)\n]{0,300}\)"), r"\1"),
+    (re.compile(r"[(\[~]\*\*(.{1,200}?)\*\*[)\]~]", re.DOTALL), r"\1"),  # d2l: [**key words**]
     (re.compile(r"(?<![A-Za-z0-9^{)*])\*\*(?![\s*])([^*\n]{1,300})(?<!\s)\*\*(?!\*)"), r"\1"),
     # A * in a formula has one of these signs beside it.
     (re.compile(r"(?<![A-Za-z0-9^_{}()*\\$|,])\*(\w[\w -]{0,30})\*(?![A-Za-z0-9^_*])"), r"\1"),
