@@ -6,12 +6,14 @@ one line and exit code 2. Exit codes: 0 done, 2 bad input or config, 3 stopped o
 75 stopped on request with everything saved.
 """
 
+import json
+import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse as docstring
@@ -53,7 +55,10 @@ def parse(
 
     doc: the script's docstring, shown by --help
     default_config: the YAML that is read when the user names none with --config
-    positional: optional leading arguments, names of fields of `config_class`
+    positional: optional leading arguments, names of fields of `config_class`; one whose field is
+        a tuple takes all words before the first flag
+
+    A flag for yes may stand alone (--dry-run), and "-" may stand for "_" in names of flags.
     """
     parser = _Parser(description=doc, formatter_class=_Help)
     parser.add_argument(
@@ -70,8 +75,7 @@ def parse(
             name, nargs="?", type=field.type, default=field.default, help=explained[name]
         )
     parser.add_class_arguments(config_class, skip=set(positional))
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = ["--dry_run=true" if word == "--dry-run" else word for word in argv]
+    argv = _spelled(list(sys.argv[1:] if argv is None else argv), config_class, positional)
     argv = [part for word in argv for part in _split_config(word)]
     if default_config and "--config" not in argv:
         argv = ["--config", str(default_config), *argv]
@@ -90,6 +94,38 @@ def parse(
         parser.error(str(error))
     except UnicodeDecodeError as error:
         parser.error(f"a config file is not UTF-8 text ({error}); save it as UTF-8")
+
+
+def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> list[str]:
+    """The words as jsonargparse wants them: names with "_", flags with values, lists as JSON."""
+    kinds = _kinds(config_class)
+    if positional and get_origin(kinds[positional[0]]) is tuple:
+        n_words = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
+        argv = [*([json.dumps(argv[:n_words])] if n_words else []), *argv[n_words:]]
+    spelled = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            field = name[2:].replace("-", "_")
+            field += "_" if f"{field}_" in kinds else ""  # --from: a keyword of Python
+            if kinds.get(field) is bool and not equals and following.lower() not in YES_OR_NO:
+                equals, value = "=", "true"
+            word = f"--{field}{equals}{value}" if field in kinds else word
+        spelled.append(word)
+    return spelled
+
+
+YES_OR_NO = ("true", "false", "yes", "no")
+
+
+def _kinds(config_class: type, prefix: str = "") -> dict[str, object]:
+    """The types of all settings by their dotted names."""
+    found = {}
+    for name, kind in get_type_hints(config_class).items():
+        found[prefix + name] = kind
+        if is_dataclass(kind):
+            found |= _kinds(kind, f"{prefix}{name}.")
+    return found
 
 
 def _split_config(word: str) -> list[str]:
@@ -138,6 +174,10 @@ def run(main: Callable[..., int | None], *args: object) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output, `head` perhaps, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(

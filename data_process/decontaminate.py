@@ -19,7 +19,6 @@ without showing it.
 
 import hashlib
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -229,12 +228,5 @@ def main(cfg: ListConfig) -> None:
     print(f"{cfg.out}: {len(numbers):,} windows, {8 * len(numbers):,} bytes")
 
 
-def _argv(words: list[str]) -> list[str]:
-    """FILES … --out FILE as flags: the words before the first flag are the files."""
-    n_files = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
-    files = [f"--files={json.dumps(words[:n_files])}"] if n_files else []
-    return files + words[n_files:]
-
-
 if __name__ == "__main__":
-    run(main, parse(ListConfig, doc=__doc__, argv=_argv(sys.argv[1:])))
+    run(main, parse(ListConfig, __doc__, positional=("files",)))

@@ -270,10 +270,5 @@ def _alone(directory: Path) -> Iterator[None]:
         connection.close()
 
 
-def spelled(argv: list[str]) -> list[str]:
-    """The words of the command line; --from is a keyword of Python, so its field has a "_"."""
-    return [re.sub(r"^--from(?=$|=)", "--from_", word) for word in argv]
-
-
 if __name__ == "__main__":
-    run(main, parse(FetchConfig, __doc__, spelled(sys.argv[1:]), positional=("dataset",)))
+    run(main, parse(FetchConfig, __doc__, positional=("dataset",)))

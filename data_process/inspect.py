@@ -309,12 +309,5 @@ def main(cfg: InspectConfig) -> None:
         show(row, painter, prompts, cfg)
 
 
-def command(argv: list[str]) -> InspectConfig:
-    """The settings of a command line. --pieces alone means yes."""
-    following = zip(argv, [*argv[1:], "--"], strict=False)
-    argv = [f"{a}=true" if a == "--pieces" and b.startswith("--") else a for a, b in following]
-    return parse(InspectConfig, __doc__, argv, positional=("file",))
-
-
 if __name__ == "__main__":
-    run(main, command(sys.argv[1:]))
+    run(main, parse(InspectConfig, __doc__, positional=("file",)))

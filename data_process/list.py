@@ -12,7 +12,6 @@ a URL, and says what to do by hand.
 
 import json
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -205,10 +204,5 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
 
 
-def spelled(argv: list[str]) -> list[str]:
-    """The words of the command line; --markdown and --json stand alone."""
-    return [f"{word}=true" if word in ("--markdown", "--json") else word for word in argv]
-
-
 if __name__ == "__main__":
-    run(main, parse(ListConfig, __doc__, spelled(sys.argv[1:])))
+    run(main, parse(ListConfig, __doc__))

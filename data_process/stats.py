@@ -11,7 +11,6 @@ read once; 4 bytes a row stay in memory, 8 with tokens. The picture is drawn in 
 """
 
 import json
-import sys
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -285,12 +284,5 @@ def main(cfg: StatsConfig) -> None:
     print(f"picture: {cfg.picture}")
 
 
-def command(argv: list[str]) -> StatsConfig:
-    """The settings of a command line. The words before its first flag are the sets."""
-    first = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
-    sets = [f"--sets={json.dumps(argv[:first])}"] if first else []
-    return parse(StatsConfig, __doc__, [*sets, *argv[first:]])
-
-
 if __name__ == "__main__":
-    run(main, command(sys.argv[1:]))
+    run(main, parse(StatsConfig, __doc__, positional=("sets",)))

@@ -4,6 +4,8 @@ The scripts run in this process, from first to last line (`script`).
 """
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -362,3 +364,52 @@ def test_training_goes_from_base_to_chat_and_on_and_takes_the_shape_of_the_base(
         info = yaml.safe_load((list_checkpoints(tmp_path / name)[-1] / "model.yaml").read_text())
         assert (info["kind"], Path(info["parent"]).name) == (kind, parent)
         assert info["model"]["dim"] == 32
+
+
+@dataclass(frozen=True)
+class Inner:
+    """Inside.
+
+    Args:
+        deep: a switch
+    """
+
+    deep: bool = False
+
+
+@dataclass(frozen=True)
+class Switches:
+    """Settings.
+
+    Args:
+        files: leading words
+        from_: a keyword of Python
+        dry_run: a switch
+        inner: more
+    """
+
+    files: tuple[str, ...] = ()
+    from_: str = ""
+    dry_run: bool = False
+    inner: Inner = field(default_factory=Inner)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["a", "b", "--dry-run"], {"files": ("a", "b"), "dry_run": True}),
+        (["--dry_run", "--from", "x"], {"dry_run": True, "from_": "x"}),
+        (["--dry-run", "false", "--from=x"], {"from_": "x"}),
+        (["--inner.deep", "--from_", "x"], {"inner": Inner(True), "from_": "x"}),
+        (["a-b", "--inner.deep=no"], {"files": ("a-b",)}),
+    ],
+)
+def test_switches_stand_alone_and_leading_words_are_a_list(words, wanted):
+    assert parse(Switches, "", words, positional=("files",)) == Switches(**wanted)
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    code = "from babyllama.cli import run\nrun(lambda: [print(n) for n in range(10**6)] and 0)"
+    command = f"{sys.executable} -c '{code}' | head -1"
+    done = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")

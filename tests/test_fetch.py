@@ -468,7 +468,7 @@ def test_what_must_be_fetched_by_hand_is_told_how_and_where_to(script, tmp_path)
 
 def test_from_is_a_word_of_the_command_line():
     for words in (["x", "--from", "url"], ["--from=url", "x"], ["x", "--from_", "url"]):
-        cfg = parse(FetchConfig, "", fetch.spelled(words), positional=("dataset",))
+        cfg = parse(FetchConfig, "", words, positional=("dataset",))
         assert (cfg.dataset, cfg.from_) == ("x", "url")
 
 

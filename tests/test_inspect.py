@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from babyllama.cli import REPO, run
+from babyllama.cli import REPO, parse, run
 from babyllama.data import DataConfig, Mixture, SourceConfig, open_source
 from babyllama.errors import DataError
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
 from babyllama.token_file import TokenFileWriter
-from data_process.inspect import InspectConfig, as_read, choose, command, main, open_rows
+from data_process.inspect import InspectConfig, as_read, choose, main, open_rows
 from data_process.painter import Painter, clipped, visible, width_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def look(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
     def call(*words: object) -> SimpleNamespace:
         with pytest.raises(SystemExit) as end:
-            run(main, command(list(map(str, words))))
+            run(main, parse(InspectConfig, "", list(map(str, words)), positional=("file",)))
         out, err = capsys.readouterr()
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         return SimpleNamespace(code=end.value.code, out=out, err=err, errors=errors)

@@ -15,7 +15,6 @@ from data_process.list import (
     markdown,
     on_disk,
     shortened,
-    spelled,
     width,
 )
 from data_process.registry import MODULES, data_sets
@@ -140,7 +139,3 @@ def test_mistakes_are_one_line(script, root):
     assert "nosuch" in script("data_process/list.py", "--nosuch").error
     write(root / "clean/csl/counts.json", "{")
     assert "clean/csl/counts.json: wanted" in script("data_process/list.py", "--root", root).error
-
-
-def test_switches_stand_alone():
-    assert spelled(["--json", "--root", "x"]) == ["--json=true", "--root", "x"]

@@ -12,11 +12,11 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from PIL import Image
 
-from babyllama.cli import run
+from babyllama.cli import parse, run
 from babyllama.rows import read_rows, texts_of, write_rows
 from data_process.charts import FONTS, Words, cjk_font, draw, panels_of
 from data_process.pretokenize import PretokenizeConfig, pieces_of, pretokenize_shard
-from data_process.stats import MANY_TURNS, as_text, command, main, measure, tables
+from data_process.stats import MANY_TURNS, StatsConfig, as_text, main, measure, tables
 from tokenizer import Tokenizer
 
 TEXT = "今天天气很好，我们去公园散步。公园里有很多花，也有很多人。"
@@ -63,7 +63,7 @@ def stats(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
 
     def call(*words: object) -> SimpleNamespace:
         with pytest.raises(SystemExit) as end:
-            run(main, command(list(map(str, words))))
+            run(main, parse(StatsConfig, "", list(map(str, words)), positional=("sets",)))
         out, err = capsys.readouterr()
         errors = [line for line in err.splitlines() if line.startswith("error: ")]
         return SimpleNamespace(code=end.value.code, out=out, err=err, errors=errors)
@@ -214,11 +214,6 @@ def test_the_command_prints_the_tables_and_names_the_picture(
     (data / "clean/text/counts.json").unlink()
     found = stats(sets[0], sets[0], "--picture", picture)
     assert "text: there is no counts.json" in found.out and found.out.count("train") == 2
-
-
-def test_sets_are_the_words_before_the_first_flag():
-    assert command(["a", "12", "/x/y z", "--labels", "en"]).sets == ("a", "12", "/x/y z")
-    assert command(["--labels", "en"]).sets == ()
 
 
 def stale(data: Path) -> None:
