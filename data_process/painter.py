@@ -93,7 +93,7 @@ def width_of(text: str) -> int:
 
 def clipped(text: str, width: int) -> str:
     """As much of a text as fits into so many columns."""
-    if width_of(text[: width + 1]) <= width:
+    if width_of(text) <= width:
         return text
     n = 0
     while width_of(text[: n + 1]) < width:
