@@ -1,15 +1,18 @@
 """Summary rows as dialogues: templates laid round already tokenized pieces. No torch.
 
 A template file (configs/prompts/summary_zh.yaml) has `slots` (words that may stand for each
-other), `families` (questions that fit with answers) and one `eval` wording. A wording is drawn
-anew for each row and epoch by the generator that the caller seeds; what stands between the slots
-is tokenized once, the text and the summary are the stored ids, unchanged. Evaluation asks with
-the one `eval` question, whose answer is the summary and nothing else.
+other), `families` (questions that fit with answers), `following` (second turns about a row's
+keywords and the like) and `eval`. A wording is drawn anew for each row and epoch by the generator
+that the caller seeds; what stands between the slots is tokenized once, the stored pieces are laid
+in unchanged. Evaluation asks with the one `eval` question, which wants the summary alone, or with
+wordings that training never shows; a lead-in that an answer has all the same is taken off by the
+answer template that puts it on.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -19,8 +22,25 @@ import yaml
 from babyllama.errors import ConfigError
 from tokenizer import Tokenizer
 
+# What a row's meta may hold for a second turn, each one piece or several.
+META = ("keywords", "discipline", "category")
+
 _SLOT = re.compile(r"\{(\w+)\}")
-_STORED = ("text", "summary")
+_STORED = ("text", "summary", *META)
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The wordings of a second turn about one thing in a row's meta.
+
+    join: stands between its pieces
+    """
+
+    questions: list[str]
+    answers: list[str]
+    join: str = "、"
 
 
 @dataclass
@@ -28,14 +48,19 @@ class SummaryPrompts:
     """The wordings of one template file for one tokenizer.
 
     longest: the most ids that any wording adds to a text and its summary
+    unseen: questions that no training wording equals
     """
 
     tokenizer: Tokenizer
     slots: dict[str, list[str]]
     families: list[tuple[list[str], list[str]]]
     eval_question: str
+    unseen: list[str] = field(default_factory=list)
+    turns: dict[str, Turn] = field(default_factory=dict)
+    share: float = 0.0  # of the rows that could have a second turn
     longest: int = 0
     _ids: dict[str, list[int]] = field(default_factory=dict)
+    _turn_longest: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path, tokenizer: Tokenizer) -> "SummaryPrompts":
@@ -48,51 +73,111 @@ class SummaryPrompts:
         try:
             raw = yaml.safe_load(path.read_text(encoding="utf-8"))
             families = [(f["questions"], f["answers"]) for f in raw["families"].values()]
-            prompts = cls(tokenizer, raw["slots"], families, raw["eval"]["question"])
-            faults = prompts._faults()
+            after = raw.get("following", {"turns": {}, "share": 0.0})
+            turns = {name: Turn(**turn) for name, turn in after["turns"].items()}
+            prompts = cls(
+                tokenizer, raw["slots"], families, raw["eval"]["question"],
+                raw["eval"].get("unseen", []), turns, after["share"],
+            )  # fmt: skip
+            faults = prompts._faults() or prompts._clashes()
         except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(
-                f"{path}: wanted slots, families (each with questions and answers) and "
-                f"eval.question; missing or misplaced: {error}"
+                f"{path}: wanted slots, families (each with questions and answers), "
+                f"eval.question and, if there are second turns, following (share, and turns with "
+                f"questions and answers); missing or misplaced: {error}"
             ) from None
         if faults:
             raise ConfigError(f"{path}: " + "; ".join(faults[:10]))
         prompts.longest = max(prompts._lengths())
+        prompts._turn_longest = prompts._turn_lengths()
         return prompts
 
     def _faults(self) -> list[str]:
-        wanted = [(q, "text") for questions, _ in self.families for q in questions]
-        wanted += [(a, "summary") for _, answers in self.families for a in answers]
         faults = [
             f"slot {name!r} must be a list of words, found {words!r}"
             for name, words in self.slots.items()
             if not isinstance(words, list) or not words or not all(map(_is_word, words))
         ]
+        faults += [f"slot {n!r} is the name of a stored piece; take another" for n in _STORED
+                   if n in self.slots]  # fmt: skip
         if not self.families or not all(q and a for q, a in self.families):
             faults.append("wanted families, each with a question and an answer at least")
-        for template, stored in [*wanted, (self.eval_question, "text")]:
+        for name, turn in self.turns.items():
+            if name not in META or not turn.questions or not turn.answers:
+                faults.append(
+                    f"following.turns.{name}: wanted one of {', '.join(META)}, with a question and "
+                    f"an answer at least"
+                )
+        if not 0 <= self.share <= 1:
+            faults.append(f"following.share wants 0 to 1, found {self.share!r}")
+        for template, stored in self._templates():
             names = _SLOT.findall(template)
-            if names.count(stored) != 1:
+            if stored and names.count(stored) != 1:
                 faults.append(f"{template!r} must hold {{{stored}}} exactly once")
             unknown = [n for n in names if n not in self.slots and n != stored]
             if unknown:
                 faults.append(f"{template!r} has unknown slots {unknown}; add them to `slots`")
         return faults
 
+    def _templates(self) -> Iterator[tuple[str, str | None]]:
+        """Every template with the one stored piece that it must hold."""
+        for questions, answers in self.families:
+            yield from ((question, "text") for question in questions)
+            yield from ((answer, "summary") for answer in answers)
+        for name, turn in self.turns.items():
+            yield from ((question, None) for question in turn.questions)
+            yield from ((answer, name) for answer in turn.answers)
+        yield from ((question, "text") for question in (self.eval_question, *self.unseen))
+
+    def _clashes(self) -> list[str]:
+        """Unseen wordings that training uses, and answers that could not be told apart."""
+        faults = []
+        known = [self._pattern(t) for questions, _ in self.families for t in questions]
+        for number, question in enumerate(self.unseen):
+            if any(p.fullmatch(q) for p in known for q in self._fillings(question)):
+                faults.append(f"eval.unseen {question!r} is a wording of training; write another")
+            if question in self.unseen[:number]:
+                faults.append(f"eval.unseen holds {question!r} twice; write another")
+        for (lead, end), (same, other) in product(self._frames, repeat=2):
+            if lead == same and end != other and end.endswith(other):
+                faults.append(
+                    f"answers that begin {lead!r} end in {end!r} or {other!r}, so it is open what "
+                    f"belongs to the summary; give them one ending or another beginning"
+                )
+        return faults
+
     def _lengths(self) -> list[int]:
         """Template ids of every filling, question and answer of a family together."""
-        lengths = []
-        for questions, answers in self.families:
-            longest = [max(map(self._n_ids, self._fillings(t))) for t in questions]
-            longest_answer = max(self._n_ids(a) for t in answers for a in self._fillings(t))
-            lengths += [n + longest_answer for n in longest]
-        return lengths
+        return [
+            self._longest(questions) + self._longest(answers)
+            for questions, answers in self.families
+        ]
+
+    def _turn_lengths(self) -> dict[str, int]:
+        """The most ids that a second turn adds to its pieces, dialogue format included."""
+        pair = [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
+        first, both = (len(self.tokenizer.render_chat(m)[0]) for m in (pair, pair + pair))
+        return {
+            name: both - first + self._longest(turn.questions) + self._longest(turn.answers)
+            for name, turn in self.turns.items()
+        }
+
+    def _longest(self, templates: list[str]) -> int:
+        return max(self._n_ids(filled) for t in templates for filled in self._fillings(t))
 
     def _fillings(self, template: str) -> list[str]:
         """Every text that a template can become, stored slots left standing."""
         names = [n for n in dict.fromkeys(_SLOT.findall(template)) if n not in _STORED]
         choices = product(*(self.slots[name] for name in names))
         return [_fill(template, dict(zip(names, words, strict=True))) for words in choices]
+
+    def _pattern(self, template: str) -> re.Pattern:
+        """Matches the fillings of a template."""
+        parts = _SLOT.split(template)
+        for number, name in enumerate(parts):
+            words = self.slots.get(name, [f"{{{name}}}"]) if number % 2 else [name]
+            parts[number] = f"(?:{'|'.join(map(re.escape, words))})"
+        return re.compile("".join(parts))
 
     def _n_ids(self, filled: str) -> int:
         return sum(len(self._encode(part)) for part in _SLOT.split(filled)[::2])
@@ -103,7 +188,7 @@ class SummaryPrompts:
         return self._ids[text]
 
     def n_wordings(self) -> int:
-        """How many different pairs of question and answer can be drawn."""
+        """How many different pairs of question and answer can be drawn, second turns aside."""
         pairs = set()
         for questions, answers in self.families:
             for question, answer in product(questions, answers):
@@ -116,52 +201,99 @@ class SummaryPrompts:
 
     def messages(
         self,
-        text: Sequence[int],
-        summary: Sequence[int],
+        text: Ids,
+        summary: Ids,
         rng: np.random.Generator,
         max_text: int | None = None,
+        meta: Mapping[str, Sequence[Ids]] | None = None,
     ) -> list[dict]:
         """One row as a dialogue in a wording drawn from `rng`.
 
         text, summary: stored ids
-        max_text: a longer text loses its end
+        max_text: a longer text loses its end; a shorter one leaves room for a second turn
+        meta: the pieces that a second turn may ask for, by their names in META
         """
         questions, answers = self.families[rng.integers(len(self.families))]
-        question, answer = (
-            questions[rng.integers(len(questions))],
-            answers[rng.integers(len(answers))],
-        )
-        chosen = {name: words[rng.integers(len(words))] for name, words in self.slots.items()}
+        question, answer = _one(questions, rng), _one(answers, rng)
+        chosen = {name: _one(words, rng) for name, words in self.slots.items()}
+        messages = [
+            _message("user", self._lay(_fill(question, chosen), text[:max_text])),
+            _message("assistant", self._lay(_fill(answer, chosen), summary)),
+        ]
+        spare = None if max_text is None else max_text - len(text)
+        names = [name for name in self.turns if self.turn_fits(name, (meta or {}).get(name), spare)]
+        if not names or rng.random() >= self.share:
+            return messages
+        name = _one(names, rng)
+        turn = self.turns[name]
+        question, answer = (_fill(_one(t, rng), chosen) for t in (turn.questions, turn.answers))
         return [
-            {"role": "user", "content": self._lay(_fill(question, chosen), text[:max_text])},
-            {"role": "assistant", "content": self._lay(_fill(answer, chosen), summary)},
+            *messages,
+            _message("user", self._lay(question)),
+            _message("assistant", self._lay(answer, *self._joined(meta[name], turn.join))),
         ]
 
-    def eval_messages(self, text: Sequence[int], max_text: int | None = None) -> list[dict]:
-        """The question that scoring asks; its answer is the summary and nothing else."""
-        return [{"role": "user", "content": self._lay(self.eval_question, text[:max_text])}]
+    def turn_fits(self, name: str, pieces: Sequence[Ids] | None, spare: int | None) -> bool:
+        """Whether a second turn about these pieces takes at most `spare` ids in every wording."""
+        if not pieces:
+            return False
+        size = self._turn_longest[name] + sum(map(len, self._joined(pieces, self.turns[name].join)))
+        return spare is None or size <= spare
 
-    def eval_prompt(self, text: str, max_ids: int) -> tuple[list[int], bool]:
+    def _joined(self, pieces: Sequence[Ids], join: str) -> list[Ids]:
+        between = self._encode(join)
+        return [part for piece in pieces for part in (between, piece)][1:]
+
+    def eval_messages(
+        self, text: Ids, max_text: int | None = None, question: str | None = None
+    ) -> list[dict]:
+        """The question that scoring asks, or another one; it wants the summary alone."""
+        return [_message("user", self._lay(question or self.eval_question, text[:max_text]))]
+
+    def eval_prompt(
+        self, text: str, max_ids: int, question: str | None = None
+    ) -> tuple[list[int], bool]:
         """The rendered question about a text, and whether the text was cut to fit.
 
         max_ids: most ids of the whole prompt
+        question: one of `unseen`, else the one that scoring asks
         raises: ConfigError if not even 16 ids of the text fit
         """
         ids = self.tokenizer.encode(text)
-        room = max_ids - len(self.tokenizer.render_prompt(self.eval_messages([])))
+        empty = self.eval_messages([], question=question)
+        room = max_ids - len(self.tokenizer.render_prompt(empty))
         if room < 16:
             raise ConfigError(
                 f"a prompt of {max_ids} tokens leaves {room} for the text, wanted at least 16; "
                 f"ask for fewer new tokens or use a model with a longer context"
             )
-        return self.tokenizer.render_prompt(self.eval_messages(ids, room)), len(ids) > room
+        asked = self.eval_messages(ids, room, question)
+        return self.tokenizer.render_prompt(asked), len(ids) > room
 
-    def _lay(self, filled: str, stored: Sequence[int]) -> list[Sequence[int]]:
+    def strip_frame(self, reply: str) -> str:
+        """A reply without what an answer template adds to a summary; any other reply as it is.
+
+        Beginning and end must be those of one template with one choice of words, letter by
+        letter; where several fit, the one that adds most.
+        """
+        for lead, end in self._frames:
+            if reply.startswith(lead) and reply.endswith(end) and len(reply) >= len(lead + end):
+                return reply[len(lead) : len(reply) - len(end)]
+        return reply
+
+    @cached_property
+    def _frames(self) -> list[tuple[str, str]]:
+        """What the answers of all families say before and after a summary, the longest first."""
+        filled = {f for _, answers in self.families for a in answers for f in self._fillings(a)}
+        frames = [tuple(answer.split("{summary}")) for answer in filled]
+        return sorted(frames, key=lambda frame: (-len("".join(frame)), frame))
+
+    def _lay(self, filled: str, *stored: Ids) -> list[Ids]:
         # What stands between the slots, and the names of the slots, take turns.
         return [
-            stored if number % 2 else self._encode(part)
+            ids
             for number, part in enumerate(_SLOT.split(filled))
-            if part
+            for ids in (stored if number % 2 else [self._encode(part)] if part else [])
         ]
 
 
@@ -171,3 +303,11 @@ def _is_word(word: object) -> bool:
 
 def _fill(template: str, chosen: dict[str, str]) -> str:
     return _SLOT.sub(lambda found: chosen.get(found[1], found[0]), template)
+
+
+def _one(choices: list, rng: np.random.Generator) -> object:
+    return choices[rng.integers(len(choices))]
+
+
+def _message(role: str, content: list[Ids]) -> dict:
+    return {"role": role, "content": content}
