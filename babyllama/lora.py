@@ -1,0 +1,287 @@
+"""Low-rank adapters: small trained matrices beside frozen weights, put on from outside.
+
+y = W x + s B A x with A (rank, in) and B (out, rank); B begins as zeros, so an adapted model begins
+as its base. Layers are chosen by name. What is stored keeps the names of the base's parameters:
+"layers.0.attention.wq.weight" stays, beside it come "….wq.lora.<adapter>.a" and ".b". One base can
+hold several adapters, of which one is active. The layers: lora_layer.py; files: lora_files.py.
+
+Sources: LoRA (Hu et al. 2021, arXiv:2106.09685), rank-stabilised scale (Kalajdzievski 2023,
+arXiv:2312.03732).
+"""
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.lora_layer import Adapter, LoraLinear
+from model import Transformer
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train small matrices beside the weights instead of the weights.
+
+    Args:
+        rank: width of the two matrices
+        alpha: what they add is multiplied by alpha / rank
+        dropout: share of their inputs that is dropped in training
+        targets: linear layers by name: wq wk wv wo w1 w2 w3 output, or some of these alone, as in
+            layers.0.attention.wq
+        rslora: multiply by alpha / root of rank instead, for high ranks
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("wq", "wv")
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        # Written so that NaN, which compares as false, is refused.
+        wanted = {
+            "rank": ("1 or more", self.rank >= 1),
+            "alpha": ("a number above 0", 0 < self.alpha < math.inf),
+            "dropout": ("0 to below 1", 0 <= self.dropout < 1),
+            "targets": ("at least one name", len(self.targets) > 0),
+        }
+        bad = [
+            f"lora.{name} wants {what}, found {getattr(self, name)!r}"
+            for name, (what, is_good) in wanted.items()
+            if not is_good
+        ]
+        if bad:
+            raise ConfigError("; ".join(bad))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass
+class Adapters:
+    """What a model knows of its adapters: its attribute `lora`.
+
+    fingerprint: of the base's weights
+    base: where they are from, for load_model
+    active: name of the adapter that works and trains
+    """
+
+    fingerprint: str
+    base: str | None
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    active: str | None = None
+
+
+def fingerprint(model: Transformer) -> str:
+    """SHA-256 of the base's weights as float32, with names and shapes, adapters aside."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(_base_weights(model).items()):
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def apply_lora(
+    model: Transformer,
+    cfg: LoraConfig,
+    name: str = "default",
+    base: str | None = None,
+    seed: int = 0,
+) -> Transformer:
+    """The model with one more adapter, which is active and alone trains.
+
+    To be called before the model is wrapped or compiled, and before the optimizer is made.
+
+    base: where the weights are from, kept in checkpoints
+    raises: ConfigError if a target names no linear layer or the name cannot be used
+    """
+    chosen = _matching(model, cfg)
+    state = getattr(model, "lora", None) or Adapters(fingerprint(model), base)
+    if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name) or name in state.configs:
+        raise ConfigError(
+            f"adapter {name!r}: wanted a new name of letters, digits and _, that is no method of "
+            f"a dict; there are {sorted(state.configs)}; choose another"
+        )
+    unmerge(model)
+    generator = torch.Generator().manual_seed(seed)
+    for path, linear in chosen:
+        if not isinstance(linear, LoraLinear):
+            linear = LoraLinear(linear)
+            _put(model, path, linear)
+        adapter = Adapter(linear, cfg.rank, cfg.scale, cfg.dropout, generator)
+        linear.lora[name] = adapter.train(linear.training)
+    state.configs[name] = cfg
+    model.lora = state
+    return switch(model, name)
+
+
+def _matching(model: Transformer, cfg: LoraConfig) -> list[tuple[str, nn.Linear]]:
+    """The linear layers whose name, or its end, is a target."""
+    linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    unmatched = [t for t in cfg.targets if not any(_ends(path, t) for path, _ in linears)]
+    if unmatched:
+        names = dict.fromkeys(path.rpartition(".")[2] for path, _ in linears)
+        raise ConfigError(
+            f"lora.targets {unmatched} match no linear layer of the model; it has "
+            f"{', '.join(names)}, or longer names such as {linears[0][0]}"
+        )
+    chosen = [(path, m) for path, m in linears if any(_ends(path, t) for t in cfg.targets)]
+    if any(path == "output" for path, _ in chosen):
+        if model.config.tied:
+            raise ConfigError(
+                "lora.targets: output shares its weights with the embedding in this model "
+                "(tied), and an adapter would part them; leave it out"
+            )
+        if cfg.dropout:
+            raise ConfigError(
+                f"lora.dropout {cfg.dropout} does not reach output, of which the loss reads the "
+                f"weights alone; set it to 0 or leave output out of lora.targets"
+            )
+    return chosen
+
+
+def shapes(model: Transformer, cfg: LoraConfig) -> dict[str, tuple[int, int]]:
+    """What an adapter would hold on this model, by stored name; errors as apply_lora."""
+    return {
+        f"{path}.{part}": shape
+        for path, linear in _matching(model, cfg)
+        for part, shape in (
+            ("a", (cfg.rank, linear.in_features)),
+            ("b", (linear.out_features, cfg.rank)),
+        )
+    }
+
+
+def _ends(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
+
+
+def _put(model: Transformer, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def layers(model: Transformer) -> Iterator[tuple[str, LoraLinear]]:
+    """The layers that hold adapters, by path."""
+    return ((p, m) for p, m in list(model.named_modules()) if isinstance(m, LoraLinear))
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether an adapter is active, whose checkpoints hold it alone."""
+    return getattr(model, "lora", None) is not None and model.lora.active is not None
+
+
+def switch(model: Transformer, name: str | None) -> Transformer:
+    """Make an adapter the active one, or with None the base alone; the rest is frozen.
+
+    raises: ConfigError if there is none of this name
+    """
+    if name is not None and name not in model.lora.configs:
+        raise ConfigError(f"no adapter {name!r} on this model; it has {sorted(model.lora.configs)}")
+    unmerge(model)
+    model.requires_grad_(False)
+    model.lora.active = name
+    for _, layer in layers(model):
+        layer.active = name if name in layer.lora else None
+        if layer.active is not None:
+            layer.lora[name].requires_grad_(True)
+    return model
+
+
+def merge(model: Transformer) -> Transformer:
+    """Compute with the active adapter inside the weights: as fast as the base; to be undone by
+    unmerge. Not for training."""
+    for _, layer in layers(model):
+        layer.merge()
+    return model
+
+
+def unmerge(model: Transformer) -> Transformer:
+    """Undo merge; every weight of the base has its bits back."""
+    for _, layer in layers(model):
+        layer.unmerge()
+    return model
+
+
+def bake(model: Transformer) -> Transformer:
+    """A plain model for good: the active adapter goes into the weights, all adapters go."""
+    for path, layer in layers(model):
+        layer.merge()
+        _put(model, path, layer.plain())
+    del model.lora
+    return model.requires_grad_(True)
+
+
+def _base_weights(model: Transformer) -> dict[str, nn.Parameter]:
+    return {name: w for name, w in model.named_parameters() if ".lora." not in name}
+
+
+def stored(model: Transformer) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint holds: of an adapted model the active adapter, whose own
+    name is left out ("layers.0.attention.wq.a"), else all; a tied head once."""
+    if not is_adapted(model):
+        return _base_weights(model)
+    inside = f".lora.{model.lora.active}."
+    parameters = dict(model.named_parameters())
+    return {name.replace(inside, "."): w for name, w in parameters.items() if inside in name}
+
+
+def settings(model: Transformer) -> dict:
+    """What adapter.yaml says of the active adapter."""
+    state = model.lora
+    cfg = asdict(state.configs[state.active])
+    return {**cfg, "targets": list(cfg["targets"]), "base": state.base,
+            "fingerprint": state.fingerprint}  # fmt: skip
+
+
+def adapt_like(model: Transformer, other: Transformer) -> Transformer:
+    """`model` with the adapters that `other` has, if any; their values are not copied."""
+    for name, cfg in other.lora.configs.items() if hasattr(other, "lora") else ():
+        apply_lora(model, cfg, name, other.lora.base)
+    return switch(model, other.lora.active) if hasattr(other, "lora") else model
+
+
+def require_base(model: Transformer, found: dict, where: str) -> None:
+    """Compare the base that an adapter was trained on with the one it is put on.
+
+    found: the adapter's settings
+    raises: CheckpointError if they differ
+    """
+    here = model.lora.fingerprint if hasattr(model, "lora") else fingerprint(model)
+    if found["fingerprint"] != here:
+        raise CheckpointError(
+            f"{where}: its adapter belongs to the base {found['base'] or '(unnamed)'} with weights "
+            f"{found['fingerprint'][:12]}…, found a base with weights {here[:12]}…; name the base "
+            f"that it was trained on"
+        )
+
+
+def describe(model: Transformer) -> str:
+    """The adapted layers with their shapes, and what trains, for people."""
+    state = model.lora
+    cfg = state.configs[state.active]
+    shapes = Counter(
+        (re.sub(r"^layers\.\d+\.", "", path), layer.out_features, layer.in_features)
+        for path, layer in layers(model)
+        if layer.active
+    )
+    n_trained = sum(w.numel() for w in stored(model).values())
+    n_base = sum(w.numel() for w in _base_weights(model).values())
+    lines = [
+        f"LoRA {state.active}: rank {cfg.rank}, scale {cfg.scale:g}, dropout {cfg.dropout:g}; "
+        f"{n_trained:,} parameters train beside {n_base:,} frozen ones "
+        f"({n_trained / n_base:.2%})"
+    ]
+    for (name, n_out, n_in), count in shapes.items():
+        lines.append(
+            f"  {count:>3} x {name:<18} ({n_out}, {n_in}) + ({n_out}, {cfg.rank}) ({cfg.rank}, "
+            f"{n_in})"
+        )
+    return "\n".join(lines)
