@@ -1,0 +1,196 @@
+"""Write a checkpoint as a Hugging Face folder, and prove that it behaves the same there.
+
+    python -m export.hf --out out/hf                          newest run in out/
+    python -m export.hf out/redgpt --out out/redgpt-hf        a run (its newest step) or one step
+    python -m export.hf out/redgpt --out out/redgpt-hf --force          replace an earlier export
+    python -m export.hf out/redgpt --out out/redgpt-hf --text my.txt    compare ids on these lines
+
+The folder is a plain LlamaForCausalLM: AutoModelForCausalLM and AutoTokenizer load it without any
+code of ours, and tokenizer.apply_chat_template(messages, add_generation_prompt=True) renders the
+chat format. Weights are renamed, nothing else. parity.json tells what was compared (logits, greedy
+replies, token ids, rendered chats); if anything differs, nothing is written and the exit code is 2.
+
+A bare text gets exactly our ids: no <s> before it, no space. Texts of strangers should be encoded
+with split_special_tokens=True, or a "</s>" that they contain ends the dialogue.
+Back again: python -m export.import_hf. For llama.cpp: python -m export.gguf.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from babyllama.checkpoint import Loaded, load_model, model_weights
+from babyllama.cli import parse, run
+from babyllama.sampling import SamplingConfig
+from export.dialogue import chat_template
+from export.folder import check_out, new_folder, settle, show, source_of, write_json
+from export.parity import (
+    Material,
+    compare_ids,
+    compare_logits,
+    compare_replies,
+    compare_templates,
+    origin_of,
+    read_material,
+)
+from export.peers import HuggingFaceFolder, package
+from export.vocabulary import fast_tokenizer, piece_of, probes, require_convertible
+from model import ModelConfig
+from tokenizer import Tokenizer
+
+# Ours beside theirs; inside a layer, and outside.
+LAYER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
+
+
+@dataclass(frozen=True)
+class HfConfig:
+    """What is exported, and where to.
+
+    Args:
+        checkpoint: a run (its newest step) or one step; if absent the newest run in out/
+        out: directory to make
+        force: replace an earlier export of that name as a whole
+        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
+    """
+
+    checkpoint: Path | None = None
+    out: Path | None = None
+    force: bool = False
+    text: Path | None = None
+
+
+def hf_names(config: ModelConfig) -> dict[str, str]:
+    """Our name of every parameter, and its name in transformers."""
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OUTER_NAMES.items()}
+    for layer in range(config.n_layers):
+        for ours, theirs in LAYER_NAMES.items():
+            names[f"layers.{layer}.{ours}.weight"] = f"model.layers.{layer}.{theirs}.weight"
+    return names
+
+
+def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """config.json of transformers."""
+    has_pad = tokenizer.pad_id != tokenizer.eos_id
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "torch_dtype": "float32",
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        # <eos> as filler here would stop its embedding from being trained (padding_idx).
+        "pad_token_id": tokenizer.pad_id if has_pad else None,
+    }
+
+
+def tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """tokenizer_config.json: the special pieces and the chat template."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": piece_of(tokenizer, tokenizer.bos_id),
+        "eos_token": piece_of(tokenizer, tokenizer.eos_id),
+        "pad_token": piece_of(tokenizer, tokenizer.pad_id),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": config.max_seq_len,
+        "chat_template": chat_template(),
+    }
+
+
+def generation_config(tokenizer: Tokenizer) -> dict:
+    """generation_config.json: chat.py's way of choosing tokens."""
+    chosen = SamplingConfig()
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "do_sample": chosen.temperature > 0,
+        "temperature": chosen.temperature,
+        "top_p": chosen.top_p,
+        "top_k": chosen.top_k,
+        "max_new_tokens": chosen.max_new_tokens,
+    }
+
+
+def write_folder(loaded: Loaded, place: Path) -> None:
+    """The files that transformers reads, and tokenizer.model for the way back."""
+    config, tokenizer, names = loaded.config, loaded.tokenizer, hf_names(loaded.config)
+    weights = {names[name]: weight for name, weight in model_weights(loaded.model).items()}
+    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    write_json(place / "config.json", model_config(config, tokenizer))
+    write_json(place / "generation_config.json", generation_config(tokenizer))
+    write_json(place / "tokenizer_config.json", tokenizer_config(config, tokenizer))
+    text = json.loads(fast_tokenizer(tokenizer).to_str())
+    (place / "tokenizer.json").write_text(json.dumps(text, ensure_ascii=False, indent=1), "utf-8")
+    (place / "tokenizer.model").write_bytes(tokenizer.bytes)
+
+
+def prove(loaded: Loaded, place: Path, material: Material) -> dict:
+    """Compare the folder, as transformers loads it, with the checkpoint."""
+    model, tokenizer, context = loaded.model, loaded.tokenizer, loaded.config.max_seq_len
+    peer = HuggingFaceFolder(place)
+    return {
+        **origin_of(loaded, material, ["transformers", "tokenizers"]),
+        "logits": compare_logits(model, peer.logits, material.finished(tokenizer, context)),
+        "replies": compare_replies(
+            model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
+        ),
+        "token_ids": compare_ids(tokenizer, peer.encode, material.lines),
+        "hard_token_ids": compare_ids(tokenizer, peer.encode, probes(tokenizer)),
+        "chat_template": compare_templates(
+            tokenizer, peer.render, peer.encode_rendered, material.lines
+        ),
+    }
+
+
+def main(cfg: HfConfig) -> None:
+    """Write the folder, prove it, put it in its place."""
+    source = source_of(cfg.checkpoint)
+    out = check_out(cfg.out, cfg.force, source)
+    package("transformers")
+    loaded = load_model(source)
+    require_convertible(loaded.tokenizer, "transformers")
+    material = read_material(cfg.text)
+    n_bytes = 4 * loaded.model.n_parameters() + 100 * loaded.config.vocab_size
+    with new_folder(out, n_bytes) as place:
+        write_folder(loaded, place)
+        report = prove(loaded, place, material)
+        settle(report, place, out)
+    show(report, out)
+
+
+if __name__ == "__main__":
+    run(main, parse(HfConfig, doc=__doc__, positional=("checkpoint",)))

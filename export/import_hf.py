@@ -1,0 +1,282 @@
+"""Make a checkpoint of ours out of a plain Llama folder of Hugging Face, and prove it.
+
+    python -m export.import_hf out/redgpt-hf --out out/redgpt-again
+    python -m export.import_hf ~/models/tiny-llama --out out/tiny --tokenizer tokenizer.model
+    python sft.py --base out/tiny --dataset redgpt
+
+The folder needs config.json, safetensors (one file or several) and a SentencePiece model: its own
+tokenizer.model or the one named. Weights are kept bit for bit; bfloat16 and float16 become float32,
+which holds them exactly. What our model cannot be is refused with every reason: biases, rotary
+scaling, another activation, a sliding window, quantised weights, heads that do not divide the
+width. Logits and greedy replies are then compared with those of transformers on the same folder.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from babyllama.checkpoint import Loaded, load_model, load_weights, save_checkpoint
+from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.optim import OptimConfig, make_optimizer
+from export.folder import check_out, new_folder, settle, show
+from export.hf import hf_names
+from export.parity import compare_logits, compare_replies, origin_of, read_material
+from export.peers import TransformersModel, package
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+_EXACT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What is imported, and where to.
+
+    Args:
+        folder: a Hugging Face folder
+        out: run directory to make, for example out/tiny; the checkpoint is its step-000000
+        tokenizer: a SentencePiece .model; if absent the folder's tokenizer.model
+        kind: pretrain for a base model, sft for one that knows our chat format
+        force: replace an earlier import of that name as a whole
+        text: UTF-8 file of which prompts are made; if absent data/clean, or built-in news
+    """
+
+    folder: Path | None = None
+    out: Path | None = None
+    tokenizer: Path | None = None
+    kind: Literal["pretrain", "sft"] = "pretrain"
+    force: bool = False
+    text: Path | None = None
+
+
+def read_config(folder: Path) -> dict:
+    """config.json.
+
+    raises: CheckpointError if there is none that can be read
+    """
+    try:
+        return dict(json.loads((folder / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{shown(folder)}: wanted a Hugging Face folder with a config.json, found {error}"
+        ) from None
+
+
+def reasons_against(config: dict) -> list[str]:
+    """What of a config.json our model cannot be, apart from its sizes."""
+    rope = rope_of(config)
+    plain = {
+        "model_type": ("llama",),
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "sliding_window": (),
+        "quantization_config": (),
+        "partial_rotary_factor": (1,),
+    }
+    reasons = [
+        f"{key} {config[key]!r}"
+        for key, allowed in plain.items()
+        if config.get(key) is not None and config[key] not in allowed
+    ]
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not is_plain or rope.get("partial_rotary_factor", 1) != 1:
+        reasons.append(f"rotary scaling {rope!r}")
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads")  # fmt: skip
+    numbers = ("num_key_value_heads", "max_position_embeddings", "head_dim", "rope_theta",
+               "rms_norm_eps")  # fmt: skip
+    reasons += [f"{key} {config.get(key)!r}" for key in sizes if type(config.get(key)) is not int]
+    reasons += [
+        f"{key} {config[key]!r}"
+        for key in numbers
+        if type(config.get(key)) not in (int, float, type(None))
+    ]
+    return reasons if "model_type" in config else ["no model_type", *reasons]
+
+
+def rope_of(config: dict) -> dict:
+    """The settings of the rotary embedding that are no default."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return rope if isinstance(rope, dict) else {"type": rope}
+
+
+def shape_of(config: dict, where: Path) -> ModelConfig:
+    """Our config of a Llama.
+
+    raises: CheckpointError with everything that our model cannot be
+    """
+    reasons = reasons_against(config)
+    if not reasons:
+        dim, n_heads = config["hidden_size"], config["num_attention_heads"]
+        shape = ModelConfig(
+            dim=dim,
+            n_layers=config["num_hidden_layers"],
+            n_heads=n_heads,
+            n_kv_heads=config.get("num_key_value_heads"),
+            vocab_size=config["vocab_size"],
+            multiple_of=1,
+            max_seq_len=config.get("max_position_embeddings") or 2048,
+            rope_theta=float(config.get("rope_theta") or rope_of(config).get("rope_theta", 10000)),
+            norm_eps=config.get("rms_norm_eps") or 1e-6,
+            tied=bool(config.get("tie_word_embeddings")),
+        )
+        if (config.get("head_dim") or shape.head_dim) != shape.head_dim:
+            reasons.append(f"{n_heads} heads of width {config['head_dim']} for {dim} dimensions")
+        rounded = with_width(shape, config["intermediate_size"])
+        if rounded is None:
+            reasons.append(
+                f"intermediate_size {config['intermediate_size']}, less than the "
+                f"{shape.hidden_dim} that are two thirds of 4 x {dim}"
+            )
+    if reasons:
+        raise CheckpointError(
+            f"{shown(where)}: wanted a plain Llama (no biases, no rotary scaling, silu, no "
+            f"sliding window, no quantisation), found {'; '.join(reasons)}; there is no way to "
+            f"hold this in our model"
+        )
+    return rounded if n_heads != rounded.kv_heads else replace(rounded, n_kv_heads=None)
+
+
+def with_width(shape: ModelConfig, hidden_dim: int) -> ModelConfig | None:
+    """The shape whose feed-forward layer has this width, or None if there is none.
+
+    Several roundings may lead there; the largest power of two is taken, as in LLaMA (256).
+    """
+    roundings = [2**power for power in range(hidden_dim.bit_length(), -1, -1)]
+    for multiple_of in (*roundings, hidden_dim):
+        found = replace(shape, multiple_of=multiple_of) if multiple_of > 0 else shape
+        if found.hidden_dim == hidden_dim:
+            return found
+    return None
+
+
+def read_weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
+    """All weights under our names, as float32.
+
+    raises: CheckpointError if a file or name is missing or foreign, or a type is not exact
+    """
+    ours = {theirs: name for name, theirs in hf_names(shape).items()}
+    weights: dict[str, Tensor] = {}
+    foreign = []
+    for file in tqdm(weight_files(folder), desc="read weights", leave=False, disable=None):
+        for name, tensor in load_shard(file).items():
+            # Older files hold this table, which is computed from rope_theta.
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name not in ours or tensor.dtype not in _EXACT:
+                foreign.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
+            else:
+                weights[ours[name]] = tensor.float()
+    if shape.tied and "output.weight" in weights:
+        head = weights.pop("output.weight")
+        if not torch.equal(head, weights.get("tok_embeddings.weight", torch.empty(0))):
+            foreign.append("a head of its own beside tie_word_embeddings")
+    if foreign:
+        raise CheckpointError(
+            f"{shown(folder)}: wanted the weights of a plain Llama in float32, bfloat16 or "
+            f"float16, found besides {', '.join(foreign[:10])}"
+            + f" and {len(foreign) - 10} more"
+            * (len(foreign) > 10)
+        )
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the parts that its index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        return [folder / Path(name).name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{shown(index)}: wanted a weight_map, found {error!r}") from None
+
+
+def load_shard(file: Path) -> dict[str, Tensor]:
+    """The tensors of one safetensors file; pickled weights (.bin) are not read."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"{shown(file)}: wanted safetensors, found {' '.join(str(error).split())}; other "
+            f"formats become such a folder with transformers' save_pretrained"
+        ) from None
+
+
+def vocabulary(cfg: ImportConfig, folder: Path, shape: ModelConfig, name: str) -> Tokenizer:
+    """The SentencePiece model of the folder, under the name that token files know it by.
+
+    raises: ConfigError if there is none, or its size is not that of the embedding
+    """
+    path = from_repo(cfg.tokenizer) if cfg.tokenizer else folder / "tokenizer.model"
+    if not path.is_file():
+        raise ConfigError(
+            f"{shown(path)}: wanted a SentencePiece model, found none; name it with --tokenizer "
+            f"(a tokenizer.json alone cannot become one)"
+        )
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != shape.vocab_size:
+        raise ConfigError(
+            f"{shown(path)} has {tokenizer.vocab_size} pieces, the embedding in {shown(folder)} "
+            f"{shape.vocab_size} rows; name the model's own vocabulary with --tokenizer"
+        )
+    known = (
+        one
+        for one in sorted((REPO / "data/tokenizers").glob("*.model"))
+        if one.read_bytes() == tokenizer.bytes
+    )
+    tokenizer.path = next(known, path if cfg.tokenizer else Path(f"{name}.model"))
+    return tokenizer
+
+
+def prove(folder: Path, loaded: Loaded, text: Path | None) -> dict:
+    """Compare the checkpoint with transformers on the folder that it came from."""
+    material = read_material(text)
+    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
+    theirs = package("transformers").AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True
+    )
+    peer = TransformersModel(theirs, tokenizer.eos_id)
+    return {
+        **origin_of(loaded, material, ["transformers"]),
+        "source": shown(folder),
+        "logits": compare_logits(loaded.model, peer.logits, material.finished(tokenizer, context)),
+        "replies": compare_replies(
+            loaded.model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
+        ),
+    }
+
+
+def main(cfg: ImportConfig) -> None:
+    """Read the folder, write a checkpoint, prove it, put its run in its place."""
+    if cfg.folder is None:
+        raise ConfigError("wanted a Hugging Face folder to import, found none; name it first")
+    folder = from_repo(cfg.folder)
+    out = check_out(cfg.out, cfg.force, folder)
+    shape = shape_of(read_config(folder), folder)
+    tokenizer = vocabulary(cfg, folder, shape, out.name)
+    weights = read_weights(folder, shape)
+    model = Transformer(shape)
+    load_weights(model, weights, folder)
+    optimizer = make_optimizer(model, OptimConfig())
+    with new_folder(out, 4 * model.n_parameters()) as place:
+        save_checkpoint(
+            place, 0, model, tokenizer, optimizer, {"tokens": 0}, cfg.kind, parent=shown(folder)
+        )
+        report = prove(folder, load_model(place), cfg.text)
+        settle(report, place, out)
+    show(report, out)
+
+
+if __name__ == "__main__":
+    run(main, parse(ImportConfig, doc=__doc__, positional=("folder",)))
