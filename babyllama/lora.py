@@ -15,13 +15,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
-from torch import nn
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora_layer import Adapter, LoraLinear
 from model import Transformer
+
+ADAPTER_FILES = ("adapter.safetensors", "adapter.yaml")
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,16 @@ def settings(model: Transformer) -> dict:
     cfg = asdict(state.configs[state.active])
     return {**cfg, "targets": list(cfg["targets"]), "base": state.base,
             "fingerprint": state.fingerprint}  # fmt: skip
+
+
+def write(model: Transformer, tensors: dict[str, Tensor], place: Path) -> None:
+    """The two files of the active adapter, without checksums, into a directory.
+
+    tensors: what `stored` names, each of them whole
+    """
+    save_file(tensors, place / ADAPTER_FILES[0])
+    text = yaml.safe_dump(settings(model), sort_keys=False, allow_unicode=True)
+    (place / ADAPTER_FILES[1]).write_text(text, "utf-8")
 
 
 def adapt_like(model: Transformer, other: Transformer) -> Transformer:

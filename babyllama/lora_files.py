@@ -31,10 +31,9 @@ from babyllama.checkpoint import (
 )
 from babyllama.cli import from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.lora import LoraConfig
+from babyllama.lora import ADAPTER_FILES, LoraConfig
 from model import Transformer
 
-ADAPTER_FILES = ("adapter.safetensors", "adapter.yaml")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 # The parts of our parameter names in transformers.
@@ -55,22 +54,12 @@ _PEFT_HARMLESS = {
 _PEFT_VALUES_THAT_CHANGE_NOTHING = (None, False, [], {}, "none")
 
 
-def write_adapter(model: Transformer, place: Path, tensors: dict[str, Tensor]) -> None:
-    """The two files of the active adapter, without checksums, into a directory.
-
-    tensors: what lora.stored names, each of them whole
-    """
-    save_file(tensors, place / "adapter.safetensors")
-    text = yaml.safe_dump(lora.settings(model), sort_keys=False, allow_unicode=True)
-    (place / "adapter.yaml").write_text(text, "utf-8")
-
-
 def save_adapter(model: Transformer, path: Path) -> Path:
     """Write the active adapter alone, whole or not at all.
 
     raises: CheckpointError if the disk does not take it
     """
-    _write_whole(path, lambda place: write_adapter(model, place, _on_cpu(model)))
+    _write_whole(path, lambda place: lora.write(model, _on_cpu(model), place))
     return path
 
 
