@@ -17,8 +17,8 @@ from torch import Tensor
 
 from babyllama.errors import ConfigError
 
-# Nearly every nucleus fits into the first so many tokens; sorting all V takes 50 times as long.
-_NUCLEUS = 128
+# Nearly every nucleus fits into so many tokens; sorting all V takes 50 times as long.
+_NUCLEUS = 256
 
 # Below this the likeliest token is the only one left, and dividing by it may overflow.
 _COLDEST = 1e-6
@@ -121,40 +121,42 @@ def penalise(
     return logits
 
 
-def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
+def choose(
+    logits: Tensor, sampling: SamplingConfig, chances: Tensor, n_candidates: int = _NUCLEUS
+) -> Tensor:
     """The next token of each row.
 
     logits: (B, V) float32
     chances: (B,) uniform random numbers from 0 to 1, one a row: where in its distribution
+    n_candidates: how many tokens to look at first; where the nucleus is wider, more are looked at
     returns: (B,)
     """
     if sampling.temperature < _COLDEST:
         return logits.argmax(dim=-1)
-    values, tokens = _candidates(logits, sampling)
-    probabilities = values.exp()
-    before = probabilities.cumsum(dim=-1) - probabilities
-    kept = (before < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[:, :1])
-    kept[:, 0] = True  # the likeliest token always stays
-    sums = probabilities.where(kept, 0).cumsum(dim=-1)
-    # The first token whose sum is above the chance; rounding must not lead past the last kept.
-    place = torch.searchsorted(sums, chances[:, None] * sums[:, -1:], right=True)
-    place = torch.minimum(place, kept.sum(dim=-1, keepdim=True) - 1)
-    return tokens.gather(1, place).squeeze(1)
-
-
-def _candidates(logits: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and ids of the likeliest tokens, largest first: enough of them to hold
-    the nucleus of every row."""
-    cold = 1 / sampling.temperature
+    V, cold = logits.shape[1], 1 / sampling.temperature
     top = logits.amax(dim=-1, keepdim=True)
-    total = ((logits - top) * cold).exp_().sum(dim=-1, keepdim=True).log()
-    wanted = min(sampling.top_k or _NUCLEUS, logits.shape[1])
-    values, tokens = largest(logits, wanted)
-    scaled = (values - top) * cold - total
-    if sampling.top_k or bool((scaled.exp().sum(dim=-1) >= sampling.top_p).all()):
-        return scaled, tokens
-    values, tokens = logits.sort(dim=-1, descending=True)
-    return (values - top) * cold - total, tokens
+    powers = (logits - top).mul_(cold).exp_()
+    if sampling.top_p == 1 and not (sampling.top_k or sampling.min_p):
+        sums = powers.cumsum(dim=-1)
+        chance = chances[:, None] * sums[:, -1:]
+        return torch.searchsorted(sums, chance, right=True).clamp(max=V - 1).squeeze(1)
+    values, tokens = largest(logits, min(sampling.top_k or n_candidates, V))
+    probabilities = ((values - top) * cold).exp_() / powers.sum(dim=-1, keepdim=True)
+    sums = probabilities.cumsum(dim=-1)
+    kept = (sums - probabilities < sampling.top_p) & (
+        probabilities >= sampling.min_p * probabilities[:, :1]
+    )
+    n_kept = kept.sum(dim=-1, keepdim=True).clamp(min=1)  # the likeliest token always stays
+    # The first token whose sum is above the chance; rounding must not lead past the last kept.
+    chance = chances[:, None] * sums.gather(1, n_kept - 1)
+    place = torch.minimum(torch.searchsorted(sums, chance, right=True), n_kept - 1)
+    chosen = tokens.gather(1, place).squeeze(1)
+    if sampling.top_k == 0 and n_candidates < V:
+        # More tokens belong to a nucleus of which no candidate was left out.
+        wide = (kept[:, -1] & (sums[:, -1] < sampling.top_p)).nonzero().squeeze(1)
+        if len(wide):
+            chosen[wide] = choose(logits[wide], sampling, chances[wide], 16 * n_candidates)
+    return chosen
 
 
 def largest(values: Tensor, k: int, n_groups: int = 16) -> tuple[Tensor, Tensor]:
@@ -226,7 +228,7 @@ def n_showable(text: str, stop: Sequence[str]) -> int:
     """How many characters of an unfinished text cannot be part of a text that ends it."""
     shown = len(until_stop(text, stop))
     for end in stop:
-        for n in range(min(len(end) - 1, shown), 0, -1):
+        for n in range(min(len(end) - 1, len(text)), 0, -1):
             if text.endswith(end[:n]):
                 shown = min(shown, len(text) - n)
                 break

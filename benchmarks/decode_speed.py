@@ -1,11 +1,14 @@
 """Decoding speed of the 43M shape on this processor, beside transformers' generate.
 
-    python -m benchmarks.decode_speed             about 7 minutes on two cores
+    python -m benchmarks.decode_speed                          about 4 minutes on two cores
+    python -m benchmarks.decode_speed --evaluate true          and 200 abstracts, 7 minutes more
 
-One sequence: a prompt of 64 tokens, 128 new ones, top-p 0.9 at temperature 0.8 for both, in turn.
-Evaluation: 200 abstracts (random ids; lengths as in CSL, mean 208 characters), 32 new tokens,
-greedy: ours in batches, ours one at a time, transformers one at a time. Same random weights for
-all; <eos> is switched off so that every reply has the same length. The last line is JSON.
+All contestants have the same random weights and take turns, so that what else the machine does
+meets all of them; a ratio is the median of the ratios of the rounds. One sequence: a prompt of 64
+tokens, 128 new ones, top-p 0.9 at temperature 0.8. Many: 16 such prompts at once. First token: of
+a prompt of 512 tokens, less one for the reply. Evaluation: 200 abstracts (random ids; lengths as
+in CSL, mean 208 characters), 32 new tokens, greedy. <eos> is switched off so that every reply has
+the same length. The last line is JSON.
 """
 
 import json
@@ -17,11 +20,14 @@ from dataclasses import dataclass
 import torch
 
 from babyllama.cli import parse, run
-from babyllama.generate import SamplingConfig, generate, stream
+from babyllama.fast import Decoder, make_decoder, plain_decoder
+from babyllama.generate import generate
+from babyllama.sampling import SamplingConfig, choose
 from benchmarks.peers import SHAPE_43M, hf_copy
-from model import Transformer
+from model import KVCache, Transformer
 
 NO_EOS = -1
+MANY = 16
 
 # Random weights give nearly equal probabilities. With this factor on the logits the nucleus has
 # some 60 tokens, as a trained model's, instead of 50,000.
@@ -33,13 +39,19 @@ class DecodeConfig:
     """What to measure.
 
     Args:
-        rounds: how often each contestant decodes one sequence, in turn
+        rounds: how often each contestant takes its turn
+        threads: of the processor; 0: as torch sees fit
+        int8: measure int8 weights too; needs a C compiler
+        evaluate: measure the evaluation too
         abstracts: number of prompts of the evaluation
-        batch_size: prompts that ours decodes at once
+        batch_size: prompts of the evaluation that ours decodes at once
         new_tokens: length of each reply of the evaluation
     """
 
     rounds: int = 5
+    threads: int = 0
+    int8: bool = True
+    evaluate: bool = False
     abstracts: int = 200
     batch_size: int = 50
     new_tokens: int = 32
@@ -52,6 +64,32 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work in each round, after a round that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            taken = seconds_of(work)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def compare(
+    seconds: dict[str, list[float]], tokens: dict[str, int], base: str
+) -> dict[str, dict[str, float]]:
+    """Of each work: tokens/s, the best of them, and how many times those of `base`."""
+    rates = {name: [tokens[name] / s for s in took] for name, took in seconds.items()}
+    return {
+        name: {
+            "tokens_per_s": statistics.median(found),
+            "best": max(found),
+            "ratio": statistics.median(a / b for a, b in zip(found, rates[base], strict=True)),
+        }
+        for name, found in rates.items()
+    }
+
+
 def hf_generate(peer: torch.nn.Module, prompt: list[int], n: int, **sampling: object) -> int:
     """Let transformers write exactly n tokens; returns how many came."""
     ids = torch.tensor([prompt])
@@ -62,68 +100,121 @@ def hf_generate(peer: torch.nn.Module, prompt: list[int], n: int, **sampling: ob
     return out.shape[1] - len(prompt)
 
 
-def one_sequence(model: Transformer, peer: torch.nn.Module, rounds: int) -> dict:
-    """Tokens/s of one reply, prompt included in the time, ours and transformers' in turn."""
-    prompt, n = torch.randint(3, 65_000, (64,)).tolist(), 128
+def random_prompts(n: int, length: int) -> list[list[int]]:
+    return torch.randint(3, SHAPE_43M.vocab_size, (n, length)).tolist()
+
+
+def replies(
+    decoders: dict[str, Decoder], peer: torch.nn.Module, rounds: int
+) -> dict[str, dict[str, float]]:
+    """One sequence of all contestants, and many at once of ours."""
+    prompts, n = random_prompts(MANY, 64), 128
     sampling = SamplingConfig(max_new_tokens=n, temperature=0.8, top_p=0.9)
-    ours, theirs = [], []
-    for turn in range(rounds + 1):
-        a = seconds_of(lambda: list(stream(model, prompt, sampling, NO_EOS)))
-        b = seconds_of(
-            lambda: hf_generate(
-                peer, prompt, n, do_sample=True, temperature=0.8, top_p=0.9, top_k=0
-            )
+    works: dict[str, Callable[[], object]] = {
+        "transformers": lambda: hf_generate(
+            peer, prompts[0], n, do_sample=True, temperature=0.8, top_p=0.9, top_k=0
         )
-        if turn:  # the first round warms up
-            ours.append(n / a)
-            theirs.append(n / b)
-    pairs = [a / b for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "ours_tokens_per_s": statistics.median(ours),
-        "hf_tokens_per_s": statistics.median(theirs),
-        "ratio": statistics.median(pairs),
     }
+    tokens = {"transformers": n}
+    for name, decoder in decoders.items():
+        for count in (1, MANY):
+            key = name if count == 1 else f"{name} x {count}"
+            asked = prompts[:count]
+            works[key] = lambda decoder=decoder, asked=asked: generate(
+                decoder, asked, sampling, NO_EOS
+            )
+            tokens[key] = count * n
+    found = compare(in_turn(works, rounds), tokens, "transformers")
+    for name in decoders:
+        together, alone = (found[key]["tokens_per_s"] for key in (f"{name} x {MANY}", name))
+        found[f"{name} x {MANY}"]["over_one"] = together / alone
+    return found
 
 
-def evaluation(model: Transformer, peer: torch.nn.Module, cfg: DecodeConfig) -> dict:
+def first_token(
+    decoder: Decoder, peer: torch.nn.Module, rounds: int
+) -> dict[str, dict[str, float]]:
+    """How long a long prompt takes before its first token comes."""
+    (prompt,) = random_prompts(1, SHAPE_43M.max_seq_len - 1)
+    sampling = SamplingConfig(max_new_tokens=1, temperature=0)
+    seconds = in_turn(
+        {
+            "transformers": lambda: hf_generate(peer, prompt, 1, do_sample=False),
+            "ours": lambda: generate(decoder, [prompt], sampling, NO_EOS),
+        },
+        rounds,
+    )
+    found = compare(seconds, dict.fromkeys(seconds, len(prompt)), "transformers")
+    return {name: {"seconds": statistics.median(seconds[name]), **found[name]} for name in seconds}
+
+
+def parts(decoder: Decoder, rounds: int) -> dict[str, float]:
+    """Milliseconds of a step of one sequence, with 128 tokens in the cache, and of a choice."""
+    cache = KVCache(SHAPE_43M, torch.zeros(1, dtype=torch.int64), 256)
+    sampling, token = SamplingConfig(), torch.tensor([5])
+
+    def step() -> torch.Tensor:
+        cache.length = 128
+        return decoder.step(token, cache)
+
+    logits, chances = step(), torch.rand(1)
+    works = {"step": step, "choice": lambda: choose(logits, sampling, chances)}
+    seconds = in_turn(works, 20 * rounds)
+    return {name: 1e3 * statistics.median(took) for name, took in seconds.items()}
+
+
+def evaluation(model: Transformer, peer: torch.nn.Module, cfg: DecodeConfig) -> dict[str, float]:
     """Seconds for all abstracts, three ways."""
     lengths = (torch.randn(cfg.abstracts) * 70 + 220).clamp(60, 440).int().tolist()
-    prompts = [torch.randint(3, 65_000, (n,)).tolist() for n in sorted(lengths)]
+    prompts = [random_prompts(1, n)[0] for n in sorted(lengths)]
     sampling = SamplingConfig(max_new_tokens=cfg.new_tokens, temperature=0)
     starts = range(0, len(prompts), cfg.batch_size)
     batches = [prompts[i : i + cfg.batch_size] for i in starts]
-    seconds = {
-        "ours_batched_s": seconds_of(
-            lambda: [generate(model, batch, sampling, NO_EOS) for batch in batches]
-        ),
-        "ours_one_by_one_s": seconds_of(
-            lambda: [generate(model, [prompt], sampling, NO_EOS) for prompt in prompts]
-        ),
-        "hf_one_by_one_s": seconds_of(
-            lambda: [hf_generate(peer, p, cfg.new_tokens, do_sample=False) for p in prompts]
-        ),
-    }
-    batched = seconds["ours_batched_s"]
+    ours = make_decoder(model, "float32")
+    batched = seconds_of(lambda: [generate(ours, batch, sampling, NO_EOS) for batch in batches])
+    alone = seconds_of(lambda: [generate(ours, [prompt], sampling, NO_EOS) for prompt in prompts])
+    hf = seconds_of(
+        lambda: [hf_generate(peer, p, cfg.new_tokens, do_sample=False) for p in prompts]
+    )
     return {
-        **seconds,
-        "over_hf": seconds["hf_one_by_one_s"] / batched,
-        "over_ours_one_by_one": seconds["ours_one_by_one_s"] / batched,
+        "ours_batched_s": batched,
+        "ours_one_by_one_s": alone,
+        "hf_one_by_one_s": hf,
+        "over_hf": hf / batched,
+        "over_ours_one_by_one": alone / batched,
     }
+
+
+def show(title: str, lines: dict[str, dict[str, float]]) -> None:
+    print(title)
+    for name, found in lines.items():
+        print(f"  {name:<16}" + "  ".join(f"{key} {value:,.2f}" for key, value in found.items()))
 
 
 def main(cfg: DecodeConfig) -> None:
     """Measure and print."""
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     torch.manual_seed(0)
     model = Transformer(SHAPE_43M).eval()
     with torch.no_grad():
         model.norm.weight *= SHARPNESS
     peer = hf_copy(model)
+    decoders = {"plain": plain_decoder(model), "float32": make_decoder(model, "float32")}
+    if cfg.int8:
+        decoders["int8"] = make_decoder(model, "int8")
+    result: dict[str, dict] = {}
     with torch.inference_mode():
-        one = one_sequence(model, peer, cfg.rounds)
-        print("one sequence", one, flush=True)
-        many = evaluation(model, peer, cfg)
-    print("evaluation", many)
-    print(json.dumps({"one_sequence": one, "evaluation": many}))
+        result["parts_ms"] = {name: parts(d, cfg.rounds) for name, d in decoders.items()}
+        show("one token, ms", result["parts_ms"])
+        result["replies"] = replies(decoders, peer, cfg.rounds)
+        show("replies", result["replies"])
+        result["first_token"] = first_token(decoders["float32"], peer, cfg.rounds)
+        show("first token of a long prompt", result["first_token"])
+        if cfg.evaluate:
+            result["evaluation"] = evaluation(model, peer, cfg)
+            show("evaluation", {"": result["evaluation"]})
+    print(json.dumps({"threads": torch.get_num_threads(), **result}))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def reference_shares(
     [
         (3.0, {"top_p": 0.9}),  # a nucleus of some dozens of 600: the shortcut
         (3.0, {"top_p": 0.9, "temperature": 0.5}),
-        (0.1, {"top_p": 0.9}),  # a nucleus of more than 128: everything is sorted
+        (0.1, {"top_p": 0.9}),  # a nucleus of more than 256: everything is sorted
         (0.1, {"top_p": 1.0}),
         (3.0, {"top_k": 5}),
         (3.0, {"top_k": 20, "top_p": 0.5, "temperature": 2.0}),
@@ -191,6 +191,7 @@ def test_a_loop_counts_where_it_ends():
         ("你好\n\n人类：", ["\n\n人类："], "你好", 2),
         ("aab", ["aabb", "bc"], "aab", 0),
         ("aabd", ["aabb"], "aabd", 4),
+        ("aa", ["ab", "aaa"], "aa", 0),
         ("", ["x"], "", 0),
         ("x", [], "x", 1),
     ],
