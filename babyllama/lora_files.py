@@ -34,6 +34,7 @@ from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import ADAPTER_FILES, LoraConfig
 from model import Transformer
 
+INFO_FILES = ("model.yaml", "tokenizer.model")
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 # The parts of our parameter names in transformers.
@@ -132,8 +133,8 @@ def load_adapted(path: Path, device: torch.device | str, dtype: torch.dtype) -> 
     raises: CheckpointError if checkpoint or base is missing or damaged or they do not belong
         together
     """
-    info = _read_info(path)
-    _, found, _ = read_adapter(path)
+    verify(path, (*ADAPTER_FILES, *INFO_FILES))
+    info, (_, found, _) = _read_info(path), read_adapter(path)
     where = from_repo(found["base"] or "")
     if not found["base"] or not where.is_dir():
         raise CheckpointError(

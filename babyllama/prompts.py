@@ -29,6 +29,7 @@ _SLOT = re.compile(r"\{(\w+)\}")
 _STORED = ("text", "summary", *META)
 
 Ids = Sequence[int]
+Numbers = int | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -235,10 +236,14 @@ class SummaryPrompts:
 
     def turn_fits(self, name: str, pieces: Sequence[Ids] | None, spare: int | None) -> bool:
         """Whether a second turn about these pieces takes at most `spare` ids in every wording."""
-        if not pieces:
-            return False
-        size = self._turn_longest[name] + sum(map(len, self._joined(pieces, self.turns[name].join)))
-        return spare is None or size <= spare
+        if not pieces or spare is None:
+            return bool(pieces)
+        return self.turn_size(name, len(pieces), sum(map(len, pieces))) <= spare
+
+    def turn_size(self, name: str, n_pieces: Numbers, n_ids: Numbers) -> Numbers:
+        """The most ids that a second turn about so many pieces of so many ids takes in all."""
+        join = len(self._encode(self.turns[name].join))
+        return self._turn_longest[name] + n_ids + join * (n_pieces - 1)
 
     def _joined(self, pieces: Sequence[Ids], join: str) -> list[Ids]:
         between = self._encode(join)
