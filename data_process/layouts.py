@@ -37,8 +37,10 @@ def layout_of(head: bytes, encoding: str) -> str:
     """Which of LAYOUTS a file has, from its first lines that are not blank."""
     lines = (line.strip() for line in io.StringIO(head.decode(encoding, "replace"), newline="\n"))
     first = list(islice(filter(None, lines), 5))
-    if any(isinstance(_parse(line), dict) for line in first):
-        return "lines"
+    values = [_parse(line) for line in first]
+    if any(isinstance(value, dict) for value in values):
+        alone = len(first) == 1 and any(isinstance(values[0].get(key), list) for key in WRAPPERS)
+        return "object" if alone else "lines"
     if first and re.match(r'\[\s*([{\[]|$)|\{\s*("|$)', first[0]):
         return "list" if first[0][0] == "[" else "object"
     return "text"
