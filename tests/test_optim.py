@@ -119,7 +119,7 @@ def test_muon_is_that_of_torch() -> None:
     """torch's own multiplies in bfloat16, so the two agree to its precision."""
     ours, theirs = (torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    cfg = OptimConfig(name="muon", lr=0.01, weight_decay=0.3, momentum=0.9)
+    cfg = OptimConfig(lr=0.1)
     group = {"params": list(ours[0].parameters()), "weight_decay": 0.3, "momentum": 0.9}
     mine = MuonAdamW([group], lr=cfg.lr)
     other = torch.optim.Muon(

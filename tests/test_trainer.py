@@ -278,7 +278,7 @@ def test_recomputing_activations_changes_no_bit(tmp_path: Path, tokenizer: Token
     not any(map(shutil.which, ("g++", "clang++", "cl"))), reason="no C++ compiler for inductor"
 )
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch itself
+@pytest.mark.filterwarnings("ignore")  # those of the compiler itself
 def test_compiled_layers_train_alike_and_keep_their_names(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
