@@ -2,7 +2,6 @@
 them gives the same; on the disk they find their own base and no other."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,18 +16,9 @@ from torch import nn
 
 from babyllama import lora
 from babyllama.checkpoint import _sha256
-from babyllama.cli import REPO
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import LoraConfig, apply_lora, bake, merge, stored, switch, unmerge
-from babyllama.lora_files import (
-    HF_PARTS,
-    OUR_PARTS,
-    export_peft,
-    import_peft,
-    load_adapter,
-    renamed,
-    save_adapter,
-)
+from babyllama.lora_files import load_adapter, save_adapter
 from babyllama.lora_layer import LoraLinear
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.parallel import World
@@ -406,97 +396,3 @@ def test_a_damaged_adapter_is_refused_and_the_model_left_alone(tmp_path, kind):
     with pytest.raises(CheckpointError, match=message):
         load_adapter(model, path)
     assert not hasattr(model, "lora")
-
-
-@pytest.fixture(scope="module")
-def peers():
-    """benchmarks/peers.py, which is no module of the project's."""
-    sys.path.insert(0, str(REPO / "benchmarks"))
-    try:
-        import peers
-    finally:
-        sys.path.remove(str(REPO / "benchmarks"))
-    return peers
-
-
-PEFT_TARGETS = [("wq", "wv"), LAYERS, ALL, ("layers.1.attention.wo", "w2")]
-
-
-@pytest.mark.parametrize("targets", PEFT_TARGETS, ids=str)
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_an_adapter_goes_to_peft_and_back(tmp_path, peers, targets):
-    peft = pytest.importorskip("peft")
-    model = adapted(targets=targets, rslora=len(targets) == 2)
-    export_peft(model, tmp_path / "ours")
-    peer = peft.PeftModel.from_pretrained(peers.hf_copy(make()), tmp_path / "ours").eval()
-    torch.testing.assert_close(peer(TOKENS).logits, model(TOKENS), rtol=0, atol=1e-5)
-    peer.save_pretrained(tmp_path / "theirs")
-    again = import_peft(make(), tmp_path / "theirs")
-    torch.testing.assert_close(again(TOKENS), model(TOKENS), rtol=0, atol=1e-5)
-    assert stored(again).keys() == stored(model).keys()
-
-
-@pytest.mark.parametrize("rslora", [False, True])
-def test_an_adapter_that_peft_made_comes_to_us(tmp_path, peers, rslora):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(
-        r=6, lora_alpha=9, lora_dropout=0.1, use_rslora=rslora, init_lora_weights=False,
-        target_modules=["q_proj", "o_proj", "up_proj"], task_type="CAUSAL_LM",
-    )  # fmt: skip
-    peer = peft.get_peft_model(peers.hf_copy(make()), config).eval()
-    peer.save_pretrained(tmp_path)
-    model = import_peft(make(), tmp_path)
-    assert not torch.equal(model(TOKENS), make()(TOKENS))
-    torch.testing.assert_close(model(TOKENS), peer(TOKENS).logits, rtol=0, atol=1e-5)
-
-
-def test_the_names_of_layers_are_those_of_the_parity_test(peers):
-    for path, module in make().named_modules():
-        if isinstance(module, nn.Linear):
-            name = renamed(path, HF_PARTS)
-            inside = "model." if path.startswith("layers.") else ""
-            assert peers.hf_name(f"{path}.weight") == f"{inside}{name}.weight"
-            assert renamed(name, OUR_PARTS) == path
-
-
-def edit_json(path: Path, **changes: object) -> None:
-    file = path / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | changes), "utf-8")
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"use_dora": True}, r"wanted a plain LoRA of named layers, found \{'use_dora': True\}"),
-        ({"modules_to_save": ["lm_head"]}, "found .'modules_to_save'"),
-        ({"rank_pattern": {"q_proj": 2}}, "found .'rank_pattern'"),
-        ({"a_later_method": 1}, "found .'a_later_method'"),
-        ({"peft_type": "IA3"}, "found .'peft_type': 'IA3'"),
-        ({"target_modules": "all-linear"}, "all-linear"),
-        ({"init_lora_weights": "pissa"}, "found .'init_lora_weights': 'pissa'"),
-        ({"r": 5}, r"wq\.a: wanted \(5, 32\), found \(4, 32\)"),
-        ({"r": "x"}, "wanted peft's settings"),
-    ],
-    ids=str,
-)
-def test_what_is_no_plain_lora_is_refused(tmp_path, changes, message):
-    export_peft(adapted(targets=("wq",)), tmp_path / "x")
-    edit_json(tmp_path / "x", **changes)
-    model = make()
-    with pytest.raises(CheckpointError, match=message):
-        import_peft(model, tmp_path / "x")
-    assert not hasattr(model, "lora")
-
-
-def test_a_foreign_tensor_and_a_missing_file_are_refused(tmp_path):
-    path = export_peft(adapted(targets=("wq",)), tmp_path / "x")
-    tensors = load_file(path / "adapter_model.safetensors")
-    key = "base_model.model.lm_head.base_layer.weight"
-    save_file(tensors | {key: make().output.weight.detach()}, path / "adapter_model.safetensors")
-    import_peft(make(), path)  # the base's own table is no adapter's, and changes nothing
-    save_file(tensors | {key: torch.zeros(97, 32)}, path / "adapter_model.safetensors")
-    with pytest.raises(CheckpointError, match=r"found also base_model\.model\.lm_head"):
-        import_peft(make(), path)
-    (path / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"it lacks \['adapter_config\.json'\]"):
-        import_peft(make(), path)
