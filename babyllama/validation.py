@@ -93,7 +93,8 @@ def samples(
         return []
     plain = whole_model(model).eval()
     choice = SamplingConfig(max_new_tokens=n_tokens, seed=0)
-    replies = generate(plain, list(ids.values()), choice, tokenizer.eos_id)
+    with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+        replies = generate(plain, list(ids.values()), choice, tokenizer.eos_id)
     plain.train()
     return [(prompt, tokenizer.decode(reply)) for prompt, reply in zip(ids, replies, strict=True)]
 
