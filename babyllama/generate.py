@@ -150,10 +150,8 @@ class _Rules:
         n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
         if token == self.eos_id or not (n or redraws):
             return True
-        before, after = self.text(ids), self.text([*ids, token])
-        if redraws and loops(after, before):
-            return False
-        return not n or not repeats(squeeze(before), squeeze(after), n)
+        text = self.text([*ids, token])
+        return not (redraws and loops(text)) and not (n and repeats(squeeze(text), n))
 
     def extend(self, reply: Reply, token: int, limit: int) -> None:
         """Lengthen a reply by a token, or end it, or both."""
@@ -172,7 +170,7 @@ class _Rules:
                 reply.reason = "stop"
 
     def _ends_in_loop(self, ids: list[int], token: int) -> bool:
-        return self.sampling.loop_guard == "end" and loops(self.text([*ids, token]), self.text(ids))
+        return self.sampling.loop_guard == "end" and loops(self.text([*ids, token]))
 
 
 def _write(
@@ -198,8 +196,8 @@ def _write(
     while rows:
         with torch.inference_mode():
             logits = batch.penalised(sampling, eos_id)
-            numbers = torch.tensor([chances[row].random() for row in rows], device=logits.device)
-            ids = choose(logits, sampling, numbers).tolist()
+            numbers = torch.tensor([1 - chances[row].random() for row in rows])
+            ids = choose(logits, sampling, numbers.to(logits.device)).tolist()
             for i, row in enumerate(rows):
                 if sampling.reads_text:
                     ids[i] = _redraw(logits[i], ids[i], replies[row].ids, rules, chances[row])
@@ -226,7 +224,7 @@ def _redraw(
         if rules.allow(ids, token):
             return token
         logits[0, token] = -torch.inf
-        number = torch.tensor([chance.random()], device=logits.device)
+        number = torch.tensor([1 - chance.random()], device=logits.device)
         token = int(choose(logits, rules.sampling, number))
     return _NOTHING
 
@@ -254,13 +252,13 @@ def _search_beams(
             n_wanted = 2 * most + (_MOST_REFUSED if sampling.reads_text else 0)
             going: list[tuple[float, int, int, Reply]] = []
             for score, beam, token in extend_beams(logits, known, n_wanted):
-                if len(going) == most or not rules.allow(beams[beam].ids, token):
+                if not rules.allow(beams[beam].ids, token):
                     continue
                 reply = Reply(list(beams[beam].ids))
                 rules.extend(reply, token, limit)
                 if reply.reason:
                     done.append((score / length**sampling.length_penalty, reply))
-                else:
+                elif len(going) < most:
                     going.append((score, beam, token, reply))
             done = sorted(done, key=lambda pair: -pair[0])[:most]
             best = max((score for score, *_ in going), default=-torch.inf)

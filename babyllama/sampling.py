@@ -127,7 +127,7 @@ def choose(
     """The next token of each row.
 
     logits: (B, V) float32
-    chances: (B,) uniform random numbers from 0 to 1, one a row: where in its distribution
+    chances: (B,) uniform random numbers above 0, at most 1: where in each row's distribution
     n_candidates: how many tokens to look at first; where the nucleus is wider, more are looked at
     returns: (B,)
     """
@@ -139,7 +139,7 @@ def choose(
     if sampling.top_p == 1 and not (sampling.top_k or sampling.min_p):
         sums = powers.cumsum(dim=-1)
         chance = chances[:, None] * sums[:, -1:]
-        return torch.searchsorted(sums, chance, right=True).clamp(max=V - 1).squeeze(1)
+        return torch.searchsorted(sums, chance).squeeze(1)
     values, tokens = largest(logits, min(sampling.top_k or n_candidates, V))
     probabilities = ((values - top) * cold).exp_() / powers.sum(dim=-1, keepdim=True)
     sums = probabilities.cumsum(dim=-1)
@@ -147,10 +147,8 @@ def choose(
         probabilities >= sampling.min_p * probabilities[:, :1]
     )
     n_kept = kept.sum(dim=-1, keepdim=True).clamp(min=1)  # the likeliest token always stays
-    # The first token whose sum is above the chance; rounding must not lead past the last kept.
     chance = chances[:, None] * sums.gather(1, n_kept - 1)
-    place = torch.minimum(torch.searchsorted(sums, chance, right=True), n_kept - 1)
-    chosen = tokens.gather(1, place).squeeze(1)
+    chosen = tokens.gather(1, torch.searchsorted(sums, chance)).squeeze(1)
     if sampling.top_k == 0 and n_candidates < V:
         # More tokens belong to a nucleus of which no candidate was left out.
         wide = (kept[:, -1] & (sums[:, -1] < sampling.top_p)).nonzero().squeeze(1)
@@ -195,27 +193,24 @@ def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, in
 
 
 def squeeze(text: str) -> str:
-    """A text without white space and without the bytes of an unfinished character."""
-    return "".join(text.rstrip("\ufffd").split())
+    """A text without white space."""
+    return "".join(text.split())
 
 
-def repeats(before: str, after: str, n: int, times: int = 2) -> bool:
-    """Whether `after`, which begins with `before`, holds a run of `n` characters for the
-    `times`-th time that ends behind `before`."""
-    for end in range(max(len(before) + 1, n), len(after) + 1):
-        run, place = after[end - n : end], -1
-        for _ in range(times - 1):
-            place = after.find(run, place + 1, end - 1)
-            if place < 0:
-                break
-        else:
+def repeats(text: str, n: int, times: int = 2) -> bool:
+    """Whether some run of `n` characters stands in the text so many times."""
+    counts: dict[str, int] = {}
+    for start in range(len(text) - n + 1):
+        run = text[start : start + n]
+        counts[run] = counts.get(run, 0) + 1
+        if counts[run] == times:
             return True
     return False
 
 
-def loops(text: str, before: str = "") -> bool:
-    """Whether a text falls into a loop, behind `before` where that is given."""
-    return repeats(squeeze(before), squeeze(text), LOOP_LENGTH, LOOP_TIMES)
+def loops(text: str) -> bool:
+    """Whether a text falls into a loop."""
+    return repeats(squeeze(text), LOOP_LENGTH, LOOP_TIMES)
 
 
 def until_stop(text: str, stop: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ SHAPES = {
     "plain": {},
     "grouped": {"n_kv_heads": 2},
     "tied": {"tied": True},
-    "odd": {"dim": 40, "n_heads": 5, "n_kv_heads": 1, "multiple_of": 7},
+    "odd": {"dim": 40, "n_heads": 5, "n_kv_heads": 1, "multiple_of": 7, "norm_eps": 0.01},
 }
 LENGTHS = (5, 1, 17, 30, 8)
 

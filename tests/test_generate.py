@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -214,6 +215,9 @@ def test_several_replies_are_those_of_the_prompt_asked_several_times(model):
     thrice = [prompt for prompt in PROMPTS[:2] for _ in range(3)]
     assert replies == generate(model, thrice, sampling, NEVER)
     assert len({tuple(reply) for reply in replies}) == 6
+    short = lively_model(max_seq_len=32)
+    lengths = [len(r) for r in generate(short, some_prompts(5, 20), replace(three, n=2), NEVER)]
+    assert lengths == [20, 20, 12, 12]
 
 
 def test_a_reply_says_how_it_ended(model):
@@ -249,10 +253,13 @@ def test_a_reply_ends_before_the_first_stop_text(speaker, tokenizer, seed):
     assert not any(stop in text_of(tokenizer, reply.ids[:-1]) for stop in stops)
 
 
-@pytest.mark.parametrize("stop", [[], ["天气", "。"], ["a"]], ids=str)
+@pytest.mark.parametrize("stop", ["", "[4:6]", "[-1:] and more", "never"])
 def test_a_streamed_text_is_the_text_of_the_reply(speaker, tokenizer, stop):
     prompt = tokenizer.encode("今天")
-    sampling = SamplingConfig(seed=1, max_new_tokens=60, stop=stop)
+    sampling = SamplingConfig(seed=1, max_new_tokens=60)
+    (free,) = generate_replies(speaker, [prompt], sampling, tokenizer.eos_id, tokenizer)
+    texts = {"": [], "[4:6]": [free.text[4:6]], "[-1:] and more": [free.text[-1:] + " and more"]}
+    sampling = replace(sampling, stop=texts.get(stop, [stop]))
     (wanted,) = generate_replies(speaker, [prompt], sampling, tokenizer.eos_id, tokenizer)
     reply = Reply()
     parts = list(stream_text(speaker, prompt, sampling, tokenizer, reply))
@@ -266,11 +273,11 @@ def test_no_run_of_characters_comes_twice_where_that_is_forbidden(speaker, token
     bound = SamplingConfig(temperature=0, max_new_tokens=80, no_repeat_ngram=2)
     (loose,) = generate_replies(speaker, [prompt], free, NEVER, tokenizer)
     (strict,) = generate_replies(speaker, [prompt], bound, NEVER, tokenizer)
-    assert repeats("", squeeze(loose.text), 2) and not repeats("", squeeze(strict.text), 2)
+    assert repeats(squeeze(loose.text), 2) and not repeats(squeeze(strict.text), 2)
     same = [a == b for a, b in zip(loose.ids, strict.ids, strict=False)].index(False)
     # They part where the likeliest token would have been the first to repeat something.
     before, after = (squeeze(text_of(tokenizer, loose.ids[:n])) for n in (same, same + 1))
-    assert same > 3 and repeats(before, after, 2)
+    assert same > 3 and not repeats(before, 2) and repeats(after, 2)
 
 
 @pytest.fixture
@@ -328,19 +335,21 @@ def test_logits_that_overflow_are_computed_again_in_float32():
     assert model.output.weight.dtype == torch.float16
 
 
-def test_an_overflow_in_the_middle_of_a_reply_changes_no_token(model):
-    wanted = generate(model, PROMPTS, GREEDY, NEVER)
+def test_an_overflow_in_the_middle_of_replies_changes_no_token(model):
+    eos_id = an_eos_for(generate(model, PROMPTS, GREEDY, NEVER))
+    wanted = generate(model, PROMPTS, GREEDY, eos_id)
     decoder = make_decoder(model, "float32")
-    steps = []
+    sizes = []
 
     def step(tokens: Tensor, cache: object) -> Tensor:
-        steps.append(len(tokens))
-        return decoder.step(tokens, cache) * (torch.nan if len(steps) == 5 else 1)
+        sizes.append(len(tokens))
+        is_late = len(sizes) == 12
+        return decoder.step(tokens, cache) * (torch.nan if is_late else 1)
 
     broken = type(decoder)(model, step, "breaks")
     with pytest.warns(RuntimeWarning, match="breaks were not finite"):
-        assert generate(broken, PROMPTS, GREEDY, NEVER) == wanted
-    assert len(steps) == 5
+        assert generate(broken, PROMPTS, GREEDY, eos_id) == wanted
+    assert len(sizes) == 12 and 1 <= sizes[-1] < len(PROMPTS)
 
 
 def test_weights_that_are_not_finite_are_reported(model):
@@ -377,6 +386,40 @@ def test_beams_enough_for_all_find_the_likeliest_replies(power):
         replies = generate(model, [prompt], sampling, eos_id)
         assert replies == wanted[:5]
         assert list(stream(model, prompt, sampling, eos_id)) == wanted[0]
+
+
+def slow_beams(
+    model: Transformer, prompt: list[int], k: int, n: int, eos_id: int
+) -> list[list[int]]:
+    """The reference: no cache; ends when no unfinished reply beats the worst of k finished ones."""
+    done, beams = [], [(0.0, [])]
+    for length in range(1, n + 1):
+        found = []
+        for score, reply in beams:
+            with torch.no_grad():
+                log_p = model(torch.tensor([[*prompt, *reply]]))[0, -1].log_softmax(-1)
+            found += [(score + float(p), [*reply, token]) for token, p in enumerate(log_p)]
+        found = sorted(found, key=lambda pair: -pair[0])[: 2 * k]
+        ended = [pair for pair in found if pair[1][-1] == eos_id or length == n]
+        beams = [pair for pair in found if pair not in ended][:k]
+        done += [(score / length, [t for t in reply if t != eos_id]) for score, reply in ended]
+        done = sorted(done, key=lambda pair: -pair[0])[:k]
+        if not beams or (len(done) == k and beams[0][0] / length <= done[-1][0]):
+            break
+    return [reply for _, reply in done]
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_few_beams_find_what_a_slow_search_finds(k):
+    model, eos_id = lively_model(vocab_size=12), 2
+    with torch.no_grad():
+        model.output.weight /= 10
+    prompts = [[token % 12 for token in prompt] for prompt in PROMPTS]
+    sampling = SamplingConfig(beams=k, n=k, max_new_tokens=12)
+    wanted = [slow_beams(model, prompt, k, 12, eos_id) for prompt in prompts]
+    assert len({len(reply) for replies in wanted for reply in replies}) > 3
+    for prompt, replies in zip(prompts, wanted, strict=True):
+        assert generate(model, [prompt], sampling, eos_id) == replies
 
 
 def test_the_rules_hold_for_beams(parrot, tokenizer):
