@@ -131,9 +131,8 @@ def settle(report: dict, place: Path, out: Path) -> None:
 
 
 def _figures(check: dict) -> str:
-    return ", ".join(
-        f"{k} {v}" for k, v in check.items() if isinstance(v, int | float) and k != "passed"
-    )
+    numbers = {k: v for k, v in check.items() if k != "passed" and isinstance(v, int | float)}
+    return ", ".join(f"{k} {v:.3g}" if v % 1 else f"{k} {v}" for k, v in numbers.items())
 
 
 def show(report: dict, out: Path) -> None:

@@ -31,8 +31,8 @@ from export.parity import (
     compare_templates,
     read_material,
 )
-from export.peers import GgufInTransformers, HuggingFaceFolder
-from export.vocabulary import fast_tokenizer, probes, require_convertible
+from export.peers import GgufInTransformers, HuggingFaceFolder, package
+from export.vocabulary import NORMAL, fast_tokenizer, probes, read_proto, require_convertible
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -296,6 +296,11 @@ def test_bad_input_is_one_line(name, target, source, tmp_path, script, monkeypat
     assert not (tmp_path / "export").exists()
 
 
+def test_a_missing_package_is_named_with_the_way_to_install_it():
+    with pytest.raises(ConfigError, match=r"no_such_package.*-r requirements/export\.txt"):
+        package("no_such_package")
+
+
 @pytest.mark.parametrize("name", ["hf", "gguf", "import_hf"])
 def test_help_shows_commands_to_paste(name, script):
     found = script(f"export/{name}.py", "--help")
@@ -374,8 +379,22 @@ def test_other_vocabularies_of_the_same_kind_are_converted_faithfully(name, tmp_
         assert found.ids == tokenizer.encode(text), text
 
 
+def test_merges_follow_the_scores_and_not_the_ids(tokenizer, tmp_path):
+    proto = read_proto(tokenizer)
+    first = next(i for i, piece in enumerate(proto.pieces) if piece.type == NORMAL)
+    rest = list(proto.pieces[first:])
+    del proto.pieces[first:]
+    proto.pieces.extend(reversed(rest))
+    (tmp_path / "other.model").write_bytes(proto.SerializeToString())
+    other = Tokenizer(tmp_path / "other.model")
+    texts = probes(other, 300)
+    assert other.encode("公园里") != tokenizer.encode("公园里")
+    for text, found in zip(texts, _fast(other).encode_batch(texts), strict=True):
+        assert found.ids == other.encode(text), text
+
+
 REFUSED = {
-    "unigram": ({"model_type": "unigram"}, "unigram model"),
+    "unigram": ({"model_type": "unigram"}, "float32"),
     "characters": ({"model_type": "char", "vocab_size": 400}, "char model"),
     "normalisation": ({"normalization_rule_name": "nmt_nfkc"}, "nmt_nfkc"),
 }
@@ -394,8 +413,6 @@ def test_llama_cpp_needs_byte_pieces_and_transformers_an_order_of_merges(tmp_pat
     bare = train(tmp_path / "bare", byte_fallback=False, vocab_size=200)
     with pytest.raises(ConfigError, match="no byte pieces"):
         require_convertible(bare, "llama.cpp")
-    from export.vocabulary import read_proto
-
     proto = read_proto(tokenizer)
     pairs = [piece for piece in proto.pieces if piece.type == 1 and len(piece.piece) == 2]
     pairs[0].score = pairs[1].score
