@@ -5,8 +5,6 @@ python -m babyllama.compare out/a out/b --out figures.png
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,12 +119,5 @@ def main(cfg: CompareConfig) -> None:
     print(f"\n{shown(out)}")
 
 
-def words(argv: Sequence[str]) -> list[str]:
-    """The command line with the leading names of runs as --runs."""
-    first = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
-    runs = [f"--runs={json.dumps(list(argv[:first]))}"] if first else []
-    return [*runs, *argv[first:]]
-
-
 if __name__ == "__main__":
-    run(main, parse(CompareConfig, __doc__, argv=words(sys.argv[1:])))
+    run(main, parse(CompareConfig, __doc__, positional=("runs",)))

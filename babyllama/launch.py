@@ -105,8 +105,7 @@ def _handed_on(process: subprocess.Popen) -> Iterator[list[int]]:
 def main(argv: Sequence[str]) -> int:
     """Split the words at the first "--" and run what follows."""
     place = argv.index("--") if "--" in argv else len(argv)
-    options = [word.replace("min-uptime", "min_uptime") for word in argv[:place]]
-    cfg = parse(LaunchConfig, __doc__, argv=options)
+    cfg = parse(LaunchConfig, __doc__, argv=argv[:place])
     if not argv[place + 1 :]:
         raise ConfigError(
             "nothing to start: put the command behind --, as in "

@@ -7,7 +7,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from babyllama.compare import CompareConfig, main, settings, words
+from babyllama.cli import parse
+from babyllama.compare import CompareConfig, main, settings
 from babyllama.errors import ConfigError
 
 
@@ -53,8 +54,6 @@ def test_one_run_or_none_cannot_be_compared(tmp_path: Path) -> None:
 
 
 def test_runs_are_named_without_a_flag() -> None:
-    assert words(["out/a", "out/b", "--out", "c.png"]) == [
-        '--runs=["out/a", "out/b"]', "--out", "c.png",
-    ]  # fmt: skip
-    assert words(["--help"]) == ["--help"]
+    cfg = parse(CompareConfig, "", ["out/a", "out/b", "--out", "c.png"], positional=("runs",))
+    assert (cfg.runs, cfg.out) == ((Path("out/a"), Path("out/b")), Path("c.png"))
     assert settings({"a": {"b": None, "c": {}}}) == {"a.b": "null", "a.c": "{}"}

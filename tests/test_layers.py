@@ -1,6 +1,7 @@
 """Who may import whom (the table in README, section on the layout), and what importing may do."""
 
 import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -11,17 +12,6 @@ import pytest
 REPO = Path(__file__).parent.parent
 TOP = ("pretrain", "sft", "chat", "eval_rouge", "quickstart")
 FLOOR_2 = ("data_process", "bench", "vqa", "serve", "export")
-# On floor 1: what may import its neighbours of lower rank.
-RANKS = {"babyllama.checkpoint": 1, "babyllama.data": 1, "babyllama.trainer": 2}
-RANKS |= {
-    "babyllama.device": 0.5,
-    "babyllama.optim": 0.5,
-    "babyllama.speed": 0.5,
-    "babyllama.validation": 1.5,
-    "babyllama.run_dir": 2,
-    "babyllama.estimate": 3,
-    "babyllama.compare": 3,
-}
 TORCH_FREE = (
     "tokenizer",
     "babyllama.errors",
@@ -62,13 +52,12 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name in MODULES}
 
 
-def floor(module: str) -> float:
-    """The floor of a module; parts of floor 1 have their rank behind the point."""
+def floor(module: str) -> int:
     package = module.split(".")[0]
     if module in ("model", "tokenizer", "babyllama", "babyllama.errors"):
         return 0
     if package == "babyllama":
-        return 1 + RANKS.get(module, 0) / 10
+        return 1
     return 2 if package in FLOOR_2 else 3
 
 
@@ -78,13 +67,15 @@ def test_imports_point_down(module):
         mine, other = floor(module), floor(imported)
         if mine == 0:
             assert imported == "babyllama.errors", f"{module} imports {imported}"
-        elif 1 <= mine < 2 and other == mine == 1:
-            # The small parts of floor 1 may use the one that finds paths for all.
-            assert imported == "babyllama.cli", f"{module} imports {imported}"
-        elif mine == other == 2:
+        elif mine == other < 3:
             assert module.split(".")[0] == imported.split(".")[0], f"{module} imports {imported}"
         else:
             assert other < mine, f"{module} imports {imported}"
+
+
+def test_no_imports_go_round_in_a_circle():
+    needs = {module: imports_of(path) - {module} for module, path in MODULES.items()}
+    graphlib.TopologicalSorter(needs).prepare()
 
 
 def test_every_script_of_the_root_is_known():
