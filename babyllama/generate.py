@@ -16,6 +16,7 @@ from torch import Tensor
 from babyllama.batch import Batch
 from babyllama.fast import Decoder
 from babyllama.sampling import (
+    N_CHANCES,
     SamplingConfig,
     choose,
     extend_beams,
@@ -196,8 +197,7 @@ def _write(
     while rows:
         with torch.inference_mode():
             logits = batch.penalised(sampling, eos_id)
-            numbers = torch.tensor([1 - chances[row].random() for row in rows])
-            ids = choose(logits, sampling, numbers.to(logits.device)).tolist()
+            ids = choose(logits, sampling, _numbers(logits, [chances[r] for r in rows])).tolist()
             for i, row in enumerate(rows):
                 if sampling.reads_text:
                     ids[i] = _redraw(logits[i], ids[i], replies[row].ids, rules, chances[row])
@@ -212,6 +212,12 @@ def _write(
                 batch.add([ids[i] for i in going])
 
 
+def _numbers(logits: Tensor, chances: list[random.Random]) -> Tensor:
+    """For each row of the logits what `choose` asks for, from its own source."""
+    numbers = [[1 - chance.random() for _ in range(N_CHANCES)] for chance in chances]
+    return torch.tensor(numbers, device=logits.device)
+
+
 def _redraw(
     logits: Tensor, token: int, ids: list[int], rules: _Rules, chance: random.Random
 ) -> int:
@@ -224,8 +230,7 @@ def _redraw(
         if rules.allow(ids, token):
             return token
         logits[0, token] = -torch.inf
-        number = torch.tensor([1 - chance.random()], device=logits.device)
-        token = int(choose(logits, rules.sampling, number))
+        token = int(choose(logits, rules.sampling, _numbers(logits, [chance])))
     return _NOTHING
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from babyllama.errors import ConfigError
 
-# Nearly every nucleus fits into so many tokens; sorting all V takes 50 times as long.
-_NUCLEUS = 256
+# Random numbers for one choice: nearly always the first or the second is enough.
+N_CHANCES = 3
 
 # Below this the likeliest token is the only one left, and dividing by it may overflow.
 _COLDEST = 1e-6
@@ -121,62 +121,47 @@ def penalise(
     return logits
 
 
-def choose(
-    logits: Tensor, sampling: SamplingConfig, chances: Tensor, n_candidates: int = _NUCLEUS
-) -> Tensor:
+def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
     """The next token of each row.
 
+    Drawing from all tokens, and again where the one drawn lies outside of the nucleus, is drawing
+    from the nucleus, and spares the sorting. Only the last number is spent on a sorted nucleus.
+
     logits: (B, V) float32
-    chances: (B,) uniform random numbers above 0, at most 1: where in each row's distribution
-    n_candidates: how many tokens to look at first; where the nucleus is wider, more are looked at
+    chances: (B, N_CHANCES) uniform random numbers above 0, at most 1
     returns: (B,)
     """
     if sampling.temperature < _COLDEST:
         return logits.argmax(dim=-1)
-    V, cold = logits.shape[1], 1 / sampling.temperature
     top = logits.amax(dim=-1, keepdim=True)
-    powers = (logits - top).mul_(cold).exp_()
-    if sampling.top_p == 1 and not (sampling.top_k or sampling.min_p):
-        sums = powers.cumsum(dim=-1)
-        chance = chances[:, None] * sums[:, -1:]
-        return torch.searchsorted(sums, chance).squeeze(1)
-    values, tokens = largest(logits, min(sampling.top_k or n_candidates, V))
-    probabilities = ((values - top) * cold).exp_() / powers.sum(dim=-1, keepdim=True)
-    sums = probabilities.cumsum(dim=-1)
-    kept = (sums - probabilities < sampling.top_p) & (
-        probabilities >= sampling.min_p * probabilities[:, :1]
-    )
-    n_kept = kept.sum(dim=-1, keepdim=True).clamp(min=1)  # the likeliest token always stays
-    chance = chances[:, None] * sums.gather(1, n_kept - 1)
-    chosen = tokens.gather(1, torch.searchsorted(sums, chance)).squeeze(1)
-    if sampling.top_k == 0 and n_candidates < V:
-        # More tokens belong to a nucleus of which no candidate was left out.
-        wide = (kept[:, -1] & (sums[:, -1] < sampling.top_p)).nonzero().squeeze(1)
-        if len(wide):
-            chosen[wide] = choose(logits[wide], sampling, chances[wide], 16 * n_candidates)
-    return chosen
+    powers = (logits - top).mul_(1 / sampling.temperature).exp_()  # 1 for the likeliest token
+    if sampling.top_k or chances.shape[1] == 1:
+        return _choose_sorted(powers, sampling, chances[:, -1:])
+    sums = powers.cumsum(dim=-1)
+    chosen = torch.searchsorted(sums, chances[:, :1] * sums[:, -1:])
+    if sampling.top_p < 1 or sampling.min_p:
+        own = powers.gather(1, chosen)
+        before = powers.where(powers > own, 0).sum(dim=-1, keepdim=True)
+        outside = (before >= sampling.top_p * sums[:, -1:]) | (own < sampling.min_p)
+        rows = outside.squeeze(1).nonzero().squeeze(1)
+        if len(rows):
+            chosen[rows, 0] = choose(logits[rows], sampling, chances[rows, 1:])
+    return chosen.squeeze(1)
 
 
-def largest(values: Tensor, k: int, n_groups: int = 16) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their places, largest first: topk, but faster for large V.
+def _choose_sorted(powers: Tensor, sampling: SamplingConfig, chance: Tensor) -> Tensor:
+    """The same with the tokens sorted, or the top_k of them: (B,).
 
-    A row is folded into `n_groups` lines. The k largest lie in the k columns with the largest
-    maxima, so only those are searched.
+    powers: (B, V), shares of the likeliest token's probability; chance: (B, 1)
     """
-    B, V = values.shape
-    width = V // n_groups
-    if width <= 4 * k:
-        found = values.topk(k)
-        return found.values, found.indices
-    folded = values[:, : n_groups * width].view(B, n_groups, width)
-    columns = folded.amax(dim=1).topk(k, sorted=False).indices[:, None]  # (B, 1, k)
-    lines = torch.arange(0, n_groups * width, width, device=values.device)[:, None]
-    rest = torch.arange(n_groups * width, V, device=values.device).expand(B, -1)
-    few = torch.cat((folded.gather(2, columns.expand(-1, n_groups, -1)).flatten(1),
-                     values[:, n_groups * width :]), dim=1)  # fmt: skip
-    places = torch.cat(((columns + lines).flatten(1), rest), dim=1)
-    found = few.topk(k)
-    return found.values, places.gather(1, found.indices)
+    V = powers.shape[1]
+    values, tokens = powers.topk(min(sampling.top_k or V, V), dim=-1)
+    sums = values.cumsum(dim=-1)
+    total = powers.sum(dim=-1, keepdim=True)
+    kept = (sums - values < sampling.top_p * total) & (values >= sampling.min_p)
+    n_kept = kept.sum(dim=-1, keepdim=True).clamp(min=1)  # the likeliest token always stays
+    place = torch.searchsorted(sums, chance * sums.gather(1, n_kept - 1))
+    return tokens.gather(1, place).squeeze(1)
 
 
 def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, int, int]]:
@@ -185,7 +170,7 @@ def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, in
     logits: (B, V); scores: (B,)
     returns: (score, beam, token), best first
     """
-    values, tokens = largest(logits.log_softmax(dim=-1), min(k, logits.shape[1]))
+    values, tokens = logits.log_softmax(dim=-1).topk(min(k, logits.shape[1]), dim=-1)
     found = (values + scores[:, None]).flatten().topk(min(k, values.numel()))
     beams = (found.indices // values.shape[1]).tolist()
     chosen = tokens.flatten()[found.indices].tolist()

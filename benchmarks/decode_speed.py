@@ -22,7 +22,7 @@ import torch
 from babyllama.cli import parse, run
 from babyllama.fast import Decoder, make_decoder, plain_decoder
 from babyllama.generate import generate
-from babyllama.sampling import SamplingConfig, choose
+from babyllama.sampling import N_CHANCES, SamplingConfig, choose
 from benchmarks.peers import SHAPE_43M, hf_copy
 from model import KVCache, Transformer
 
@@ -157,7 +157,7 @@ def parts(decoder: Decoder, rounds: int) -> dict[str, float]:
         cache.length = 128
         return decoder.step(token, cache)
 
-    logits, chances = step(), torch.rand(1)
+    logits, chances = step(), torch.rand(1, N_CHANCES)
     works = {"step": step, "choice": lambda: choose(logits, sampling, chances)}
     seconds = in_turn(works, 20 * rounds)
     return {name: 1e3 * statistics.median(took) for name, took in seconds.items()}
