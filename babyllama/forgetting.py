@@ -1,0 +1,246 @@
+"""What training on one thing does to all others: every checkpoint on every source.
+
+    python -m babyllama.forgetting out/csl --sources csl,alpaca
+        one run: the checkpoint it began with, and each of its steps
+    python -m babyllama.forgetting out/chat out/csl out/csl_lora --sources csl,alpaca
+        the newest step of each run, or the steps that are named
+
+Prints validation loss, perplexity and token accuracy of every source for every checkpoint, and how
+much of each source was forgotten: the last loss above the lowest before it (Chaudhry et al. 2018,
+arXiv:1801.10112, there with accuracy). Writes all of it as JSON, and a heat map of the losses
+coloured by what changed since the first checkpoint. Rows and wordings are those of a run's own
+validation, always the same.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from babyllama.checkpoint import Loaded, find_checkpoint, list_checkpoints, load_model
+from babyllama.cli import from_repo, parse, run, shown
+from babyllama.data import DataConfig, SourceConfig, ValData, open_source
+from babyllama.device import Device, Scaler, pick_device
+from babyllama.errors import ConfigError
+from babyllama.fonts import cjk_font, writable
+from babyllama.log import written_whole
+from babyllama.parallel import World
+from babyllama.validation import evaluate
+
+# figures[checkpoint][source]: loss, ppl, accuracy, bpb, n_targets
+Figures = dict[str, dict[str, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class ForgettingConfig:
+    """Which checkpoints are measured, and on what.
+
+    Args:
+        checkpoints: runs or steps in the order of training, the first is what others are compared
+            with; one run alone stands for all its steps and the checkpoint it began with
+        sources: sets with token files, separated by commas; if absent those of the last run
+        out: where to write, without suffix; if absent forgetting in the last checkpoint's run
+        max_val_rows: the first validation rows of each source, at most this many
+        prompts: wordings for summary rows
+        batch_size: sequences computed at a time
+        device: auto, cpu, cuda or mps
+    """
+
+    checkpoints: tuple[Path, ...] = ()
+    sources: str = ""
+    out: Path | None = None
+    max_val_rows: int = 256
+    prompts: Path = Path("configs/prompts/summary_zh.yaml")
+    batch_size: int = 16
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_val_rows", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} wants 1 or more, found {getattr(self, name)}")
+
+
+def chosen_checkpoints(paths: Sequence[Path]) -> list[Path]:
+    """The checkpoints to measure, in order.
+
+    raises: ConfigError if there are fewer than two; CheckpointError if one is missing
+    """
+    places = [from_repo(path).resolve() for path in paths]
+    if len(places) == 1 and list_checkpoints(places[0]):
+        steps = list_checkpoints(places[0])
+        info = yaml.safe_load((steps[0] / "model.yaml").read_text("utf-8"))
+        parent = from_repo(info["parent"]) if info.get("parent") else None
+        found = [*([find_checkpoint(parent)] if parent and parent.exists() else []), *steps]
+    else:
+        found = [find_checkpoint(place) for place in places]
+    if len(found) < 2:
+        raise ConfigError(
+            f"wanted two checkpoints or more to compare, found {len(found)}; name a run with "
+            f"several steps, or several runs: python -m babyllama.forgetting out/a out/b"
+        )
+    return found
+
+
+def chosen_sources(names: str, last: Path) -> list[str]:
+    """The sets that are named, or those that the last checkpoint's run was trained on.
+
+    raises: ConfigError if there are none
+    """
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    config = last.parent / "config.yaml"
+    if not found and config.is_file():
+        settings = yaml.safe_load(config.read_text("utf-8"))
+        found = [source["name"] for source in settings["data"]["sources"]]
+    if not found:
+        raise ConfigError(
+            f"wanted sources to measure, found none, and no {shown(config)} that tells them; name "
+            f"them: --sources csl,alpaca"
+        )
+    return list(dict.fromkeys(found))
+
+
+def measure(loaded: Loaded, sources: dict[str, ValData], batch_size: int) -> dict[str, dict]:
+    """Figures of one checkpoint, by source."""
+    device = loaded.model.rope.device
+    scaler, world = Scaler(device, "float32"), World(0, 1, device)
+    found = {
+        name: evaluate(loaded.model, data, batch_size, scaler, world, loaded.tokenizer)
+        for name, data in sources.items()
+    }
+    return {name: {key: v for key, v in f.items() if key != "sources"} for name, f in found.items()}
+
+
+def open_sources(loaded: Loaded, names: Sequence[str], cfg: ForgettingConfig) -> dict[str, ValData]:
+    """The validation rows of each source, for the tokenizer and the context of a checkpoint."""
+    data = DataConfig(prompts=cfg.prompts, max_val_rows=cfg.max_val_rows)
+    length, pad_id = loaded.config.max_seq_len, loaded.tokenizer.pad_id
+    return {
+        name: ValData(
+            [open_source(SourceConfig(name), "val", loaded.tokenizer, data, length)],
+            cfg.max_val_rows, length, pad_id,
+        )
+        for name in names
+    }  # fmt: skip
+
+
+def measured(steps: Sequence[Path], names: Sequence[str], cfg: ForgettingConfig) -> dict:
+    """Figures of every checkpoint, and what they were measured with."""
+    figures: Figures = {}
+    opened: dict[tuple[str, int], dict[str, ValData]] = {}
+    for step in steps:
+        loaded = load_model(step, pick_device(cfg.device))
+        key = (loaded.tokenizer.fingerprint, loaded.config.max_seq_len)
+        opened.setdefault(key, open_sources(loaded, names, cfg))
+        figures[shown(step)] = measure(loaded, opened[key], cfg.batch_size)
+        print(f"measured {shown(step)}")
+    # Losses of different pieces cannot be compared, and of cut texts not quite.
+    measure_of_change = "loss" if len(opened) == 1 else "bpb"
+    return {
+        "max_val_rows": cfg.max_val_rows,
+        "prompts": str(cfg.prompts),
+        "compared_by": measure_of_change,
+        "figures": figures,
+        "change": changes(figures, measure_of_change),
+        "forgotten": forgotten(figures, measure_of_change),
+    }
+
+
+def changes(figures: Figures, key: str) -> dict[str, dict[str, float]]:
+    """How much higher each figure is than that of the first checkpoint."""
+    first = next(iter(figures.values()))
+    return {
+        step: {name: found[key] - first[name][key] for name, found in row.items()}
+        for step, row in figures.items()
+    }
+
+
+def forgotten(figures: Figures, key: str) -> dict[str, float]:
+    """The last figure of each source above the lowest before it; below 0 nothing was lost."""
+    *before, last = figures.values()
+    return {name: last[name][key] - min(row[name][key] for row in before) for name in last}
+
+
+def table(found: dict) -> str:
+    """One block a source, one line a checkpoint."""
+    key, lines = found["compared_by"], []
+    for name, lost in found["forgotten"].items():
+        rows = {step: row[name] for step, row in found["figures"].items()}
+        counts = sorted({row["n_targets"] for row in rows.values()})
+        lines += [f"{name} ({' or '.join(f'{n:,}' for n in counts)} targets)",
+                  "    loss        ppl  accuracy    bits/byte   change  checkpoint"]  # fmt: skip
+        lines += [
+            f"  {row['loss']:6.3f} {row['ppl']:10.2f}  {row['accuracy']:7.2%}  "
+            f"{row['bpb']:11.4f}  {found['change'][step][name]:+7.3f}  {step}"
+            for step, row in rows.items()
+        ]
+        lines += [f"  forgotten {lost:+.3f} ({key})", ""]
+    return "\n".join(lines)
+
+
+def draw(found: dict, path: Path, font: str | None) -> None:
+    """The heat map: a row a checkpoint, a column a source.
+
+    font: for Chinese labels; None: English ones
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    steps, names = list(found["figures"]), list(found["forgotten"])
+    change = [[found["change"][step][name] for name in names] for step in steps]
+    most = max(0.1, *(abs(value) for row in change for value in row))
+    kind = {"loss": ("损失", "loss"), "bpb": ("每字节比特", "bits per byte")}[found["compared_by"]]
+    title, label = (
+        (f"各检查点在各数据集上的验证{kind[0]}", f"与第一行之差（{kind[0]}，红色为变差）")
+        if font
+        else (f"Validation {kind[1]} of every checkpoint", f"change of {kind[1]} since the first")
+    )
+    rc = {"font.family": [*([font] if font else []), "DejaVu Sans"], "axes.unicode_minus": False}
+    with rc_context(rc):
+        size = (3.6 + 2.0 * len(names), 1.6 + 0.62 * len(steps))
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        axis.set_xticks(range(len(names)), [writable(Path(n).name, font) for n in names])
+        axis.set_yticks(range(len(steps)), [writable(_short(step), font) for step in steps])
+        axis.tick_params(length=0)
+        axis.set_title(title, fontsize=11)
+        for y, step in enumerate(steps):
+            for x, name in enumerate(names):
+                row = found["figures"][step][name]
+                is_dark = abs(change[y][x]) > 0.6 * most
+                text = f"{row[found['compared_by']]:.3f}"
+                text += f" ({change[y][x]:+.3f})" if y else ""
+                text += f"\nppl {row['ppl']:.4g} · {row['accuracy']:.1%}"
+                axis.text(x, y, text, ha="center", va="center", fontsize=8.5,
+                          color="white" if is_dark else "#222222")  # fmt: skip
+        figure.colorbar(image, ax=axis, label=label, fraction=0.05)
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+
+
+def _short(step: str) -> str:
+    """The run and the step of a checkpoint's path."""
+    return "/".join(Path(step).parts[-2:])
+
+
+def main(cfg: ForgettingConfig) -> None:
+    """Measure, print, write."""
+    steps = chosen_checkpoints(cfg.checkpoints)
+    names = chosen_sources(cfg.sources, steps[-1])
+    out = from_repo(cfg.out) if cfg.out else steps[-1].parent / "forgetting"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        found = measured(steps, names, cfg)
+    print(f"\n{table(found)}")
+    files = out.with_name(out.name + ".json"), out.with_name(out.name + ".png")
+    with written_whole(files[0]) as temporary:
+        temporary.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    draw(found, files[1], cjk_font())
+    print("\n".join(map(shown, files)))
+
+
+if __name__ == "__main__":
+    run(main, parse(ForgettingConfig, __doc__, positional=["checkpoints"]))
