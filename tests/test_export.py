@@ -28,6 +28,7 @@ from export.parity import (
     Material,
     compare_ids,
     compare_logits,
+    compare_replies,
     compare_templates,
     read_material,
 )
@@ -207,7 +208,14 @@ def test_what_is_not_equal_is_not_written_and_the_report_says_why(loaded, tmp_pa
     place.mkdir()
     hf.write_folder(loaded, place)
     add_to_weight(place, 5.0)
-    report = hf.prove(loaded, place, Material(LINES, "here"))
+    peer = HuggingFaceFolder(place)
+    prompts = Material(LINES, "").prompts(loaded.tokenizer, 128)[:5]
+    report = {
+        "source": "out/small",
+        "logits": logits_of(loaded, place),
+        "replies": compare_replies(loaded.model, loaded.tokenizer.eos_id, peer.replies, prompts),
+        "token_ids": compare_ids(loaded.tokenizer, peer.encode, LINES),
+    }
     with pytest.raises(NotEqualError, match=r"was not written: .* logits \(.*replies \(.*first "):
         settle(report, place, out)
     kept = json.loads((tmp_path / "export.failed-parity.json").read_text("utf-8"))
@@ -486,10 +494,22 @@ def test_rows_that_are_no_whole_blocks_are_kept_in_float16(root, tokenizer, tmp_
     odd = load_model(make_checkpoint(tmp_path / "out/odd", tokenizer, dim=48, tied=True))
     counts = write_file(odd, tmp_path / "x.gguf", "q8_0")
     assert counts == {"f32": 5, "f16": 13, "q8_0": 2}  # only w2 reads 128 numbers
-    report = gguf.prove(odd, tmp_path / "x.gguf", Material(LINES, "here"), "q8_0")
-    assert report["logits"]["passed"] and report["replies"]["passed"]
-    rounding = report["rounding"]
-    assert 0 < rounding["mean_divergence"] < 0.1 and 0 < rounding["equal"] <= 50
+    twin = rounded(odd.model, "q8_0")
+    peer = GgufInTransformers(tmp_path / "x.gguf", tokenizer.eos_id)
+    prompts = Material(LINES, "").finished(tokenizer, 128)[:5]
+    assert compare_logits(twin, peer.logits, prompts)["passed"]
+
+
+def test_what_rounding_does_is_measured(loaded):
+    """A model beside itself moves nothing; beside its rounded twin a little."""
+    material, eos_id = Material(LINES, ""), loaded.tokenizer.eos_id
+    finished = material.finished(loaded.tokenizer, 128)[:5]
+    prompts = material.prompts(loaded.tokenizer, 128)[:12]
+    same = gguf.drift(loaded.model, loaded.model, eos_id, finished, prompts)
+    assert (same["mean_divergence"], same["equal"], same["prompts"]) == (0, 12, 12)
+    twin = rounded(loaded.model, "q8_0")
+    found = gguf.drift(loaded.model, twin, eos_id, finished, prompts)
+    assert 0 < found["mean_divergence"] < 0.1 and found["equal"] <= 12
 
 
 def test_the_file_says_what_llama_cpp_must_know(gguf_folder, tokenizer):
@@ -534,7 +554,7 @@ def test_there_and_back_changes_no_bit(folder, source, root, text):
         import_hf.main(import_hf.ImportConfig(folder, out, text=text))
 
 
-def test_a_tied_folder_in_several_files_of_bfloat16_is_read(tokenizer, root, text, tmp_path):
+def test_a_tied_folder_in_several_files_of_bfloat16_is_read(tokenizer, tmp_path):
     tied = load_model(make_checkpoint(tmp_path / "out/tied", tokenizer, tied=True))
     hf.write_folder(tied, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -548,10 +568,16 @@ def test_a_tied_folder_in_several_files_of_bfloat16_is_read(tokenizer, root, tex
         save_file(part, tmp_path / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": where}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    import_hf.main(import_hf.ImportConfig(tmp_path, tmp_path / "new", text=text))
-    again = load_model(tmp_path / "new").model
+    shape = import_hf.shape_of(import_hf.read_config(tmp_path), tmp_path)
+    found = import_hf.read_weights(tmp_path, shape)
+    assert shape.tied and found.keys() == dict(tied.model.named_parameters()).keys()
     for name, weight in tied.model.named_parameters():
-        assert torch.equal(weight.bfloat16().float(), again.get_parameter(name)), name
+        assert torch.equal(weight.bfloat16().float(), found[name]), name
+    save_file({"lm_head.weight": torch.ones(420, 32)}, tmp_path / "part-2.safetensors")
+    index["weight_map"]["lm_head.weight"] = "part-2.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="a head of its own"):
+        import_hf.read_weights(tmp_path, shape)
 
 
 FOREIGN = {
