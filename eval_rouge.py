@@ -158,6 +158,13 @@ def summarise(loaded: Loaded, prompts: Sequence[list[int]], cfg: EvalConfig) -> 
     return titles
 
 
+def unframed(loaded: Loaded, titles: Sequence[str], cfg: EvalConfig) -> tuple[list[str], int]:
+    """The titles without what an answer wording lays round them, and from how many it came off."""
+    prompts = SummaryPrompts.load(from_repo(cfg.prompts), loaded.tokenizer)
+    bare = [prompts.strip_frame(title).strip() for title in titles]
+    return bare, sum(a != b for a, b in zip(titles, bare, strict=True))
+
+
 def scores_of(predictions: Sequence[str], references: Sequence[str]) -> dict:
     """Every score of one line of the table, times 100 where it is a share."""
     measures = [measure(predictions, references) for measure in metrics.ROUGE_MEASURES]
@@ -260,6 +267,9 @@ def main(cfg: EvalConfig) -> None:
     began = perf_counter()
     titles = {name: summarise(models[name], prompts, cfg) for name, (prompts, _) in asked.items()}
     seconds = perf_counter() - began
+    found = {name: unframed(models[name], replies, cfg) for name, replies in titles.items()}
+    titles = {name: bare for name, (bare, _) in found.items()}
+    n_framed = {name: n for name, (_, n) in found.items()}
     predictions = [
         {"id": row["id"], "text": row["text"], "reference": row["summary"], "prediction": title}
         for row, title in zip(rows, titles["checkpoint"], strict=True)
@@ -270,12 +280,19 @@ def main(cfg: EvalConfig) -> None:
         "first 25 characters": [metrics.first_characters(text) for text in texts],
     }
     scores = {name: scores_of(found, references) for name, found in (titles | copies).items()}
-    measured = {"n": len(rows), "n_cut": n_cut, "seconds": seconds, "scores_x100": scores}
+    measured = {
+        "n": len(rows),
+        "n_cut": n_cut,
+        "n_framed": n_framed,
+        "seconds": seconds,
+        "scores_x100": scores,
+    }
     scores_file = out.with_suffix(".scores.json")
     write_rows(scores_file, [about(cfg, files, models) | measured])
 
     for name, loaded in models.items():
-        print(f"{name}: {shown(loaded.path)}; {n_cut[name]} of {len(rows)} texts cut to fit")
+        print(f"{name}: {shown(loaded.path)}; {n_cut[name]} of {len(rows)} texts cut to fit, "
+              f"{n_framed[name]} answers with a lead-in, which was taken off")  # fmt: skip
     print("", table(scores), "", sep="\n")
     print(samples({"text": texts, "reference": references} | titles))
     print(f"\npredictions: {shown(out)}\nscores: {shown(scores_file)}")

@@ -185,3 +185,9 @@ def test_a_mistake_ends_the_script_with_code_2(checkpoint):
     done = evaluate(checkpoint, "--data", "no/such.jsonl")
     assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_lead_in_comes_off_and_nothing_else(checkpoint):
+    titles = ["这段摘要的标题可以拟成：秋叶变黄", "可以叫《秋叶变黄》", "秋叶变黄", "标题党", ""]
+    bare, n_framed = eval_rouge.unframed(load_model(checkpoint), titles, eval_rouge.EvalConfig())
+    assert bare == ["秋叶变黄", "秋叶变黄", "秋叶变黄", "标题党", ""] and n_framed == 2
