@@ -3,6 +3,7 @@
     python sft.py --dataset sample                    the quick start's run
     python sft.py --dataset csl --base out/wiki       titles for CSL abstracts
     python sft.py --dataset redgpt --optim.lr 2e-5    any setting can be a flag; later wins
+    python sft.py --dataset csl_lora --lora.rank 32   adapters beside the frozen base (LoRA)
 
 --dataset NAME reads configs/sft/NAME.yaml where there is one, else the defaults with the set's
 token files. Only the assistant's tokens are learnt. Summary rows become dialogues in a new wording
@@ -15,11 +16,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from babyllama.checkpoint import load_model, newest_run
-from babyllama.cli import REPO, from_repo, parse, run
+from babyllama.cli import REPO, from_repo, parse, run, shown
 from babyllama.data import DataConfig, SourceConfig, open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
+from babyllama.lora import LoraConfig, apply_lora, describe
 from babyllama.optim import OptimConfig
 from babyllama.parallel import ParallelConfig, start
 from babyllama.run_dir import open_run
@@ -39,6 +41,7 @@ class SftConfig:
         base: run or checkpoint to start from; null: the newest pretraining run
         data: what is trained on; no sources: the set named by dataset
         optim: optimizer and schedule
+        lora: train adapters beside frozen weights; null: train the weights
         train: the loop; a batch is a number of dialogues
         device: where and in which format to compute
         parallel: how several processes share the work
@@ -50,6 +53,7 @@ class SftConfig:
     base: Path | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=50))
+    lora: LoraConfig | None = None
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3.0, samples=SAMPLES))
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -83,6 +87,10 @@ def main(cfg: SftConfig) -> int:
     data = open_data(cfg.data, base.tokenizer, length, cfg.train)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)
+        if cfg.lora:
+            apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
+            if world.is_main:
+                print(describe(model), file=sys.stderr)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world)
         with open_run(cfg.name, cfg, world) as directory:

@@ -9,6 +9,9 @@
                           checksums.json          SHA-256 of the files above, checked on load
               best/                 the step of the lowest validation loss, without training state
 
+A run that trains an adapter stores it alone, adapter.safetensors and adapter.yaml in place of
+model.safetensors (lora_files.py).
+
 A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and
 renamed. No pickle is read or written. `load_model` is the only way in. Format of the weights:
 safetensors 0.4 and later.
@@ -29,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from babyllama import lora
 from babyllama.cli import REPO, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.optim import state_shapes
@@ -36,7 +40,8 @@ from babyllama.parallel import World, share_of, whole
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
-MODEL_FILES = ("model.safetensors", "model.yaml", "tokenizer.model")
+INFO_FILES = ("model.yaml", "tokenizer.model")
+MODEL_FILES = ("model.safetensors", *INFO_FILES)
 STATE_FILES = ("train_state.safetensors", "train_state.json")
 
 # A longer context than this is a mistake or malice: its rotary table would take the memory.
@@ -85,7 +90,7 @@ def save_checkpoint(
     weights, state = model_weights(model), _optimizer_tensors(model, optimizer)
 
     def fill(place: Path) -> None:
-        _write_model(place, weights, info, tokenizer)
+        _write_model(place, model, weights, info, tokenizer)
         save_file(state, place / "train_state.safetensors")
         (place / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
 
@@ -103,7 +108,7 @@ def require_space(run: Path, model: nn.Module) -> None:
 
     raises: CheckpointError with both sizes
     """
-    wanted = 12 * sum(weight.numel() for weight in model.parameters())  # weights and two moments
+    wanted = 12 * sum(w.numel() for w in lora.stored(model).values())  # with two moments
     free = shutil.disk_usage(run).free
     if free < wanted:
         raise CheckpointError(
@@ -127,7 +132,7 @@ def save_best(
     weights = model_weights(model)
     world.on_main(
         lambda: _write_whole(
-            run / "best", lambda place: _write_model(place, weights, info, tokenizer)
+            run / "best", lambda place: _write_model(place, model, weights, info, tokenizer)
         )
     )
     return run / "best"
@@ -146,8 +151,13 @@ def _info(
     }
 
 
-def _write_model(place: Path, weights: dict, info: dict, tokenizer: Tokenizer) -> None:
-    save_file(weights, place / "model.safetensors")
+def _write_model(
+    place: Path, model: Transformer, weights: dict, info: dict, tokenizer: Tokenizer
+) -> None:
+    if lora.is_adapted(model):
+        lora.write(model, weights, place)
+    else:
+        save_file(weights, place / "model.safetensors")
     (place / "model.yaml").write_text(yaml.safe_dump(info, sort_keys=False), "utf-8")
     (place / "tokenizer.model").write_bytes(tokenizer.bytes)
 
@@ -210,11 +220,8 @@ def _sha256(path: Path) -> str:
 
 
 def model_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights as they are stored: whole, and a tied head is not stored twice."""
-    weights = {name: whole(tensor).contiguous() for name, tensor in model.state_dict().items()}
-    if model.config.tied:
-        del weights["output.weight"]
-    return weights
+    """The weights as they are stored: whole, a tied head once, of an adapted model the adapter."""
+    return {name: whole(w.detach()).contiguous() for name, w in lora.stored(model).items()}
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -340,6 +347,10 @@ def load_model(
     raises: CheckpointError if it is missing, damaged, or does not fit itself
     """
     path = find_checkpoint(Path(path))
+    if (path / lora.ADAPTER_FILES[1]).is_file():
+        from babyllama.lora_files import load_adapted  # which loads the base with this function
+
+        return load_adapted(path, device, dtype)
     verify(path, MODEL_FILES)
     info = _read_info(path)
     tokenizer = Tokenizer(path / "tokenizer.model")
@@ -386,12 +397,12 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
     """
     _require_shapes(model, weights, where)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for name, weight in lora.stored(model).items():
             weight.copy_(share_of(weight, weights[name]))
 
 
 def _require_shapes(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
-    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    wanted = {name: tuple(weight.shape) for name, weight in lora.stored(model).items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     faults = [
         f"{name}: wanted {wanted.get(name)}, found {found.get(name)}"
@@ -409,7 +420,8 @@ def load_train_state(
 
     raises: CheckpointError if the files are damaged or belong to another model or tokenizer
     """
-    verify(path, MODEL_FILES + STATE_FILES)
+    is_adapted = lora.is_adapted(model)
+    verify(path, (INFO_FILES if is_adapted else MODEL_FILES) + STATE_FILES)
     info = _read_info(path)
     if info["fingerprint"] != tokenizer.fingerprint:
         raise CheckpointError(
@@ -417,7 +429,14 @@ def load_train_state(
             f"{info['fingerprint'][:12]}…) than {shown(tokenizer.path)} is now "
             f"({tokenizer.fingerprint[:12]}…); set the file back or take another --name"
         )
-    load_weights(model, _read_tensors(path / "model.safetensors"), path)
+    if is_adapted:
+        from babyllama.lora_files import read_adapter  # which reads with this file's functions
+
+        _, found, weights = read_adapter(path)
+        lora.require_base(model, found, shown(path))
+    else:
+        weights = _read_tensors(path / "model.safetensors")
+    load_weights(model, weights, path)
     tensors = _read_tensors(path / "train_state.safetensors")
     try:
         state = json.loads((path / "train_state.json").read_text("utf-8"))

@@ -94,6 +94,11 @@ def parse(
         parser.error(str(error))
     except UnicodeDecodeError as error:
         parser.error(f"a config file is not UTF-8 text ({error}); save it as UTF-8")
+    except ValueError as error:
+        # Where settings may be null, jsonargparse puts its own words round theirs.
+        if not isinstance(error.__cause__, ConfigError):
+            raise
+        parser.error(str(error.__cause__))
 
 
 def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> list[str]:

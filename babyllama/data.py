@@ -160,24 +160,56 @@ class Summaries:
         )[0]
         self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
         self.files = files
-        sizes = [np.diff(file.piece_ends, prepend=0).reshape(-1, 2) for file in files]
+        sizes = [_sizes(file) for file in files]
         fits = [np.minimum(s[:, 0], _LEAST_TEXT) + s[:, 1] <= self._room for s in sizes]
         cut = [f & (s.sum(axis=1) > self._room) for f, s in zip(fits, sizes, strict=True)]
         self.dropped = {
             "summary_does_not_fit": int(sum((~f).sum() for f in fits)),
             "text_cut": int(sum(c.sum() for c in cut)),
+            "no_room_for_second_turn": sum(
+                self._lacks_room(file, s) for file, s in zip(files, sizes, strict=True)
+            ),
         }
         self._rows = _kept(fits)  # file, row, 1
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def _lacks_room(self, file: TokenFile, sizes: np.ndarray) -> int:
+        """Rows whose meta some second turn asks about, none of which fits behind the text."""
+        row_of = np.repeat(np.arange(file.n_docs), np.diff(file.ends, prepend=0))
+        n_ids = np.diff(file.piece_ends, prepend=0)
+        spare = self._room - sizes.sum(axis=1)
+        asked, fits = (np.zeros(file.n_docs, dtype=bool) for _ in range(2))
+        for name in self._prompts.turns:
+            own = file.roles == ROLES.index(name)
+            counts = np.bincount(row_of[own], minlength=file.n_docs)
+            total = np.bincount(row_of[own], n_ids[own], file.n_docs)
+            asked |= counts > 0
+            fits |= (counts > 0) & (self._prompts.turn_size(name, counts, total) <= spare)
+        return int((asked & ~fits).sum())
+
     def row(self, number: int, rng: np.random.Generator) -> Row:
         file, place, _ = self._rows[number].tolist()
-        (_, text), (_, summary) = self.files[file].pieces(place)
+        pieces = self.files[file].pieces(place)
+        (_, text), (_, summary) = pieces[:2]
         room = self._room - len(summary)
-        messages = self._prompts.messages(text, summary, rng, max_text=room)
+        messages = self._prompts.messages(text, summary, rng, room, _meta(pieces))
         return _supervised(self._prompts.tokenizer, messages)
+
+
+def _sizes(file: TokenFile) -> np.ndarray:
+    """Ids of text and summary of each row, (n_rows, 2); the pieces of its meta come after them."""
+    first = file.ends - np.diff(file.ends, prepend=0)
+    return np.diff(file.piece_ends, prepend=0)[np.stack((first, first + 1), axis=1)]
+
+
+def _meta(pieces: list[tuple[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """The pieces of a summary row that follow text and summary, by role."""
+    meta: dict[str, list[np.ndarray]] = {}
+    for role, ids in pieces[2:]:
+        meta.setdefault(role, []).append(ids)
+    return meta
 
 
 def _kept(counts: list[np.ndarray]) -> np.ndarray:
@@ -273,20 +305,21 @@ class Mixture:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def place(self, position: int) -> tuple[int, int, int]:
-        """(epoch, source, row of the source) of the n-th row of the whole training."""
+    def place(self, position: int) -> tuple[int, int, int, int]:
+        """(epoch, source, row of the source, copy of the row in this epoch) of the n-th row of the
+        whole training."""
         epoch, number = divmod(position, len(self))
         number = permuted(number, len(self), self.seed, epoch)
         source = int(np.searchsorted(self._ends, number, side="right"))
         number -= int(self._ends[source - 1]) if source else 0
         n = len(self.sources[source])
         turn, number = divmod(number, n)
-        return epoch, source, permuted(number, n, self.seed, epoch, source + 1, turn)
+        return epoch, source, permuted(number, n, self.seed, epoch, source + 1, turn), turn
 
     def row(self, position: int) -> Row:
         """The n-th row of the whole training."""
-        epoch, source, number = self.place(position)
-        rng = np.random.default_rng((self.seed, epoch, source, number))
+        epoch, source, number, copy = self.place(position)
+        rng = np.random.default_rng((self.seed, epoch, source, number, copy))
         return self.sources[source].row(number, rng)
 
 

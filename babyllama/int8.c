@@ -28,7 +28,7 @@ typedef struct {
 } Model;
 
 /* Products below this many multiplications are not worth waking a second thread. */
-#define LARGE 2000000
+#define LARGE 50000
 
 /* x (B, d) as integers q (B, d), each row in its own unit. */
 static void to_integers(const float *x, int16_t *q, float *units, int B, int d) {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from babyllama import lora
 from babyllama.checkpoint import (
+    INFO_FILES,
     Loaded,
     _read_info,
     _read_tensors,
@@ -29,8 +30,6 @@ from babyllama.cli import from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import ADAPTER_FILES, LoraConfig
 from model import Transformer
-
-INFO_FILES = ("model.yaml", "tokenizer.model")
 
 
 def save_adapter(model: Transformer, path: Path) -> Path:

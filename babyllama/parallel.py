@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from babyllama.cli import BAD_INPUT
 from babyllama.errors import ConfigError
+from babyllama.lora import adapt_like
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def whole_model(model: nn.Module) -> nn.Module:
     if not hasattr(model, "set_requires_gradient_sync"):
         return inner(model)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
-        copy = type(model)(model.config)
+        copy = adapt_like(type(model)(model.config), model)
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     copy.load_state_dict({name: tensor.to("cpu") for name, tensor in weights.items()})
     return copy.to(next(iter(weights.values())).device)

@@ -20,10 +20,8 @@ import numpy as np
 import yaml
 
 from babyllama.errors import ConfigError
+from babyllama.token_file import META
 from tokenizer import Tokenizer
-
-# What a row's meta may hold for a second turn, each one piece or several.
-META = ("keywords", "discipline", "category")
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _STORED = ("text", "summary", *META)

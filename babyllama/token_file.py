@@ -29,7 +29,9 @@ MAGIC = b"BABYLTOK"
 VERSION = 1
 HEADER = struct.Struct("<8sIIIIQQQ32s32s8x")
 KINDS = ("text", "chat", "summary")
-ROLES = ("system", "user", "assistant", "text", "summary")
+# What a summary row's meta may hold for a second turn: one piece each, or one a keyword.
+META = ("keywords", "discipline", "category")
+ROLES = ("system", "user", "assistant", "text", "summary", *META)
 
 
 class Vocabulary(Protocol):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from babyllama.checkpoint import (
@@ -192,6 +193,10 @@ def train(
             lr = lr_at(step, optim, last)
             set_lr(optimizer, lr)
             batches = data.train.batches(step, config.micro_batch_size, world.rank, world.size)
+            # Dropout belongs to the step, so a resumed run draws what it would have drawn.
+            torch.manual_seed(
+                int(SeedSequence((config.seed, step, world.rank)).generate_state(1)[0])
+            )
             sums = forward_backward(wrapped, batches, world, scaler, loss_function)
             grad_norm = scaler.step(optimizer, parameters, optim.max_grad_norm, float(sums[0]))
             seen.step = step = step + 1

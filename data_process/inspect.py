@@ -213,8 +213,9 @@ def wording(row: Row, pieces: list, prompts: SummaryPrompts, *key: int) -> list[
     key: (seed, epoch)
     """
     # As Mixture.row in babyllama/data.py draws; an only source has number 0.
-    rng = np.random.default_rng((*key, 0, row.number))
-    return prompts.messages(pieces[0][1], pieces[1][1], rng)
+    rng = np.random.default_rng((*key, 0, row.number, 0))
+    meta = {role: [ids for r, ids in pieces[2:] if r == role] for role, _ in pieces[2:]}
+    return prompts.messages(pieces[0][1], pieces[1][1], rng, meta=meta)
 
 
 def as_read(
@@ -232,11 +233,12 @@ def as_read(
 
 def show_wordings(row: Row, prompts: SummaryPrompts, painter: Painter, cfg: InspectConfig) -> None:
     """One line an epoch, with the beginning of the text."""
-    (_, text), (_, summary) = row.ids(prompts.tokenizer)
+    (_, text), (_, summary), *meta = row.ids(prompts.tokenizer)
     if len(text) > SHORT_TEXT:
         text = text[:SHORT_TEXT] + prompts.tokenizer.encode("…")
     for epoch in range(cfg.epoch, cfg.epoch + cfg.wordings):
-        messages = wording(row, [("text", text), ("summary", summary)], prompts, cfg.seed, epoch)
+        pieces = [("text", text), ("summary", summary), *meta]
+        messages = wording(row, pieces, prompts, cfg.seed, epoch)
         line = painter.dialogue(prompts.tokenizer.render_chat(messages)).replace("\n", "↵")
         print(painter.ink(DIM, f"epoch {epoch:<3}"), line)
 

@@ -2,7 +2,8 @@
 
     text     ids of the text, then <eos>
     chat     one piece a message with its role; labels and <eos> are laid round it at load time
-    summary  a piece "text" and a piece "summary"
+    summary  a piece "text" and a piece "summary"; of its meta a piece for each keyword, and one for
+             discipline and category
 
 Streams in batches: memory does not grow with the shard, but for 8 bytes a document.
 """
@@ -15,7 +16,7 @@ import numpy as np
 
 from babyllama.errors import DataError
 from babyllama.rows import read_rows, row_kind
-from babyllama.token_file import TokenFileWriter, pair
+from babyllama.token_file import META, TokenFileWriter, pair
 from data_process.executor import Counts
 from tokenizer import Tokenizer
 
@@ -34,7 +35,12 @@ def pieces_of(row: dict) -> list[tuple[str, str]]:
     """The texts of a row with their roles."""
     if "messages" in row:
         return [(message["role"], message["content"]) for message in row["messages"]]
-    return [(key, row[key]) for key in ("text", "summary") if key in row]
+    pieces = [(key, row[key]) for key in ("text", "summary") if key in row]
+    for key in META:
+        value = row.get("meta", {}).get(key, [])
+        words = value if isinstance(value, list) else [value]
+        pieces += [(key, word) for word in words if isinstance(word, str) and word.strip()]
+    return pieces
 
 
 def batches(rows: Iterable[dict]) -> Iterator[list[list[tuple[str, str]]]]:

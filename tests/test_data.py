@@ -1,5 +1,6 @@
 """Laws of the order, the mixture, packing, and of what becomes of rows that are too long."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from babyllama.data import (
 )
 from babyllama.errors import ConfigError, DataError
 from babyllama.prompts import SummaryPrompts
+from babyllama.rows import write_rows
 from babyllama.token_file import TokenFile, TokenFileWriter
+from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from model import IGNORED
 
 REPO = Path(__file__).parent.parent
@@ -361,7 +364,11 @@ def test_a_summary_row_fits_in_every_wording_and_only_its_texts_end_is_cut(tmp_p
     kept = [i for i, (n, n_summary) in enumerate(sizes) if min(16, n) + n_summary <= room]
     assert 0 < len(kept) < 200
     n_cut = sum(sum(sizes[place]) > room for place in kept)
-    assert source.dropped == {"summary_does_not_fit": 200 - len(kept), "text_cut": n_cut}
+    assert source.dropped == {
+        "summary_does_not_fit": 200 - len(kept),
+        "text_cut": n_cut,
+        "no_room_for_second_turn": 0,
+    }
     assert len(source) == len(kept)
     for number, place in enumerate(kept):
         (_, text), (_, summary) = ((role, ids.tolist()) for role, ids in file.pieces(place))
@@ -389,6 +396,54 @@ def test_a_summary_row_is_worded_anew_each_epoch(token_root, tokenizer):
         wordings.append(by_row)
     n_changed = sum(wordings[0][row] != wordings[1][row] for row in wordings[0])
     assert n_changed > 0.8 * len(mixture)
+
+
+@pytest.mark.parametrize("weight", [2.0, 2.5])
+def test_the_copies_of_a_row_have_wordings_of_their_own(token_root, tokenizer, weight):
+    config = config_of(token_root, summary=weight)
+    mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order()).train.mixture
+    seen = {}
+    for position in range(len(mixture)):
+        _, _, row, copy = mixture.place(position)
+        assert (row, copy) not in seen
+        seen[row, copy] = mixture.row(position)[0].tolist()
+    rows = {row for row, _ in seen}
+    assert {copy for _, copy in seen} == set(range(math.ceil(weight)))
+    assert sum(seen[row, 0] != seen[row, 1] for row in rows) > 0.8 * len(rows)
+
+
+META = {"keywords": ["花", "公园"], "discipline": "园艺", "category": "农学", "level": 3}
+
+
+def test_what_a_row_knows_besides_becomes_a_second_turn(tmp_path, tokenizer):
+    rows = [
+        {"id": "x/0", "text": TEXTS[0], "summary": "天气"},
+        {"id": "x/1", "text": TEXTS[0], "summary": "天气", "meta": META},
+        {"id": "x/2", "text": TEXTS[1] * 9, "summary": "小猫", "meta": META},
+        {"id": "x/3", "text": TEXTS[1] * 9, "summary": "小猫", "meta": {"keywords": [" "]}},
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    cfg = PretokenizeConfig(tokenizer.path, "summary")
+    pretokenize_shard(tmp_path / "rows.jsonl", tmp_path / "train-00000", cfg)
+    file = TokenFile(tmp_path / "train-00000")
+    said = [[(role, tokenizer.decode(ids)) for role, ids in file.pieces(n)] for n in range(4)]
+    assert said[0] == [("text", TEXTS[0]), ("summary", "天气")]
+    assert said[1][2:] == said[2][2:] == [
+        ("keywords", "花"), ("keywords", "公园"), ("discipline", "园艺"), ("category", "农学"),
+    ]  # fmt: skip
+    assert len(said[3]) == 2
+    source = open_source(SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), 260)
+    assert source.dropped["no_room_for_second_turn"] == 1
+    turns = {n: 0 for n in range(4)}
+    for seed in range(60):
+        for n in turns:
+            tokens, targets = source.row(n, np.random.default_rng(seed))
+            assert len(tokens) <= 260
+            turns[n] += int((targets == tokenizer.eos_id).sum()) - 1
+            known = tokenizer.decode(targets[targets != IGNORED].tolist())
+            words = ("花、公园", "园艺", "农学")
+            assert any(word in known for word in words) == bool((targets == 2).sum() - 1)
+    assert turns[0] == turns[2] == turns[3] == 0 and 15 < turns[1] < 45
 
 
 def test_validation_is_the_same_in_each_run(token_root, tokenizer, data):

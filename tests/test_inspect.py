@@ -101,7 +101,7 @@ def test_a_row_is_shown_as_the_training_run_reads_it(data: Path, tokenizer: Toke
     by_epoch = [read(path, tokenizer, seed=5, epoch=epoch) for epoch in range(2)]
     assert (by_epoch[0] != by_epoch[1]) == (kind == "summary")
     for position in range(24):
-        epoch, _, number = mixture.place(position)
+        epoch, _, number, _ = mixture.place(position)
         tokens, targets = mixture.row(position)
         ids, mask = by_epoch[epoch][number]
         assert ids[:-1] == tokens.tolist()
