@@ -9,6 +9,7 @@ optimizer state in each. Names and checkpoints are the same for all of them.
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -129,7 +130,9 @@ def start(device: torch.device, config: ParallelConfig | None = None) -> Iterato
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield World(dist.get_rank(), size, device, config.engine)
+        dist.barrier()  # nobody leaves while another still listens
     finally:
+        gc.collect()  # wrapped models hold on to the group that ends here
         dist.destroy_process_group()
 
 
