@@ -13,7 +13,7 @@ def cjk_font() -> str | None:
     """The name of an installed font that can write Chinese, or None."""
     from matplotlib import font_manager
 
-    names = {font.name for font in font_manager.fontManager.ttflist}
+    names = {font.name for font in font_manager.fontManager.ttflist if Path(font.fname).is_file()}
     for wanted in FONTS:
         if found := sorted(name for name in names if wanted in name):
             return found[0]

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
     from data_process.stats import SetStats
 
-# Families with simplified Chinese, the more legible ones first; a part of the name is enough.
-FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans", "Microsoft YaHei", "PingFang SC",
-         "Hiragino Sans GB", "Heiti SC", "STHeiti", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-         "SimHei", "Noto Sans CJK", "Droid Sans Fallback", "Arial Unicode MS")  # fmt: skip
-FONT_FILES = ("notosanscjk", "notosanssc", "sourcehansans", "msyh", "pingfang", "wqy", "simhei")
 COLOURS = ("#3a6ea5", "#e08e45", "#4f9d7a", "#b5546f", "#8a74b9", "#5fb0c5", "#b79a3b", "#7d7d7d")
 SPLIT_COLOURS = {"train": "#5d6d7e", "val": "#aab7c4", "test": "#e3b98b"}
 INK, FAINT = "#333333", "#8a8a8a"
@@ -46,22 +41,6 @@ WORDS = {
     "others": ("其余 {n} 项", "{n} others"),
     "train": ("训练", "train"), "val": ("验证", "validation"), "test": ("测试", "test"),
 }  # fmt: skip
-
-
-def cjk_font() -> str | None:
-    """The name of an installed font that can write Chinese, or None."""
-    from matplotlib import font_manager
-
-    names = {font.name for font in font_manager.fontManager.ttflist if Path(font.fname).is_file()}
-    for wanted in FONTS:
-        if found := sorted(name for name in names if wanted in name):
-            return found[0]
-    # matplotlib remembers its list of fonts; one that came later is only on the disk.
-    for path in sorted(font_manager.findSystemFonts()):
-        if any(part in Path(path).name.lower().replace("-", "") for part in FONT_FILES):
-            font_manager.fontManager.addfont(path)
-            return font_manager.FontProperties(fname=path).get_name()
-    return None
 
 
 class Words:

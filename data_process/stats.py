@@ -23,9 +23,10 @@ from tqdm import tqdm
 
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
+from babyllama.fonts import cjk_font
 from babyllama.rows import read_rows, texts_of
 from babyllama.token_file import TokenFile
-from data_process.charts import cjk_font, draw
+from data_process.charts import draw
 from data_process.split import SPLITS
 from tokenizer import Tokenizer
 

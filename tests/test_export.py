@@ -37,7 +37,7 @@ from export.vocabulary import NORMAL, fast_tokenizer, probes, read_proto, requir
 from model import Transformer
 from tokenizer import Tokenizer
 
-REAL = Path("/work/shared/data/tokenizers")
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
 LINES = [f"{text[k:]}第{k}行" for k in range(30) for text in TEXTS if "\n" not in text]
 
 

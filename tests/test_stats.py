@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from babyllama.cli import parse, run
+from babyllama.fonts import FONTS, cjk_font
 from babyllama.rows import read_rows, texts_of, write_rows
-from data_process.charts import FONTS, Words, cjk_font, draw, panels_of
+from data_process.charts import Words, draw, panels_of
 from data_process.pretokenize import PretokenizeConfig, pieces_of, pretokenize_shard
 from data_process.stats import MANY_TURNS, StatsConfig, as_text, main, measure, tables
 from tokenizer import Tokenizer
