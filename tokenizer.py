@@ -247,7 +247,7 @@ def _sample(lines: Iterator[str], most: int, seed: int) -> list[str]:
 
 
 def _texts(rows: Path, split: str) -> Iterator[str]:
-    """Every text of a canonical file, or of a directory's <split>-*.jsonl, with a bar."""
+    """Every text of a canonical file, or of <split>-*.jsonl in a directory or those inside it."""
     from tqdm import tqdm
 
     from babyllama.cli import from_repo
@@ -255,7 +255,10 @@ def _texts(rows: Path, split: str) -> Iterator[str]:
     from babyllama.rows import read_rows, texts_of
 
     place = from_repo(rows)
-    files = sorted(place.glob(f"{split}-*.jsonl")) if place.is_dir() else [place]
+    files = [place]
+    if place.is_dir():
+        parts = f"{split}-*.jsonl"
+        files = sorted(place.glob(parts)) or sorted(place.glob(f"*/{parts}"))
     if not files:
         raise DataError(f"{rows}: wanted {split}-*.jsonl, found none; run data_process.run first")
     for file in files:
@@ -267,7 +270,7 @@ def train(rows: Path, out: Path, vocab_size: int = 6000, max_lines: int = 500_00
     """Train a vocabulary on the train part of canonical rows.
 
     Args:
-        rows: a .jsonl of canonical rows, or a directory of train-*.jsonl
+        rows: a .jsonl of canonical rows, a directory of train-*.jsonl, or one of such directories
         out: the .model file to write
         vocab_size: number of pieces, control and byte pieces included
         max_lines: learn from a uniform sample of this many lines (bounds the memory)

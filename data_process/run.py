@@ -39,7 +39,7 @@ class SetConfig:
     Args:
         reader: name of the reader, see python -m data_process.list
         name: what the set is called, if not as its reader
-        raw: directory or file with its raw data, below --raw
+        raw: directory or file with its raw data, below --raw, else below the repository
         weight: how often each row is seen in an epoch of the mixture
         official: keep the publisher's train, validation and test parts; else split by hash
     """
@@ -135,6 +135,8 @@ def chosen(cfg: ProcessConfig) -> list[RawSet]:
     for one in cfg.sets:
         (data_set,) = data_sets(one.reader, one.name)
         place = (cfg.raw or Path("data/raw")) / (one.raw or data_set.name)
+        if one.raw and not from_repo(place).exists() and from_repo(one.raw).exists():
+            place = one.raw
         place = raw_place(data_set, None if data_set.package else place)
         found.append(RawSet(data_set, place, one.official))
     names = Counter(raw_set.data_set.name for raw_set in found)
