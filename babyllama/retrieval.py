@@ -1,8 +1,12 @@
-"""Reference text (资料) for a dialogue, from the Chinese Wikipedia.
+"""Reference text (资料) for a dialogue: from an index on the disk, or from Wikipedia's own server.
 
-`look_up` gives an Article, or Choices when the word is ambiguous or has no page of its own; every
-failure, from a missing network to a broken answer, is a WikiError whose text can be shown to the
-user as it is. `trim` cuts a text to whole sentences. Nothing here prints.
+    retriever = Retriever.open(Path("data/index/wiki"))
+    found = retriever.context("马祖列岛有多少个岛屿？", budget=300, size=n_tokens)
+    found.text, [passage.citation for passage in found.passages]
+
+Without an index, or when asked to, `look_up` goes to the Chinese Wikipedia: it gives an Article, or
+Choices when the word is ambiguous or has no page of its own. Every failure, from a missing network
+to a broken answer, is a WikiError whose text can be shown to the user. Nothing here prints.
 
 The `wikipedia` package (1.4.0) keeps address and user agent in module globals and sends its
 requests without a time limit. `_configure` is the one place that sets the globals, and the limit
@@ -10,14 +14,23 @@ is kept from outside: the look-up runs in a thread that is no longer waited for 
 API: https://www.mediawiki.org/wiki/API:Query and Extension:TextExtracts.
 """
 
-import bisect
 import re
 import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Overdue
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from babyllama.cli import REPO, from_repo, shown
+from babyllama.index import Index, asked, normal, terms
+from babyllama.passages import Passage, sentences, trim
+
+INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
+
+# Below this share of a question's weight a passage is about something else: see README.
+MIN_COVERAGE = 0.3
 
 API_URL = "https://zh.wikipedia.org/w/api.php"
 USER_AGENT = "babyllama/1.0 (a small language model for study; python-wikipedia/1.4.0)"
@@ -26,8 +39,101 @@ USER_AGENT = "babyllama/1.0 (a small language model for study; python-wikipedia/
 VARIANT = "variant=zh-cn&converttitles=1"
 MAX_CHOICES = 9
 
-# A sentence with the quotes and brackets that close it, or a line.
-_SENTENCE = re.compile(r".+?(?:[。！？!?…；]+[”’」』）)\"]*|\.(?=\s)|\n+|$)", re.DOTALL)
+
+@dataclass(frozen=True)
+class Context:
+    """Reference text made of passages, best first; both are empty where nothing fits the question.
+
+    passages: what stands in the text, each cut to the part that does
+    """
+
+    text: str = ""
+    passages: list[Passage] = field(default_factory=list)
+
+    @property
+    def citation(self) -> str:
+        """Titles and paragraphs, each once."""
+        return "、".join(dict.fromkeys(passage.citation for passage in self.passages))
+
+
+class Retriever:
+    """Passages and reference text out of an index; for any number of threads."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    @classmethod
+    def open(cls, path: Path | str, corpus: str | None = None) -> "Retriever":
+        """The index in a directory.
+
+        corpus: the name of the rows that it must be made of, if that matters
+        raises: DataError if it is none, damaged, or of another corpus or version
+        """
+        return cls(Index(from_repo(path), corpus))
+
+    def describe(self) -> str:
+        info = self.index.info
+        return (f"{shown(self.index.place)}：{info['corpus']}，{info['n_rows']:,} 篇 "
+                f"{info['n_passages']:,} 段")  # fmt: skip
+
+    def search(self, query: str, k: int = 5) -> list[Passage]:
+        """The k best passages for a question or some words, best first, good or not."""
+        return self.index.search(query, k)
+
+    def context(
+        self, question: str, budget: int, size: Callable[[str], int] = len, k: int = 5
+    ) -> Context:
+        """Reference text for a question: as many of the k best passages as fit, best first.
+
+        A passage with less than MIN_COVERAGE of the question's weight is left out; one that does
+        not fit is cut to the sentences that hold most of the question.
+
+        budget: the most that size(text) may be
+        size: characters unless told; tokens, usually
+        """
+        found = [p for p in self.search(question, k) if p.coverage >= MIN_COVERAGE]
+        return fill(found, question, budget, size)
+
+    def article(self, title: str, budget: int, size: Callable[[str], int] = len) -> Context:
+        """The beginning of what is called so, or the passages that a search for it brings."""
+        found = self.index.titled(title)
+        return fill(found, "", budget, size) if found else self.context(title, budget, size)
+
+
+def fill(found: list[Passage], question: str, budget: int, size: Callable[[str], int]) -> Context:
+    """The passages one after the other, the last one that fits in part cut."""
+    text, kept = "", []
+    for passage in found:
+        named = "" if not passage.title or passage.title in passage.text else f"{passage.title}："
+        before = f"{text}\n{named}" if text else named
+
+        def fits(part: str, before: str = before) -> int:
+            return size(before + part)
+
+        part = best_part(passage.text, question, budget, fits)
+        if not part:
+            break
+        text += before[len(text) :] + part
+        kept.append(replace(passage, text=part))
+        if part != passage.text:
+            break
+    return Context(text, kept)
+
+
+def best_part(text: str, question: str, budget: int, size: Callable[[str], int] = len) -> str:
+    """The whole text if it fits, else the run of sentences that holds most terms of a question,
+    and begins first; "" if not even the beginning of a sentence fits."""
+    if size(text) <= budget:
+        return text
+    wanted, best, most = set(asked(question)[0]), "", -1
+    rest = text
+    for sentence in sentences(text):
+        part = trim(rest, budget, size)
+        held = len(wanted & set(terms(normal(part))[0].tolist()))
+        if held > most and part:
+            best, most = part, held
+        rest = rest[len(sentence) :]
+    return best
 
 
 class WikiError(ValueError):
@@ -143,19 +249,3 @@ def _tidy(text: str) -> str:
     """Paragraphs one newline apart (an empty line ends the reference in a dialogue)."""
     text = re.sub(r"^=+ *(.*?) *=+$", r"\1", text, flags=re.MULTILINE)
     return re.sub(r"\s*\n\s*", "\n", text).strip()
-
-
-def trim(text: str, limit: int, size: Callable[[str], int] = len) -> str:
-    """The longest beginning of `text` in whole sentences with size(beginning) <= limit.
-
-    Where not even the first sentence fits, it is cut inside.
-
-    size: characters unless told; grows with the text
-    """
-    ends = [match.end() for match in _SENTENCE.finditer(text)]
-    return _longest(text, ends, limit, size) or _longest(text, range(len(text)), limit, size)
-
-
-def _longest(text: str, ends: list[int] | range, limit: int, size: Callable[[str], int]) -> str:
-    n_fit = bisect.bisect_right(ends, limit, key=lambda end: size(text[:end].rstrip()))
-    return text[: ends[n_fit - 1]].rstrip() if n_fit else ""

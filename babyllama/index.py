@@ -1,0 +1,209 @@
+"""A full-text index over text rows on the disk: BM25 over pairs of characters, and over words.
+
+    index.json      version, corpus, SHA-256 of the rows, counts, size of each file; written last
+    terms.npy       (n,) uint64, sorted: what stands for a pair of characters or for a word
+    ends.npy        (n + 1,) uint64: where the passages of each term begin and end
+    docs.u32        passages of all terms, ascending within a term
+    weights.u8      for each of them tf / (tf + length norm) in 255 steps
+    passages.jsonl  the passages;  starts.npy  where each begins, in bytes
+
+Made by index_build.py. Read through the page cache: opening costs nothing, and a search touches
+what it needs. Needs numpy alone. Safe for many readers and threads at once.
+
+BM25: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework"; k1 and b below.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from babyllama.errors import DataError
+from babyllama.passages import Passage
+
+VERSION = 1
+K1, B = 1.2, 0.75
+MOST_TERMS = 64  # of a question are looked up, the rarest ones
+
+_WORD = re.compile(r"[^\W_\u2e80-\U0010ffff]+")
+_IS_WORD = 1 << 63
+_SHIFT = 21  # a code point fits
+_LOW = (1 << _SHIFT) - 1
+# Rare in an encyclopedia, so that they would weigh more than what is asked for.
+QUESTION_WORDS = re.compile(
+    r"请问|什么|甚么|哪[一几]?[些个里位年种座部]|多少|怎么样?|怎样|如何|为何|是谁|谁是|[吗呢？?]|\b(?:what|who|when|where|which|how|the|is|was|of)\b"
+)
+# Blocks of marks above U+2E80, which end a run of characters: first and last code point.
+_MARKS = ((0x3000, 0x3004), (0x3008, 0x3020), (0x3030, 0x3030), (0x303D, 0x303F),
+          (0x30FB, 0x30FB), (0xD800, 0xF8FF), (0xFE10, 0xFE6F), (0xFF00, 0xFF65))  # fmt: skip
+
+
+def normal(text: str) -> str:
+    """Text as it is compared: full and half width alike, small letters."""
+    return unicodedata.normalize("NFKC", text).lower()
+
+
+def terms(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Every term of a normal text and its place in it.
+
+    Each character of a run begins one pair, the last of a run with nothing: so a range of terms
+    stands for a single character. A word of letters and digits is a term.
+    returns: (n,) uint64 and (n,) int64, not sorted
+    """
+    points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
+    is_run = points >= 0x2E80
+    for first, last in _MARKS:
+        is_run &= (points < first) | (points > last)
+    following = np.append(points[1:] * is_run[1:], np.uint64(0)) if len(points) else points
+    places = np.flatnonzero(is_run)
+    pairs = (points[places] << np.uint64(_SHIFT)) | following[places]
+    words = [(word_term(match[0]), match.start()) for match in _WORD.finditer(text)]
+    codes = np.array([code for code, _ in words], np.uint64)
+    return np.append(pairs, codes), np.append(places, np.array([p for _, p in words], np.int64))
+
+
+@lru_cache(1 << 16)
+def word_term(word: str) -> int:
+    digest = hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") | _IS_WORD
+
+
+def title_terms(title: str) -> set[int]:
+    """What a passage's title is found by as a whole, with and without an addition in brackets."""
+    title = normal(title).strip()
+    names = {title, re.sub(r"[ _]*\([^()]*\)$", "", title)} - {""}
+    return {word_term(f"title of {name}") for name in names}
+
+
+def sizes_of(place: Path, names: Iterable[str]) -> dict[str, int]:
+    """The sizes of those of the files that are there."""
+    return {name: (place / name).stat().st_size for name in names if (place / name).is_file()}
+
+
+def read_info(place: Path) -> dict:
+    """What index.json says.
+
+    raises: DataError if there is none, or it is of another version
+    """
+    advice = "make it with python -m data_process.run wiki --index"
+    try:
+        info = json.loads((place / "index.json").read_text("utf-8"))
+        version = info["version"]
+    except FileNotFoundError:
+        raise DataError(f"{place}: wanted an index, found no index.json in it; {advice}") from None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{place / 'index.json'}: wanted the settings of an index, found "
+                        f"{type(error).__name__}; {advice}") from None  # fmt: skip
+    if version != VERSION:
+        raise DataError(f"{place}: wanted an index of version {VERSION}, found version "
+                        f"{version!r}; {advice} again")  # fmt: skip
+    return info
+
+
+class Index:
+    """An index that was opened. Passages have numbers, from 0.
+
+    info: what index.json says: corpus, n_rows, n_passages, n_chars and more
+    """
+
+    def __init__(self, place: Path, corpus: str | None = None) -> None:
+        """raises: DataError if it is none, damaged, or of another corpus or version"""
+        self.place, self.info = place, read_info(place)
+        if corpus is not None and self.info["corpus"] != corpus:
+            raise DataError(f"{place}: wanted the index of {corpus!r}, found that of "
+                            f"{self.info['corpus']!r}; name another")  # fmt: skip
+        wanted, found = self.info["sizes"], sizes_of(place, self.info["sizes"])
+        for name in wanted:
+            if wanted[name] != found.get(name):
+                raise DataError(
+                    f"{place / name}: wanted {wanted[name]:,} bytes, found {found.get(name, 0):,}; "
+                    f"the index is damaged, make it again"
+                )
+        self.terms, self.ends, self.starts = (
+            np.load(place / f"{name}.npy", mmap_mode="r") for name in ("terms", "ends", "starts")
+        )
+        self.docs = np.memmap(place / "docs.u32", np.uint32, "r")
+        self.weights = np.memmap(place / "weights.u8", np.uint8, "r")
+        self.lines = np.memmap(place / "passages.jsonl", np.uint8, "r")
+
+    def __len__(self) -> int:
+        return self.info["n_passages"]
+
+    def passage(self, number: int, score: float = 0.0, coverage: float = 0.0) -> Passage:
+        begin, end = (int(place) for place in self.starts[number : number + 2])
+        try:
+            row, title, paragraph, text = json.loads(bytes(self.lines[begin:end]))
+        except ValueError:
+            raise DataError(f"{self.place / 'passages.jsonl'}: wanted passage {number} at byte "
+                            f"{begin:,}, found none; make the index again") from None  # fmt: skip
+        return Passage(title, paragraph, text, row, score, coverage)
+
+    def titled(self, title: str, most: int = 100) -> list[Passage]:
+        """The first passages of the documents called so, in their order."""
+        found = [self._one(code)[0][:most] for code in title_terms(title)]
+        numbers = sorted(set(np.concatenate([*found, np.zeros(0, np.uint32)]).tolist()))
+        return [self.passage(number) for number in numbers[:most]]
+
+    def search(self, question: str, k: int) -> list[Passage]:
+        """The k best passages, best first; fewer if fewer hold any term of the question."""
+        singles, ranges = asked(question)
+        spans = [self._one(code) for code in singles] + [self._all(*ends) for ends in ranges]
+        spans = sorted(spans, key=lambda span: len(span[0]))[:MOST_TERMS]
+        n = len(self)
+        idf = [float(np.log1p((n - len(docs) + 0.5) / (len(docs) + 0.5))) for docs, _ in spans]
+        scores = np.zeros(n, np.float32)
+        for (docs, weights), weight in zip(spans, idf, strict=True):
+            scores[docs] += weights * np.float32(weight / 255)
+        best = np.argpartition(-scores, min(k, n - 1))[:k]
+        best = best[np.lexsort((best, -scores[best]))]
+        return [
+            self.passage(int(number), float(scores[number]), _share(number, spans, idf))
+            for number in best
+            if scores[number] > 0
+        ]
+
+    def _one(self, term: int) -> tuple[np.ndarray, np.ndarray]:
+        """Passages that hold a term, ascending, and its weights in them."""
+        place = int(np.searchsorted(self.terms, np.uint64(term)))
+        is_there = place < len(self.terms) and int(self.terms[place]) == term
+        return self._between(place, place + is_there)
+
+    def _all(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same for all terms from `first` to before `last` as if they were one."""
+        ends = np.searchsorted(self.terms, np.array([first, last], np.uint64))
+        docs, weights = self._between(*map(int, ends))
+        docs, where = np.unique(docs, return_inverse=True)
+        most = np.zeros(len(docs), np.uint8)
+        np.maximum.at(most, where, weights)
+        return docs, most
+
+    def _between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        begin, end = int(self.ends[first]), int(self.ends[last])
+        return self.docs[begin:end], self.weights[begin:end]
+
+
+def asked(question: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The terms of a question, and ranges of terms for characters that stand alone."""
+    codes, places = terms(QUESTION_WORDS.sub(" ", normal(question)))
+    found = dict(zip(places.tolist(), codes.tolist(), strict=True))
+    singles, ranges = {}, {}
+    for place, code in found.items():
+        if code & _IS_WORD or code & _LOW:
+            singles[code] = True
+        elif not found.get(place - 1, _IS_WORD) & _LOW:
+            ranges[code] = True
+    return list(singles), [(code, code + _LOW + 1) for code in ranges]
+
+
+def _share(number: int, spans: list[tuple[np.ndarray, np.ndarray]], idf: list[float]) -> float:
+    """The share of the question's weight whose terms a passage holds."""
+    held = 0.0
+    for (docs, _), weight in zip(spans, idf, strict=True):
+        place = np.searchsorted(docs, number)
+        held += weight * bool(place < len(docs) and docs[place] == number)
+    return held / max(sum(idf), 1e-9)
