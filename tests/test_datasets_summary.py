@@ -18,6 +18,8 @@ CATEGORY = "下面这个论文标题属于哪个学科门类？\n"
 META = {"keywords": ["注意力", "分类"], "discipline": "计算机科学与技术", "category": "工学"}
 RICE = {"keywords": ["水稻", "育种"], "discipline": "作物学", "category": "农学"}
 
+CSL_CHAT = ("csl_keywords", "csl_discipline", "csl_category")
+
 # What comes of every record: (id, split, text, summary, meta), or a Skip's reason, with "!" if the
 # line is damaged. Questions and answers stand where texts and summaries do.
 EXPECTED = {
@@ -100,6 +102,15 @@ EXPECTED = {
         "low_label",
         (9, "val", "【快讯】文字乙。", "相关的摘要"),
     ],
+    ("csl_pseudo_title", "csl_pseudo_title.jsonl"): [
+        (0, "train", "针对噪声问题,提出了一种基于小波变换的图像去噪方法,实验表明其有效.",
+         "一种基于小波变换的图像去噪方法"),
+        (1, "train", "本文研究了施肥深度对水稻产量的影响.结果表明,深施较好.", "施肥深度对水稻产量的影响"),
+        "no_phrase",
+        "has_title",
+        "false_keywords",
+        "no_abstract!",
+    ],
     ("lcsts", "lcsts.rows.jsonl"): [
         (0, None, "【】本市新增两条公交线路。", "两条公交线路"),
         (1, None, "原文", "摘要"),
@@ -135,6 +146,7 @@ REAL = {
     ("csl", "csl/csl_title_public"): {"train": 3000, "val": 250},
     ("csl_keywords", "csl/benchmark"): {"val": 1000, "other_task": 11_000},
     ("csl_keywords", "science_abstracts"): {None: 659, "no_keywords": 9536},
+    ("csl_pseudo_title", "science_abstracts"): {None: 0, "no_phrase": 0},
     ("csl_discipline", "csl/benchmark"): {"val": 1000, "other_task": 11_000},
     ("csl_discipline", "science_abstracts"): {None: 5870, "no_discipline": 4325},
     ("csl_category", "csl/benchmark"): {"train": 8000, "val": 1000, "other_task": 3000},
@@ -184,7 +196,7 @@ def test_a_wrong_type_anywhere_is_counted_and_never_raises(name, place):
 @pytest.mark.parametrize("name", MODULES)
 def test_every_reader_says_what_it_is_and_passes_damage_on(name):
     module = MODULES[name]
-    kind = "chat" if name.startswith("csl_") else "summary"
+    kind = "chat" if name in CSL_CHAT else "summary"
     assert kind == module.KIND and module.LICENSE
     assert isinstance(module.SOURCE, Source) and module.SOURCE.home
     assert module.SOURCE.huggingface or module.SOURCE.manual
