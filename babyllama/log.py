@@ -17,7 +17,7 @@ from tqdm import tqdm
 from babyllama.errors import ConfigError
 
 # Order of the figures in a line; all others stay in metrics.jsonl.
-_SHOWN = ("loss", "ppl", "accuracy", "bpb", "lr", "tokens_per_s", "mfu", "mem_gb")
+_SHOWN = ("loss", "ppl", "accuracy", "bpb", "grad_norm", "lr", "tokens_per_s", "mfu", "mem_gb")
 
 # Seconds between two drawings of curves.png while a run goes on.
 _REDRAW_S = 60

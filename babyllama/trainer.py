@@ -166,11 +166,12 @@ def train(
     log.say(_opening(model, data.train, world, scaler, run, step, last))
     log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    window = Window(world.device, mfu_per_rate(model, world, precision))
+    window = Window(world.device, mfu_per_rate(model, world, precision), seen.window)
     parent = shown(cfg.base) if cfg.base else None
     bad_steps = 0
 
     def save() -> None:
+        seen.window = window.sums.tolist()
         extra = {**asdict(seen), "scaler": scaler.state(), "data": data.train.fingerprint}
         save_checkpoint(
             run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep, world
@@ -205,7 +206,7 @@ def train(
             if bad_steps:
                 log.say(
                     f"step {step}: loss {means(sums.tolist())['loss']}, gradient norm "
-                    f"{grad_norm}; the step changed nothing"
+                    f"{grad_norm}; the step changed nothing; its rows: {_rows(data.train, step)}"
                 )
             else:
                 window.add(sums)
@@ -264,6 +265,7 @@ class Seen:
     step: int = 0
     tokens: int = 0
     best: float | None = None  # lowest validation loss of a step
+    window: list[float] | None = None  # sums since the last logged step
 
 
 def _resume(
@@ -289,7 +291,14 @@ def _resume(
             f"back, or begin a new run from these weights: --name another --base {shown(run)}"
         )
     scaler.load(state["scaler"])
-    return Seen(state["step"], state["tokens"], state.get("best"))
+    return Seen(state["step"], state["tokens"], state.get("best"), state.get("window"))
+
+
+def _rows(data: TrainData, step: int, most: int = 32) -> str:
+    """The rows of the step that has just been made, by source and number."""
+    places = [data.mixture.place((step - 1) * data.batch_size + i) for i in range(data.batch_size)]
+    names = [f"{data.mixture.sources[source].name} {row}" for _, source, row, _ in places]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 
 def _opening(

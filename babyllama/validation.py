@@ -102,10 +102,13 @@ def samples(
 class Window:
     """Sums and time since the last logged step."""
 
-    def __init__(self, device: torch.device, mfu_per_rate: float = 0.0) -> None:
-        """mfu_per_rate: the share of the device's rate that one token a second uses"""
+    def __init__(
+        self, device: torch.device, mfu_per_rate: float = 0.0, sums: list[float] | None = None
+    ) -> None:
+        """mfu_per_rate: the share of the device's rate that one token a second uses
+        sums: those of steps before the run was stopped"""
         self._device, self._mfu_per_rate = device, mfu_per_rate
-        self.sums = torch.zeros(4, dtype=torch.float64)
+        self.sums = torch.tensor(sums or [0.0] * 4, dtype=torch.float64)
         self.seconds, self._tokens = 0.0, 0.0
         self.restart()
 
