@@ -84,7 +84,7 @@ def chosen_checkpoints(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def chosen_sources(names: str, last: Path) -> list[str]:
+def chosen_sources(names: str, last: Path, flag: str = "--sources") -> list[str]:
     """The sets that are named, or those that the last checkpoint's run was trained on.
 
     raises: ConfigError if there are none
@@ -97,7 +97,7 @@ def chosen_sources(names: str, last: Path) -> list[str]:
     if not found:
         raise ConfigError(
             f"wanted sources to measure, found none, and no {shown(config)} that tells them; name "
-            f"them: --sources csl,alpaca"
+            f"them: {flag} csl,alpaca"
         )
     return list(dict.fromkeys(found))
 

@@ -160,6 +160,19 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    parts: np.ndarray, wholes: np.ndarray, seed: int = 0, n_resamples: int = 2000
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of sum(parts) / sum(wholes), resampled in pairs."""
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(n_resamples):
+        chosen = rng.integers(0, len(parts), len(parts))
+        ratios.append(parts[chosen].sum() / max(1, wholes[chosen].sum()))
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def perplexity(loss_sum: float, n_targets: int) -> float:
     """exp of the mean loss in nats; comparable only within one tokenizer."""
     mean = _ratio(loss_sum, n_targets, "target")
