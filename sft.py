@@ -4,10 +4,13 @@
     python sft.py --dataset csl --base out/wiki       titles for CSL abstracts
     python sft.py --dataset redgpt --optim.lr 2e-5    any setting can be a flag; later wins
     python sft.py --dataset csl_lora --lora.rank 32   adapters beside the frozen base (LoRA)
+    python sft.py --dataset csl:2,belle_multiturn:1   several sets: every row of csl comes twice
+    python sft.py --dataset csl --inspect             show the first batch, train nothing
 
 --dataset NAME reads configs/sft/NAME.yaml where there is one, else the defaults with the set's
-token files. Only the assistant's tokens are learnt. Summary rows become dialogues in a new wording
-each epoch. The same command, started again, continues a stopped run. Ctrl-C saves first.
+token files; of several sets the first one's config holds. Only the assistant's tokens are learnt.
+Summary rows become dialogues in a new wording each epoch. The same command, started again,
+continues a stopped run. Ctrl-C saves first.
 """
 
 import sys
@@ -17,14 +20,16 @@ from pathlib import Path
 
 from babyllama.checkpoint import load_model, newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
-from babyllama.data import DataConfig, SourceConfig, open_data
+from babyllama.data import DataConfig, named_sources, open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
 from babyllama.lora import LoraConfig, apply_lora, describe
 from babyllama.optim import OptimConfig
+from babyllama.painter import painter_of
 from babyllama.parallel import ParallelConfig, start
 from babyllama.run_dir import open_run
+from babyllama.show_batch import shown_batch
 from babyllama.trainer import TrainConfig, train
 
 # What a run shows of itself at each evaluation.
@@ -36,8 +41,9 @@ class SftConfig:
     """Settings of a fine-tuning run.
 
     Args:
-        dataset: a set; its config is configs/sft/<dataset>.yaml where there is one
-        name: the run's directory, out/<name>; null: <dataset>
+        dataset: a set, whose config is configs/sft/<dataset>.yaml where there is one; or several
+            with weights, csl:2,belle:0.5
+        name: the run's directory, out/<name>; null: the names of its sets
         base: run or checkpoint to start from; null: the newest pretraining run
         data: what is trained on; no sources: the set named by dataset
         optim: optimizer and schedule
@@ -46,6 +52,7 @@ class SftConfig:
         device: where and in which format to compute
         parallel: how several processes share the work
         dry_run: only print parameters, memory and time
+        inspect: only print the first batch, with what is learnt in colour
     """
 
     dataset: str | None = None
@@ -58,6 +65,7 @@ class SftConfig:
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
+    inspect: bool = False
 
 
 def resolve(cfg: SftConfig) -> SftConfig:
@@ -65,11 +73,13 @@ def resolve(cfg: SftConfig) -> SftConfig:
 
     raises: ConfigError if there is nothing to train on or to start from
     """
-    if not cfg.data.sources:
-        if cfg.dataset is None:
-            raise ConfigError("nothing to train on: name a set, python sft.py --dataset sample")
-        cfg = replace(cfg, data=replace(cfg.data, sources=(SourceConfig(cfg.dataset),)))
-    name = cfg.name or (cfg.dataset and Path(cfg.dataset).name)
+    named = named_sources(cfg.dataset) if cfg.dataset is not None else ()
+    if not named and not cfg.data.sources:
+        raise ConfigError("nothing to train on: name a set, python sft.py --dataset sample")
+    # The name of one set alone can be that of a config with sources of its own.
+    if named and (not cfg.data.sources or cfg.dataset != named[0].name):
+        cfg = replace(cfg, data=replace(cfg.data, sources=named))
+    name = cfg.name or "+".join(Path(source.name).name for source in named)
     if not name:
         raise ConfigError("the run has no name: give --name, or --dataset to take that")
     base = cfg.base or newest_run(kind="pretrain")
@@ -85,6 +95,10 @@ def main(cfg: SftConfig) -> int:
     base = load_model(cfg.base)
     length = base.config.max_seq_len
     data = open_data(cfg.data, base.tokenizer, length, cfg.train)
+    if cfg.inspect:
+        for line in shown_batch(data.train, cfg.train.micro_batch_size, painter_of(base.tokenizer)):
+            print(line)
+        return 0
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)
         if cfg.lora:
@@ -98,9 +112,10 @@ def main(cfg: SftConfig) -> int:
 
 
 def config_of(argv: Sequence[str]) -> Path | None:
-    """configs/sft/<dataset>.yaml for the dataset that the command line names, if it is there."""
+    """configs/sft/<dataset>.yaml for the first set that the command line names, if it is there."""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = following if word == "--dataset" else word.removeprefix("--dataset=")
+        name = name.partition(",")[0].partition(":")[0].strip()
         if word.startswith("--dataset") and (REPO / f"configs/sft/{name}.yaml").is_file():
             return Path(f"configs/sft/{name}.yaml")
     return None

@@ -3,6 +3,7 @@
     text     {"id": "wiki/12", "text": "…"}
     chat     {"id": "redgpt/3", "messages": [{"role": "user", "content": "…"}, …]}
     summary  {"id": "csl/7", "text": "…", "summary": "…", "meta": {…}}      meta is optional
+    preference {"id": "pairs/1", "messages": [… user], "chosen": "…", "rejected": "…"}
 
 `id` is "<set>/<number>", unique and stable. Unknown keys are refused. Raw downloads are read
 in `data_process/`; this file knows only what comes out of there. No torch.
@@ -15,8 +16,13 @@ from pathlib import Path
 
 from babyllama.errors import DataError
 
-REQUIRED = {"text": ("text",), "chat": ("messages",), "summary": ("text", "summary")}
-OPTIONAL = {"text": (), "chat": (), "summary": ("meta",)}
+REQUIRED = {
+    "text": ("text",),
+    "chat": ("messages",),
+    "summary": ("text", "summary"),
+    "preference": ("messages", "chosen", "rejected"),
+}
+OPTIONAL = {"text": (), "chat": (), "summary": ("meta",), "preference": ()}
 ROLES = ("system", "user", "assistant")
 
 
@@ -30,7 +36,8 @@ def row_kind(row: dict) -> str:
         if wanted <= row.keys() <= wanted | set(OPTIONAL[kind]):
             return kind
     raise DataError(
-        f"a row needs the keys of one kind, id with text | messages | text, summary; "
+        f"a row needs the keys of one kind, id with text | messages | text, summary | messages, "
+        f"chosen, rejected; "
         f"found {sorted(row)}"
     )
 
@@ -65,11 +72,14 @@ def check_row(row: object) -> str | None:
         return "bad_id"
     if not all(isinstance(text, str) for text in _strings(row, kind)):
         return "not_a_string"
-    if kind == "chat":
-        reason = check_messages(row["messages"])
+    if "messages" in row:
+        # What is preferred is an answer to the last question, which makes a dialogue of it.
+        answer = [{"role": "assistant", "content": row.get("chosen")}] if kind != "chat" else []
+        is_list = isinstance(row["messages"], list)
+        reason = check_messages([*row["messages"], *answer] if is_list else None)
         if reason:
             return reason
-    elif not all(row[key].strip() for key in REQUIRED[kind]):
+    if not all(row[key].strip() for key in REQUIRED[kind] if key != "messages"):
         return "empty_text"
     if not isinstance(row.get("meta", {}), dict):
         return "bad_meta"
@@ -85,11 +95,11 @@ def texts_of(row: dict) -> list[str]:
 
 
 def _strings(row: dict, kind: str) -> list:
-    if kind != "chat":
-        return [row[key] for key in REQUIRED[kind]]
-    if check_messages(row["messages"]):
+    own = [row[key] for key in REQUIRED[kind] if key != "messages"]
+    messages = row.get("messages", [])
+    if kind == "chat" and check_messages(messages):
         return []
-    return [message["content"] for message in row["messages"]]
+    return [m.get("content") for m in messages if isinstance(m, dict)] + own
 
 
 def _has_surrogate(text: str) -> bool:

@@ -7,7 +7,7 @@ x.idx   header (120 bytes), document ends, piece ends, piece roles, SHA-256 of a
             tokens u64 | documents u64 | pieces u64 | tokenizer fingerprint 32s |
             SHA-256 of x.bin 32s | zeros
     text:   document ends (u64) count tokens; no pieces
-    chat, summary: document ends count pieces, piece ends (u64) count tokens, one role (u8) a piece
+    others: document ends count pieces, piece ends (u64) count tokens, one role (u8) a piece
 
 Every piece of a dialogue keeps its role, so a training mask is never searched for in the ids.
 Files are written under a temporary name and renamed, .idx last: where it is, the pair is whole.
@@ -28,10 +28,12 @@ from babyllama.errors import DataError
 MAGIC = b"BABYLTOK"
 VERSION = 1
 HEADER = struct.Struct("<8sIIIIQQQ32s32s8x")
-KINDS = ("text", "chat", "summary")
+KINDS = ("text", "chat", "summary", "preference")
 # What a summary row's meta may hold for a second turn: one piece each, or one a keyword.
 META = ("keywords", "discipline", "category")
-ROLES = ("system", "user", "assistant", "text", "summary", *META)
+# The two answers that end a preference row, the better one first.
+CHOICES = ("chosen", "rejected")
+ROLES = ("system", "user", "assistant", "text", "summary", *META, *CHOICES)
 
 
 class Vocabulary(Protocol):
@@ -137,7 +139,7 @@ class TokenFile:
     """An opened pair. The ids stay on the disk (memory map); the index is in memory.
 
     ids: (n_tokens,) uint16 or uint32
-    ends: (n_docs,) ends of the documents, in tokens (text) or in pieces (chat, summary)
+    ends: (n_docs,) ends of the documents, in tokens (text) or in pieces (all other kinds)
     piece_ends, roles: (n_pieces,) ends in tokens, and indices into ROLES
     digest: SHA-256 of the index, which holds that of the ids
     """

@@ -19,9 +19,7 @@ if __package__ != "data_process":
 
 import hashlib
 import json
-import os
 import random
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,10 +31,10 @@ from tqdm import tqdm
 
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
+from babyllama.painter import BOLD, DIM, Painter, clipped, outline, painter_of, visible, width_of
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import read_rows, row_kind
 from babyllama.token_file import TokenFile, pair
-from data_process.painter import BOLD, DIM, Painter, clipped, outline, visible, width_of
 from data_process.pretokenize import pieces_of
 from tokenizer import Tokenizer
 
@@ -304,9 +302,7 @@ def main(cfg: InspectConfig) -> None:
         )
     if "summary" in kinds and tokenizer:
         prompts = SummaryPrompts.load(from_repo(cfg.prompts), tokenizer)
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
-    columns = shutil.get_terminal_size((100, 24)).columns
-    painter = Painter(tokenizer, sys.stdout.isatty() and not plain, max(40, columns))
+    painter = painter_of(tokenizer)
     for row in chosen:
         show(row, painter, prompts, cfg)
 

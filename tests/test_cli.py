@@ -221,7 +221,7 @@ def test_scripts_work_from_another_directory(
     assert script("pretrain.py", "--config=here.yaml", "--train.max_steps", "1").code == 0
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-000001"]
     assert [p.name for p in elsewhere.iterdir()] == ["here.yaml"]
-    assert printed(script, "sft.py", "--config=configs/sft/csl.yaml")["name"] == "csl"
+    assert printed(script, "sft.py", "--config=configs/sft/csl.yaml")["dataset"] == "csl"
 
 
 def test_a_path_is_looked_for_here_then_in_the_project(
@@ -299,7 +299,7 @@ def test_a_set_brings_its_config_and_flags_win_over_it(script: Callable) -> None
         assert config_of(argv) is None
     found = printed(script, "sft.py", "--dataset", "csl", "--train.epochs", "2")
     committed = yaml.safe_load((REPO / "configs/sft/csl.yaml").read_text("utf-8"))
-    assert found["name"] == "csl" and found["train"]["epochs"] == 2
+    assert found["dataset"] == "csl" and found["train"]["epochs"] == 2
     assert found["train"]["batch_size"] == committed["train"]["batch_size"]
 
 

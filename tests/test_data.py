@@ -18,12 +18,10 @@ from torch import Tensor
 from babyllama.data import (
     Data,
     DataConfig,
-    Dialogues,
     Mixture,
     SourceConfig,
     TrainData,
     ValData,
-    Windows,
     best_fit,
     collate,
     open_data,
@@ -35,6 +33,7 @@ from babyllama.data import (
 from babyllama.errors import ConfigError, DataError
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
+from babyllama.sources import Dialogues, Windows
 from babyllama.token_file import TokenFile, TokenFileWriter
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from model import IGNORED
@@ -496,7 +495,7 @@ def test_missing_token_files_are_refused_with_the_command_that_makes_them(tokeni
 def test_a_missing_validation_part_is_named(token_root, tokenizer):
     for path in (token_root / "chat").glob("val-*"):
         path.unlink()
-    with pytest.raises(DataError, match=r"wanted token files val-\*\.idx"):
+    with pytest.raises(DataError, match=r"found none in \S*chat \(val-\*\.idx\); make them"):
         open_data(config_of(token_root, chat=1.0), tokenizer, MAX_SEQ_LEN, Order())
 
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from babyllama.cli import REPO, parse, run
 from babyllama.data import DataConfig, Mixture, SourceConfig, open_source
 from babyllama.errors import DataError
+from babyllama.painter import Painter, clipped, visible, width_of
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
 from babyllama.token_file import TokenFileWriter
 from data_process.inspect import InspectConfig, as_read, choose, main, open_rows
-from data_process.painter import Painter, clipped, visible, width_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from tokenizer import Tokenizer
 

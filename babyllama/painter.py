@@ -1,8 +1,11 @@
-"""What inspect.py puts on a terminal: coloured tokens; Chinese text cut and aligned by its width.
+"""What inspecting puts on a terminal: coloured tokens; Chinese text cut and aligned by its width.
 
 A character's width is that of Unicode Standard Annex 11: W and F take two columns.
 """
 
+import os
+import shutil
+import sys
 import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,6 +13,13 @@ from itertools import groupby
 from tokenizer import Tokenizer
 
 BOLD, DIM, GREEN, RESET = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[0m"
+
+
+def painter_of(tokenizer: Tokenizer | None) -> "Painter":
+    """For standard output: colours on a terminal only, and none where NO_COLOR is set."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
+    columns = shutil.get_terminal_size((100, 24)).columns
+    return Painter(tokenizer, sys.stdout.isatty() and not plain, max(40, columns))
 
 
 class Painter:

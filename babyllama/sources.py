@@ -1,0 +1,348 @@
+"""The sources of a mixture: token files as rows of (tokens, targets).
+
+A row is a window of a text stream, a dialogue, a summary row in a freshly drawn wording, or a pair
+of dialogues of which the first is preferred. What does not fit the context is cut by whole turns
+(dialogues) or at the text's end (summaries), or left out; each is counted by reason.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from babyllama.cli import from_repo, shown
+from babyllama.errors import ConfigError, DataError
+from babyllama.prompts import SummaryPrompts
+from babyllama.token_file import CHOICES, ROLES, TokenFile
+from model import IGNORED
+from tokenizer import SEPARATOR, Tokenizer
+
+Row = tuple[np.ndarray, np.ndarray]  # tokens (n,), targets (n,), int64, n <= max_seq_len
+
+# A summary row whose text would keep less than this is dropped.
+_LEAST_TEXT = 16
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture.
+
+    Args:
+        name: a set's name (data/tokens/<tokenizer>/<name>) or a directory of token files
+        weight: how often each row is seen in an epoch; 0.5: half of the rows, 2: every row twice
+    """
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    Args:
+        sources: the mixture
+        prompts: wordings for summary rows
+        max_val_rows: validation takes the first rows of each source, at most this many
+        max_seq_len: longest sequence in tokens, where it is less than the model's context
+        weight_by: what counts alike in the loss: every target token, or every row, so that a
+            title weighs as much as an essay
+    """
+
+    # A tuple, because jsonargparse lays a list over an earlier one of the same length: the weights
+    # of a config would pass on to the sets that a flag names.
+    sources: tuple[SourceConfig, ...] = ()
+    prompts: Path = Path("configs/prompts/summary_zh.yaml")
+    max_val_rows: int = 256
+    max_seq_len: int | None = None
+    weight_by: Literal["token", "row"] = "token"
+
+    def __post_init__(self) -> None:
+        if self.max_val_rows < 1:
+            raise ConfigError(f"data.max_val_rows wants 1 or more, found {self.max_val_rows}")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise ConfigError(f"data.max_seq_len wants 2 or more, found {self.max_seq_len}")
+        for source in self.sources:
+            if not 0 < source.weight < math.inf:
+                raise ConfigError(
+                    f"source {source.name!r} has weight {source.weight}; wanted more than 0, "
+                    f"or leave the source out"
+                )
+
+
+class Windows:
+    """A text source: its documents in a row, cut into windows of max_seq_len targets.
+
+    Neighbours overlap by one id, so that each id is a target exactly once; the last window of a
+    file may be short. Windows cross documents.
+    """
+
+    def __init__(self, name: str, files: list[TokenFile], max_seq_len: int) -> None:
+        self.name = name
+        self.dropped: dict[str, int] = {}
+        self.files = files
+        self._length = max_seq_len
+        counts = [max(0, -(-(file.n_tokens - 1) // max_seq_len)) for file in files]
+        self._ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def row(self, number: int, _rng: np.random.Generator) -> Row:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        first = int(self._ends[place - 1]) if place else 0
+        start = (number - first) * self._length
+        ids = self.files[place].ids[start : start + self._length + 1].astype(np.int64)
+        return ids[:-1], ids[1:]
+
+
+class Dialogues:
+    """A chat source. A dialogue that is too long loses whole turns from its end; one whose first
+    answer does not fit is dropped. Both are counted."""
+
+    def __init__(
+        self, name: str, files: list[TokenFile], tokenizer: Tokenizer, max_seq_len: int
+    ) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
+        self.files = files
+        fitting = [self._fitting(file, max_seq_len) for file in files]
+        self.dropped = {
+            "answer_does_not_fit": int(sum((n == 0).sum() for n, _ in fitting)),
+            "turns_cut": int(sum(((n > 0) & (n < total)).sum() for n, total in fitting)),
+        }
+        self._rows = _kept([n for n, _ in fitting])  # file, row, pieces that fit
+
+    def _fitting(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """How many pieces of each row fit, whole turns only, and how many it has."""
+        sizes, first, n_pieces = _message_sizes(file, self._tokenizer)
+        upto = np.cumsum(sizes)
+        before = np.repeat(upto[first] - sizes[first], n_pieces)
+        number = np.arange(len(sizes)) - np.repeat(first, n_pieces)
+        # With <bos> in front and targets shifted by one, a row takes as many positions as this.
+        fits = (upto - before <= max_seq_len) & (file.roles == ROLES.index("assistant"))
+        return np.maximum.reduceat(np.where(fits, number + 1, 0), first), n_pieces
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, number: int, _rng: np.random.Generator) -> Row:
+        file, place, fitting = self._rows[number].tolist()
+        pieces = self.files[file].pieces(place)[:fitting]
+        return _supervised(
+            self._tokenizer, [{"role": role, "content": [ids]} for role, ids in pieces]
+        )
+
+
+def _message_sizes(
+    file: TokenFile, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids of each message in the dialogue's format; the first message of each row, and their
+    number."""
+    # Ids that the format adds to a piece: the separator before it, its label, <eos> after it.
+    frame = np.zeros(len(ROLES), dtype=np.int64)
+    for role in ("system", "user", "assistant"):
+        message = {"role": role, "content": [[]]}
+        two = tokenizer.render_chat([message, message])[0]
+        frame[ROLES.index(role)] = len(two) - len(tokenizer.render_chat([message])[0])
+    for role in CHOICES:
+        frame[ROLES.index(role)] = frame[ROLES.index("assistant")]
+    sizes = np.diff(file.piece_ends, prepend=0) + frame[file.roles]
+    n_pieces = np.diff(file.ends, prepend=0)
+    first = file.ends - n_pieces
+    sizes[first] -= len(tokenizer.encode(SEPARATOR))
+    return sizes, first, n_pieces
+
+
+class Pair(NamedTuple):
+    """Two dialogues that differ in their last answer, of which alone the tokens are targets."""
+
+    chosen: Row
+    rejected: Row
+
+
+class Pairs:
+    """A source of preferences. Both dialogues of a row share a sequence; a row whose two do not
+    fit together is dropped, and counted."""
+
+    def __init__(
+        self, name: str, files: list[TokenFile], tokenizer: Tokenizer, max_seq_len: int
+    ) -> None:
+        self.name = name
+        self._tokenizer = tokenizer
+        self.files = files
+        fits = [self._sizes(file) <= max_seq_len for file in files]
+        self.dropped = {"pair_does_not_fit": int(sum((~f).sum() for f in fits))}
+        self._rows = _kept(fits)  # file, row, 1
+
+    def _sizes(self, file: TokenFile) -> np.ndarray:
+        """Positions that the two dialogues of each row take together."""
+        sizes, first, _ = _message_sizes(file, self._tokenizer)
+        is_choice = np.isin(file.roles, [ROLES.index(role) for role in CHOICES])
+        # All that comes before the answers is read twice.
+        return np.add.reduceat(np.where(is_choice, sizes, 2 * sizes), first)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def row(self, number: int, _rng: np.random.Generator) -> Pair:
+        file, place, _ = self._rows[number].tolist()
+        *before, chosen, rejected = self.files[file].pieces(place)
+        asked = [{"role": role, "content": [ids]} for role, ids in before]
+        return Pair(*(self._answered(asked, ids) for _, ids in (chosen, rejected)))
+
+    def _answered(self, asked: list[dict], answer: np.ndarray) -> Row:
+        tokens, targets = _supervised(
+            self._tokenizer, [*asked, {"role": "assistant", "content": [answer]}]
+        )
+        targets[: len(self._tokenizer.render_prompt(asked)) - 1] = IGNORED  # earlier answers
+        return tokens, targets
+
+
+class Summaries:
+    """A summary source: each row in a wording drawn anew, its text cut to fit."""
+
+    def __init__(
+        self, name: str, files: list[TokenFile], prompts: SummaryPrompts, max_seq_len: int
+    ) -> None:
+        self.name = name
+        self._prompts = prompts
+        frame = prompts.tokenizer.render_chat(
+            [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
+        )[0]
+        self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
+        self.files = files
+        sizes = [_sizes(file) for file in files]
+        fits = [np.minimum(s[:, 0], _LEAST_TEXT) + s[:, 1] <= self._room for s in sizes]
+        cut = [f & (s.sum(axis=1) > self._room) for f, s in zip(fits, sizes, strict=True)]
+        self.dropped = {
+            "summary_does_not_fit": int(sum((~f).sum() for f in fits)),
+            "text_cut": int(sum(c.sum() for c in cut)),
+            "no_room_for_second_turn": sum(
+                self._lacks_room(file, s) for file, s in zip(files, sizes, strict=True)
+            ),
+        }
+        self._rows = _kept(fits)  # file, row, 1
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _lacks_room(self, file: TokenFile, sizes: np.ndarray) -> int:
+        """Rows whose meta some second turn asks about, none of which fits behind the text."""
+        row_of = np.repeat(np.arange(file.n_docs), np.diff(file.ends, prepend=0))
+        n_ids = np.diff(file.piece_ends, prepend=0)
+        spare = self._room - sizes.sum(axis=1)
+        asked, fits = (np.zeros(file.n_docs, dtype=bool) for _ in range(2))
+        for name in self._prompts.turns:
+            own = file.roles == ROLES.index(name)
+            counts = np.bincount(row_of[own], minlength=file.n_docs)
+            total = np.bincount(row_of[own], n_ids[own], file.n_docs)
+            asked |= counts > 0
+            fits |= (counts > 0) & (self._prompts.turn_size(name, counts, total) <= spare)
+        return int((asked & ~fits).sum())
+
+    def row(self, number: int, rng: np.random.Generator) -> Row:
+        file, place, _ = self._rows[number].tolist()
+        pieces = self.files[file].pieces(place)
+        (_, text), (_, summary) = pieces[:2]
+        room = self._room - len(summary)
+        messages = self._prompts.messages(text, summary, rng, room, _meta(pieces))
+        return _supervised(self._prompts.tokenizer, messages)
+
+
+def _sizes(file: TokenFile) -> np.ndarray:
+    """Ids of text and summary of each row, (n_rows, 2); the pieces of its meta come after them."""
+    first = file.ends - np.diff(file.ends, prepend=0)
+    return np.diff(file.piece_ends, prepend=0)[np.stack((first, first + 1), axis=1)]
+
+
+def _meta(pieces: list[tuple[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
+    """The pieces of a summary row that follow text and summary, by role."""
+    meta: dict[str, list[np.ndarray]] = {}
+    for role, ids in pieces[2:]:
+        meta.setdefault(role, []).append(ids)
+    return meta
+
+
+def _kept(counts: list[np.ndarray]) -> np.ndarray:
+    """The rows of several files with a count above 0: (n, 3) file, row, count."""
+    parts = [
+        np.stack((np.full(len(rows), number), rows, found[rows]), axis=1)
+        for number, found in enumerate(counts)
+        for rows in [np.flatnonzero(found)]
+    ]
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _supervised(tokenizer: Tokenizer, messages: Sequence[dict]) -> Row:
+    """A dialogue as inputs and shifted targets; only the assistant's tokens are targets."""
+    ids, mask = (np.array(part, dtype=np.int64) for part in tokenizer.render_chat(messages))
+    return ids[:-1], np.where(mask[1:] == 1, ids[1:], IGNORED)
+
+
+Source = Windows | Dialogues | Summaries | Pairs
+
+
+def token_directory(name: str, tokenizer: Tokenizer) -> Path:
+    """Where the token files of a source lie."""
+    is_path = "/" in name or "\\" in name
+    return from_repo(name if is_path else Path("data/tokens") / tokenizer.path.stem / name)
+
+
+def require_token_files(names: Sequence[str], tokenizer: Tokenizer) -> None:
+    """raises: DataError with the commands that make those that are missing"""
+    model, missing, commands = shown(tokenizer.path), [], []
+    for name in names:
+        where = token_directory(name, tokenizer)
+        for split in ("train", "val"):
+            if not any(where.glob(f"{split}-*.idx")):
+                missing.append(f"{shown(where)} ({split}-*.idx)")
+                commands.append(f"python -m data_process.run {where.name} --tokenizer {model}")
+    if missing:
+        raise DataError(
+            f"wanted token files, found none in {', '.join(missing)}; make them: "
+            f"{' && '.join(dict.fromkeys(commands))}"
+        )
+
+
+def open_source(
+    config: SourceConfig, split: str, tokenizer: Tokenizer, data: DataConfig, max_seq_len: int
+) -> Source:
+    """One source's token files, checked.
+
+    raises: DataError with the command that makes them, where there are none
+    """
+    where = token_directory(config.name, tokenizer)
+    stems = sorted(where.glob(f"{split}-*.idx"))
+    if not stems:
+        raise DataError(
+            f"{shown(where)}: wanted token files {split}-*.idx, found none; make them: "
+            f"python -m data_process.run {where.name} --tokenizer {shown(tokenizer.path)}"
+        )
+    files = [TokenFile(stem, tokenizer.fingerprint) for stem in stems]
+    kinds = {file.kind for file in files}
+    if len(kinds) > 1:
+        raise DataError(f"{shown(where)}: files of several kinds {sorted(kinds)} in one directory")
+    source: Source
+    if kinds == {"text"}:
+        source = Windows(config.name, files, max_seq_len)
+    elif kinds == {"chat"}:
+        tokenizer.require_dialogue()
+        source = Dialogues(config.name, files, tokenizer, max_seq_len)
+    elif kinds == {"preference"}:
+        tokenizer.require_dialogue()
+        source = Pairs(config.name, files, tokenizer, max_seq_len)
+    else:
+        tokenizer.require_dialogue()
+        prompts = SummaryPrompts.load(from_repo(data.prompts), tokenizer)
+        source = Summaries(config.name, files, prompts, max_seq_len)
+    if len(source) == 0:
+        raise DataError(
+            f"{shown(where)}: no row of {split} can be trained on in {max_seq_len} tokens "
+            f"{source.dropped or '(the files are empty)'}; use a longer model.max_seq_len "
+            f"or make the set again"
+        )
+    return source
