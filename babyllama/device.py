@@ -5,8 +5,10 @@ Master weights and optimizer state are float32 always; the format is that of the
 
 import contextlib
 import math
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -165,9 +167,17 @@ class Scaler:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Memory in use: the peak on a CUDA card, else the process's resident set now."""
+    """The most memory that was in use so far: of a CUDA card, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import psutil
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux: ru_maxrss would begin with what the parent process had
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e9
+    if os.name == "nt":
+        import psutil
 
-    return psutil.Process().memory_info().rss / 1e9
+        return psutil.Process().memory_info().peak_wset / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS

@@ -1,13 +1,20 @@
-"""What a run will take, before it is started: parameters, memory and time (`--dry-run`)."""
+"""What a run will take, before it is started: parameters, memory and time.
+
+python pretrain.py --dry-run         of a run, with ten probing steps
+python -m babyllama.estimate         a table: the largest batches on usual cards, computed
+"""
 
 import time
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
+import yaml
 
+from babyllama.cli import REPO, parse, run
 from babyllama.data import TrainData
 from babyllama.device import Scaler, memory_gb, pick_precision, precision_warning
-from babyllama.optim import make_optimizer
+from babyllama.optim import make_optimizer, state_shapes
 from babyllama.parallel import World
 from babyllama.speed import mfu_per_rate, synchronize
 from babyllama.trainer import RunConfig, forward_backward, next_token_loss, total_steps
@@ -18,6 +25,8 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PROBES = 10
 # Of the memory that there is; the rest is for the allocator's gaps and everybody else.
 _USABLE = 0.9
+# What the driver takes of a card for a process, before the first tensor.
+_CONTEXT_GB = 0.5
 
 
 def parameters_by_part(model: Transformer) -> dict[str, int]:
@@ -39,24 +48,36 @@ def memory_by_part(
     precision: str,
     recompute: bool = False,
     shares: int = 1,
+    n_trained: int | None = None,
+    n_state: int | None = None,
 ) -> dict[str, float]:
     """Gigabytes that training takes, computed: `sequences` of full length at a time.
 
     Activations: what autograd keeps of a layer, counted in widths D and feed-forward widths F a
-    token (two normed inputs, q, k, v twice, the attention's output, four F-wide tensors), or with
-    recompute the inputs of all layers and the whole of one.
+    token. In float32: the two inputs and what their norms made of them, twice; q, k, v, the
+    attention's output, twice; four F-wide tensors; 2 D for what the way back takes besides. In a
+    narrow format the residual stream, four widths, stays float32. With recompute: the inputs of
+    all layers and the whole of one.
 
     shares: processes that each keep a part of weights, gradients and optimizer state
+    n_trained: parameters with gradients; all, where not said
+    n_state: numbers that the optimizer keeps; two for each of those, where not said
     """
+    n_trained = n_parameters if n_trained is None else n_trained
+    n_state = 2 * n_trained if n_state is None else n_state
+    table = config.vocab_size * config.dim
+    # Autocast keeps a copy of every matrix until the way back has ended.
+    narrow = 0 if precision == "float32" else _BYTES[precision]
     tokens = sequences * config.max_seq_len
-    width = 12 * config.dim + 4 * config.hidden_dim
-    kept = config.n_layers * config.dim + width if recompute else config.n_layers * width
+    one = (12 * config.dim + 4 * config.hidden_dim) * _BYTES[precision]
+    one += 4 * config.dim * (4 - _BYTES[precision])
+    kept = 4 * config.dim * config.n_layers + one if recompute else config.n_layers * one
     parts = {
-        "weights": 4 * n_parameters / shares,
-        "gradients": 4 * n_parameters / shares,
-        "optimizer": 8 * n_parameters / shares,
-        "activations": tokens * kept * _BYTES[precision],
-        "loss slice": SLICE * config.vocab_size * 8 + 4 * config.vocab_size * config.dim,
+        "weights": 4 * n_parameters / shares + narrow * (n_parameters - table),
+        "gradients": 4 * n_trained / shares,
+        "optimizer": 4 * n_state / shares,
+        "activations": tokens * kept,
+        "loss slice": SLICE * config.vocab_size * 8 + 4 * table,
     }
     return {name: size / 1e9 for name, size in parts.items()}
 
@@ -80,10 +101,20 @@ def dry_run(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -
     precision = pick_precision(device, cfg.device.precision, cfg.device.force)
     shares = world.size if world.engine == "fsdp2" else 1
     n_parameters, by_part = model.n_parameters(), parameters_by_part(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    counts = {
+        "n_trained": sum(weight.numel() for weight in trained),
+        "n_state": sum(
+            shape.numel()
+            for state in state_shapes(make_optimizer(model, cfg.optim)).values()
+            for shape in state.values()
+        ),
+    }
     sizes = {
-        n: memory_by_part(config, n_parameters, n, precision, train.recompute, shares)
+        n: memory_by_part(config, n_parameters, n, precision, train.recompute, shares, **counts)
         for n in (1, 2, train.micro_batch_size)
     }
+    program = max(0.0, memory_gb(device) - 4 * n_parameters / 1e9)
     seconds, tokens = _probe(model, data, cfg, world, precision)
     rate = tokens / seconds
     if not world.is_main:
@@ -94,9 +125,11 @@ def dry_run(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -
     for name, count in (*by_part.items(), ("together", n_parameters)):
         print(f"{name:<12} {count:>14,} parameters")
     parts = sizes[train.micro_batch_size]
-    for name, size in (*parts.items(), ("together", sum(parts.values()))):
+    for name, size in parts.items():
         print(f"{name:<12} {size:>14.3f} GB, computed")
-    print(f"{'in use':<12} {memory_gb(device):>14.3f} GB, measured with the program itself")
+    print(f"{'program':<12} {program:>14.3f} GB, measured: all else that was in use")
+    print(f"{'together':<12} {sum(parts.values()) + program:>14.3f} GB at most")
+    print(f"{'peak':<12} {memory_gb(device):>14.3f} GB, measured over the probing steps")
     there = available_gb(device)
     most = largest_batch(sizes[1], sizes[2], there)
     print(
@@ -131,3 +164,63 @@ def _probe(
         tokens += int(sums[3])
     synchronize(world.device)
     return (time.perf_counter() - started) / PROBES, tokens / PROBES
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """What the table shows.
+
+    Args:
+        shapes: of models, configs/model/<name>.yaml
+        vocab_size: pieces
+        cards: as "name:gigabytes:precision"
+        batch: the batch whose memory is shown too
+    """
+
+    shapes: tuple[str, ...] = ("43m", "400m")
+    vocab_size: int = 65_000
+    cards: tuple[str, ...] = (
+        "GTX 1660 Ti:6:float32", "RTX 2080:8:float16", "RTX 3060:12:bfloat16",
+        "RTX 3090:24:bfloat16",
+    )  # fmt: skip
+    batch: int = 32
+
+
+def table(cfg: TableConfig) -> list[str]:
+    """Markdown: for each shape and card, what fits, without and with train.recompute."""
+    lines = [
+        f"| shape | card | format | largest micro-batch | with recompute | {cfg.batch} at once | "
+        f"with recompute |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in cfg.shapes:
+        shape = yaml.safe_load((REPO / f"configs/model/{name}.yaml").read_text("utf-8"))
+        config = replace(ModelConfig(**shape), vocab_size=cfg.vocab_size)
+        with torch.device("meta"):
+            n_parameters = Transformer(config).n_parameters()
+        for card, size, precision in (words.split(":") for words in cfg.cards):
+            row = [f"{name}, {n_parameters / 1e6:,.0f} M", f"{card}, {size} GB", precision]
+            most, needs = [], []
+            for recompute in (False, True):
+                one, two, wanted = (
+                    memory_by_part(config, n_parameters, n, precision, recompute)
+                    for n in (1, 2, cfg.batch)
+                )
+                fits = largest_batch(one, two, float(size) - _CONTEXT_GB / _USABLE)
+                most.append(f"{fits} x {config.max_seq_len}")
+                needs.append(f"{sum(wanted.values()) + _CONTEXT_GB:.1f} GB")
+            lines.append(f"| {' | '.join([*row, *most, *needs])} |")
+    return lines
+
+
+def main(cfg: TableConfig) -> None:
+    """Print the table."""
+    print("\n".join(table(cfg)))
+    print(
+        f"Computed, not measured; {_CONTEXT_GB} GB are for the driver, a tenth of the card is left "
+        f"for the allocator's gaps."
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse(TableConfig, __doc__))

@@ -1,8 +1,13 @@
 """The same model in the hands of a peer, transformers: for benchmarks and the parity test."""
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from model import ModelConfig, Transformer
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 # The benchmarked shape: configs/model/43m.yaml with 65,000 pieces.
 SHAPE_43M = ModelConfig(vocab_size=65_000)
@@ -34,6 +39,8 @@ def hf_name(name: str) -> str:
 
 def hf_model(config: ModelConfig) -> LlamaForCausalLM:
     """A transformers model of our shape with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # not where ours alone is measured
+
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=config.vocab_size,

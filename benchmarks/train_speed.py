@@ -10,7 +10,6 @@ a token counts 6 x (parameters - embedding table) floating point operations.
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from babyllama.cli import REPO, parse, run
-from babyllama.device import Scaler, pick_precision
+from babyllama.device import Scaler, memory_gb, pick_precision
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.parallel import World
 from babyllama.trainer import forward_backward, next_token_loss
@@ -111,10 +110,7 @@ def measure_one(name: str, steps: int) -> dict:
         return {"gflops": product_gflops(getattr(torch, name.removeprefix("product_")))}
     step = our_step() if name == "ours" else hf_step(getattr(torch, name.removeprefix("hf_")))
     tokens_per_s = BATCH * LENGTH / timed(step, steps, warm_up=steps > 1)
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1024 if sys.platform == "linux" else 1024**2
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"tokens_per_s": tokens_per_s, "peak_mb": peak}
+    return {"tokens_per_s": tokens_per_s, "peak_mb": memory_gb(torch.device("cpu")) * 1000}
 
 
 def in_process(name: str, cfg: SpeedConfig) -> dict:
