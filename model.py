@@ -153,16 +153,18 @@ class Attention(nn.Module):
         q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v.to(q.dtype),
-            attn_mask=mask,
-            # One new token sees the whole cache: neither a mask nor causality is needed.
-            is_causal=mask is None and (cache is None or T > 1),
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        # One new token sees the whole cache: neither a mask nor causality is needed.
+        is_causal = mask is None and (cache is None or T > 1)
+        out = self.attend(q, k, v.to(q.dtype), mask, is_causal)
         return self.wo(out.transpose(1, 2).reshape(B, T, D))
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+        """The weighted values (B, H, T, C); mask: as Transformer.segment_mask made it."""
+        is_grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped
+        )
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -241,6 +243,8 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         cache: KVCache | None = None,
         per_position: bool = False,
+        weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
     ) -> Tensor | Loss:
         """Logits (B, T, V), or with targets the summed loss.
 
@@ -251,6 +255,8 @@ class Transformer(nn.Module):
         cache: continue after the tokens that it holds, and store these
         per_position: with targets, return the loss of each position, (B, T) float32, 0 where
             there is no target
+        weights: (B, T) what the loss of each position is multiplied by
+        label_smoothing: this share of each target is spread evenly over the vocabulary
         """
         x = self.hidden(tokens, input_embeds=input_embeds, segments=segments, cache=cache)
         if targets is None:
@@ -259,7 +265,8 @@ class Transformer(nn.Module):
             return position_losses(x, self.output.weight, targets)
         chosen = targets.reshape(-1) != IGNORED
         return Loss(*SlicedLoss.apply(
-            x.reshape(-1, x.shape[-1])[chosen], self.output.weight, targets.reshape(-1)[chosen]
+            x.reshape(-1, x.shape[-1])[chosen], self.output.weight, targets.reshape(-1)[chosen],
+            None if weights is None else weights.reshape(-1)[chosen], label_smoothing,
         ))  # fmt: skip
 
     def hidden(
@@ -293,8 +300,7 @@ class Transformer(nn.Module):
             )
         columns = torch.arange(past, past + T, device=self.rope.device)
         if segments is not None:
-            same = segments[:, None, :, None] == segments[:, None, None, :]
-            return self.rope[:, None, None, :T], same & (columns[:, None] >= columns)
+            return self.rope[:, None, None, :T], self.segment_mask(segments)
         if cache is None or not (cache.ragged or (past and T > 1)):
             return self.rope[:, None, None, past : past + T], None
         # Filler on the left is not seen, and each row counts its positions from its own start.
@@ -304,6 +310,13 @@ class Transformer(nn.Module):
         seen |= every == columns[:, None]
         positions = (columns - cache.start[:, None]).clamp(min=0)
         return self.rope[:, positions][:, :, None], seen[:, None]
+
+    @staticmethod
+    def segment_mask(segments: Tensor) -> Tensor:
+        """What each token of packed documents sees, (B, 1, T, T)."""
+        columns = torch.arange(segments.shape[1], device=segments.device)
+        same = segments[:, None, :, None] == segments[:, None, None, :]
+        return same & (columns[:, None] >= columns)
 
 
 def rope_table(config: ModelConfig) -> Tensor:
@@ -323,8 +336,15 @@ class SlicedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """hidden (N, D), weight (V, D), targets (N,) without ignored ones."""
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> tuple[Tensor, ...]:
+        """hidden (N, D), weight (V, D), targets (N,) without ignored ones, weights (N,)."""
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         dtype = _matmul_dtype(hidden)
         w = weight.to(dtype)
@@ -336,12 +356,17 @@ class SlicedLoss(torch.autograd.Function):
             for start in range(0, len(targets), SLICE):
                 part, goal = hidden[start : start + SLICE].to(dtype), targets[start : start + SLICE]
                 logits = (part @ w.t()).float()
-                losses, correct, probabilities = _softmax_loss(logits, goal)
-                loss_sum += losses.sum()
+                losses, correct, probabilities = _softmax_loss(logits, goal, smoothing)
+                scale = None if weights is None else weights[start : start + SLICE]
+                loss_sum += losses.sum() if scale is None else losses @ scale
                 n_correct += correct.sum()
                 if not (want_hidden or want_weight):
                     continue
-                probabilities[torch.arange(len(goal), device=goal.device), goal] -= 1
+                probabilities[torch.arange(len(goal), device=goal.device), goal] -= 1 - smoothing
+                if smoothing:
+                    probabilities -= smoothing / len(w)
+                if scale is not None:
+                    probabilities *= scale[:, None]
                 error = probabilities.to(dtype)  # (slice, V): the gradient of the logits
                 if want_hidden:
                     grad_hidden[start : start + SLICE] = error @ w
@@ -356,13 +381,13 @@ class SlicedLoss(torch.autograd.Function):
         return loss_sum, n_targets, n_correct
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, grad_loss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -370,14 +395,19 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_loss(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), hits (N,) and probabilities (N, V), which take the place of the logits."""
     aimed = logits.gather(1, targets[:, None])  # (N, 1)
     largest = logits.amax(dim=1, keepdim=True)
+    hits = (aimed >= largest).squeeze(1)
+    if smoothing:
+        aimed = (1 - smoothing) * aimed + smoothing * logits.mean(dim=1, keepdim=True)
     powers = logits.sub_(largest).exp_()
     total = powers.sum(dim=1, keepdim=True)
     losses = (total.log() + largest - aimed).squeeze(1)
-    return losses, (aimed >= largest).squeeze(1), powers.div_(total)
+    return losses, hits, powers.div_(total)
 
 
 def position_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

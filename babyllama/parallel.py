@@ -87,6 +87,11 @@ class World:
         compiled: each layer runs as torch.compile makes it
         recompute: a layer keeps its input alone for the way back, and computes the rest again
         """
+        if self.device.type == "cuda":
+            from babyllama.documents import by_blocks, suits  # takes its time, for cards alone
+
+            if suits(self.device):
+                by_blocks(model)
         for layer in model.layers if compiled else ():
             _require_compiler(self.device)
             layer.forward = torch.compile(layer.forward)
