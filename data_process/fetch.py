@@ -31,6 +31,7 @@ from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from data_process.download import Line, RemoteFile, download, fault, part_of, size_of
 from data_process.hubs import ENDPOINTS, PLACES, list_files, places, with_size
+from data_process.raw import IGNORED
 from data_process.registry import DataSet, data_sets
 
 
@@ -181,9 +182,9 @@ def _endpoint(place: str, cfg: FetchConfig) -> str:
 
 
 def _wanted(place: str, data_set: DataSet, cfg: FetchConfig, line: Line) -> list[RemoteFile]:
-    """The files of the set that are to be fetched; hidden ones never are."""
+    """The files of the set that are to be fetched; those that are no data never are."""
     found = list_files(place, data_set.source, _endpoint(place, cfg), line)
-    found = [f for f in found if not any(part[0] == "." for part in f.path.split("/"))]
+    found = [f for f in found if not any(map(IGNORED.search, f.path.split("/")))]
     named = [pattern.strip() for pattern in cfg.files.split(",") if pattern.strip()]
     patterns = named or ([] if place == "url" else list(data_set.source.files))
     idle = [pattern for pattern in patterns if not any(_fits(f, pattern) for f in found)]

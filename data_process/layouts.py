@@ -1,4 +1,5 @@
-"""The layouts of an uncompressed text file: JSON lines, a JSON list, one object, CSV, plain lines.
+"""The layouts of an uncompressed text file: JSON lines, a JSON list, one object, CSV, plain lines,
+and Markdown, whose files are one document each.
 
 Each is a function (name, text) -> Iterator[(place, dict | list | line | Skip)] that streams:
 memory is bounded by the longest line or list element (LONGEST), and damage costs the line or
@@ -33,8 +34,10 @@ class Skip(NamedTuple):
     broken: bool = True
 
 
-def layout_of(head: bytes, encoding: str) -> str:
-    """Which of LAYOUTS a file has, from its first lines that are not blank."""
+def layout_of(head: bytes, encoding: str, name: str = "") -> str:
+    """Which of LAYOUTS a file has: Markdown by its name, else from its first lines with text."""
+    if name.lower().endswith(".md"):
+        return "document"
     lines = (line.strip() for line in io.StringIO(head.decode(encoding, "replace"), newline="\n"))
     first = list(islice(filter(None, lines), 5))
     values = [_parse(line) for line in first]
@@ -206,4 +209,21 @@ def _text(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
     return _lines(name, text, parse=False)
 
 
-LAYOUTS = {"lines": _lines, "list": _list, "object": _object, "csv": _table, "text": _text}
+def _document(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
+    whole = text.read(LONGEST)
+    if len(whole) == LONGEST:
+        yield name, Skip("document_too_long", name, whole[:200])
+    elif SURROGATE.search(whole):
+        yield name, Skip("bad_bytes", name, whole)
+    elif whole.strip():
+        yield name, {"path": name, "text": whole}
+
+
+LAYOUTS = {
+    "lines": _lines,
+    "list": _list,
+    "object": _object,
+    "csv": _table,
+    "text": _text,
+    "document": _document,
+}

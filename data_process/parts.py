@@ -39,7 +39,7 @@ def _cut(part: Part, layout: str, encoding: str, job_bytes: int) -> Iterator[Par
     size = part.path.stat().st_size
     with open(part.path, "rb") as file:
         head = file.read(HEAD)
-        layout = layout or layout_of(head, encoding)
+        layout = layout or layout_of(head, encoding, part.name)
         packed = head.startswith(PACKED) or head[257:262] == b"ustar"
         if size <= 1.5 * job_bytes or packed or layout not in ("lines", "text"):
             yield part

@@ -1,9 +1,10 @@
 """Opens raw downloads by their bytes, not by their names.
 
 `records` walks files and yields one Record for each JSON object (a list, JSON lines or one
-object), each row of a table, or, in other text files, each line. gzip, bzip2, xz, zip and tar are
-opened on the way; a BOM is removed; lines end at "\\n" only, since texts carry \\r, \\x0b and
-U+2028. Everything streams: memory is bounded by the longest line or list element (LONGEST).
+object), each row of a table, each Markdown file, or, in other text files, each line. gzip, bzip2,
+xz, zip and tar are opened on the way; a BOM is removed; lines end at "\\n" only, since texts carry
+\\r, \\x0b and U+2028. Everything streams: memory is bounded by the longest line, list element or
+document (LONGEST).
 
 A line that cannot be used becomes a Skip, which the caller counts. A file that is wrong as a
 whole (missing, another encoding, damaged archive) is a DataError. What the records mean is left
@@ -31,7 +32,11 @@ DEPTH = 3  # archives inside archives
 HELD_OUT = {"test": "test", "dev": "val", "val": "val", "valid": "val", "validation": "val"}
 DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError,
            RuntimeError)  # fmt: skip
-IGNORED = re.compile(r"(?i)^[._]|^(readme|license)\b|\.(md|pdf|sha256|lock|part)$")
+# What describes data instead of being data, on the hubs too.
+IGNORED = re.compile(
+    r"(?i)^[._]|^(readme|license)\b|^(dataset_infos?|dataset_dict|configuration)\.json$"
+    r"|\.(pdf|sha256|lock|part)$"
+)
 
 
 class Record(NamedTuple):
@@ -175,7 +180,7 @@ def _entries(
     whole = io.BufferedReader(_Chain(head, stream))
     text = io.TextIOWrapper(whole, encoding, errors="surrogateescape", newline="\n")
     try:
-        yield from LAYOUTS[layout or layout_of(head, encoding)](name, text)
+        yield from LAYOUTS[layout or layout_of(head, encoding, name)](name, text)
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: wanted {encoding}, found {error}; see --encoding") from None
 

@@ -132,8 +132,21 @@ def test_other_text_comes_line_by_line_and_keeps_quotes_and_tabs(tmp_path):
     assert data_of(write(tmp_path / "x.tsv", "\n".join(lines) + "\n")) == lines
 
 
+def test_a_markdown_file_is_one_document_whatever_it_begins_with(tmp_path):
+    write(tmp_path / "a" / "law.md", "# 题\n\n第一条\n第二条\n")
+    write(tmp_path / "b.md", '{"text": "不是 JSON 行"}\n')
+    write(tmp_path / "README.md", "说明")
+    write(tmp_path / "empty.md", " \n")
+    write(tmp_path / "bad.md", "第一条".encode() * 50 + b"\xff")
+    found = read(tmp_path)
+    assert [item.data["path"] for item in found if isinstance(item, Record)] == ["a/law.md", "b.md"]
+    assert found[0].data["text"] == "# 题\n\n第一条\n第二条\n"
+    assert [item.reason for item in found if isinstance(item, Skip)] == ["bad_bytes"]
+
+
 def test_files_are_walked_held_out_parts_first_and_numbered_on(tmp_path):
-    for name in ("train.json", "b/dev.json", "test_2k.json", "README.md", ".hidden", "LICENSE"):
+    for name in ("train.json", "b/dev.json", "test_2k.json", "README.md", ".hidden", "LICENSE",
+                 "dataset_infos.json"):  # fmt: skip
         write(tmp_path / name, '{"text": "一"}\n{"text": "二"}\n')
     found = read(tmp_path)
     assert [item.n for item in found] == list(range(6))

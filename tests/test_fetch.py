@@ -179,7 +179,7 @@ def ranges(server: SimpleNamespace) -> list[str]:
 
 @pytest.mark.parametrize("place", ["huggingface", "modelscope"])
 def test_all_that_a_hub_lists_arrives_and_is_not_fetched_twice(server, tmp_path, place):
-    server.files[".gitattributes"] = b"hidden"
+    server.files[".gitattributes"] = server.files["dataset_infos.json"] = b"no data"
     assert contents(bring(server, tmp_path, place)) == SAFE
     before = len(server.asked)
     bring(server, tmp_path, place)

@@ -1,8 +1,8 @@
 """Abstracts that came without a title, paired with the phrase in which they say what they present.
 
-"本文提出了一种基于X的Y方法" gives 一种基于X的Y方法, "研究了X对Y的影响" gives X对Y的影响. Such a phrase is no
-title, but most of a title's words stand in it, so it teaches where in an abstract to look. Layouts
-as in csl.py; one abstract in six has such a phrase.
+"本文提出了一种基于X的Y方法" gives 一种基于X的Y方法, "研究了X对Y的影响" gives X对Y的影响. Such
+a phrase is no title, but most of a title's words stand in it, so it teaches where in an abstract to
+look. Layouts as in csl.py; one abstract in five has such a phrase.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Markdown documents as {"path", "text"}: Chinese law, and text books such as OI-wiki and d2l-zh.
+"""Markdown documents, as files or as {"path", "text"}: Chinese law, text books such as OI-wiki.
 
 Headings become bare lines; marks of emphasis, links, pictures, notes and rules, comments and the
 authors' line go. Formulas, lists, tables and `code` stay as they are written.
@@ -13,7 +13,7 @@ from data_process.source import Source
 KIND = "text"
 SOURCE = Source(
     home="github.com/LawRefBook/Laws",
-    manual='clone the repository and write its .md files as JSON lines of {"path", "text"}',
+    manual="git clone the repository into data/raw/law",
 )
 LICENSE = "none stated; statutes and judicial interpretations are outside copyright in China"
 
