@@ -9,11 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rouge import Rouge
+from rouge_score.rouge_scorer import RougeScorer
 
 from babyllama import metrics
 from babyllama.errors import DataError
 
 LCSTS = Path(__file__).parents[2] / "shared/data/lcsts/test_first_half.jsonl"
+LCSTS_CLIPPED = [0.46275, 0.31406, 0.41806]
+LCSTS_WORDS = [0.37038, 0.17379, 0.34226]
+LCSTS_BLEU = 0.20998
 ALPHABET = list("的是研究方法基于模型ABab12，。. \n")
 
 
@@ -54,6 +58,38 @@ def test_clipped_measure_equals_a_slow_reference():
     wanted = [slow_clipped_rouge(*pair) for pair in zip(predictions, references, strict=True)]
     assert np.abs(found - wanted).max() < 1e-9
     assert 0.1 < found.mean() < 0.9
+
+
+class Characters:
+    """A tokenizer for `rouge_score`, whose own keeps only a-z and 0-9."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return list("".join(text.lower().split()))
+
+
+def test_clipped_measure_equals_the_package_rouge_score():
+    predictions, references = random_texts(7, 1000, 90), random_texts(8, 1000, 25)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Characters())
+    for prediction, reference in zip(predictions, references, strict=True):
+        wanted = scorer.score(target=reference, prediction=prediction)
+        wanted = [wanted[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")]
+        assert metrics.clipped_pair(prediction, reference) == pytest.approx(wanted, abs=1e-12)
+
+
+def test_bleu_equals_that_of_nltk():
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    smooth = SmoothingFunction().method1
+    predictions = [text + "x" for text in random_texts(9, 600, 30)] + ["方", "方法", "a  b"]
+    references = [text + "型" for text in random_texts(10, 600, 25)] + ["方", "方法研究", "a b"]
+    found = metrics.bleu_published(predictions, references)
+    for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        a, b = (" ".join(text.lower()).split(" ") for text in (prediction, reference))
+        assert found[i] == pytest.approx(
+            sentence_bleu([b], a, smoothing_function=smooth), abs=1e-12
+        )
+    assert 0.02 < found.mean() < 0.9
+    assert metrics.bleu_published(["", ".", "方"], ["方", "方", "。"]).tolist() == [0, 0, 0]
 
 
 def test_published_measure_equals_the_package_called_by_hand():
@@ -113,7 +149,7 @@ def test_each_measure_names_package_version_and_unit():
     names = [measure(["方法"], ["方法"]).measure for measure in metrics.ROUGE_MEASURES]
     assert names == [
         f"rouge {version('rouge')}, characters",
-        f"rouge-score {version('rouge-score')}, characters, clipped counts",
+        "ours, characters, clipped counts",
         f"rouge-chinese {version('rouge-chinese')}, jieba words",
     ]
 
@@ -142,6 +178,10 @@ def test_published_measure_on_real_outputs():
     assert found == pytest.approx([0.4719, 0.3151, 0.4274], abs=5e-5)
     # Its authors report this over 725 rows and without lower case; ours are the first half.
     assert found == pytest.approx([0.4204, 0.2722, 0.3834], abs=0.06)
+    # The other measures and BLEU on the same outputs: how far apart protocols are.
+    assert mean_f(metrics.rouge_clipped, outputs, titles) == pytest.approx(LCSTS_CLIPPED, abs=5e-5)
+    assert mean_f(metrics.rouge_words, outputs, titles) == pytest.approx(LCSTS_WORDS, abs=5e-5)
+    assert metrics.bleu_published(outputs, titles).mean() == pytest.approx(LCSTS_BLEU, abs=5e-5)
 
 
 def test_bootstrap_interval_covers_the_true_mean():
@@ -161,6 +201,35 @@ def test_bootstrap_interval_is_repeatable_and_as_wide_as_theory_says():
     assert metrics.bootstrap_interval(np.array([0.5])) == (0.5, 0.5)
 
 
+def test_paired_difference_is_sure_of_a_real_gain_and_not_of_chance():
+    rng = np.random.default_rng(2)
+    hard = rng.normal(40, 20, 300)
+    better = metrics.paired_difference(hard + rng.normal(2, 5, 300), hard)
+    assert better["p"] < 0.001 and 0 < better["low"] < better["mean"] < better["high"]
+    # Unpaired, two points would drown in the spread of the rows.
+    assert metrics.bootstrap_interval(hard)[1] - hard.mean() > 2
+    same = [
+        metrics.paired_difference(rng.normal(0, 1, 60), rng.normal(0, 1, 60), n_resamples=400)["p"]
+        for _ in range(100)
+    ]
+    assert 0 <= sum(p < 0.05 for p in same) <= 12 and 0.4 < np.mean(same) < 0.6
+
+
+def test_a_system_does_not_differ_from_itself():
+    values = np.random.default_rng(3).normal(0, 1, 50)
+    found = metrics.paired_difference(values, values)
+    assert found == {"mean": 0, "low": 0, "high": 0, "p": 1}
+
+
+def test_the_interval_of_a_ratio_covers_it():
+    rng = np.random.default_rng(4)
+    wholes = rng.integers(10, 500, 400)
+    parts = wholes * rng.normal(1.5, 0.3, 400)
+    low, high = metrics.bootstrap_ratio(parts, wholes)
+    assert low < parts.sum() / wholes.sum() < high and high - low < 0.15
+    assert metrics.bootstrap_ratio(2.0 * wholes, wholes) == pytest.approx((2, 2))
+
+
 def test_loss_becomes_perplexity_accuracy_and_bits():
     assert metrics.perplexity(10 * math.log(7), 10) == pytest.approx(7)
     assert metrics.perplexity(1e6, 1) == math.inf
@@ -168,31 +237,3 @@ def test_loss_becomes_perplexity_accuracy_and_bits():
     assert metrics.bits_per_byte(6 * math.log(2), 3) == pytest.approx(2)
     with pytest.raises(DataError, match="at least one target"):
         metrics.perplexity(0.0, 0)
-
-
-def test_text_statistics_count_loops_and_blanks():
-    texts = ["模型方法模型方法", "模型方法模型", "", " 方 法 "]
-    found = metrics.text_statistics(texts)
-    assert found == {"mean_length": 4.0, "share_empty": 0.25, "share_repeated_4gram": 0.25}
-    assert metrics.repeats_ngram("哈哈哈哈哈") and not metrics.repeats_ngram("哈哈哈哈")
-
-
-@pytest.mark.parametrize(
-    "text, sentence",
-    [
-        ("目的。方法。", "目的"),
-        ("目的. 方法.", "目的"),
-        ("What?是", "What"),
-        ("提高了3.14倍!好", "提高了3.14倍"),
-        ("  \n标题\n正文。", "标题"),
-        ("！目的！方法", "目的"),
-        ("没有句号", "没有句号"),
-        ("。", "。"),
-    ],
-)
-def test_first_sentence(text, sentence):
-    assert metrics.first_sentence(text) == sentence
-
-
-def test_first_characters():
-    assert metrics.first_characters("\n" + "一" * 30) == "一" * 25

@@ -1,0 +1,141 @@
+"""Having a checkpoint summarise a set, in batches: how it is asked, how it decodes, what it took.
+
+Where several replies are drawn, the one most like the others is taken: the choice of least expected
+loss (minimum Bayes risk: Kumar and Byrne 2004; Eikema and Aziz 2020, arXiv:2005.10283) under
+ROUGE.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from babyllama.checkpoint import Loaded
+from babyllama.cli import from_repo, shown
+from babyllama.errors import ConfigError
+from babyllama.fast import Decoder, Weights, make_decoder
+from babyllama.generate import generate_replies
+from babyllama.metrics import clipped_pair, is_blank
+from babyllama.prompts import SummaryPrompts
+from babyllama.sampling import SamplingConfig
+
+DECODINGS = ("greedy", "beam", "top_p", "consensus")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How titles are asked for and decoded.
+
+    batch_size: replies written at once
+    """
+
+    sampling: SamplingConfig
+    prompts: Path
+    batch_size: int = 32
+    weights: Weights = "float32"
+
+
+class Titles(NamedTuple):
+    """The titles of a set.
+
+    n_cut: texts cut to the context; n_framed: answers whose lead-in was taken off
+    """
+
+    titles: list[str]
+    n_cut: int
+    n_framed: int
+    seconds: float
+
+
+def decodings(names: str, sampling: SamplingConfig) -> dict[str, SamplingConfig]:
+    """The named ways to decode; without names the one that the settings describe.
+
+    What a way leaves open is taken from the settings: the number of beams (else 4), temperature
+    (else 0.8) and top_p of draws, and the number of replies to choose from (else 8).
+
+    raises: ConfigError for an unknown name
+    """
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in wanted if name not in DECODINGS]
+    if unknown:
+        raise ConfigError(f"--decoding {unknown[0]}: wanted some of {', '.join(DECODINGS)}")
+    if not wanted:
+        return {"": sampling}
+    beams = sampling.beams if sampling.beams > 1 else 4
+    n = sampling.n if sampling.n > 1 else 8
+    drawn = replace(sampling, n=1, beams=1, temperature=sampling.temperature or 0.8)
+    ways = {
+        "greedy": replace(sampling, n=1, beams=1, temperature=0.0),
+        "beam": replace(sampling, n=1, beams=beams, temperature=0.0),
+        "top_p": drawn,
+        "consensus": replace(drawn, n=n),
+    }
+    return {name: ways[name] for name in wanted}
+
+
+def consensus(replies: Sequence[str]) -> str:
+    """The reply that is most like the others, by the mean of the three clipped ROUGE.
+
+    A reply that was drawn several times counts as often. Of equals the first.
+    """
+    alike = {
+        (a, b): 0.0 if is_blank(a) or is_blank(b) else sum(clipped_pair(a, b))
+        for a in set(replies)
+        for b in set(replies)
+    }
+    return max(dict.fromkeys(replies), key=lambda one: sum(alike[one, other] for other in replies))
+
+
+def ask(
+    loaded: Loaded, texts: Sequence[str], how: Asking, question: str | None = None
+) -> tuple[list[list[int]], int]:
+    """The prompt for each text, and how many texts were cut to the context.
+
+    question: another wording than the one that scoring asks
+    """
+    prompts = SummaryPrompts.load(from_repo(how.prompts), loaded.tokenizer)
+    room = loaded.config.max_seq_len - how.sampling.max_new_tokens
+    asked = [prompts.eval_prompt(text, room, question) for text in texts]
+    return [ids for ids, _ in asked], sum(is_cut for _, is_cut in asked)
+
+
+def reply(
+    loaded: Loaded, prompts: Sequence[list[int]], how: Asking, decoder: Decoder | None = None
+) -> list[str]:
+    """The answer to each prompt, in the order given; of several drawn the consensus."""
+    # Like lengths together need little padding; the longest first show at once whether they fit.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    answers, n = [""] * len(prompts), how.sampling.n
+    decoder = decoder or make_decoder(loaded.model, how.weights)
+    tokenizer, size = loaded.tokenizer, max(1, how.batch_size // n)
+    with tqdm(total=len(prompts), desc=shown(loaded.path), unit=" texts") as bar:
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            asked = [prompts[i] for i in batch]
+            replies = generate_replies(decoder, asked, how.sampling, tokenizer.eos_id, tokenizer)
+            texts = [one.text.strip() for one in replies]
+            for place, i in enumerate(batch):
+                mine = texts[place * n : place * n + n]
+                answers[i] = consensus(mine) if n > 1 else mine[0]
+            bar.update(len(batch))
+    return answers
+
+
+def unframed(loaded: Loaded, titles: Sequence[str], prompts: Path) -> tuple[list[str], int]:
+    """The titles without what an answer wording lays round them, and from how many it came off."""
+    templates = SummaryPrompts.load(from_repo(prompts), loaded.tokenizer)
+    bare = [templates.strip_frame(title).strip() for title in titles]
+    return bare, sum(a != b for a, b in zip(titles, bare, strict=True))
+
+
+def summarise(
+    loaded: Loaded, texts: Sequence[str], how: Asking, question: str | None = None
+) -> Titles:
+    """A title for each text."""
+    prompts, n_cut = ask(loaded, texts, how, question)
+    began = perf_counter()
+    titles, n_framed = unframed(loaded, reply(loaded, prompts, how), how.prompts)
+    return Titles(titles, n_cut, n_framed, perf_counter() - began)

@@ -1,0 +1,99 @@
+"""The report page: escaped, self-contained, and coloured where it should be."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from babyllama.report import Compared, coloured, page, visible, write_report
+
+ROWS = [
+    Compared(
+        "a/1", "<script>alert(1)</script>", "图像去噪", ("图像去噪法", "图像识别"), (90.0, 50.0)
+    ),
+    Compared("a/2", "正文", '"><img src=x onerror=alert(1)>', ("", "一样"), (0.0, 0.0)),
+    Compared("a/3", "正文", "题", ("甲", "题"), (10.0, 100.0)),
+]
+PAGE = page(("甲 <b>", "乙"), "ROUGE-1", ROWS, ["一行 <i>"])
+
+
+class Tags(HTMLParser):
+    """Collects tags with their attributes, and checks that they are closed in order."""
+
+    VOID = ("meta", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found, self.open, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def parsed(text: str) -> Tags:
+    tags = Tags()
+    tags.feed(text)
+    tags.close()
+    assert tags.open == []
+    return tags
+
+
+def test_what_a_model_wrote_stays_text():
+    tags = parsed(PAGE)
+    assert [tag for tag, _ in tags.found].count("script") == 1
+    assert not any(tag in ("img", "iframe", "link", "b ") for tag, _ in tags.found)
+    assert not any(name.startswith("on") for _, attributes in tags.found for name in attributes)
+    shown = "".join(tags.texts)
+    assert "<script>alert(1)</script>" in shown and "onerror=alert(1)" in shown
+
+
+def test_nothing_is_asked_from_outside():
+    tags = parsed(PAGE)
+    assert not any(key in ("src", "href") for _, attributes in tags.found for key in attributes)
+    assert not re.search(r"https?:|url\(|@import|fetch\(|XMLHttp|import\(", PAGE)
+    (policy,) = [a["content"] for t, a in tags.found if a.get("http-equiv")]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_every_row_can_be_sorted_by_its_scores():
+    rows = [a for tag, a in parsed(PAGE).found if tag == "tr" and "data-n" in a]
+    found = [(float(r["data-a"]), float(r["data-b"]), float(r["data-gain"])) for r in rows]
+    assert found == [(90, 50, 40), (0, 0, 0), (10, 100, -90)]
+    keys = [a["data-key"] for tag, a in parsed(PAGE).found if tag == "button"]
+    assert keys == ["n", "ref", "a", "b", "gain"]
+    assert all(f"data-{key}" in rows[0] for key in keys)
+
+
+def test_what_only_one_has_is_coloured_and_what_the_reference_has_is_underlined():
+    found = coloured("图像去噪法", "图像识别", "图像去噪")
+    assert found == (
+        '<span class="hit">图像</span><span class="only hit">去噪</span>'
+        '<span class="only">法</span>'
+    )
+    assert coloured("同", "同", "异") == "同"
+    assert "empty" in coloured("", "甲", "乙")
+
+
+@pytest.mark.parametrize("bad", ["\x00", "\x1b[31m", "\u202e", "\ud7ff\ufffe", "\u200b"])
+def test_what_cannot_be_seen_is_shown(bad):
+    assert "\ufffd" in visible(f"甲{bad}乙") and bad not in visible(f"甲{bad}乙")
+
+
+def test_means_and_counts_stand_above(tmp_path):
+    write_report(tmp_path / "new/r.html", ("甲", "乙"), "ROUGE-1", ROWS, [])
+    text = (tmp_path / "new/r.html").read_text("utf-8")
+    cards = re.findall(r"<span>([\d.]+)</span><small>(\d*)", text)
+    assert cards == [("33.3", "1"), ("50.0", "1"), ("1", "")]
+    assert text == page(("甲", "乙"), "ROUGE-1", ROWS, [])
+
+
+def test_no_rows_are_a_page_too():
+    assert "<tbody>" in page(("甲", "乙"), "ROUGE-1", [], [])
