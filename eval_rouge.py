@@ -19,18 +19,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from babyllama import baselines, follow_up, metrics, scoring, summaries, wordings
-from babyllama.checkpoint import Loaded, load_model, newest_run
+from babyllama import baselines, follow_up, scoring, summaries, wordings
+from babyllama.checkpoint import Loaded, newest_run
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.fast import Weights
 from babyllama.published import SETS
-from babyllama.report import Compared, write_report
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from babyllama.summaries import SummarySet
-from babyllama.titles import Asking, Titles, decodings, summarise
+from babyllama.systems import (
+    System,
+    all_titles,
+    describe,
+    open_systems,
+    write_page,
+    write_titles,
+)
+from babyllama.titles import Asking, Titles, decodings
 
 
 @dataclass(frozen=True)
@@ -129,35 +136,6 @@ def choose_out(cfg: EvalConfig, places: Sequence[Path], found: SummarySet) -> Pa
     return out
 
 
-def labelled(paths: Sequence[Path]) -> list[str]:
-    """A short name for each system, and a longer one where two would be alike."""
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ConfigError(
-            f"wanted different systems, found the same checkpoint or file twice among "
-            f"{', '.join(map(shown, paths))}; leave one out"
-        )
-    for n_parts in (2, 3, 99):
-        names = ["/".join(p.resolve().parts[-n_parts:]) for p in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def all_titles(
-    cfg: EvalConfig, systems: dict[str, Loaded | Path], found: SummarySet
-) -> dict[str, Titles]:
-    """The titles of each system in each way to decode."""
-    titles = {}
-    for label, system in systems.items():
-        if isinstance(system, Path):
-            titles[label] = Titles(summaries.predictions_for(system, found), 0, 0, 0.0)
-            continue
-        for way, sampling in cfg.ways().items():
-            name = f"{label} {way}".rstrip()
-            titles[name] = summarise(system, found.column("text"), cfg.asking(sampling))
-    return titles
-
-
 def samples(columns: dict[str, Sequence[str]], n: int = 5) -> str:
     """A few rows, spread evenly over the set: what belongs together stands in one block."""
     n_rows = len(columns["text"])
@@ -170,21 +148,15 @@ def samples(columns: dict[str, Sequence[str]], n: int = 5) -> str:
 
 
 def about(
-    cfg: EvalConfig, found: SummarySet, systems: dict[str, Loaded | Path], made: dict[str, Titles]
+    cfg: EvalConfig, found: SummarySet, systems: dict[str, System], made: dict[str, Titles]
 ) -> dict:
     """What must be known to make the scores again."""
-    models = {
-        name: {"file": shown(one)}
-        if isinstance(one, Path)
-        else {"path": shown(one.path), "step": one.step}
-        for name, one in systems.items()
-    }
     return {
         "set": found.name,
         "split": None if cfg.data else cfg.split,
         "data_sha256": found.sha256,
         "n": len(found.rows),
-        "models": models,
+        "models": describe(systems),
         "decoding": {way or "settings": asdict(sampling) for way, sampling in cfg.ways().items()},
         "weights": cfg.weights,
         "batch_size": cfg.batch_size,
@@ -193,38 +165,6 @@ def about(
         "n_framed": {name: each.n_framed for name, each in made.items()},
         "seconds": {name: each.seconds for name, each in made.items()},
     }
-
-
-def write_titles(
-    out: Path, found: SummarySet, systems: dict[str, Loaded | Path], made: dict[str, Titles]
-) -> None:
-    """The titles that were made here, the first system's in `out`, further ones beside it."""
-    new = [name for name in made if not isinstance(systems.get(name), Path)]
-    for number, name in enumerate(new, 1):
-        place = out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
-        rows = zip(found.rows, made[name].titles, strict=True)
-        keys = summaries.PREDICTION_KEYS
-        write_rows(
-            place,
-            (dict(zip(keys, (r["id"], r["text"], r["summary"], t), strict=True)) for r, t in rows),
-        )
-        print(f"titles of {name}: {shown(place)}")
-
-
-def write_page(path: Path, found: SummarySet, made: dict[str, Titles], compared: str) -> None:
-    """The report on the first two systems."""
-    (a, b, *_), references = made, found.column("summary")
-    titles = [made[name].titles for name in (a, b)]
-    found_f = [metrics.rouge_published(each, references) for each in titles]
-    scores = [(100 * each.f["rouge-1"]).tolist() for each in found_f]
-    rows = [
-        Compared(row["id"], row["text"], row["summary"], pair, points)
-        for row, pair, points in zip(
-            found.rows, zip(*titles, strict=True), zip(*scores, strict=True), strict=True
-        )
-    ]
-    write_report(path, (a, b), f"ROUGE-1 × 100, {found_f[0].measure}", rows, [compared])
-    print(f"report: {shown(path)}")
 
 
 def more_questions(
@@ -270,12 +210,10 @@ def main(cfg: EvalConfig) -> None:
     else:
         found = summaries.open_set(cfg.data, cfg.dataset or "inews_title", cfg.split, cfg.limit)
     published = summaries.choose_published(cfg.published, found, list(SETS))
-    device = pick_device(cfg.device)
-    opened = [path if path in files else load_model(path, device) for path in paths]
-    places = [each if isinstance(each, Path) else each.path for each in opened]
-    systems = dict(zip(labelled(places), opened, strict=True))
-    out = choose_out(cfg, places, found)
-    made = all_titles(cfg, systems, found)
+    systems = open_systems(paths, pick_device(cfg.device))
+    opened = list(systems.values())
+    out = choose_out(cfg, [getattr(each, "path", each) for each in opened], found)
+    made = all_titles(systems, found, {w: cfg.asking(how) for w, how in cfg.ways().items()})
 
     result = about(cfg, found, systems, made) | {"published": published}
     texts, references = found.column("text"), found.column("summary")
@@ -292,9 +230,8 @@ def main(cfg: EvalConfig) -> None:
     print(scoring.score_table(scores, SETS.get(published, ())), end="\n\n")
     itself = {"the references": scoring.score(references, references, texts)}
     print(scoring.nature_table(scores | itself, timed), end="\n\n")
-    compared = ""
     if len(titles) > 1:
-        (a, b, *_) = titles
+        a, b = list(titles)[:2]
         result["differences"] = scoring.differences(titles[a], titles[b], references)
         compared = scoring.difference_table(result["differences"], (a, b))
         print(compared, end="\n\n")
@@ -303,11 +240,13 @@ def main(cfg: EvalConfig) -> None:
         for table in more_questions(cfg, opened[0], found, first, result):
             print(table, end="\n\n")
     print(samples({"text": texts, "reference": references} | titles), end="\n\n")
-    write_titles(out, found, systems, made)
+    for name, place in write_titles(out, found, systems, made).items():
+        print(f"titles of {name}: {shown(place)}")
     write_rows(out.with_suffix(".scores.json"), [result])
     print(f"scores: {shown(out.with_suffix('.scores.json'))}")
     if cfg.report:
-        write_page(from_repo(cfg.report), found, made, compared)
+        write_page(from_repo(cfg.report), found, titles, compared)
+        print(f"report: {shown(from_repo(cfg.report))}")
 
 
 if __name__ == "__main__":

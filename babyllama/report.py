@@ -59,7 +59,7 @@ def page(
         f'<div class="card"><b>相同 / equal</b><span>{same}</span>'
         f"<small>共 {len(rows)} 篇 / texts in all</small></div>"
     )
-    listed = "".join(f"<li>{visible(note)}</li>" for note in notes)
+    listed = "".join(f"<pre>{visible(note)}</pre>" for note in notes if note)
     body = "\n".join(_row(number, row) for number, row in enumerate(rows, 1))
     heads = "".join(
         f'<th class="{kind}"><button data-key="{key}">{label}</button></th>'
@@ -77,8 +77,8 @@ def page(
 def _row(number: int, row: Compared) -> str:
     cells = "".join(
         f'<td class="{side}">{coloured(row.titles[i], row.titles[1 - i], row.reference)}'
-        f'<div class="score"><i style="width:{row.scores[i]:.0f}%"></i>'
-        f"<em>{row.scores[i]:.1f}</em></div></td>"
+        f'<div class="score"><em>{row.scores[i]:.1f}</em>'
+        f'<i style="width:{row.scores[i]:.0f}%"></i></div></td>'
         for i, side in enumerate("ab")
     )
     sign = "up" if row.gain > 1e-9 else "down" if row.gain < -1e-9 else ""
@@ -142,7 +142,7 @@ _PAGE = """<!doctype html>
 <p class="legend">{measure} · <span class="a"><span class="only">只有 A 有 / A alone</span></span>
  <span class="b"><span class="only">只有 B 有 / B alone</span></span>
  <span class="hit">参考里也有 / in the reference</span></p>
-<ul>{notes}</ul>
+{notes}
 <p class="tools"><input type="search" placeholder="搜索 / search" aria-label="搜索 / search">
 <label><input type="checkbox"> 只看不同的 / only where they differ</label>
 <output>{n}</output></p>
@@ -172,9 +172,10 @@ h1{font-size:22px;margin:20px 0 12px}h1 small{color:var(--dim);font-size:14px;fo
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:10px 16px;
 min-width:190px;display:flex;flex-direction:column}
 .card span{font-size:28px;font-variant-numeric:tabular-nums;line-height:1.3}
-.card small,.legend,ul{color:var(--dim);font-size:13px}
+.card small,.legend{color:var(--dim);font-size:13px}
 b.a{color:var(--a)}b.b{color:var(--b)}
-ul{margin:8px 0;padding-left:18px;white-space:pre-line}ul:empty{display:none}
+pre{color:var(--dim);font-size:12px;line-height:1.5;overflow-x:auto;margin:8px 0;
+font-family:ui-monospace,"DejaVu Sans Mono","Noto Sans Mono CJK SC",monospace}
 .tools{display:flex;gap:14px;align-items:center}
 input[type=search]{font:inherit;padding:5px 10px;border:1px solid var(--line);border-radius:8px;
 background:var(--card);color:var(--ink);width:220px}
@@ -185,10 +186,11 @@ th{position:sticky;top:0;background:var(--card);text-align:left;border-bottom:2p
 z-index:1;overflow-wrap:anywhere}
 th button{all:unset;cursor:pointer;padding:8px 10px;display:block;font-weight:600;font-size:13px}
 th button:focus-visible{outline:2px solid var(--a)}
-th[aria-sort=ascending] button::after{content:" ▲"}
-th[aria-sort=descending] button::after{content:" ▼"}
+th button::after{content:" ↕";color:var(--dim);font-weight:400}
+th[aria-sort=ascending] button::after{content:" ▲";color:inherit}
+th[aria-sort=descending] button::after{content:" ▼";color:inherit}
 td{vertical-align:top;padding:9px 10px;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
-th.n{width:76px}th.n:first-child{width:52px}
+th.n{width:92px;white-space:nowrap}th.n:first-child{width:52px}
 td.n{color:var(--dim);font-variant-numeric:tabular-nums;font-size:13px}
 td.gain{font-weight:600}.up{color:var(--up)!important}.down{color:var(--down)!important}
 .a .only{background:var(--a-bg);border-radius:3px}.b .only{background:var(--b-bg);border-radius:3px}
@@ -196,12 +198,13 @@ td.gain{font-weight:600}.up{color:var(--up)!important}.down{color:var(--down)!im
 text-underline-offset:4px}
 .empty{color:var(--down);font-style:italic}
 .score{display:flex;align-items:center;gap:8px;height:18px;margin-top:4px}
-.score i{display:block;height:4px;border-radius:2px;background:currentColor;max-width:70%}
-.score em{font-style:normal;font-size:12px;color:var(--dim);font-variant-numeric:tabular-nums}
+.score i{display:block;height:4px;border-radius:2px;max-width:calc(100% - 40px)}
+.score em{font-style:normal;min-width:30px;font-size:12px;color:var(--dim);
+font-variant-numeric:tabular-nums}
 td.a .score i{background:var(--a)}td.b .score i{background:var(--b)}
 details{font-size:13px;color:var(--dim)}summary{cursor:pointer}
 details p{margin:4px 0;white-space:pre-wrap}
-@media (max-width:700px){th.n:first-child,td.n:first-child{display:none}th.n{width:58px}
+@media (max-width:700px){th.n:first-child,td.n:first-child{display:none}th.n{width:78px}
 td,th button{padding:6px}body{font-size:14px}}
 """
 
