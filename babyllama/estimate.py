@@ -199,7 +199,7 @@ def table(cfg: TableConfig) -> list[str]:
         with torch.device("meta"):
             n_parameters = Transformer(config).n_parameters()
         for card, size, precision in (words.split(":") for words in cfg.cards):
-            row = [f"{name}, {n_parameters / 1e6:,.0f} M", f"{card}, {size} GB", precision]
+            row = [f"{name}, {n_parameters / 1e6:,.1f} M", f"{card}, {size} GB", precision]
             most, needs = [], []
             for recompute in (False, True):
                 one, two, wanted = (

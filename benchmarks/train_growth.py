@@ -31,7 +31,7 @@ from babyllama.parallel import World
 from babyllama.speed import flops_per_token
 from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
-from model import Transformer
+from model import ModelConfig, Transformer
 
 CPU = torch.device("cpu")
 
@@ -78,33 +78,39 @@ def points_of(cfg: GrowthConfig) -> dict[str, list[Point]]:
 
 def measure(point: Point) -> dict[str, float]:
     """One point in this process: a step of the project's trainer."""
-    program_gb = memory_gb(CPU)
+    steps(replace(SHAPE_43M, dim=32, vocab_size=64, n_layers=1, max_seq_len=8), [1])
+    program_gb = memory_gb(CPU)  # with all the code that a step brings in
     config = replace(
         SHAPE_43M, max_seq_len=point.context, vocab_size=point.vocabulary, n_layers=point.layers
     )
-    model, precision, world = Transformer(config), pick_precision(CPU), World(0, 1, CPU)
-    optimizer, scaler = make_optimizer(model, OptimConfig()), Scaler(CPU, precision)
-    computed = sum(memory_by_part(config, model.n_parameters(), point.batch, precision).values())
-
-    def step(batch: int) -> float:
-        ids = torch.randint(0, point.vocabulary, (batch, point.context + 1))
-        parts = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
-        started = time.perf_counter()
-        forward_backward(model, [parts], world, scaler, next_token_loss)
-        scaler.step(optimizer, list(model.parameters()), 1.0)
-        return time.perf_counter() - started
-
-    step(min(point.batch, 8))
-    seconds = [step(point.batch)]
-    if seconds[0] < 5:
-        seconds.append(step(point.batch))
-    rate = point.batch * point.context / min(seconds)
+    model, seconds = steps(config, [min(point.batch, 8), point.batch, point.batch])
+    parts = memory_by_part(config, model.n_parameters(), point.batch, pick_precision(CPU))
+    computed = sum(parts.values())
+    rate = point.batch * point.context / min(seconds[1:])
     return {
         "tokens_per_s": rate,
         "gflops": rate * flops_per_token(model) / 1e9,
         "peak_gb": memory_gb(CPU),
         "computed_gb": computed + program_gb,
     }
+
+
+def steps(config: ModelConfig, batches: list[int]) -> tuple[Transformer, list[float]]:
+    """Steps of the project's trainer with so many sequences each: the model, and the seconds of
+    each step. Where the second takes long, it is the last."""
+    model, world = Transformer(config), World(0, 1, CPU)
+    optimizer, scaler = make_optimizer(model, OptimConfig()), Scaler(CPU, pick_precision(CPU))
+    seconds: list[float] = []
+    for batch in batches:
+        if len(seconds) == 2 and seconds[1] > 5:
+            break
+        ids = torch.randint(0, config.vocab_size, (batch, config.max_seq_len + 1))
+        parts = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+        started = time.perf_counter()
+        forward_backward(model, [parts], world, scaler, next_token_loss)
+        scaler.step(optimizer, list(model.parameters()), 1.0)
+        seconds.append(time.perf_counter() - started)
+    return model, seconds
 
 
 def in_process(point: Point) -> dict[str, float] | None:

@@ -1,7 +1,7 @@
 """A run that goes on from any of its checkpoints ends as one that was never stopped, bit for bit.
 
-Pretraining, fine-tuning and adapters with dropout, in every number format that a CPU has, eager
-and compiled. A step takes several micro-batches; eleven steps cross the ends of epochs. Compared:
+Pretraining, fine-tuning and adapters with dropout, with float16's scaler, with Muon, and
+compiled. A step takes several micro-batches; eleven steps cross the ends of epochs. Compared:
 weights, optimizer and random state, scaler, the figures, and the tokens that the model was shown.
 test_trainer.py kills the scripts; here each checkpoint of a run is resumed in turn.
 """
@@ -54,10 +54,15 @@ class Case(NamedTuple):
     compile: bool = False
     optimizer: str = "adamw"
 
+    @property
+    def rows(self) -> int:
+        """Rows of a step: so many that eleven steps are more than two epochs."""
+        return 4 if self.kind == "pretrain" else 16
+
     def open(self, tokens: Path, tokenizer: Tokenizer) -> Data:
         """What the run reads."""
         sources = tuple(SourceConfig(str(tokens / name)) for name in SOURCES[self.kind])
-        order = TrainConfig(batch_size=16)
+        order = TrainConfig(batch_size=self.rows)
         return open_data(DataConfig(sources=sources), tokenizer, 128, order)
 
     def go(
@@ -71,7 +76,7 @@ class Case(NamedTuple):
             return model(**batch)
 
         loop = TrainConfig(
-            max_steps=STEPS, batch_size=16, micro_batch_size=4, log_every=3, eval_every=4,
+            max_steps=STEPS, batch_size=self.rows, micro_batch_size=2, log_every=3, eval_every=4,
             save_every=save_every, keep=STEPS, keep_best=False, compile=self.compile,
         )  # fmt: skip
         cfg = Settings(
@@ -113,7 +118,7 @@ def resume_from_each(
     straight.mkdir()
     shown = case.go(straight, tokens, tokenizer, save_every=1)
     data = case.open(tokens, tokenizer).train
-    n_parts = [len(data.batches(step, 4)) for step in range(STEPS)]
+    n_parts = [len(data.batches(step, 2)) for step in range(STEPS)]
     assert min(n_parts) > 1 and sum(n_parts) == len(shown)  # gradients are accumulated
     for point in points:
         again = root / f"from-{point}"
@@ -146,7 +151,6 @@ def test_each_of_ten_checkpoints_leads_to_the_same_end(
         Case("sft"),
         Case("lora"),
         Case("pretrain", "float16"),
-        Case("lora", "bfloat16"),
         Case("pretrain", optimizer="muon"),
     ],
     ids=lambda case: "-".join(map(str, case)),
@@ -154,7 +158,7 @@ def test_each_of_ten_checkpoints_leads_to_the_same_end(
 def test_every_kind_of_run_resumes_to_the_same_end(
     case: Case, tmp_path: Path, tokens: Path, tokenizer: Tokenizer
 ) -> None:
-    resume_from_each(case, [2, 7], tmp_path, tokens, tokenizer)
+    resume_from_each(case, [7], tmp_path, tokens, tokenizer)
 
 
 @pytest.mark.slow
@@ -188,19 +192,17 @@ class Numbered:
         return np.full(8, number), np.full(8, number)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_the_processes_together_see_each_of_ten_thousand_rows_once_an_epoch(ranks: int) -> None:
     """And in the order of one process, whatever their number: it may change at any step."""
     n_rows, batch = 10_000, 40
     data = TrainData(Mixture([Numbered(n_rows)], [1.0], seed=1), batch, 8, pad_id=0)
     seen = []
-    for step in range(2 * n_rows // batch):
+    for step in range(n_rows // batch + 5):
         parts = [data.batches(step, 5, rank, ranks) for rank in range(ranks)]
         rows = [torch.cat([b["tokens"][:, 0] for b in part]).tolist() for part in parts]
         assert len({len(part) for part in rows}) == 1
         seen += [row for together in zip(*rows, strict=True) for row in together]
-    for epoch in (seen[:n_rows], seen[n_rows:]):
-        assert sorted(epoch) == list(range(n_rows))
-    assert seen[:n_rows] != seen[n_rows:]
-    order = [int(data.mixture.row(n)[0][0]) for n in range(2 * n_rows)]
-    assert seen == order
+    assert sorted(seen[:n_rows]) == list(range(n_rows))
+    assert seen[n_rows:] != seen[: 5 * batch]
+    assert seen == [int(data.mixture.row(n)[0][0]) for n in range(n_rows + 5 * batch)]
