@@ -1,7 +1,7 @@
 """A batch of replies under way: what was said, the KV cache, and the logits of what follows.
 
-Prompts are filled up on the left and read at once by the Transformer; each further token is a step
-of its decoder (fast.py). Logits that are no finite numbers are computed again in float32.
+Prompts are filled up on the left and read at once; each further token is a step. Both are the
+decoder's (fast.py). Logits that are no finite numbers are computed again in float32.
 """
 
 import copy
@@ -54,8 +54,7 @@ class Batch:
         """Compute the cache and the logits from all that was said."""
         net = self.decoder.model
         self.cache = KVCache(net.config, self.start, self.size, net.output.weight.dtype)
-        hidden = net.hidden(self.said, cache=self.cache)[:, -1]
-        self.logits = self._finite(net.output(hidden).float())
+        self.logits = self._finite(self.decoder.read(self.said, self.cache))
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only; a row may come several times."""

@@ -9,6 +9,7 @@
                           checksums.json          SHA-256 of the files above, checked on load
               best/                 the step of the lowest validation loss, without training state
 
+A released model (export.release) has int8 matrices in model.safetensors and no training state.
 A run that trains an adapter stores it alone, adapter.safetensors and adapter.yaml in place of
 model.safetensors (lora_files.py).
 
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from babyllama import lora
+from babyllama import int8, lora
 from babyllama.cli import REPO, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.optim import state_shapes
@@ -170,8 +171,7 @@ def _write_whole(final: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir(parents=True)
         fill(temporary)
-        sums = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / "checksums.json").write_text(json.dumps(sums, indent=1), "utf-8")
+        _write_sums(temporary)
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
         if final.exists():
@@ -182,6 +182,20 @@ def _write_whole(final: Path, fill: Callable[[Path], None]) -> None:
         wanted = sum(path.stat().st_size for path in temporary.glob("*"))
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_cannot_save(final, wanted, error)) from None
+
+
+def _write_sums(place: Path) -> None:
+    sums = {path.name: _sha256(path) for path in sorted(place.iterdir())}
+    (place / "checksums.json").write_text(json.dumps(sums, indent=1), "utf-8")
+
+
+def write_int8(place: Path, loaded: Loaded) -> None:
+    """Fill an empty directory with a checkpoint for use, whose matrices are int8."""
+    parent = shown(loaded.path)
+    info = _info(loaded.step, loaded.model, loaded.tokenizer, loaded.kind, parent)
+    weights = int8.narrow(model_weights(loaded.model))
+    _write_model(place, loaded.model, weights, info | {"weights": "int8"}, loaded.tokenizer)
+    _write_sums(place)
 
 
 def _delete(path: Path) -> None:
@@ -366,7 +380,7 @@ def load_model(
         )
     # The copy keeps the name of the original, by which token files are found.
     tokenizer.path = Path("data/tokenizers") / f"{info['tokenizer']}.model"
-    weights = _read_tensors(path / "model.safetensors")
+    weights = int8.widen(_read_tensors(path / "model.safetensors"), shown(path))
     _require_fit(info["model"], weights, path)
     model = Transformer(info["model"])
     load_weights(model, weights, path)

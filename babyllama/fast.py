@@ -1,14 +1,15 @@
 """Decoding steps for a processor: the same numbers as model.py's, from fewer and larger products.
 
-Owns the copies of the weights that a step reads, made once. The prompt goes through the
-Transformer itself, in float32, and the KV cache is model.py's, so all steps can follow each other.
+Owns the copies of the weights that a step reads, made once. The KV cache is model.py's, so all
+steps can follow each other; a prompt goes through the Transformer itself, or through int8.c.
 What a step costs is reading the weights: model.py's layout of the head, (V, D), is read at a third
 of the speed of (D, V) on the AMD processor it was measured on (LOG.md), and int8 weights are a
 quarter of the bytes (int8.py).
 """
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama import int8
+from babyllama import int8, native
 from babyllama.errors import ConfigError
 from model import KVCache, Transformer, rotate
 
@@ -30,33 +31,60 @@ class Decoder:
     step: takes the newest token of each row (B,) and the cache of all before them, to which it
         adds; returns logits (B, V) float32
     kind: how the weights are held, for people
+    reason: why it was chosen, for people
+    reader: a faster way than the model's to take several tokens of each row (B, T) at once
     """
 
     model: Transformer
     step: Callable[[Tensor, KVCache], Tensor]
     kind: str
+    reason: str = ""
+    reader: Callable[[Tensor, KVCache], Tensor] | None = None
+
+    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Add tokens (B, T) to the cache; returns the logits after the last ones (B, V) float32."""
+        if self.reader is not None:
+            return self.reader(tokens, cache)
+        return self.model.output(self.model.hidden(tokens, cache=cache)[:, -1]).float()
 
 
 def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
     """The fastest way to continue that keeps what `weights` asks for.
 
-    auto: int8 on a processor with a C compiler, float32 on one without, else as the model is
+    auto: int8 on a processor with a C compiler, float32 on one without (with a warning), on other
+        devices as the model is
     raises: ConfigError if `weights` cannot be had here
     """
-    on_cpu = model.rope.device.type == "cpu" and model.output.weight.dtype == torch.float32
-    if weights == "auto":
-        weights = "int8" if on_cpu and int8.compiler() else "float32"
-    if weights == "int8":
-        if not on_cpu:
-            found = f"{model.output.weight.dtype} on {model.rope.device.type}"
+    kind, reason = choose_weights(model, weights)
+    if kind == "int8":
+        step = int8.Int8Step(model)
+        return Decoder(model, step, kind, reason, step.read)
+    if kind == "float32":
+        return Decoder(model, Float32Step(model), kind, reason)
+    return replace(plain_decoder(model), reason=reason)
+
+
+def choose_weights(model: Transformer, weights: Weights) -> tuple[str, str]:
+    """How the weights will be held, "int8", "float32" or "" for as they are, and the reason."""
+    dtype, device = model.output.weight.dtype, model.rope.device.type
+    here = f"{str(dtype)[6:]} on {device}"
+    if device != "cpu" or dtype != torch.float32:
+        if weights == "int8":
             raise ConfigError(
-                f"wanted a float32 model on the cpu for int8 weights, found {found}; leave "
+                f"wanted a float32 model on the cpu for int8 weights, found {here}; leave "
                 f"--weights out, or add --device cpu"
             )
-        return Decoder(model, int8.Int8Step(model), "int8")
-    if on_cpu:
-        return Decoder(model, Float32Step(model), "float32")
-    return plain_decoder(model)
+        return "", f"{here}: a device of this kind takes the model as it is"
+    if weights == "float32":
+        return "float32", "float32 was asked for, or nothing less exact"
+    try:
+        native.compiled()
+    except ConfigError as error:
+        if weights == "int8":
+            raise
+        warnings.warn(f"decoding in float32, which is slower: {error}", RuntimeWarning, 3)
+        return "float32", f"{error}"
+    return "int8", "a quarter of the bytes, which are what a token on a processor waits for"
 
 
 def plain_decoder(model: Transformer) -> Decoder:

@@ -1,32 +1,29 @@
-"""Decoding steps with int8 weights: compiles int8.c, lays out the weights for it, and calls it.
+"""Decoding steps with int8 weights: lays out the weights for int8.c, and calls it.
 
 Each output of a matrix has its own scale, so that its largest weight becomes 127. Activations are
-not held in int8: the sums of int8.c are as good as those of float32 activations. The file is
-compiled when it is first needed, in less than a second, for the processor at hand.
+not held in int8: the sums of int8.c are as good as those of float32 activations. The same rounding
+makes the small files of a released model (narrow, widen).
 """
 
 import ctypes
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from functools import cache
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.errors import CheckpointError
+from babyllama.native import compiled, compiler  # noqa: F401 (who asks for int8 asks for both)
 from model import KVCache, Transformer
 
-_SOURCE = Path(__file__).with_suffix(".c")
+# Outputs of a matrix that int8.c computes together.
+_WIDE = 16
+# Rows that are computed together, of a prompt: what they need stays near the processor.
+_MOST_ROWS = 512
+# Few rows gain nothing from more threads, as they wait for memory, or for each other.
+_MANY_ROWS, _MOST_THREADS = 16, 8
 
-# Reordered sums are what vector instructions need; -ffast-math itself would also change how the
-# whole process treats tiny numbers.
-_FLAGS = "-O3 -shared -fPIC -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros -ffinite-math-only"  # noqa: E501
-# Not every compiler knows every processor or has OpenMP; the first set that works is taken.
-_EXTRA = ("-march=native -fopenmp", "-mcpu=native -fopenmp", "-march=native", "-mcpu=native", "")
+# In a file, what stands behind the name of an int8 matrix in the name of its scales.
+_SCALES = ".scales"
 
 
 class _Matrix(ctypes.Structure):
@@ -36,7 +33,9 @@ class _Matrix(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [(name, _Matrix) for name in ("qkv", "wo", "w13", "w2")]
+    _fields_ = [("attention_norm", ctypes.c_void_p), ("ffn_norm", ctypes.c_void_p)] + [
+        (name, _Matrix) for name in ("qkv", "wo", "w13", "w2")
+    ]
 
 
 class _Model(ctypes.Structure):
@@ -47,50 +46,23 @@ class _Model(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("rope", ctypes.c_void_p),
         ("layers", ctypes.POINTER(_Layer)),
+        ("norm", ctypes.c_void_p),
         ("head", _Matrix),
     ]  # fmt: skip
 
 
-def compiler() -> str | None:
-    """The C compiler of this machine: $CC, or one of the usual names."""
-    names = [os.environ.get("CC"), "cc", "gcc", "clang"]
-    return next((found for name in names if name and (found := shutil.which(name))), None)
-
-
-@cache
-def compiled() -> ctypes.CDLL:
-    """int8.c as a library.
-
-    raises: ConfigError if there is no compiler, or it cannot compile the file
-    """
-    found = compiler()
-    if found is None or sys.platform == "win32":
-        raise ConfigError(
-            "int8 weights need a C compiler (cc, gcc or clang), found none; install one, or "
-            "decode with --weights float32"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "int8.so"
-        for extra in _EXTRA:
-            command = [found, *_FLAGS.split(), *extra.split(), str(_SOURCE), "-o", str(out), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                library = ctypes.CDLL(str(out))
-                pointer, number = ctypes.c_void_p, ctypes.c_int
-                library.step.argtypes = [
-                    ctypes.POINTER(_Model), *[pointer] * 3, *[number] * 3, *[pointer] * 6
-                ]  # fmt: skip
-                library.step.restype = None
-                return library
-    reason = " ".join(done.stderr.split())[:200]
-    raise ConfigError(
-        f"int8 weights need a C compiler that compiles {_SOURCE.name}, found that {found} says: "
-        f"{reason}; name another in the variable CC, or decode with --weights float32"
-    )
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("n_rows", "n_logits", "n_sequences", "size")),
+        *((name, ctypes.c_void_p) for name in (
+            "sequences", "columns", "start", "x", "cache", "a", "b", "scores", "q", "units",
+            "logits",
+        )),
+    ]  # fmt: skip
 
 
 class Int8Step:
-    """One step in C; see fast.Decoder for what it takes and returns."""
+    """Steps in C; see fast.Decoder for what it takes and returns."""
 
     def __init__(self, model: Transformer) -> None:
         config = self.config = model.config
@@ -101,46 +73,120 @@ class Int8Step:
         with torch.no_grad():
             for number, layer in enumerate(model.layers):
                 a, f = layer.attention, layer.feed_forward
-                qkv = torch.cat((a.wq.weight, a.wk.weight, a.wv.weight))
-                w13 = torch.cat((f.w1.weight, f.w3.weight))
                 layers[number] = _Layer(
-                    self._matrix(qkv * layer.attention_norm.weight),
+                    self._keep(layer.attention_norm.weight),
+                    self._keep(layer.ffn_norm.weight),
+                    self._matrix(torch.cat((a.wq.weight, a.wk.weight, a.wv.weight))),
                     self._matrix(a.wo.weight),
-                    self._matrix(w13 * layer.ffn_norm.weight),
+                    self._matrix(torch.cat((f.w1.weight, f.w3.weight))),
                     self._matrix(f.w2.weight),
                 )
-            head = self._matrix(model.output.weight * model.norm.weight)
-        self.kept += [layers, model.rope]
+            head = self._matrix(model.output.weight)
+        self.kept.append(layers)
         self.c_model = _Model(
             config.n_layers, config.n_heads, config.kv_heads, config.head_dim, config.hidden_dim,
-            config.max_seq_len, config.norm_eps, model.rope.data_ptr(), layers, head,
+            config.max_seq_len, config.norm_eps, self._keep(model.rope), layers,
+            self._keep(model.norm.weight), head,
         )  # fmt: skip
+
+    def _keep(self, tensor: Tensor) -> int:
+        """Where the numbers of a tensor stand, for as long as this object lives."""
+        self.kept.append(tensor.detach().contiguous())
+        return self.kept[-1].data_ptr()
 
     def _matrix(self, weight: Tensor) -> _Matrix:
+        """A matrix as int8.c wants it: pairs of weights of 16 outputs side by side."""
         values, scales = quantise(weight)
-        self.kept += [values, scales]
-        return _Matrix(values.data_ptr(), scales.data_ptr(), *values.shape)
+        n, d = values.shape
+        values = F.pad(values, (0, d % 2, 0, -n % _WIDE))
+        packed = values.view(-1, _WIDE, values.shape[1] // 2, 2).transpose(1, 2)
+        scales = F.pad(scales, (0, -n % _WIDE))
+        return _Matrix(self._keep(packed), self._keep(scales), n, values.shape[1])
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        config, B, size = self.config, len(tokens), cache.buffer.shape[4]
-        assert cache.length < size and cache.buffer.is_contiguous()
-        assert cache.length - cache.first < config.max_seq_len
-        width = max(2 * config.hidden_dim, config.dim + 2 * config.kv_heads * config.head_dim)
-        x = self.model.tok_embeddings.weight[tokens]
-        rooms = [
-            torch.empty(B, width),
-            torch.empty(B, width),
-            torch.empty(B, config.kv_heads, size),
-            torch.empty(B, max(config.dim, config.hidden_dim), dtype=torch.int16),
-            torch.empty(B),
-        ]
-        logits = torch.empty(B, config.vocab_size)
-        self.library.step(
-            self.c_model, x.data_ptr(), cache.buffer.data_ptr(), cache.start.data_ptr(),
-            B, cache.length, size, *(room.data_ptr() for room in rooms), logits.data_ptr(),
-        )  # fmt: skip
-        cache.length += 1
+        """The newest token of each sequence (B,), which is added to the cache, to logits (B, V)."""
+        return self.read(tokens[:, None], cache)
+
+    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The next tokens of each sequence (B, T), to the logits after the last (B, V).
+
+        Filler on the left is left out.
+        """
+        B, T = tokens.shape
+        logits = torch.empty(B, self.config.vocab_size)
+        n_columns = max(1, _MOST_ROWS // B)
+        for first in range(0, T, n_columns):
+            is_last = first + n_columns >= T
+            self._add(tokens[:, first : first + n_columns], cache, logits if is_last else None)
         return logits
+
+    def _add(self, tokens: Tensor, cache: KVCache, logits: Tensor | None) -> None:
+        """Add tokens (B, T) to the cache; write the logits after the last of each sequence."""
+        config, (B, T), size = self.config, tokens.shape, cache.buffer.shape[4]
+        assert cache.length + T <= size and cache.buffer.is_contiguous()
+        assert cache.length + T - cache.first <= config.max_seq_len
+        columns = torch.arange(cache.length, cache.length + T, dtype=torch.int32)
+        columns = columns.repeat_interleave(B)
+        sequences = torch.arange(B, dtype=torch.int32).repeat(T)
+        ids = tokens.t().reshape(-1)
+        if cache.ragged:
+            real = columns >= cache.start[sequences]
+            columns, sequences, ids = columns[real], sequences[real], ids[real]
+        N, n_threads = len(ids), torch.get_num_threads()
+        n_threads = min(n_threads, _MOST_THREADS) if N < _MANY_ROWS else n_threads
+        width = max(2 * config.hidden_dim, config.dim + 2 * config.kv_heads * config.head_dim)
+        rooms = (
+            sequences,
+            columns,
+            cache.start,
+            self.model.tok_embeddings.weight[ids],
+            cache.buffer,
+            torch.empty(N, width),
+            torch.empty(N, width),
+            torch.empty(n_threads, size),
+            torch.empty(N, max(config.dim, config.hidden_dim + 1), dtype=torch.int16),
+            torch.empty(N),
+            torch.empty(0) if logits is None else logits,
+        )
+        n_logits = 0 if logits is None else B
+        rows = _Rows(N, n_logits, B, size, *(room.data_ptr() for room in rooms))
+        self.library.step(ctypes.byref(self.c_model), ctypes.byref(rows), n_threads)
+        cache.length += T
+
+
+def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a small file holds them: each matrix as int8, with its scales beside it."""
+    found = {}
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            found[name], found[name + _SCALES] = quantise(weight.float())
+        else:
+            found[name] = weight.float()
+    return found
+
+
+def widen(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights that `narrow` wrote, in float32; others as they are.
+
+    quantise gives the same int8 values again, so both ways to run such a file are one model.
+
+    raises: CheckpointError if the scales of a matrix are missing or not one an output
+    """
+    held = {name for name, weight in weights.items() if weight.dtype == torch.int8}
+    found = {}
+    for name in weights.keys() - {name + _SCALES for name in held}:
+        weight, scales = weights[name], weights.get(name + _SCALES)
+        if name not in held:
+            found[name] = weight
+        elif scales is None or weight.dim() != 2 or scales.shape != weight.shape[:1]:
+            raise CheckpointError(
+                f"{where}: wanted {name}{_SCALES} with a number for each row of "
+                f"{tuple(weight.shape)}, found {None if scales is None else tuple(scales.shape)}; "
+                f"the file is no int8 checkpoint of ours, get it again"
+            )
+        else:
+            found[name] = weight.float() * scales.float()[:, None]
+    return found
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

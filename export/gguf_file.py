@@ -106,20 +106,32 @@ def write_file(loaded: Loaded, file: Path, wanted: GgufType) -> dict[str, int]:
     )  # fmt: skip
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, loaded)
+    counts = add_weights(writer, loaded.model, wanted)
+    finish(writer)
+    return counts
+
+
+def add_weights(writer: object, model: Transformer, wanted: GgufType) -> dict[str, int]:
+    """All weights under llama.cpp's names; returns how many tensors have which type."""
+    types = package("gguf").GGMLQuantizationType
     counts = dict.fromkeys(("f32", "f16", "q8_0"), 0)
-    names, weights = gguf_names(config), model_weights(loaded.model)
+    names, weights = gguf_names(model.config), model_weights(model)
     for name, weight in tqdm(weights.items(), desc="store weights", leave=False, disable=None):
         kind = type_of(weight, wanted)
         counts[kind] += 1
-        data = stored(in_their_order(name, weight, config).contiguous(), kind)
-        writer.add_tensor(names[name], data, raw_dtype=gguf.GGMLQuantizationType[kind.upper()])
+        data = stored(in_their_order(name, weight, model.config).contiguous(), kind)
+        writer.add_tensor(names[name], data, raw_dtype=types[kind.upper()])
+    return {kind: n for kind, n in counts.items() if n}
+
+
+def finish(writer: object) -> None:
+    """Write everything that was added to the file."""
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    return {kind: n for kind, n in counts.items() if n}
 
 
 def add_shape(writer: object, config: ModelConfig, name: str) -> None:

@@ -1,6 +1,7 @@
 """Laws of choosing a token: the shares of the reference, and what penalties and rules may touch."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from babyllama.sampling import (
     N_CHANCES,
     SamplingConfig,
     choose,
+    choose_in_torch,
     extend_beams,
     loops,
     n_showable,
@@ -24,9 +26,11 @@ from babyllama.sampling import (
 )
 
 N_DRAWS = 4_000
+# In C where there is a compiler, and by torch anywhere.
+both_ways = pytest.mark.parametrize("choose", [choose, choose_in_torch])
 
 
-def drawn(logits: Tensor, n_chances: int, **changes: object) -> Tensor:
+def drawn(choose: Callable, logits: Tensor, n_chances: int, **changes: object) -> Tensor:
     """How often each token is chosen: (V,) shares of N_DRAWS, at evenly spread chances."""
     sampling = SamplingConfig(**{"temperature": 1.0, "top_p": 1.0} | changes)
     chances = torch.rand(N_DRAWS, n_chances, generator=torch.Generator().manual_seed(0))
@@ -52,6 +56,7 @@ def reference_shares(
     return shares
 
 
+@both_ways
 @pytest.mark.parametrize("n_chances", [1, N_CHANCES])
 @pytest.mark.parametrize(
     "spread, changes",
@@ -69,9 +74,10 @@ def reference_shares(
     ],
     ids=str,
 )
-def test_tokens_are_drawn_from_the_nucleus_with_their_shares(spread, changes, n_chances):
+def test_tokens_are_drawn_from_the_nucleus_with_their_shares(choose, spread, changes, n_chances):
     logits = spread * torch.randn(600, generator=torch.Generator().manual_seed(1))
-    wanted, found = reference_shares(logits, **changes), drawn(logits, n_chances, **changes)
+    wanted = reference_shares(logits, **changes)
+    found = drawn(choose, logits, n_chances, **changes)
     assert (found[wanted == 0] == 0).all()
     # The first chances are spread evenly, so they meet a share to the two draws at its ends; those
     # after them are random: five deviations of a count.
@@ -80,8 +86,9 @@ def test_tokens_are_drawn_from_the_nucleus_with_their_shares(spread, changes, n_
     assert (found > 0).sum() >= min(3, (wanted > 0).sum())
 
 
+@both_ways
 @pytest.mark.parametrize("changes", [{}, {"top_p": 1.0}, {"top_k": 20}, {"min_p": 0.2}], ids=str)
-def test_a_row_is_chosen_as_if_it_were_alone(changes):
+def test_a_row_is_chosen_as_if_it_were_alone(choose, changes):
     generator = torch.Generator().manual_seed(1)
     spread = torch.tensor([0.01, 5.0, 0.5, 0.02, 3.0])[:, None]
     logits = spread * torch.randn(5, 900, generator=generator)
@@ -91,16 +98,30 @@ def test_a_row_is_chosen_as_if_it_were_alone(changes):
     assert choose(logits, sampling, chances).tolist() == alone
 
 
+@both_ways
 @pytest.mark.parametrize("chance", [2**-53, 1.0])
 @pytest.mark.parametrize("changes", [{}, {"top_k": 3}, {"min_p": 0.5}, {"top_p": 1e-6}], ids=str)
 @pytest.mark.parametrize("n_chances", [1, N_CHANCES])
-def test_the_extreme_chances_choose_a_token_that_is_kept(chance, changes, n_chances):
+def test_the_extreme_chances_choose_a_token_that_is_kept(choose, chance, changes, n_chances):
     logits = torch.tensor([[-torch.inf, 5.0, 4.9, 4.8, 0.0, -torch.inf]])
     sampling = SamplingConfig(**{"temperature": 1.0, "top_p": 0.99} | changes)
     chosen = choose(logits, sampling, torch.full((1, n_chances), chance))
     assert chosen.item() == (1 if chance < 1 or "top_p" in changes else 3)
     everything = SamplingConfig(temperature=1.0, top_p=1.0)
     assert choose(logits, everything, torch.full((1, n_chances), chance)).item() in (1, 4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"top_p": 1.0}, {"min_p": 0.1}, {"temperature": 0}], ids=str
+)
+@pytest.mark.parametrize("V", [1, 255, 256, 257, 5000])
+def test_both_ways_to_choose_take_the_same_token(V, changes):
+    generator = torch.Generator().manual_seed(V)
+    logits = 3 * torch.randn(300, V, generator=generator)
+    chances = torch.rand(300, N_CHANCES, generator=generator).clamp(min=1e-6)
+    sampling = SamplingConfig(**{"temperature": 0.8, "top_p": 0.9} | changes)
+    same = choose(logits, sampling, chances) == choose_in_torch(logits, sampling, chances)
+    assert same.sum() >= 298  # a chance may fall on the border of two tokens, to rounding
 
 
 SAID = torch.tensor([[0, 2, 4, 2]])

@@ -1,0 +1,68 @@
+"""llama.cpp with our weights: a GGUF file with invented tokens, and the process that it runs in."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from babyllama.errors import ConfigError
+from export.gguf_file import GgufType, add_shape, add_weights, finish
+from export.peers import package
+from model import Transformer
+
+_SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def write_gguf(model: Transformer, file: Path, kind: GgufType) -> None:
+    """The model's weights in a file; its tokens have names, but only their numbers are used."""
+    writer = package("gguf").GGUFWriter(file, "llama")
+    add_shape(writer, model.config, file.stem)
+    pieces = _SPECIAL + [f"<0x{byte:02X}>" for byte in range(256)]
+    kinds = [2, 3, 3] + [6] * 256  # unknown, control, byte; 1: normal
+    n_rest = model.config.vocab_size - len(pieces)
+    pieces += [f"t{number}" for number in range(n_rest)]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-float(number) for number in range(len(pieces))])
+    writer.add_token_types(kinds + [1] * n_rest)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    add_weights(writer, model, kind)
+    finish(writer)
+
+
+class LlamaCpp:
+    """A process that decodes with llama.cpp (llama_peer.py); a context manager."""
+
+    def __init__(self, python: Path, file: Path, threads: int) -> None:
+        command = [str(python), str(Path(__file__).with_name("llama_peer.py")), str(file)]
+        self.process = subprocess.Popen(
+            [*command, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._answer(f"{python} with llama-cpp-python, that loads {file}")
+
+    def __enter__(self) -> "LlamaCpp":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def generate(self, prompt: Sequence[int], n: int, greedy: bool) -> int:
+        """Let it write exactly n tokens; returns how many came."""
+        asked = {"prompt": list(prompt), "n": n, "greedy": greedy}
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        return self._answer("a reply of llama.cpp")["tokens"]
+
+    def _answer(self, wanted: str) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            sys.stderr.flush()
+            raise ConfigError(
+                f"wanted {wanted}, found that it ended with exit code {self.process.wait()}; see "
+                f"its message above; pip install llama-cpp-python there"
+            )
+        return json.loads(line)

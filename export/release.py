@@ -1,0 +1,131 @@
+"""Write a checkpoint small enough to publish, int8 and a quarter of the size, and prove it.
+
+    python -m export.release out/small --out release                    newest step of a run
+    python -m export.release out/small --out release --source wiki      perplexity on a val set, too
+    python chat.py release                                              use it
+
+The directory is a checkpoint like any other (load_model checks its SHA-256s and opens it), without
+training state. Each row of a matrix, the embedding included, is held as int8 with one float32
+scale; norms stay float32. It is run as float32 or, where there is a C compiler, as int8: the values
+are the same. parity.json tells what rounding does: to logits, to greedy replies, to perplexity
+(bounded); where that fails, or the files are too large, nothing is written and the exit code is 2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from babyllama.checkpoint import Loaded, load_model, write_int8
+from babyllama.cli import parse, run
+from babyllama.errors import ConfigError
+from babyllama.forgetting import ForgettingConfig, measure, open_sources
+from babyllama.metrics import perplexity
+from export.folder import check_out, new_folder, settle, show, source_of
+from export.gguf import drift
+from export.parity import Material, compare_logits, origin_of, read_material
+from model import Transformer
+
+BOUND = 1.005  # of the perplexity, over that of float32
+N_TEXTS = 500
+
+
+@dataclass(frozen=True)
+class ReleaseConfig:
+    """What is published, and where to.
+
+    Args:
+        checkpoint: a run (its newest step) or one step; if absent the newest run in out/
+        out: directory to make
+        source: a set with token files, by name or directory; its val part is measured, too
+        max_mib: largest size of the directory, in MiB
+        force: replace an earlier export of that name as a whole
+        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
+    """
+
+    checkpoint: Path | None = None
+    out: Path | None = None
+    source: str = ""
+    max_mib: float = 16.0
+    force: bool = False
+    text: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.max_mib > 0:
+            raise ConfigError(f"--max_mib wants more than 0, found {self.max_mib:g}; 16 is usual")
+
+
+def texts_of(loaded: Loaded, material: Material) -> list[list[int]]:
+    """What the model was made to read: dialogues for a chat model, lines for a base model."""
+    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
+    if loaded.kind == "sft":
+        return material.finished(tokenizer, context)
+    return [tokenizer.encode(line, bos=True)[:context] for line in material.lines[:N_TEXTS]]
+
+
+def perplexity_of(model: Transformer, texts: Sequence[list[int]]) -> float:
+    """Of every token but the first of each text."""
+    loss_sum = n_targets = 0.0
+    for ids in tqdm(texts, desc="measure perplexity", leave=False, disable=None):
+        with torch.inference_mode():
+            found = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))
+        loss_sum, n_targets = loss_sum + float(found.loss_sum), n_targets + int(found.n_targets)
+    return perplexity(loss_sum, n_targets)
+
+
+def compare_perplexity(before: float, after: float) -> dict:
+    ratio = after / before
+    return {
+        "float32": before, "int8": after, "ratio": ratio, "bound": BOUND, "passed": ratio <= BOUND,
+    }  # fmt: skip
+
+
+def prove(loaded: Loaded, place: Path, material: Material, source: str) -> dict:
+    """Compare the directory, as any user loads it, with the checkpoint."""
+    twin, eos_id = load_model(place).model, loaded.tokenizer.eos_id
+    finished = material.finished(loaded.tokenizer, loaded.config.max_seq_len)
+    prompts = material.prompts(loaded.tokenizer, loaded.config.max_seq_len)
+    texts = [ids for ids in texts_of(loaded, material) if len(ids) > 1]
+    report = {
+        **origin_of(loaded, material, []),
+        "type": "int8",
+        "logits": compare_logits(
+            loaded.model, lambda ids: twin(torch.tensor([ids]))[0].detach(), finished
+        )
+        | {"bound": None, "passed": None},
+        "rounding": drift(loaded.model, twin, eos_id, finished, prompts),
+        "perplexity_of_text": compare_perplexity(
+            perplexity_of(loaded.model, texts), perplexity_of(twin, texts)
+        ),
+    }
+    if source:
+        cfg = ForgettingConfig(max_val_rows=256, device="cpu")
+        sources = open_sources(loaded, [source], cfg)
+        rounded = Loaded(twin, loaded.tokenizer, loaded.step, place, loaded.kind)
+        before, after = (measure(one, sources, cfg.batch_size)[source] for one in (loaded, rounded))
+        report["perplexity_of_source"] = {"source": source, "tokens": before["n_targets"]}
+        report["perplexity_of_source"] |= compare_perplexity(before["ppl"], after["ppl"])
+    return report
+
+
+def main(cfg: ReleaseConfig) -> None:
+    """Write the directory, prove it, put it in its place."""
+    source = source_of(cfg.checkpoint)
+    out = check_out(cfg.out, cfg.force, source)
+    loaded = load_model(source)
+    material = read_material(cfg.text)
+    n_bytes = loaded.model.n_parameters() + len(loaded.tokenizer.bytes)
+    with new_folder(out, n_bytes) as place:
+        write_int8(place, loaded)
+        found = sum(path.stat().st_size for path in place.iterdir())
+        report = prove(loaded, place, material, cfg.source)
+        most = int(cfg.max_mib * 2**20)
+        report["size"] = {"bytes": found, "bound": most, "passed": found <= most}
+        settle(report, place, out)
+    show(report, out)
+
+
+if __name__ == "__main__":
+    run(main, parse(ReleaseConfig, doc=__doc__, positional=("checkpoint",)))
