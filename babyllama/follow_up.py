@@ -15,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from babyllama.checkpoint import Loaded
-from babyllama.cli import from_repo
 from babyllama.metrics import bootstrap_interval, import_jieba
 from babyllama.prompts import SummaryPrompts
 from babyllama.quality import squeezed
-from babyllama.titles import Asking, reply
+from babyllama.titles import Asking, reply, templates
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _BETWEEN = re.compile(r"[、，,；;\n]|(?<=[^\x00-\x7f])\s+")
@@ -47,7 +46,7 @@ def ask_follow_ups(
     loaded: Loaded, rows: Sequence[dict], titles: Sequence[str], how: Asking
 ) -> list[FollowUp]:
     """One second turn for each thing that the prompt file asks about and some row knows."""
-    prompts = SummaryPrompts.load(from_repo(how.prompts), loaded.tokenizer)
+    prompts = templates(how.prompts, loaded.tokenizer)
     found = []
     for name, turn in prompts.turns.items():
         chosen = asked_for(rows, name)

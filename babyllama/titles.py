@@ -7,6 +7,7 @@ ROUGE.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from babyllama.generate import generate_replies
 from babyllama.metrics import clipped_pair, is_blank
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
+from tokenizer import Tokenizer
 
 DECODINGS = ("greedy", "beam", "top_p", "consensus")
 
@@ -89,6 +91,12 @@ def consensus(replies: Sequence[str]) -> str:
     return max(dict.fromkeys(replies), key=lambda one: sum(alike[one, other] for other in replies))
 
 
+@lru_cache(maxsize=8)
+def templates(path: Path, tokenizer: Tokenizer) -> SummaryPrompts:
+    """The wordings of a prompt file; checking every filling takes a second, so it is done once."""
+    return SummaryPrompts.load(from_repo(path), tokenizer)
+
+
 def ask(
     loaded: Loaded, texts: Sequence[str], how: Asking, question: str | None = None
 ) -> tuple[list[list[int]], int]:
@@ -96,7 +104,7 @@ def ask(
 
     question: another wording than the one that scoring asks
     """
-    prompts = SummaryPrompts.load(from_repo(how.prompts), loaded.tokenizer)
+    prompts = templates(how.prompts, loaded.tokenizer)
     room = loaded.config.max_seq_len - how.sampling.max_new_tokens
     asked = [prompts.eval_prompt(text, room, question) for text in texts]
     return [ids for ids, _ in asked], sum(is_cut for _, is_cut in asked)
@@ -126,8 +134,8 @@ def reply(
 
 def unframed(loaded: Loaded, titles: Sequence[str], prompts: Path) -> tuple[list[str], int]:
     """The titles without what an answer wording lays round them, and from how many it came off."""
-    templates = SummaryPrompts.load(from_repo(prompts), loaded.tokenizer)
-    bare = [templates.strip_frame(title).strip() for title in titles]
+    strip = templates(prompts, loaded.tokenizer).strip_frame
+    bare = [strip(title).strip() for title in titles]
     return bare, sum(a != b for a, b in zip(titles, bare, strict=True))
 
 

@@ -10,11 +10,9 @@ import numpy as np
 
 from babyllama import metrics
 from babyllama.checkpoint import Loaded
-from babyllama.cli import from_repo
 from babyllama.errors import ConfigError
-from babyllama.prompts import SummaryPrompts
 from babyllama.scoring import aligned
-from babyllama.titles import Asking, Titles, summarise
+from babyllama.titles import Asking, Titles, summarise, templates
 
 USUAL = "the usual question"
 
@@ -26,7 +24,7 @@ def by_wording(
 
     raises: ConfigError if the prompt file has no unseen wordings
     """
-    unseen = SummaryPrompts.load(from_repo(how.prompts), loaded.tokenizer).unseen
+    unseen = templates(how.prompts, loaded.tokenizer).unseen
     if not unseen:
         raise ConfigError(f"{how.prompts}: wanted eval.unseen for --wordings, found none; add some")
     asked = {question: summarise(loaded, texts, how, question) for question in unseen}
