@@ -219,20 +219,21 @@ def main(cfg: EvalConfig) -> None:
     texts, references = found.column("text"), found.column("summary")
     titles = {name: each.titles for name, each in made.items()}
     others = baselines.copies(texts, references) | summaries.stored_outputs(found)
-    result["scores_x100"] = scores = {
-        name: scoring.score(each, references, texts) for name, each in (titles | others).items()
-    }
+    measured = {n: scoring.measure(each, references) for n, each in (titles | others).items()}
+    natures = {n: scoring.nature(each, texts) for n, each in (titles | others).items()}
+    scores = {name: scoring.summary(each) | natures[name] for name, each in measured.items()}
+    natures["the references"] = scoring.nature(references, texts)
+    result |= {"scores_x100": scores, "references": natures["the references"]}
     timed = {name: each.seconds for name, each in made.items() if each.seconds}
     for name in timed:
         print(f"{name}: {made[name].n_cut} of {len(texts)} texts cut to fit, "
               f"{made[name].n_framed} answers with a lead-in, which was taken off")  # fmt: skip
     print(f"{found.name}: {len(texts)} texts; {summaries.known_as(published)}\n")
     print(scoring.score_table(scores, SETS.get(published, ())), end="\n\n")
-    itself = {"the references": scoring.score(references, references, texts)}
-    print(scoring.nature_table(scores | itself, timed), end="\n\n")
+    print(scoring.nature_table(natures, timed), end="\n\n")
     if len(titles) > 1:
         a, b = list(titles)[:2]
-        result["differences"] = scoring.differences(titles[a], titles[b], references)
+        result["differences"] = scoring.differences(measured[a], measured[b])
         compared = scoring.difference_table(result["differences"], (a, b))
         print(compared, end="\n\n")
     if isinstance(opened[0], Loaded):
@@ -245,7 +246,7 @@ def main(cfg: EvalConfig) -> None:
     write_rows(out.with_suffix(".scores.json"), [result])
     print(f"scores: {shown(out.with_suffix('.scores.json'))}")
     if cfg.report:
-        write_page(from_repo(cfg.report), found, titles, compared)
+        write_page(from_repo(cfg.report), found, titles, measured, compared)
         print(f"report: {shown(from_repo(cfg.report))}")
 
 

@@ -5,6 +5,7 @@ is the protocol of published figures, so published systems stand in its columns 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,28 +13,40 @@ from babyllama import metrics, quality
 from babyllama.published import Published
 
 
-def score(titles: Sequence[str], references: Sequence[str], texts: Sequence[str]) -> dict:
-    """Every figure of one system, shares times 100.
+class Measured(NamedTuple):
+    """The scores of each title by every protocol."""
 
-    rouge: by measure and name, mean and interval
-    """
-    measures = [measure(titles, references) for measure in metrics.ROUGE_MEASURES]
-    nature = quality.statistics(titles, texts)
-    percent = {
-        name.replace("share", "percent"): value if value is None else 100 * value
-        for name, value in nature.items()
-        if name not in ("mean_length", "n_with_number")
-    }
+    rouge: list[metrics.RougeScores]
+    bleu: np.ndarray
+
+
+def measure(titles: Sequence[str], references: Sequence[str]) -> Measured:
+    """Score titles; done once, as the published package is slow."""
+    rouge = [measure(titles, references) for measure in metrics.ROUGE_MEASURES]
+    return Measured(rouge, metrics.bleu_published(titles, references))
+
+
+def summary(measured: Measured) -> dict:
+    """Means and intervals, times 100; ROUGE by measure and name."""
     return {
         "rouge": {
-            found.measure: {name: _interval(100 * f) for name, f in found.f.items()}
-            for found in measures
+            each.measure: {name: _interval(100 * f) for name, f in each.f.items()}
+            for each in measured.rouge
         },
-        "bleu": _interval(100 * metrics.bleu_published(titles, references)),
-        "n_too_long_for_rouge": measures[0].n_long,
-        "mean_length": nature["mean_length"],
-        "n_with_number": nature["n_with_number"],
-    } | percent
+        "bleu": _interval(100 * measured.bleu),
+        "n_too_long_for_rouge": measured.rouge[0].n_long,
+    }
+
+
+def nature(titles: Sequence[str], texts: Sequence[str]) -> dict:
+    """What the titles are like (quality.py), shares times 100."""
+    found = quality.statistics(titles, texts)
+    return {
+        name.replace("share", "percent"): 100 * value
+        if name.startswith("share") and value is not None
+        else value
+        for name, value in found.items()
+    }
 
 
 def _interval(values: np.ndarray) -> dict[str, float]:
@@ -41,15 +54,17 @@ def _interval(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "low": low, "high": high}
 
 
-def differences(a: Sequence[str], b: Sequence[str], references: Sequence[str]) -> dict:
+def differences(a: Measured, b: Measured) -> dict:
     """By how many points `a` is above `b`, and how likely that is by chance, in each measure."""
-    found = {}
-    for measure in metrics.ROUGE_MEASURES:
-        ours, theirs = (measure(titles, references) for titles in (a, b))
-        found[ours.measure] = {
+    found = {
+        ours.measure: {
             name: metrics.paired_difference(100 * ours.f[name], 100 * theirs.f[name])
             for name in metrics.ROUGE
         }
+        for ours, theirs in zip(a.rouge, b.rouge, strict=True)
+    }
+    first = next(iter(found))
+    found[first]["bleu"] = metrics.paired_difference(100 * a.bleu, 100 * b.bleu)
     return found
 
 
@@ -76,11 +91,11 @@ def score_table(scores: dict[str, dict], published: Sequence[Published]) -> str:
     return "\n".join([aligned(lines), "", *notes])
 
 
-def nature_table(scores: dict[str, dict], seconds: dict[str, float]) -> str:
+def nature_table(natures: dict[str, dict], seconds: dict[str, float]) -> str:
     """What the titles are like, whatever the references say."""
     head = ["length", "% empty", "% loops", "% new 1-grams", "2-grams", "4-grams"]
     lines = [["", *head, "% wrong numbers", "of", "seconds"]]
-    for name, row in scores.items():
+    for name, row in natures.items():
         keys = ["mean_length", "percent_empty", "percent_repeated_4gram"]
         keys += [f"percent_novel_{n}grams" for n in (1, 2, 4)] + ["percent_wrong_number"]
         figures = [_shown(row[key]) for key in keys]

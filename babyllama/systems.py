@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from babyllama import metrics
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.cli import shown
 from babyllama.errors import ConfigError
 from babyllama.report import Compared, write_report
 from babyllama.rows import write_rows
+from babyllama.scoring import Measured
 from babyllama.summaries import PREDICTION_KEYS, SummarySet, is_predictions, predictions_for
 from babyllama.titles import Asking, Titles, summarise
 
@@ -79,12 +79,18 @@ def write_titles(
     return places
 
 
-def write_page(path: Path, found: SummarySet, titles: dict[str, list[str]], compared: str) -> None:
+def write_page(
+    path: Path,
+    found: SummarySet,
+    titles: dict[str, list[str]],
+    measured: dict[str, Measured],
+    compared: str,
+) -> None:
     """The page about the first two systems, with ROUGE-1 as published."""
     a, b = list(titles)[:2]
-    measured = [metrics.rouge_published(titles[name], found.column("summary")) for name in (a, b)]
-    points = [(100 * each.f["rouge-1"]).tolist() for each in measured]
+    published = [measured[name].rouge[0] for name in (a, b)]
+    points = [(100 * each.f["rouge-1"]).tolist() for each in published]
     cells = zip(found.rows, zip(titles[a], titles[b], strict=True), zip(*points, strict=True),
                 strict=True)  # fmt: skip
     rows = [Compared(row["id"], row["text"], row["summary"], *rest) for row, *rest in cells]
-    write_report(path, (a, b), f"ROUGE-1 × 100, {measured[0].measure}", rows, [compared])
+    write_report(path, (a, b), f"ROUGE-1 × 100, {published[0].measure}", rows, [compared])
