@@ -85,7 +85,7 @@ def sizes_of(place: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: (place / name).stat().st_size for name in names if (place / name).is_file()}
 
 
-def read_info(place: Path) -> dict:
+def read_info(place: Path, any_version: bool = False) -> dict:
     """What index.json says.
 
     raises: DataError if there is none, or it is of another version
@@ -93,13 +93,13 @@ def read_info(place: Path) -> dict:
     advice = "make it with python -m data_process.run wiki --index"
     try:
         info = json.loads((place / "index.json").read_text("utf-8"))
-        version = info["version"]
+        version, _corpus = info["version"], info["corpus"]
     except FileNotFoundError:
         raise DataError(f"{place}: wanted an index, found no index.json in it; {advice}") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{place / 'index.json'}: wanted the settings of an index, found "
                         f"{type(error).__name__}; {advice}") from None  # fmt: skip
-    if version != VERSION:
+    if version != VERSION and not any_version:
         raise DataError(f"{place}: wanted an index of version {VERSION}, found version "
                         f"{version!r}; {advice} again")  # fmt: skip
     return info
@@ -178,9 +178,8 @@ class Index:
         ends = np.searchsorted(self.terms, np.array([first, last], np.uint64))
         docs, weights = self._between(*map(int, ends))
         docs, where = np.unique(docs, return_inverse=True)
-        most = np.zeros(len(docs), np.uint8)
-        np.maximum.at(most, where, weights)
-        return docs, most
+        sums = np.bincount(where, weights, len(docs))
+        return docs, sums.clip(max=255).astype(np.uint8)
 
     def _between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         begin, end = int(self.ends[first]), int(self.ends[last])

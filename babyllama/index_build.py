@@ -34,7 +34,7 @@ def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST,
     files = list(files)
     key = _key(files, longest)
     if out.exists():
-        found = read_info(out)
+        found = read_info(out, any_version=True)
         if found["corpus"] != corpus:
             raise DataError(
                 f"{out}: wanted no index there, or one of {corpus!r}; found the index of "
@@ -49,21 +49,27 @@ def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST,
     try:
         lengths, counts = _write_runs(files, temporary, longest, block)
         counts |= _merge(temporary, lengths, 4 * block)
-        for run in temporary.glob("run-*"):
-            run.unlink()
-        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        info = {"version": VERSION, "corpus": corpus, "rows": key, **counts, "sizes": sizes}
-        (temporary / "index.json").write_text(
-            json.dumps(info, ensure_ascii=False, indent=1), "utf-8"
-        )
-        for path in temporary.iterdir():
-            _flush(path)
+        info = {"version": VERSION, "corpus": corpus, "rows": key, **counts}
+        info = _finish(temporary, info)
         if out.exists():
             os.rename(out, old)
         os.rename(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+    return info
+
+
+def _finish(place: Path, info: dict) -> dict:
+    """Write index.json with the sizes of the files, and everything to the disk."""
+    for run in place.glob("run-*"):
+        run.unlink()
+    info["sizes"] = {path.name: path.stat().st_size for path in sorted(place.iterdir())}
+    text = json.dumps(info, ensure_ascii=False, indent=1)
+    (place / "index.json").write_text(text, "utf-8")
+    for path in place.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
     return info
 
 
@@ -77,11 +83,6 @@ def _key(files: list[Path], longest: int) -> str:
         except FileNotFoundError:
             raise DataError(f"{path}: wanted text rows, found no such file") from None
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _blocks(files: list[Path], longest: int, block: int) -> Iterator[tuple[list[Passage], int]]:
@@ -113,10 +114,12 @@ def _write_runs(files: list[Path], place: Path, longest: int, block: int) -> tup
             file.writelines(lines)
             starts.append(np.cumsum([at, *map(len, lines)], dtype=np.uint64)[1:])
             at = int(starts[-1][-1])
-            lengths.append(_write_run(held, n["passages"], place / f"run-{number:05}"))
+            lengths.append(_write_run(held, n["passages"], place / f"run-{number:08}"))
             n["rows"] += n_rows
             n["passages"] += len(held)
             n["chars"] += sum(len(passage.text) for passage in held)
+    if not lengths:
+        raise DataError(f"{', '.join(map(str, files)) or 'no file'}: wanted text, found none")
     np.save(place / "starts.npy", np.concatenate(starts))
     return np.concatenate(lengths), {f"n_{name}": count for name, count in n.items()}
 

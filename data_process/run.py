@@ -5,11 +5,12 @@
     python -m data_process.run csl --raw ~/downloads/CSL/benchmark/ts
     python -m data_process.run conversations --name sharegpt --raw data/raw/sharegpt --engine processes
     python -m data_process.run wiki --evaluation '[data/raw/cmrc2018/cmrc2018_dev.json]'
+    python -m data_process.run wiki --index             and a full-text index, for chat and server
     python -m data_process.run --config configs/mix/pretrain.yaml --raw data/raw --tokenizer FILE
 
 Clean rows go to data/clean/<set>/{train,val,test}-00000.jsonl with counts.json beside them: what each
 stage dropped, why, and examples. Token files go to data/tokens/<tokenizer>/<set>/, a mixture to
-data/mixtures/. A second run with nothing changed does nothing; a run that was killed is started
+data/mixtures/, an index to data/index/<set>/. A second run with nothing changed does nothing; a run that was killed is started
 again with the same command. A set is replaced only when the new one is whole.
 """  # noqa: E501
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
+from babyllama.index_build import build
 from data_process.clean import check_names
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
 from data_process.near_duplicates import DedupConfig
@@ -59,8 +61,9 @@ class ProcessConfig:
         dataset: name of a set or a group (sample); python -m data_process.list shows all
         name: what the set is called, if not as its reader
         raw: directory or file with the raw data (default data/raw/<set>)
-        out: root of clean/, tokens/, mixtures/ and work/
+        out: root of clean/, tokens/, mixtures/, index/ and work/
         tokenizer: a SentencePiece .model; with it token files are made too
+        index: make a full-text index of each set too (babyllama/index.py), for sets of texts
         official: keep the publisher's train, validation and test parts; else split by hash
         sets: several sets that are made together and become a mixture
         mixture: name of the mixture's file in mixtures/
@@ -80,6 +83,7 @@ class ProcessConfig:
     raw: Path | None = None
     out: Path = Path("data")
     tokenizer: Path | None = None
+    index: bool = False
     official: bool = True
     sets: tuple[SetConfig, ...] = ()
     mixture: str | None = None
@@ -198,6 +202,17 @@ def write_mixture(cfg: ProcessConfig, sets: list[DataSet], tokenizer: Tokenizer)
     return path
 
 
+def make_index(data_set: DataSet, cfg: ProcessConfig) -> str:
+    """A full-text index of a set whose clean rows stand; returns what to say about it."""
+    root = from_repo(cfg.out)
+    rows = sorted((root / "clean" / data_set.name).glob("*-*.jsonl"))
+    place = root / "index" / data_set.name
+    info = build(rows, place, data_set.name)
+    size = sum(info["sizes"].values()) / 1e6
+    found = f"{info['n_rows']:,} documents, {info['n_passages']:,} passages, {size:,.1f} MB"
+    return f"index: {shown(place)}, {found}{', as it was' * ('unchanged' in info)}"
+
+
 def table(made: list[tuple[dict, dict[str, int] | None]]) -> str:
     """The counts of all sets, as the user sees them at the end."""
     lines = [f"{'set':<16} {'part':<6} {'rows':>10} {'characters':>13} {'tokens':>13}"]
@@ -246,11 +261,15 @@ def main(cfg: ProcessConfig) -> None:
     check(cfg)
     tokenizer = Tokenizer(from_repo(cfg.tokenizer)) if cfg.tokenizer else None
     raw_sets = chosen(cfg)
+    if cfg.index and (others := [s.data_set.name for s in raw_sets if s.data_set.kind != "text"]):
+        raise ConfigError(f"--index wants sets of texts, found {', '.join(others)}; leave them out")
     made = make_clean(raw_sets, settings_of(cfg))
     for counts, stood in made:
         if stood:
             print(f"{counts['set']}: nothing has changed, the clean rows are used again")
     sets = [raw_set.data_set for raw_set in raw_sets]
+    for data_set in sets if cfg.index else ():
+        print(make_index(data_set, cfg))
     tokens = make_tokens(sets, tokenizer, cfg) if tokenizer else {}
     print(table([(counts, tokens.get(counts["set"])) for counts, _ in made]))
     if cfg.mixture and tokenizer:

@@ -9,8 +9,19 @@ from threading import Event, Thread
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from test_index import write_articles
 
-from babyllama.retrieval import Article, Choices, WikiError, look_up, trim
+from babyllama.index_build import build
+from babyllama.passages import trim
+from babyllama.retrieval import (
+    Article,
+    Choices,
+    Context,
+    Retriever,
+    WikiError,
+    best_part,
+    look_up,
+)
 
 PAGES = {
     "银杏": "银杏，是银杏科的落叶乔木。\n\n原产于中国，现在广泛栽培。\n",
@@ -189,3 +200,42 @@ def test_trim_keeps_whole_sentences(limit, wanted):
 def test_trim_counts_with_the_given_measure():
     assert trim(TEXT, 30, size=lambda text: len(text.encode())) == "一二三。“四五！”"
     assert trim("Dr. No costs 3.50. Yes.", 19) == "Dr. No costs 3.50."
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
+    place = tmp_path_factory.mktemp("index")
+    build([write_articles(place / "rows.jsonl")], place / "wiki", "wiki", longest=25)
+    return Retriever.open(place / "wiki", "wiki")
+
+
+@pytest.mark.parametrize("budget", range(0, 80, 3))
+def test_a_context_fits_its_budget_and_holds_what_it_cites(retriever, budget):
+    found = retriever.context("银杏的叶子秋天变黄", budget, lambda text: 2 * len(text))
+    assert 2 * len(found.text) <= budget
+    assert bool(found.text) == bool(found.passages)
+    for passage in found.passages:
+        assert passage.text in found.text and passage.citation in found.citation
+
+
+def test_a_context_is_made_of_what_is_about_the_question_alone(retriever):
+    found = retriever.context("银杏的叶子什么时候变黄？", 300)
+    assert "秋天变黄" in found.text and {p.title for p in found.passages} == {"银杏"}
+    assert retriever.context("量子纠缠是什么？", 300) == Context()
+
+
+def test_an_article_is_its_beginning_or_what_a_search_brings(retriever):
+    assert retriever.article("镍", 300).text.startswith("镍是一种有铁磁性的金属元素。")
+    assert retriever.article("有铁磁性的金属", 300).passages[0].title == "镍"
+    assert retriever.article("量子纠缠", 300) == Context()
+
+
+def test_of_a_passage_that_is_too_long_the_sentences_stay_that_answer():
+    text = "开头的话说了很多。中间也说了一些。银杏的叶子在秋天变黄。最后还有一句。"
+    assert best_part(text, "银杏的叶子什么时候变黄？", 20).startswith("银杏的叶子在秋天变黄。")
+    assert best_part(text, "银杏的叶子", 100) == text and best_part(text, "银杏", 0) == ""
+
+
+def test_a_passage_that_does_not_name_its_title_is_given_it(retriever):
+    found = retriever.context("果实属于蔷薇科", 300)
+    assert found.text.startswith("苹果 (水果)：苹果是蔷薇科的果实。")
