@@ -1,0 +1,1 @@
+"""The named benchmarks, offline: an adapter to lm-evaluation-harness, task files, a report."""
