@@ -1,6 +1,7 @@
 """Decoding speed of the 43M shape on this processor, beside transformers' generate.
 
     python -m benchmarks.decode_speed                          about 4 minutes on two cores
+    python -m benchmarks.decode_speed --llama_python PYTHON    and llama.cpp, a minute more
     python -m benchmarks.decode_speed --evaluate true          and 200 abstracts, 7 minutes more
 
 All contestants have the same random weights and take turns, so that what else the machine does
@@ -13,21 +14,29 @@ the same length. The last line is JSON.
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from babyllama.cli import parse, run
-from babyllama.fast import Decoder, make_decoder, plain_decoder
+from babyllama.fast import Decoder, make_decoder
 from babyllama.generate import generate
 from babyllama.sampling import N_CHANCES, SamplingConfig, choose
+from benchmarks.llama import LlamaCpp, write_gguf
 from benchmarks.peers import SHAPE_43M, hf_copy
 from model import KVCache, Transformer
 
 NO_EOS = -1
 MANY = 16
+LLAMA = "llama.cpp"
+# Weights that one token reads: all but the embedding.
+N_READ = 43_510_016 - SHAPE_43M.vocab_size * SHAPE_43M.dim
 
 # Random weights give nearly equal probabilities. With this factor on the logits the nucleus has
 # some 60 tokens, as a trained model's, instead of 50,000.
@@ -42,6 +51,8 @@ class DecodeConfig:
         rounds: how often each contestant takes its turn
         threads: of the processor; 0: as torch sees fit
         int8: measure int8 weights too; needs a C compiler
+        llama_python: a python that has llama-cpp-python, to compare with llama.cpp (f16 and q8_0,
+            one thread and more)
         evaluate: measure the evaluation too
         abstracts: number of prompts of the evaluation
         batch_size: prompts of the evaluation that ours decodes at once
@@ -51,6 +62,7 @@ class DecodeConfig:
     rounds: int = 5
     threads: int = 0
     int8: bool = True
+    llama_python: Path | None = None
     evaluate: bool = False
     abstracts: int = 200
     batch_size: int = 50
@@ -69,6 +81,7 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):
         for name, work in works.items():
+            time.sleep(0.02)  # the threads of the one before may still be waiting for work
             taken = seconds_of(work)
             if turn:
                 seconds[name].append(taken)
@@ -78,13 +91,18 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
 def compare(
     seconds: dict[str, list[float]], tokens: dict[str, int], base: str
 ) -> dict[str, dict[str, float]]:
-    """Of each work: tokens/s, the best of them, and how many times those of `base`."""
+    """Of each work: tokens/s, the best of them, and how many times those of `base`, and of the
+    fastest llama.cpp where there is one."""
     rates = {name: [tokens[name] / s for s in took] for name, took in seconds.items()}
+    llamas = [name for name in rates if name.startswith(LLAMA)]
+    bases = {f"over {base}": base}
+    if llamas:
+        bases[f"over {LLAMA}"] = max(llamas, key=lambda name: statistics.median(rates[name]))
     return {
-        name: {
-            "tokens_per_s": statistics.median(found),
-            "best": max(found),
-            "ratio": statistics.median(a / b for a, b in zip(found, rates[base], strict=True)),
+        name: {"tokens_per_s": statistics.median(found), "best": max(found)}
+        | {
+            key: statistics.median(a / b for a, b in zip(found, rates[other], strict=True))
+            for key, other in bases.items()
         }
         for name, found in rates.items()
     }
@@ -104,48 +122,75 @@ def random_prompts(n: int, length: int) -> list[list[int]]:
     return torch.randint(3, SHAPE_43M.vocab_size, (n, length)).tolist()
 
 
-def replies(
-    decoders: dict[str, Decoder], peer: torch.nn.Module, rounds: int
+def one_reply(
+    decoders: dict[str, Decoder],
+    peer: torch.nn.Module,
+    llamas: dict[str, LlamaCpp],
+    rounds: int,
+    greedy: bool,
 ) -> dict[str, dict[str, float]]:
-    """One sequence of all contestants, and many at once of ours."""
+    """One sequence of all contestants."""
+    (prompt,), n = random_prompts(1, 64), 128
+    sampling = SamplingConfig(max_new_tokens=n, temperature=0 if greedy else 0.8, top_p=0.9)
+    drawn = {"temperature": 0.8, "top_p": 0.9, "top_k": 0}
+    theirs = {"do_sample": False} if greedy else {"do_sample": True, **drawn}
+    works: dict[str, Callable[[], object]] = {
+        "transformers": lambda: hf_generate(peer, prompt, n, **theirs)
+    }
+    for name, decoder in decoders.items():
+        works[name] = partial(generate, decoder, [prompt], sampling, NO_EOS)
+    for name, llama in llamas.items():
+        works[name] = partial(llama.generate, prompt, n, greedy)
+    return compare(in_turn(works, rounds), dict.fromkeys(works, n), "transformers")
+
+
+def many_replies(decoders: dict[str, Decoder], rounds: int) -> dict[str, dict[str, float]]:
+    """One sequence and many at once, of ours."""
     prompts, n = random_prompts(MANY, 64), 128
     sampling = SamplingConfig(max_new_tokens=n, temperature=0.8, top_p=0.9)
-    works: dict[str, Callable[[], object]] = {
-        "transformers": lambda: hf_generate(
-            peer, prompts[0], n, do_sample=True, temperature=0.8, top_p=0.9, top_k=0
-        )
-    }
-    tokens = {"transformers": n}
+    found = {}
     for name, decoder in decoders.items():
-        for count in (1, MANY):
-            key = name if count == 1 else f"{name} x {count}"
-            asked = prompts[:count]
-            works[key] = lambda decoder=decoder, asked=asked: generate(
-                decoder, asked, sampling, NO_EOS
+        works = {
+            name if count == 1 else f"{name} x {count}": partial(
+                generate, decoder, prompts[:count], sampling, NO_EOS
             )
-            tokens[key] = count * n
-    found = compare(in_turn(works, rounds), tokens, "transformers")
-    for name in decoders:
-        together, alone = (found[key]["tokens_per_s"] for key in (f"{name} x {MANY}", name))
-        found[f"{name} x {MANY}"]["over_one"] = together / alone
+            for count in (1, MANY)
+        }
+        tokens = dict(zip(works, (n, MANY * n), strict=True))
+        found |= compare(in_turn(works, rounds), tokens, name)
     return found
 
 
 def first_token(
-    decoder: Decoder, peer: torch.nn.Module, rounds: int
+    decoders: dict[str, Decoder],
+    peer: torch.nn.Module,
+    llamas: dict[str, LlamaCpp],
+    rounds: int,
 ) -> dict[str, dict[str, float]]:
     """How long a long prompt takes before its first token comes."""
     (prompt,) = random_prompts(1, SHAPE_43M.max_seq_len - 1)
     sampling = SamplingConfig(max_new_tokens=1, temperature=0)
-    seconds = in_turn(
-        {
-            "transformers": lambda: hf_generate(peer, prompt, 1, do_sample=False),
-            "ours": lambda: generate(decoder, [prompt], sampling, NO_EOS),
-        },
-        rounds,
-    )
-    found = compare(seconds, dict.fromkeys(seconds, len(prompt)), "transformers")
-    return {name: {"seconds": statistics.median(seconds[name]), **found[name]} for name in seconds}
+    works: dict[str, Callable[[], object]] = {
+        "transformers": lambda: hf_generate(peer, prompt, 1, do_sample=False)
+    }
+    for name, decoder in decoders.items():
+        works[name] = partial(generate, decoder, [prompt], sampling, NO_EOS)
+    for name, llama in llamas.items():
+        works[name] = partial(llama.generate, prompt, 1, True)
+    seconds = in_turn(works, rounds)
+    found = compare(seconds, dict.fromkeys(works, len(prompt)), "transformers")
+    return {name: {"ms": 1e3 * statistics.median(seconds[name]), **found[name]} for name in works}
+
+
+def read_speed(rounds: int) -> dict[str, dict[str, float]]:
+    """GB/s of a sum over as many bytes as a token reads in int8 and in float32: the limit."""
+    found = {}
+    for name, size in (("int8", 1), ("float32", 4)):
+        n_bytes = size * (N_READ - N_READ % 8)
+        numbers = torch.zeros(n_bytes // 8, dtype=torch.int64)
+        (seconds,) = in_turn({name: numbers.sum}, 10 * rounds).values()
+        found[name] = {"mb": n_bytes / 1e6, "gb_per_s": n_bytes / 1e9 / statistics.median(seconds)}
+    return found
 
 
 def parts(decoder: Decoder, rounds: int) -> dict[str, float]:
@@ -191,6 +236,21 @@ def show(title: str, lines: dict[str, dict[str, float]]) -> None:
         print(f"  {name:<16}" + "  ".join(f"{key} {value:,.2f}" for key, value in found.items()))
 
 
+def llama_cpps(model: Transformer, cfg: DecodeConfig, stack: ExitStack) -> dict[str, LlamaCpp]:
+    """llama.cpp with each type of weights and each number of threads."""
+    if cfg.llama_python is None:
+        return {}
+    place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    found = {}
+    for kind in ("f16", "q8_0"):
+        file = place / f"{kind}.gguf"
+        write_gguf(model, file, kind)
+        for threads in range(1, torch.get_num_threads() + 1):
+            llama = LlamaCpp(cfg.llama_python, file, threads)
+            found[f"{LLAMA} {kind} {threads}"] = stack.enter_context(llama)
+    return found
+
+
 def main(cfg: DecodeConfig) -> None:
     """Measure and print."""
     if cfg.threads:
@@ -200,20 +260,25 @@ def main(cfg: DecodeConfig) -> None:
     with torch.no_grad():
         model.norm.weight *= SHARPNESS
     peer = hf_copy(model)
-    decoders = {"plain": plain_decoder(model), "float32": make_decoder(model, "float32")}
+    decoders = {"float32": make_decoder(model, "float32")}
     if cfg.int8:
         decoders["int8"] = make_decoder(model, "int8")
     result: dict[str, dict] = {}
-    with torch.inference_mode():
-        result["parts_ms"] = {name: parts(d, cfg.rounds) for name, d in decoders.items()}
-        show("one token, ms", result["parts_ms"])
-        result["replies"] = replies(decoders, peer, cfg.rounds)
-        show("replies", result["replies"])
-        result["first_token"] = first_token(decoders["float32"], peer, cfg.rounds)
-        show("first token of a long prompt", result["first_token"])
+
+    def record(title: str, found: dict[str, dict[str, float]]) -> None:
+        result[title] = found
+        show(title, found)
+
+    with torch.inference_mode(), ExitStack() as stack:
+        record("read", read_speed(cfg.rounds))
+        record("parts_ms", {name: parts(d, cfg.rounds) for name, d in decoders.items()})
+        llamas = llama_cpps(model, cfg, stack)
+        record("one_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=False))
+        record("one_greedy_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=True))
+        record("many_replies", many_replies(decoders, cfg.rounds))
+        record("first_token", first_token(decoders, peer, llamas, cfg.rounds))
         if cfg.evaluate:
-            result["evaluation"] = evaluation(model, peer, cfg)
-            show("evaluation", {"": result["evaluation"]})
+            record("evaluation", {"": evaluation(model, peer, cfg)})
     print(json.dumps({"threads": torch.get_num_threads(), **result}))
 
 
