@@ -4,6 +4,7 @@
     chat     {"id": "redgpt/3", "messages": [{"role": "user", "content": "…"}, …]}
     summary  {"id": "csl/7", "text": "…", "summary": "…", "meta": {…}}      meta is optional
     preference {"id": "pairs/1", "messages": [… user], "chosen": "…", "rejected": "…"}
+    vqa      {"id": "cifar/1", "image": "a.jpg", "messages": […]}      a dialogue about a picture
 
 `id` is "<set>/<number>", unique and stable. Unknown keys are refused. Raw downloads are read
 in `data_process/`; this file knows only what comes out of there. No torch.
@@ -21,8 +22,9 @@ REQUIRED = {
     "chat": ("messages",),
     "summary": ("text", "summary"),
     "preference": ("messages", "chosen", "rejected"),
+    "vqa": ("messages", "image"),
 }
-OPTIONAL = {"text": (), "chat": (), "summary": ("meta",), "preference": ()}
+OPTIONAL = {"text": (), "chat": (), "summary": ("meta",), "preference": (), "vqa": ()}
 ROLES = ("system", "user", "assistant")
 
 
@@ -37,7 +39,7 @@ def row_kind(row: dict) -> str:
             return kind
     raise DataError(
         f"a row needs the keys of one kind, id with text | messages | text, summary | messages, "
-        f"chosen, rejected; "
+        f"chosen, rejected | messages, image; "
         f"found {sorted(row)}"
     )
 
@@ -74,7 +76,7 @@ def check_row(row: object) -> str | None:
         return "not_a_string"
     if "messages" in row:
         # What is preferred is an answer to the last question, which makes a dialogue of it.
-        answer = [{"role": "assistant", "content": row.get("chosen")}] if kind != "chat" else []
+        answer = [{"role": "assistant", "content": row.get("chosen")}] if kind == "preference" else []
         is_list = isinstance(row["messages"], list)
         reason = check_messages([*row["messages"], *answer] if is_list else None)
         if reason:
@@ -83,7 +85,9 @@ def check_row(row: object) -> str | None:
         return "empty_text"
     if not isinstance(row.get("meta", {}), dict):
         return "bad_meta"
-    unseen = [row["id"], json.dumps(row.get("meta"), ensure_ascii=False)]
+    if not isinstance(row.get("image", ""), str):
+        return "bad_image"
+    unseen = [row["id"], row.get("image", ""), json.dumps(row.get("meta"), ensure_ascii=False)]
     if any(_has_surrogate(text) for text in texts_of(row) + unseen):
         return "lone_surrogate"
     return None
@@ -95,9 +99,9 @@ def texts_of(row: dict) -> list[str]:
 
 
 def _strings(row: dict, kind: str) -> list:
-    own = [row[key] for key in REQUIRED[kind] if key != "messages"]
+    own = [row[key] for key in REQUIRED[kind] if key not in ("messages", "image")]
     messages = row.get("messages", [])
-    if kind == "chat" and check_messages(messages):
+    if kind in ("chat", "vqa") and check_messages(messages):
         return []
     return [m.get("content") for m in messages if isinstance(m, dict)] + own
 

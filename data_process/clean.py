@@ -178,6 +178,7 @@ FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
     "headline": WEB,
     "chat": (drop_persona, *DIALOGUE_FIXES),
     "reference": DIALOGUE_FIXES,
+    "vqa": DIALOGUE_FIXES,
     "smalltalk": (strip_turns, cut_open_turn),
 }
 
@@ -310,6 +311,7 @@ RULES: dict[str, tuple[Callable[[Row], bool], ...]] = {
     "headline": (*ARTICLE, *HEADLINE),
     "chat": DIALOGUE,
     "reference": DIALOGUE,
+    "vqa": (empty, role_label_inside, other_identity, refusal, not_chinese),
     "smalltalk": (empty, role_label_inside, mixed_languages, rude, echo),
 }
 
