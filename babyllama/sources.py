@@ -327,6 +327,8 @@ def open_source(
     if len(kinds) > 1:
         raise DataError(f"{shown(where)}: files of several kinds {sorted(kinds)} in one directory")
     source: Source
+    if kinds == {"vqa"}:
+        raise DataError(f"{shown(where)}: its rows are about pictures; use python -m vqa.train")
     if kinds == {"text"}:
         source = Windows(config.name, files, max_seq_len)
     elif kinds == {"chat"}:

@@ -28,12 +28,12 @@ from babyllama.errors import DataError
 MAGIC = b"BABYLTOK"
 VERSION = 1
 HEADER = struct.Struct("<8sIIIIQQQ32s32s8x")
-KINDS = ("text", "chat", "summary", "preference")
+KINDS = ("text", "chat", "summary", "preference", "vqa")
 # What a summary row's meta may hold for a second turn: one piece each, or one a keyword.
 META = ("keywords", "discipline", "category")
 # The two answers that end a preference row, the better one first.
 CHOICES = ("chosen", "rejected")
-ROLES = ("system", "user", "assistant", "text", "summary", *META, *CHOICES)
+ROLES = ("system", "user", "assistant", "text", "summary", *META, *CHOICES, "image")
 
 
 class Vocabulary(Protocol):

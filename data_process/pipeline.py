@@ -126,11 +126,14 @@ def _make(all_sets: list[Making], wanted: set[str]) -> None:
     for making in all_sets:
         _refuse_damaged(making)
     drops: Drops = defaultdict(list)
-    if cfg.dedup:
+    # Rows about pictures say the same words of different pictures.
+    of_text = [making for making in all_sets if making.raw.data_set.kind != "vqa"]
+    if cfg.dedup and of_text:
         with _timed("dedup", all_sets):
-            _dedup(all_sets, cfg.dedup, drops)
-    with _timed("decontaminate", all_sets):
-        _decontaminate(all_sets, drops)
+            _dedup(of_text, cfg.dedup, drops)
+    if of_text:
+        with _timed("decontaminate", all_sets):
+            _decontaminate(of_text, drops)
     fresh = [making for making in all_sets if making.name in wanted]
     with _timed("write", all_sets):
         _write(fresh, drops)

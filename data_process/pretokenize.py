@@ -34,7 +34,8 @@ class PretokenizeConfig:
 def pieces_of(row: dict) -> list[tuple[str, str]]:
     """The texts of a row with their roles."""
     if "messages" in row:
-        return [(message["role"], message["content"]) for message in row["messages"]]
+        pieces = [("image", row["image"])] if "image" in row else []
+        return pieces + [(message["role"], message["content"]) for message in row["messages"]]
     pieces = [(key, row[key]) for key in ("text", "summary") if key in row]
     for key in META:
         value = row.get("meta", {}).get(key, [])

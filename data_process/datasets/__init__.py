@@ -1,6 +1,6 @@
 """One file a data set. A reader only reads; what is kept is decided in clean.py and dedup.py.
 
-    KIND     the kind of the finished rows: "text", "chat" or "summary"
+    KIND     the kind of the finished rows: "text", "chat", "summary" or "vqa"
     SOURCE   a Source: where the data come from, and how they are fetched
     LICENSE  as the publisher states it
     read(records) -> Iterator[dict | Skip]
