@@ -75,12 +75,25 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         {"params": [w for w in rest if w.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [w for w in rest if w.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [part for group in groups for part in by_rate(group, model)]
     betas = (config.beta1, config.beta2)
     if not by_muon:
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
     muon = {"params": list(by_muon.values()), "weight_decay": config.weight_decay}
     groups.append({**muon, "momentum": config.momentum})
     return MuonAdamW(groups, lr=config.lr, betas=betas, fused=True)
+
+
+def by_rate(group: dict, model: nn.Module) -> list[dict]:
+    """A group divided by the shares of lr that `model.rates`, if it has that, gives to names by
+    their beginnings."""
+    rates, parts = getattr(model, "rates", {}), {}
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    for weight in group["params"] if rates else ():
+        name = names[id(weight)]
+        rate = next((rate for start, rate in rates.items() if name.startswith(start)), 1.0)
+        parts.setdefault(rate, []).append(weight)
+    return [group | {"params": part, "rate": rate} for rate, part in parts.items()] or [group]
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -153,4 +166,4 @@ def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Use this learning rate from now on."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("rate", 1.0)
