@@ -149,6 +149,7 @@ def _info(
         "tokenizer": tokenizer.path.stem,
         "fingerprint": tokenizer.fingerprint,
         "model": asdict(model.config),
+        **getattr(model, "more_info", {}),  # of a model that holds more than a Transformer
     }
 
 
@@ -366,6 +367,24 @@ def load_model(
         from babyllama.lora_files import load_adapted  # which loads the base with this function
 
         return load_adapted(path, device, dtype)
+    info, tokenizer, weights = read_checkpoint(path)
+    if info["kind"] == "vqa":
+        raise CheckpointError(
+            f"{shown(path)}: wanted a language model, found one that answers about pictures; use "
+            f"python -m vqa.chat {shown(path)} --image FILE"
+        )
+    _require_fit(info["model"], weights, path)
+    model = Transformer(info["model"])
+    load_weights(model, weights, path)
+    return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
+
+
+def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
+    """What model.yaml says, with the shape as a ModelConfig; the tokenizer; the full weights.
+
+    path: a checkpoint
+    raises: CheckpointError if it is missing, damaged, or its parts are of different ones
+    """
     verify(path, MODEL_FILES)
     info = _read_info(path)
     tokenizer = Tokenizer(path / "tokenizer.model")
@@ -380,11 +399,7 @@ def load_model(
         )
     # The copy keeps the name of the original, by which token files are found.
     tokenizer.path = Path("data/tokenizers") / f"{info['tokenizer']}.model"
-    weights = int8.widen(_read_tensors(path / "model.safetensors"), shown(path))
-    _require_fit(info["model"], weights, path)
-    model = Transformer(info["model"])
-    load_weights(model, weights, path)
-    return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
+    return info, tokenizer, int8.widen(_read_tensors(path / "model.safetensors"), shown(path))
 
 
 def _require_fit(config: ModelConfig, weights: dict[str, Tensor], where: Path) -> None:
