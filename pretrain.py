@@ -20,8 +20,10 @@ from babyllama.data import DataConfig, open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
+from babyllama.objectives import next_token
 from babyllama.optim import OptimConfig
 from babyllama.parallel import ParallelConfig, start
+from babyllama.regularise import RegulariseConfig, regularise
 from babyllama.run_dir import open_run
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
@@ -43,6 +45,7 @@ class PretrainConfig:
         data: what is trained on
         optim: optimizer and schedule
         train: the loop
+        regularise: against learning a small set by heart
         device: where and in which format to compute
         parallel: how several processes share the work
         dry_run: only print parameters, memory and time
@@ -55,6 +58,7 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(samples=SAMPLES))
+    regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
@@ -98,11 +102,12 @@ def main(cfg: PretrainConfig) -> int:
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
-        model.to(world.device)
+        regularise(model.to(world.device), cfg.regularise)
+        objective = next_token(cfg.regularise.label_smoothing)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world)
         with open_run(cfg.name, cfg, world) as directory:
-            return train(model, data, tokenizer, cfg, world, directory, "pretrain")
+            return train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ Summary rows become dialogues in a new wording each epoch. The same command, sta
 continues a stopped run. Ctrl-C saves first.
 """
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from babyllama.checkpoint import load_model, newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
@@ -25,12 +27,15 @@ from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
 from babyllama.lora import LoraConfig, apply_lora, describe
+from babyllama.objectives import Objective, dpo, next_token
 from babyllama.optim import OptimConfig
 from babyllama.painter import painter_of
 from babyllama.parallel import ParallelConfig, start
+from babyllama.regularise import RegulariseConfig, regularise
 from babyllama.run_dir import open_run
 from babyllama.show_batch import shown_batch
 from babyllama.trainer import TrainConfig, train
+from model import Transformer
 
 # What a run shows of itself at each evaluation.
 SAMPLES = ("你好！", "请介绍一下你自己。", "秋天有什么特点？")
@@ -49,6 +54,10 @@ class SftConfig:
         optim: optimizer and schedule
         lora: train adapters beside frozen weights; null: train the weights
         train: the loop; a batch is a number of dialogues
+        regularise: against learning a small set by heart
+        objective: next_token: say what the rows say; dpo: prefer one answer to another, from rows
+            of two (python -m babyllama.pairs)
+        dpo_beta: how dear it is to leave the base; less lets the answers change more
         device: where and in which format to compute
         parallel: how several processes share the work
         dry_run: only print parameters, memory and time
@@ -62,6 +71,9 @@ class SftConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=50))
     lora: LoraConfig | None = None
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=3.0, samples=SAMPLES))
+    regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
+    objective: Literal["next_token", "dpo"] = "next_token"
+    dpo_beta: float = 0.1
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
@@ -94,21 +106,30 @@ def main(cfg: SftConfig) -> int:
     cfg = resolve(cfg)
     base = load_model(cfg.base)
     length = base.config.max_seq_len
-    data = open_data(cfg.data, base.tokenizer, length, cfg.train)
+    data = open_data(cfg.data, base.tokenizer, length, cfg.train, cfg.objective == "dpo")
     if cfg.inspect:
         for line in shown_batch(data.train, cfg.train.micro_batch_size, painter_of(base.tokenizer)):
             print(line)
         return 0
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)
+        objective = make_objective(cfg, model)
         if cfg.lora:
             apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
             if world.is_main:
                 print(describe(model), file=sys.stderr)
+        regularise(model, cfg.regularise)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world)
         with open_run(cfg.name, cfg, world) as directory:
-            return train(model, data, base.tokenizer, cfg, world, directory, "sft")
+            return train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
+
+
+def make_objective(cfg: SftConfig, base: Transformer) -> Objective:
+    """What the run makes smaller; dpo keeps a copy of the base to compare with."""
+    if cfg.objective == "dpo":
+        return dpo(copy.deepcopy(base), cfg.dpo_beta)
+    return next_token(cfg.regularise.label_smoothing)
 
 
 def config_of(argv: Sequence[str]) -> Path | None:

@@ -41,7 +41,7 @@ def named_sources(text: str) -> tuple[SourceConfig, ...]:
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, weight = re.fullmatch(r"(.+?)(?::([^:/\\]*))?", part).groups()
         try:
-            found.append(SourceConfig(name, 1.0 if weight is None else float(weight)))
+            found.append(SourceConfig(name.strip(), 1.0 if weight is None else float(weight)))
         except ValueError:
             raise ConfigError(
                 f"--dataset: wanted NAME or NAME:WEIGHT, found {part!r}; as in csl:2,belle:0.5"

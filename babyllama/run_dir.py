@@ -15,6 +15,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import MISSING
 from pathlib import Path
 
 import yaml
@@ -132,8 +133,10 @@ def _read_config(path: Path) -> dict:
 def _with_defaults(found: dict, config: object) -> dict:
     """A saved config with the settings it does not know yet, at their defaults."""
     complete = dict(found)
-    for name in config.__dataclass_fields__:
+    for name, field in config.__dataclass_fields__.items():
         section = getattr(config, name)
         if hasattr(section, "__dataclass_fields__"):
             complete[name] = plain(type(section)()) | (found.get(name) or {})
+        elif field.default is not MISSING:
+            complete.setdefault(name, plain(field.default))
     return complete

@@ -30,11 +30,20 @@ from babyllama.data import Data, TrainData
 from babyllama.device import DeviceConfig, Scaler, pick_precision, precision_warning
 from babyllama.errors import ConfigError, DataError
 from babyllama.log import Log
-from babyllama.optim import OptimConfig, lr_at, make_optimizer, set_lr
+from babyllama.objectives import Batch, LossFunction, Objective, n_targets, next_token_loss
+from babyllama.optim import (
+    OptimConfig,
+    averaged,
+    lr_at,
+    make_optimizer,
+    move_averages,
+    set_lr,
+    swap_averages,
+)
 from babyllama.parallel import World, no_sync
 from babyllama.speed import mfu_per_rate
 from babyllama.validation import Window, evaluate, means, on_cpu, over_ranks, samples
-from model import Loss, Transformer
+from model import Transformer
 from tokenizer import Tokenizer
 
 
@@ -93,14 +102,6 @@ class TrainConfig:
             )
 
 
-LossFunction = Callable[[nn.Module, dict[str, Tensor]], Loss]
-
-
-def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Loss:
-    """The language model's own loss."""
-    return model(**batch)
-
-
 def total_steps(config: TrainConfig, data: TrainData) -> int:
     """How many updates a run makes."""
     return config.max_steps or max(1, round(config.epochs * data.steps_per_epoch))
@@ -142,13 +143,15 @@ def train(
     world: World,
     run: Path,
     kind: str,
-    loss_function: LossFunction = next_token_loss,
+    objective: Objective | LossFunction = next_token_loss,
 ) -> int:
     """Train, or go on training, until the last step; returns the exit code.
 
     model: on its device; continues from the newest checkpoint of `run` where there is one
     kind: "pretrain" or "sft", kept in the checkpoints
+    objective: a loss function alone is divided by the number of targets
     """
+    objective = objective if isinstance(objective, Objective) else Objective(objective)
     config, optim = cfg.train, cfg.optim
     # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
     torch.manual_seed(config.seed)
@@ -173,18 +176,26 @@ def train(
     def save() -> None:
         seen.window = window.sums.tolist()
         extra = {**asdict(seen), "scaler": scaler.state(), "data": data.train.fingerprint}
-        save_checkpoint(
-            run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep, world
-        )
+        with averaged(model, optimizer):  # whose state then holds the weights as they train
+            save_checkpoint(
+                run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep, world
+            )
 
     def validate() -> None:
-        figures = evaluate(wrapped, data.val, config.micro_batch_size, scaler, world, tokenizer)
+        with averaged(model, optimizer):
+            _validate()
+        window.restart()
+
+    def _validate() -> None:
+        of_bytes = tokenizer if objective.is_of_tokens else None
+        figures = evaluate(
+            wrapped, data.val, config.micro_batch_size, scaler, world, of_bytes, objective.measure
+        )
         log.record("val", step, figures)
         log.samples(step, samples(model, tokenizer, config.samples, kind))
         if config.keep_best and step and figures["loss"] < (seen.best or math.inf):
             seen.best = figures["loss"]
             save_best(run, step, model, tokenizer, seen.best, kind, parent, world)
-        window.restart()
 
     with stop_requests() as asked:
         model.train()
@@ -198,7 +209,9 @@ def train(
             torch.manual_seed(
                 int(SeedSequence((config.seed, step, world.rank)).generate_state(1)[0])
             )
-            sums = forward_backward(wrapped, batches, world, scaler, loss_function)
+            sums = forward_backward(
+                wrapped, batches, world, scaler, objective.loss, objective.count
+            )
             grad_norm = scaler.step(optimizer, parameters, optim.max_grad_norm, float(sums[0]))
             seen.step = step = step + 1
             seen.tokens += int(sums[3])
@@ -209,6 +222,7 @@ def train(
                     f"{grad_norm}; the step changed nothing; its rows: {_rows(data.train, step)}"
                 )
             else:
+                move_averages(optimizer)
                 window.add(sums)
             log.step(step)
             is_logged = step % config.log_every == 0 or step == last
@@ -240,11 +254,12 @@ def forward_backward(
     world: World,
     scaler: Scaler,
     loss_function: LossFunction,
+    count: Callable[[Batch], Tensor] = n_targets,
 ) -> Tensor:
     """Gradients of one step; returns (loss_sum, n_targets, n_correct, n_tokens), summed over
     ranks, float64."""
-    n_targets = torch.tensor([float(sum((b["targets"] >= 0).sum() for b in batches))])
-    n_targets = world.sum(n_targets.to(world.device)).clamp(min=1)
+    n_counted = torch.tensor([float(sum(count(batch) for batch in batches))])
+    n_counted = world.sum(n_counted.to(world.device)).clamp(min=1)
     sums = torch.zeros(4, dtype=torch.float64)
     for number, batch in enumerate(batches):
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
@@ -252,7 +267,7 @@ def forward_backward(
             with scaler.autocast():
                 loss = loss_function(model, batch)
             # DDP averages gradients over ranks; the sum is wanted.
-            scaler.backward(loss.loss_sum * (world.size / n_targets[0]))
+            scaler.backward(loss.loss_sum * (world.size / n_counted[0]))
         sums[:3] += on_cpu(loss)
         sums[3] += batch["tokens"].numel()
     return over_ranks(sums, world)
@@ -284,6 +299,7 @@ def _resume(
     if not steps:
         return Seen()
     state = load_train_state(steps[-1], model, tokenizer, optimizer)
+    swap_averages(model, optimizer)
     if state.get("data", fingerprint) != fingerprint:
         raise DataError(
             f"{shown(run)} was trained on other token files than are there now (fingerprint "

@@ -11,6 +11,7 @@ from babyllama.data import ValData
 from babyllama.device import Scaler, memory_gb
 from babyllama.generate import SamplingConfig, generate
 from babyllama.metrics import accuracy, perplexity
+from babyllama.objectives import LossFunction, next_token_loss
 from babyllama.parallel import World, inner, whole_model
 from model import IGNORED, Loss
 from tokenizer import Tokenizer
@@ -46,10 +47,12 @@ def evaluate(
     scaler: Scaler,
     world: World,
     tokenizer: Tokenizer | None = None,
+    measure: LossFunction = next_token_loss,
 ) -> dict:
     """Loss, perplexity and accuracy over the validation rows, in all and per source.
 
     tokenizer: gives bits per byte too, which compares models of different vocabularies
+    measure: the loss; of another kind than the model's own, the figures are what it counts
     """
     model = inner(model)
     model.eval()
@@ -63,7 +66,7 @@ def evaluate(
                 sums[3] += tokenizer.n_bytes(targets[targets != IGNORED].tolist())
             batch = {key: value.to(world.device) for key, value in batch.items()}
             with scaler.autocast():
-                sums[:3] += on_cpu(model(**batch))
+                sums[:3] += on_cpu(measure(model, batch))
         sums = over_ranks(sums, world)
         losses[name] = float(sums[0] / sums[1].clamp(min=1))
         total += sums
