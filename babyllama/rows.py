@@ -76,7 +76,9 @@ def check_row(row: object) -> str | None:
         return "not_a_string"
     if "messages" in row:
         # What is preferred is an answer to the last question, which makes a dialogue of it.
-        answer = [{"role": "assistant", "content": row.get("chosen")}] if kind == "preference" else []
+        answer = (
+            [{"role": "assistant", "content": row.get("chosen")}] if kind == "preference" else []
+        )
         is_list = isinstance(row["messages"], list)
         reason = check_messages([*row["messages"], *answer] if is_list else None)
         if reason:
