@@ -176,7 +176,7 @@ def loss_function(model, batch):
     return loss._replace(loss_sum=loss.loss_sum * torch.nan) if is_bad else loss
 
 def train(*args):
-    return trainer.train(*args, objective=loss_function)
+    return trainer.train(*args[:7], objective=loss_function)
 
 sft.train = train
 run(sft.main, parse(sft.SftConfig, ""))
