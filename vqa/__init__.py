@@ -1,0 +1,1 @@
+"""Questions about pictures: an encoder in front of the same language model."""
