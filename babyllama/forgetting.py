@@ -4,12 +4,14 @@
         one run: the checkpoint it began with, and each of its steps
     python -m babyllama.forgetting out/chat out/csl out/csl_lora --sources csl,alpaca
         the newest step of each run, or the steps that are named
+    python -m babyllama.forgetting out/base out/a out/b --against out/mixture --sources a,b
+        sets learnt one after another against all at once: every step of every run, as curves
 
 Prints validation loss, perplexity and token accuracy of every source for every checkpoint, and how
 much of each source was forgotten: the last loss above the lowest before it (Chaudhry et al. 2018,
 arXiv:1801.10112, there with accuracy). Writes all of it as JSON, and a heat map of the losses
-coloured by what changed since the first checkpoint. Rows and wordings are those of a run's own
-validation, always the same.
+coloured by what changed since the first checkpoint (forgetting_plot.py). Rows and wordings are
+those of a run's own validation, always the same.
 """
 
 import json
@@ -25,7 +27,8 @@ from babyllama.cli import from_repo, parse, run, shown
 from babyllama.data import DataConfig, SourceConfig, ValData, open_source
 from babyllama.device import Device, Scaler, pick_device
 from babyllama.errors import ConfigError
-from babyllama.fonts import cjk_font, writable
+from babyllama.fonts import cjk_font
+from babyllama.forgetting_plot import draw
 from babyllama.log import written_whole
 from babyllama.parallel import World
 from babyllama.validation import evaluate
@@ -42,6 +45,8 @@ class ForgettingConfig:
         checkpoints: runs or steps in the order of training, the first is what others are compared
             with; one run alone stands for all its steps and the checkpoint it began with
         sources: sets with token files, separated by commas; if absent those of the last run
+        against: a run that learnt the same sources another way; it began where the first named
+            checkpoint is
         out: where to write, without suffix; if absent forgetting in the last checkpoint's run
         max_val_rows: the first validation rows of each source, at most this many
         prompts: wordings for summary rows
@@ -51,6 +56,7 @@ class ForgettingConfig:
 
     checkpoints: tuple[Path, ...] = ()
     sources: str = ""
+    against: Path | None = None
     out: Path | None = None
     max_val_rows: int = 256
     prompts: Path = Path("configs/prompts/summary_zh.yaml")
@@ -81,6 +87,22 @@ def chosen_checkpoints(paths: Sequence[Path]) -> list[Path]:
             f"wanted two checkpoints or more to compare, found {len(found)}; name a run with "
             f"several steps, or several runs: python -m babyllama.forgetting out/a out/b"
         )
+    return found
+
+
+def curve_of(start: Path, runs: Sequence[Path]) -> list[tuple[int, Path]]:
+    """Every checkpoint of runs that followed each other, each with the steps made so far.
+
+    start: the checkpoint before the first of them
+    raises: CheckpointError if a run has none
+    """
+    found, done = [(0, find_checkpoint(from_repo(start).resolve()))], 0
+    for run_path in runs:
+        place = from_repo(run_path).resolve()
+        find_checkpoint(place)
+        steps = list_checkpoints(place) or list_checkpoints(place.parent)
+        found += [(done + int(step.name[5:]), step) for step in steps]
+        done = found[-1][0]
     return found
 
 
@@ -176,54 +198,40 @@ def table(found: dict) -> str:
             f"{row['bpb']:11.4f}  {found['change'][step][name]:+7.3f}  {step}"
             for step, row in rows.items()
         ]
-        lines += [f"  forgotten {lost:+.3f} ({key})", ""]
+        beside = found.get("forgotten_against", {}).get(name)
+        beside = "" if beside is None else f", by --against {beside:+.3f}"
+        lines += [f"  forgotten {lost:+.3f} ({key}){beside}", ""]
     return "\n".join(lines)
 
 
-def draw(found: dict, path: Path, font: str | None) -> None:
-    """The heat map: a row a checkpoint, a column a source.
+def compared(cfg: ForgettingConfig, names: Sequence[str]) -> dict:
+    """What `measured` says of the ends of all stages, and the curves of every step.
 
-    font: for Chinese labels; None: English ones
+    raises: ConfigError if there is no stage after the first checkpoint
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    steps, names = list(found["figures"]), list(found["forgotten"])
-    change = [[found["change"][step][name] for name in names] for step in steps]
-    most = max(0.1, *(abs(value) for row in change for value in row))
-    kind = {"loss": ("损失", "loss"), "bpb": ("每字节比特", "bits per byte")}[found["compared_by"]]
-    title, label = (
-        (f"各检查点在各数据集上的验证{kind[0]}", f"与第一行之差（{kind[0]}，红色为变差）")
-        if font
-        else (f"Validation {kind[1]} of every checkpoint", f"change of {kind[1]} since the first")
-    )
-    rc = {"font.family": [*([font] if font else []), "DejaVu Sans"], "axes.unicode_minus": False}
-    with rc_context(rc):
-        size = (3.6 + 2.0 * len(names), 1.6 + 0.62 * len(steps))
-        figure = Figure(figsize=size, layout="constrained")
-        axis = figure.subplots()
-        image = axis.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-        axis.set_xticks(range(len(names)), [writable(Path(n).name, font) for n in names])
-        axis.set_yticks(range(len(steps)), [writable(_short(step), font) for step in steps])
-        axis.tick_params(length=0)
-        axis.set_title(title, fontsize=11)
-        for y, step in enumerate(steps):
-            for x, name in enumerate(names):
-                row = found["figures"][step][name]
-                is_dark = abs(change[y][x]) > 0.6 * most
-                text = f"{row[found['compared_by']]:.3f}"
-                text += f" ({change[y][x]:+.3f})" if y else ""
-                text += f"\nppl {row['ppl']:.4g} · {row['accuracy']:.1%}"
-                axis.text(x, y, text, ha="center", va="center", fontsize=8.5,
-                          color="white" if is_dark else "#222222")  # fmt: skip
-        figure.colorbar(image, ax=axis, label=label, fraction=0.05)
-        with written_whole(path) as temporary:
-            figure.savefig(temporary, dpi=130)
-
-
-def _short(step: str) -> str:
-    """The run and the step of a checkpoint's path."""
-    return "/".join(Path(step).parts[-2:])
+    first, *runs = cfg.checkpoints
+    if not runs:
+        raise ConfigError(
+            "--against wants the checkpoint that both began with and the runs that followed it: "
+            "python -m babyllama.forgetting out/base out/a out/b --against out/mixture"
+        )
+    curves = {"sequence": curve_of(first, runs), "against": curve_of(first, [cfg.against])}
+    steps = dict.fromkeys(step for curve in curves.values() for _, step in curve)
+    every = measured(list(steps), names, cfg)
+    sequence = [find_checkpoint(from_repo(path).resolve()) for path in cfg.checkpoints]
+    ends = {shown(step): every["figures"][shown(step)] for step in sequence}
+    last = shown(curves["against"][-1][1])
+    key = every["compared_by"]
+    return every | {
+        "steps": every["figures"],
+        "curves": {k: [(n, shown(step)) for n, step in curve] for k, curve in curves.items()},
+        "figures": ends | {last: every["figures"][last]},
+        "change": changes(ends | {last: every["figures"][last]}, key),
+        "forgotten": forgotten(ends, key),
+        "forgotten_against": forgotten(
+            {shown(step): every["figures"][shown(step)] for _, step in curves["against"]}, key
+        ),
+    }
 
 
 def main(cfg: ForgettingConfig) -> None:
@@ -233,7 +241,7 @@ def main(cfg: ForgettingConfig) -> None:
     out = from_repo(cfg.out) if cfg.out else steps[-1].parent / "forgetting"
     out.parent.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        found = measured(steps, names, cfg)
+        found = compared(cfg, names) if cfg.against else measured(steps, names, cfg)
     print(f"\n{table(found)}")
     files = out.with_name(out.name + ".json"), out.with_name(out.name + ".png")
     with written_whole(files[0]) as temporary:

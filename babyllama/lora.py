@@ -105,8 +105,15 @@ def apply_lora(
     To be called before the model is wrapped or compiled, and before the optimizer is made.
 
     base: where the weights are from, kept in checkpoints
-    raises: ConfigError if a target names no linear layer or the name cannot be used
+    raises: ConfigError if a target names no linear layer, the name cannot be used, or an adapter
+        is merged into the weights, which would train with it inside
     """
+    merged = [path for path, layer in layers(model) if layer.is_merged]
+    if merged:
+        raise ConfigError(
+            f"lora.targets {list(cfg.targets)}: wanted the base's own weights, found an adapter "
+            f"merged into {len(merged)} layers ({merged[0]}, …); unmerge the model first"
+        )
     chosen = _matching(model, cfg)
     state = getattr(model, "lora", None) or Adapters(fingerprint(model), base)
     if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name) or name in state.configs:
@@ -114,7 +121,6 @@ def apply_lora(
             f"adapter {name!r}: wanted a new name of letters, digits and _, that is no method of "
             f"a dict; there are {sorted(state.configs)}; choose another"
         )
-    unmerge(model)
     generator = torch.Generator().manual_seed(seed)
     for path, linear in chosen:
         if not isinstance(linear, LoraLinear):

@@ -79,6 +79,11 @@ class LoraLinear(nn.Linear):
         y = F.linear(x, self._parameters["weight"])
         return y if adapter is None else y + adapter(x)
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether an adapter is inside the parameter now."""
+        return self._original is not None
+
     def _added(self) -> Adapter | None:
         is_added = self.active is not None and self._original is None
         return self.lora[self.active] if is_added else None

@@ -47,7 +47,9 @@ class SummaryPrompts:
     """The wordings of one template file for one tokenizer.
 
     longest: the most ids that any wording adds to a text and its summary
-    unseen: questions that no training wording equals
+    unseen: questions that no training wording equals, the twenty of the report on how much a score
+        hangs on the phrase; a row is asked with the k-th by eval_prompt(text, max_ids, unseen[k]),
+        and strip_frame takes off what a reply adds, whatever the question was
     """
 
     tokenizer: Tokenizer

@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from conftest import small_config, write_token_files
 
 from babyllama.checkpoint import load_model, save_checkpoint
-from babyllama.cli import from_repo
+from babyllama.cli import REPO, from_repo, parse
 from babyllama.data import DataConfig, SourceConfig, open_source
 from babyllama.fonts import cjk_font
 from babyllama.forgetting import changes, draw, forgotten, table
 from babyllama.optim import OptimConfig, make_optimizer
 from model import IGNORED, Transformer
+from sft import SftConfig
 from tokenizer import Tokenizer
 
 SCRIPT = "babyllama/forgetting.py"
@@ -171,3 +172,42 @@ def test_bad_input_is_one_line_and_writes_nothing(run, script, words, message):
     before = sorted(run.rglob("*"))
     assert message in script(SCRIPT, *(word.format(run=run) for word in words)).error
     assert sorted(run.rglob("*")) == before
+
+
+def test_runs_one_after_another_are_held_against_a_mixture(tmp_path, token_root, tokenizer, script):
+    """Every step is on a curve, the ends of the stages are in the table and the heat map."""
+    out = tmp_path / "out"
+    base = save(out / "base", 7, tokenizer, seed=0)
+    for name, steps in (("a", (5, 10)), ("b", (5, 8)), ("mix", (9, 18))):
+        for step in steps:
+            save(out / name, step, tokenizer, seed=step + 100 * len(name), parent=base)
+    sources = f"{token_root / 'chat'},{token_root / 'summary'}"
+    words = (base, out / "a", out / "b", "--against", out / "mix", "--sources", sources)
+    done = script(SCRIPT, *words, "--out", tmp_path / "curves")
+    assert done.code == 0, done.err
+    result = json.loads((tmp_path / "curves.json").read_text("utf-8"))
+    curves = result["curves"]
+    assert [n for n, _ in curves["sequence"]] == [0, 5, 10, 15, 18]
+    assert [n for n, _ in curves["against"]] == [0, 9, 18]
+    ends = [str(Path(step).relative_to(out)) for step in result["figures"]]
+    assert ends == ["base/step-000007", "a/step-000010", "b/step-000008", "mix/step-000018"]
+    loss = {step: row[str(token_root / "chat")]["loss"] for step, row in result["steps"].items()}
+    first, *_, last, mixed = [loss[step] for step in result["figures"]]
+    before = [loss[step] for step in list(result["figures"])[:2]]
+    assert result["forgotten"][str(token_root / "chat")] == pytest.approx(last - min(before))
+    half = loss[curves["against"][1][1]]
+    lost = mixed - min(first, half)
+    assert result["forgotten_against"][str(token_root / "chat")] == pytest.approx(lost)
+    assert f"by --against {lost:+.3f}" in done.out
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    alone = script(SCRIPT, base, "--against", out / "mix", "--sources", sources)
+    assert "wanted two checkpoints or more" in alone.error
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs/forgetting").glob("*.yaml")), ids=str)
+def test_the_committed_experiment_is_read_and_its_stages_follow_each_other(path):
+    cfg = parse(SftConfig, "", ["--config", str(path)])
+    assert cfg.train.keep * cfg.train.save_every >= cfg.train.max_steps
+    names = {c.name for c in (parse(SftConfig, "", ["--config", str(p)])
+                              for p in path.parent.glob("*.yaml"))}  # fmt: skip
+    assert cfg.base is None or cfg.base.name in names

@@ -125,6 +125,16 @@ def test_merged_computes_the_same_and_unmerged_has_its_bits_back():
     assert torch.equal(model(TOKENS), wanted)
 
 
+def test_no_adapter_is_put_on_a_merged_model():
+    model = merge(adapted())
+    before = copies(model)
+    with pytest.raises(ConfigError, match=r"merged into \d+ layers .*unmerge the model first"):
+        apply_lora(model, LoraConfig(rank=2, targets=("wq",)), "second")
+    assert copies(model).keys() == before.keys() and list(model.lora.configs) == ["default"]
+    apply_lora(unmerge(model), LoraConfig(rank=2, targets=("wq",)), "second")
+    assert model.lora.active == "second"
+
+
 def test_the_order_of_a_merge_is_fixed_and_near_the_product():
     layer = dict(lora.layers(adapted(rank=16)))["layers.0.feed_forward.w2"].lora["default"]
     torch.testing.assert_close(layer.exact_delta(), layer.delta(), rtol=1e-5, atol=1e-7)
@@ -170,7 +180,7 @@ def test_the_names_of_what_is_stored_depend_on_no_state():
     wanted = list(stored(model))
     assert wanted[:2] == ["layers.0.attention.wq.a", "layers.0.attention.wq.b"]
     assert list(stored(merge(model))) == wanted
-    assert list(stored(adapted("other", model))) == wanted
+    assert list(stored(adapted("other", unmerge(model)))) == wanted
     assert names < set(model.state_dict())
     assert set(stored(switch(model, None))) == names
 
