@@ -15,6 +15,7 @@ BM25: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework"; k1 a
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -36,7 +37,8 @@ _SHIFT = 21  # a code point fits
 _LOW = (1 << _SHIFT) - 1
 # Rare in an encyclopedia, so that they would weigh more than what is asked for.
 QUESTION_WORDS = re.compile(
-    r"请问|什么|甚么|哪[一几]?[些个里位年种座部]|多少|怎么样?|怎样|如何|为何|是谁|谁是|[吗呢？?]|\b(?:what|who|when|where|which|how|the|is|was|of)\b"
+    r"请问|[什甚]么(?:时候|时间|地方)?|哪[一几]?[些个里位年种座部]|多少|怎么样?|怎样|如何|为何|是谁|谁是|[吗呢？?]"
+    r"|\b(?:what|who|when|where|which|how|the|is|was|of)\b"
 )
 # Blocks of marks above U+2E80, which end a run of characters: first and last code point.
 _MARKS = ((0x3000, 0x3004), (0x3008, 0x3020), (0x3030, 0x3030), (0x303D, 0x303F),
@@ -73,11 +75,15 @@ def word_term(word: str) -> int:
     return int.from_bytes(digest, "little") | _IS_WORD
 
 
+def title_term(title: str) -> int:
+    """What a passage is found by that belongs to a title as a whole."""
+    return word_term(f"title of {normal(title).strip()}")
+
+
 def title_terms(title: str) -> set[int]:
-    """What a passage's title is found by as a whole, with and without an addition in brackets."""
-    title = normal(title).strip()
-    names = {title, re.sub(r"[ _]*\([^()]*\)$", "", title)} - {""}
-    return {word_term(f"title of {name}") for name in names}
+    """The same for all names of a title: with and without an addition in brackets."""
+    names = {title, re.sub(r"[ _]*[(（][^()（）]*[)）]$", "", title)}
+    return {title_term(name) for name in names if name.strip()}
 
 
 def sizes_of(place: Path, names: Iterable[str]) -> dict[str, int]:
@@ -134,38 +140,42 @@ class Index:
     def __len__(self) -> int:
         return self.info["n_passages"]
 
-    def passage(self, number: int, score: float = 0.0, coverage: float = 0.0) -> Passage:
+    def passage(self, number: int, *scores: float) -> Passage:
+        """The passage of a number; scores: score, coverage and n_rare."""
         begin, end = (int(place) for place in self.starts[number : number + 2])
         try:
             row, title, paragraph, text = json.loads(bytes(self.lines[begin:end]))
         except ValueError:
             raise DataError(f"{self.place / 'passages.jsonl'}: wanted passage {number} at byte "
                             f"{begin:,}, found none; make the index again") from None  # fmt: skip
-        return Passage(title, paragraph, text, row, score, coverage)
+        return Passage(title, paragraph, text, row, *scores)
 
     def titled(self, title: str, most: int = 100) -> list[Passage]:
         """The first passages of the documents called so, in their order."""
-        found = [self._one(code)[0][:most] for code in title_terms(title)]
-        numbers = sorted(set(np.concatenate([*found, np.zeros(0, np.uint32)]).tolist()))
-        return [self.passage(number) for number in numbers[:most]]
+        numbers, _ = self._one(title_term(title))
+        return [self.passage(int(number)) for number in numbers[:most]]
 
     def search(self, question: str, k: int) -> list[Passage]:
         """The k best passages, best first; fewer if fewer hold any term of the question."""
         singles, ranges = asked(question)
         spans = [self._one(code) for code in singles] + [self._all(*ends) for ends in ranges]
         spans = sorted(spans, key=lambda span: len(span[0]))[:MOST_TERMS]
-        n = len(self)
-        idf = [float(np.log1p((n - len(docs) + 0.5) / (len(docs) + 0.5))) for docs, _ in spans]
-        scores = np.zeros(n, np.float32)
+        idf = [self._idf(len(docs)) for docs, _ in spans]
+        scores = np.zeros(len(self), np.float32)
         for (docs, weights), weight in zip(spans, idf, strict=True):
             scores[docs] += weights * np.float32(weight / 255)
-        best = np.argpartition(-scores, min(k, n - 1))[:k]
+        best = np.argpartition(-scores, min(k, len(self) - 1))[:k]
         best = best[np.lexsort((best, -scores[best]))]
-        return [
-            self.passage(int(number), float(scores[number]), _share(number, spans, idf))
-            for number in best
-            if scores[number] > 0
-        ]
+        found = []
+        for number in best[scores[best] > 0].tolist():
+            held = _weight(number, spans, idf)
+            shares = (held / sum(idf), held / self._idf(1))
+            found.append(self.passage(number, float(scores[number]), *shares))
+        return found
+
+    def _idf(self, n_passages: int) -> float:
+        """The weight of a term that stands in so many passages."""
+        return math.log1p((len(self) - n_passages + 0.5) / (n_passages + 0.5))
 
     def _one(self, term: int) -> tuple[np.ndarray, np.ndarray]:
         """Passages that hold a term, ascending, and its weights in them."""
@@ -199,10 +209,10 @@ def asked(question: str) -> tuple[list[int], list[tuple[int, int]]]:
     return list(singles), [(code, code + _LOW + 1) for code in ranges]
 
 
-def _share(number: int, spans: list[tuple[np.ndarray, np.ndarray]], idf: list[float]) -> float:
-    """The share of the question's weight whose terms a passage holds."""
+def _weight(number: int, spans: list[tuple[np.ndarray, np.ndarray]], idf: list[float]) -> float:
+    """The weight of those terms that a passage holds."""
     held = 0.0
     for (docs, _), weight in zip(spans, idf, strict=True):
         place = np.searchsorted(docs, number)
         held += weight * bool(place < len(docs) and docs[place] == number)
-    return held / max(sum(idf), 1e-9)
+    return held

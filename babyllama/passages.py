@@ -25,6 +25,7 @@ class Passage:
     row: id of the row that it is from
     score: BM25 against the question, for comparing passages of one search; 0 where none was asked
     coverage: share of the question's weight that stands in the passage, 0 to 1
+    n_rare: the same weight counted in terms that stand in one passage alone
     """
 
     title: str
@@ -33,6 +34,7 @@ class Passage:
     row: str = ""
     score: float = 0.0
     coverage: float = 0.0
+    n_rare: float = 0.0
 
     @property
     def citation(self) -> str:
