@@ -40,7 +40,8 @@ def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST,
                 f"{out}: wanted no index there, or one of {corpus!r}; found the index of "
                 f"{found['corpus']!r}; name another directory or delete this one"
             )
-        if found["rows"] == key and sizes_of(out, found["sizes"]) == found["sizes"]:
+        same = found["version"] == VERSION and found["rows"] == key
+        if same and sizes_of(out, found["sizes"]) == found["sizes"]:
             return found | {"unchanged": True}
     temporary, old = (out.with_name(f"{mark}-{out.name}") for mark in ("tmp", "old"))
     for left in (temporary, old):
