@@ -12,7 +12,7 @@ import logging
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -180,10 +180,27 @@ def bootstrap_interval(
     values: np.ndarray, seed: int = 0, n_resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of (N,) values, N >= 1."""
-    rng = np.random.default_rng(seed)
-    n = len(values)
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(n_resamples)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    means = [values[rows].mean(axis=1) for rows in _resampled(len(values), seed, n_resamples)]
+    return _middle(means, level)
+
+
+def bootstrap_ratio(
+    parts: np.ndarray, wholes: np.ndarray, seed: int = 0, n_resamples: int = 2000
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of sum(parts) / sum(wholes), resampled in pairs."""
+    chosen = _resampled(len(parts), seed, n_resamples)
+    return _middle([parts[r].sum(axis=1) / wholes[r].sum(axis=1).clip(1) for r in chosen], 0.95)
+
+
+def _resampled(n: int, seed: int, n_resamples: int) -> Iterator[np.ndarray]:
+    """Rows drawn with replacement, (some resamples, n) at a time, to spare the memory."""
+    rng, at_once = np.random.default_rng(seed), max(1, 200_000 // n)
+    for start in range(0, n_resamples, at_once):
+        yield rng.integers(0, n, (min(at_once, n_resamples - start), n))
+
+
+def _middle(parts: list[np.ndarray], level: float) -> tuple[float, float]:
+    low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -205,19 +222,6 @@ def paired_difference(
         seen += int((np.abs(flipped) >= abs(gain.sum()) - 1e-9).sum())
         n_done += n
     return {"mean": float(gain.mean()), "low": low, "high": high, "p": (seen + 1) / (n_done + 1)}
-
-
-def bootstrap_ratio(
-    parts: np.ndarray, wholes: np.ndarray, seed: int = 0, n_resamples: int = 2000
-) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of sum(parts) / sum(wholes), resampled in pairs."""
-    rng = np.random.default_rng(seed)
-    ratios = []
-    for _ in range(n_resamples):
-        chosen = rng.integers(0, len(parts), len(parts))
-        ratios.append(parts[chosen].sum() / max(1, wholes[chosen].sum()))
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def perplexity(loss_sum: float, n_targets: int) -> float:
