@@ -2,7 +2,7 @@
 
     python -m data_process.run wiki --raw data/raw/wiki --index
     python -m benchmarks.index_engines --questions '[cmrc2018_dev.json, xquad.zh.json]'
-    python -m benchmarks.index_engines --copies '[1, 4, 16]'       ours and FTS5 at several sizes
+    python -m benchmarks.index_engines … --copies '[1, 8, 24]' --engines '[ours]'     several sizes
 
 Time to build, bytes on the disk (the passages' text, which all keep, aside), time of a question,
 and how often the passage that a question is about is the first or among the first five. For
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.cli import from_repo, parse, run
+from babyllama.errors import ConfigError
 from babyllama.index import QUESTION_WORDS, Index, normal, terms
 from babyllama.index_build import build
 from babyllama.passages import Passage, sentences
@@ -40,12 +41,14 @@ class EnginesConfig:
         questions: files with questions about passages
         copies: sizes: how often the corpus is repeated
         limit: questions that are asked, drawn at random
+        engines: which take part; none: all
     """
 
     index: Path = INDEX
     questions: tuple[Path, ...] = ()
     copies: tuple[int, ...] = ()
     limit: int = 1000
+    engines: tuple[str, ...] = ()
 
 
 def words(text: str) -> list[str]:
@@ -186,7 +189,9 @@ def main(cfg: EnginesConfig) -> None:
     known = [question for question in questions if question.passage in rows]
     print(f"{retriever.describe()}; {len(known):,} of {len(questions):,} questions are about it")
     asked = random.Random(0).sample(known, min(cfg.limit, len(known)))
-    names = [name for name in ENGINES if not cfg.copies or name in ("ours", "FTS5, our terms")]
+    names = cfg.engines or tuple(ENGINES)
+    if unknown := sorted(set(names) - set(ENGINES)):
+        raise ConfigError(f"--engines wants some of {', '.join(ENGINES)}; found {unknown}")
     lines = []
     for copies in cfg.copies or (1,):
         corpus = grown(passages, copies)
