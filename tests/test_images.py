@@ -96,6 +96,7 @@ def test_exif_turns_a_picture_upright(orientation):
     assert np.allclose(colour(shown, *corners[orientation]), (255, 0, 0), atol=20)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow looks for the resolution there
 def test_damaged_exif_data_do_not_lose_the_picture():
     data = stored(picture(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\xff\xff")
     assert images.decode(data).size == (40, 30)
@@ -161,6 +162,7 @@ def test_too_many_bytes_are_refused_without_reading_them(tmp_path, monkeypatch):
         images.decode(tmp_path / "missing.png")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's remarks on what is damaged
 def test_any_damage_gives_a_picture_or_a_data_error():
     whole = {kind: stored(picture(), kind) for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP")}
     chance = random.Random(0)

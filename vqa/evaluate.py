@@ -1,0 +1,259 @@
+"""Score a model on questions about pictures, and see whether it looks at them.
+
+    python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --split test
+    python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --probe 图片里是什么？
+
+Each question is asked alone, or after the true turns before it, with its picture, with another
+row's picture (shuffled), and with grey (blank): a model that ignores pictures shows no difference.
+Questions with few different answers are closed: their accuracy stands beside that of the most
+frequent answer to the same question. The others get ROUGE. Writes vqa-<dataset>-<split>.json
+beside the checkpoints.
+"""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from babyllama.cli import from_repo, parse, run, shown
+from babyllama.device import pick_device
+from babyllama.errors import ConfigError
+from babyllama.images import normalise
+from babyllama.metrics import rouge_clipped
+from babyllama.sources import SourceConfig
+from vqa.answer import greedy
+from vqa.data import PictureRows, prepared
+from vqa.features import BATCH, key_of
+from vqa.model import Loaded, VqaModel, load
+from vqa.pictures import Pictures
+from vqa.probe import probe
+
+MODES = ("true", "shuffled", "blank")
+GREY = 128
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is scored.
+
+    Args:
+        checkpoint: a run or a checkpoint of python -m vqa.train
+        dataset: a set that was pre-tokenized and packed
+        split: which part of it: train, val or test
+        pictures: where the packed pictures lie
+        max_rows: score the first rows only; 0: all
+        max_answers: a question with at most so many different answers is closed
+        probe: also fit a linear probe for the answers to this question
+        show: so many rows are printed with all answers
+        device: where to compute; auto: the fastest there is
+    """
+
+    checkpoint: Path | None = None
+    dataset: str = ""
+    split: str = "test"
+    pictures: Path = Path("data/pictures")
+    max_rows: int = 0
+    max_answers: int = 20
+    probe: str | None = None
+    show: int = 3
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is None or not self.dataset:
+            raise ConfigError("wanted python -m vqa.evaluate CHECKPOINT --dataset NAME")
+        if self.split not in ("train", "val", "test"):
+            raise ConfigError(f"split wants train, val or test, found {self.split!r}")
+
+
+class Asked(NamedTuple):
+    """A question about a picture, after the true turns before it."""
+
+    picture: int
+    messages: list[dict]
+    answer: str
+
+    @property
+    def question(self) -> str:
+        return self.messages[-1]["content"]
+
+
+def questions(loaded: Loaded, pictures: Pictures, dataset: str, split: str) -> list[Asked]:
+    """Every question of a part of a set; errors as PictureRows."""
+    model = loaded.model
+    rows = PictureRows(SourceConfig(dataset), 0, split, loaded.tokenizer, pictures,
+                       model.config.max_seq_len, model.n_positions)  # fmt: skip
+    found = []
+    for number in range(len(rows)):
+        picture, messages = rows.messages(number)
+        found += [
+            Asked(picture, messages[:i], messages[i]["content"])
+            for i, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+    return found
+
+
+@torch.inference_mode()
+def features_for(
+    model: VqaModel, pictures: Pictures, numbers: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the encoder sees in these pictures, (n, places, C), and in one that is grey (1, …)."""
+    config, device = model.encoder.config, model.output.weight.device
+
+    def see(squares: Tensor) -> np.ndarray:
+        normal = normalise(squares.to(device), config.normalisation)
+        return model.encoder(normal).float().cpu().numpy()
+
+    shape = (1, config.n_squares, 3, config.size, config.size)
+    grey = see(torch.full(shape, GREY, dtype=torch.uint8))
+    kept = pictures.place / f"features-{key_of(model.encoder, pictures)}.npy"
+    if kept.is_file():
+        return np.load(kept, mmap_mode="r")[numbers].astype(np.float32), grey
+    found = []
+    for start in range(0, len(numbers), BATCH):
+        part = numbers[start : start + BATCH]
+        squares = [prepared(pictures.read(n), pictures.names[n], config) for n in part]
+        found.append(see(torch.stack(squares)))
+    return np.concatenate(found), grey
+
+
+def shuffled(asked: list[Asked], seed: int = 0) -> list[int]:
+    """For each row the picture of another row, every picture as often as before."""
+    order = np.random.default_rng(seed).permutation(len(asked))
+    pictures = [0] * len(asked)
+    # The row after it in a random circle; as rows of one picture may meet there, the next one on.
+    for place, row in enumerate(order):
+        for step in range(1, len(asked)):
+            other = asked[order[(place + step) % len(asked)]].picture
+            if other != asked[row].picture:
+                break
+        pictures[row] = other
+    return pictures
+
+
+@torch.inference_mode()
+def answers(
+    loaded: Loaded, asked: list[Asked], chosen: list[int], features: np.ndarray
+) -> list[str]:
+    """The answer to each question, with the features that `chosen` names for it."""
+    model, tokenizer = loaded.model.eval(), loaded.tokenizer
+    prompts = [tokenizer.render_prompt(one.messages) for one in asked]
+    order = sorted(range(len(asked)), key=lambda n: len(prompts[n]))  # little filler
+    texts = [""] * len(asked)
+    for start in range(0, len(order), 64):
+        part = order[start : start + 64]
+        seen = torch.from_numpy(np.stack([features[chosen[n]] for n in part]))
+        seen = model.see(features=seen.to(model.output.weight.device))
+        replies = greedy(model, [prompts[n] for n in part], seen, tokenizer.eos_id)
+        for n, ids in zip(part, replies, strict=True):
+            texts[n] = tokenizer.decode(ids)
+    return texts
+
+
+def is_right(said: str, answer: str) -> bool:
+    """Whether two answers are the same but for space and a full stop."""
+    return said.strip(" 。.\n") == answer.strip(" 。.\n")
+
+
+def share(flags: list[bool]) -> float:
+    return sum(flags) / max(1, len(flags))
+
+
+def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> dict:
+    """Figures per question and in all: accuracy of closed questions, ROUGE of the others."""
+    by_question = defaultdict(list)
+    for number, one in enumerate(asked):
+        by_question[one.question].append(number)
+    closed, open_rows = {}, []
+    for question, rows in by_question.items():
+        counts = Counter(asked[n].answer for n in rows)
+        if len(counts) <= max_answers and len(rows) >= 2 * len(counts):
+            closed[question] = {"rows": len(rows), "answers": len(counts),
+                                "majority": max(counts.values()) / len(rows)} | {
+                mode: share([is_right(texts[n], asked[n].answer) for n in rows])
+                for mode, texts in said.items()
+            }  # fmt: skip
+        else:
+            open_rows += rows
+    total = sum(c["rows"] for c in closed.values())
+    keys = ("majority", *said)
+    found = {
+        "closed": {k: sum(c[k] * c["rows"] for c in closed.values()) / max(1, total) for k in keys},
+        "questions": closed,
+        "rows": {"closed": total, "open": len(open_rows)},
+    }
+    if open_rows:
+        goals = [asked[n].answer for n in open_rows]
+        found["open"] = {
+            mode: rouge_clipped([texts[n] or " " for n in open_rows], goals)
+            for mode, texts in said.items()
+        }
+    return found
+
+
+def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
+    """The linear probe's accuracy on the scored part, fitted on the train part."""
+    parts = []
+    for split in ("train", cfg.split):
+        asked = [a for a in questions(loaded, pictures, cfg.dataset, split)
+                 if a.question == cfg.probe]  # fmt: skip
+        if not asked:
+            raise ConfigError(f"--probe {cfg.probe!r}: nobody asks this in {split}")
+        features, _ = features_for(loaded.model, pictures, [a.picture for a in asked])
+        # Means over all places: what a linear layer behind global pooling would get.
+        parts.append((features.mean(1), [a.answer for a in asked]))
+    return probe(*parts)
+
+
+def table(found: dict, limit: int = 12) -> str:
+    """Figures as the user sees them."""
+    lines = [f"{'question':<24} {'rows':>6} {'majority':>9} " + " ".join(f"{m:>9}" for m in MODES)]
+    largest = sorted(found["questions"].items(), key=lambda item: -item[1]["rows"])
+    rows = [*largest[:limit], ("all closed", found["closed"] | {"rows": found["rows"]["closed"]})]
+    for question, figures in rows:
+        cells = " ".join(f"{figures[m]:>9.1%}" for m in ("majority", *MODES))
+        lines.append(f"{question:<24} {figures['rows']:>6} {cells}")
+    for mode, scores in found.get("open", {}).items():
+        lines.append(f"open, {mode}: {scores}")
+    if "probe" in found:
+        lines.append(f"linear probe on the same features: {found['probe']:.1%}")
+    return "\n".join(lines)
+
+
+def main(cfg: EvaluateConfig) -> None:
+    """Score, print, and write the figures."""
+    loaded = load(from_repo(cfg.checkpoint), pick_device(cfg.device))
+    pictures = Pictures(from_repo(cfg.pictures) / Path(cfg.dataset).name)
+    asked = questions(loaded, pictures, cfg.dataset, cfg.split)
+    asked = asked[: cfg.max_rows or None]
+    numbers = sorted({one.picture for one in asked})
+    features, grey = features_for(loaded.model, pictures, numbers)
+    place = {number: n for n, number in enumerate(numbers)}
+    chosen = {
+        "true": [place[one.picture] for one in asked],
+        "shuffled": [place[number] for number in shuffled(asked)],
+        "blank": [len(numbers)] * len(asked),
+    }
+    features = np.concatenate((features, grey))
+    said = {mode: answers(loaded, asked, chosen[mode], features) for mode in MODES}
+    found = score(asked, said, cfg.max_answers)
+    if cfg.probe:
+        found["probe"] = probed(loaded, pictures, cfg)
+    for n in np.random.default_rng(0).permutation(len(asked))[: cfg.show]:
+        one, name = asked[n], pictures.names[asked[n].picture]
+        print(f"{name}  {one.question}  {one.answer}  | "
+              + "  ".join(f"{m}: {said[m][n]}" for m in MODES))  # fmt: skip
+    print(table(found))
+    run_directory = loaded.path.parent
+    path = run_directory / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json"
+    found |= {"checkpoint": shown(loaded.path), "step": loaded.step}
+    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    run(main, parse(EvaluateConfig, __doc__, positional=("checkpoint",)))

@@ -1,0 +1,146 @@
+"""Train a language model to answer questions about pictures.
+
+    python -m vqa.train --config configs/vqa/splice.yaml
+    python -m vqa.train --config configs/vqa/cross.yaml --train.max_steps 500
+    python -m vqa.train --config configs/vqa/all.yaml --base out/vqa-splice     a later stage
+
+base is a run of pretrain.py or sft.py, a run of this script (its encoder and fusion stay), or null
+for a new language model. What `freeze` names keeps its weights, so a first stage with freeze
+[encoder, language] trains the connector alone. The loop, checkpoints and Ctrl-C are pretrain.py's.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from babyllama.checkpoint import find_checkpoint, load_model, read_checkpoint
+from babyllama.cli import from_repo, parse, run
+from babyllama.device import DeviceConfig, pick_device
+from babyllama.errors import ConfigError
+from babyllama.optim import OptimConfig
+from babyllama.parallel import ParallelConfig, World, start
+from babyllama.run_dir import open_run
+from babyllama.trainer import TrainConfig, train
+from model import ModelConfig, Transformer
+from tokenizer import Tokenizer
+from vqa.data import VqaDataConfig, open_pictures, open_vqa_data
+from vqa.encoder import EncoderConfig, make_encoder
+from vqa.features import features_of
+from vqa.fusion import FusionConfig
+from vqa.model import PARTS, VqaModel, load
+
+
+@dataclass(frozen=True)
+class VqaConfig:
+    """Settings of a run about pictures.
+
+    Args:
+        name: the run's directory, out/<name>
+        base: run or checkpoint to start from; null: a new language model
+        tokenizer: of a new language model
+        model: shape of a new language model
+        encoder: what sees
+        fusion: how the language model gets it
+        freeze: beginnings of the names of parameters that do not train
+        rates: shares of optim.lr by beginnings of names, such as {"language.": 0.1}
+        data: what is trained on
+        optim: optimizer and schedule
+        train: the loop; a batch is a number of dialogues
+        device: where and in which format to compute
+        parallel: how several processes share the work
+    """
+
+    name: str | None = None
+    base: Path | None = None
+    tokenizer: Path = Path("data/tokenizers/sample.model")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    freeze: tuple[str, ...] = ("encoder",)
+    rates: dict[str, float] = field(default_factory=dict)
+    data: VqaDataConfig = field(default_factory=VqaDataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup_steps=50))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0))
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        bad = []
+        if self.optim.name != "adamw":
+            bad.append(f"optim.name wants adamw here, found {self.optim.name}")
+        if self.train.samples:
+            bad.append("train.samples are texts; vqa.evaluate shows answers about pictures")
+        if min(self.rates.values(), default=0) < 0:
+            bad.append(f"rates wants numbers of 0 or more, found {self.rates}")
+        unknown = [b for b in self.rates if not b.startswith(PARTS)]
+        if unknown:
+            bad.append(f"rates {unknown}: names begin {', '.join(PARTS)}")
+        if self.data.cache_features and "encoder" not in self.freeze:
+            bad.append("data.cache_features wants a frozen encoder; put encoder into freeze")
+        if bad:
+            raise ConfigError("; ".join(bad))
+
+
+def build(cfg: VqaConfig) -> tuple[VqaModel, Tokenizer]:
+    """The model before training, on the CPU."""
+    if cfg.base is not None:
+        base = find_checkpoint(from_repo(cfg.base))
+        if read_checkpoint(base)[0]["kind"] == "vqa":
+            loaded = load(base)
+            return loaded.model, loaded.tokenizer
+        found = load_model(base)
+        language, tokenizer = found.model, found.tokenizer
+    else:
+        tokenizer = Tokenizer(from_repo(cfg.tokenizer))
+        torch.manual_seed(cfg.train.seed)
+        language = Transformer(replace(cfg.model, vocab_size=tokenizer.vocab_size))
+    encoder = make_encoder(cfg.encoder, cfg.train.seed)
+    torch.manual_seed(cfg.train.seed)
+    return VqaModel(language, encoder, cfg.fusion), tokenizer
+
+
+def seen_before(model: VqaModel, pictures: list, world: World) -> list:
+    """The features of all pictures; the main process computes those that are not there."""
+
+    def all_of() -> list:
+        return [features_of(model.encoder, held, world.device) for held in pictures]
+
+    world.on_main(all_of)
+    return all_of()
+
+
+def main(cfg: VqaConfig) -> int:
+    """Train; returns the exit code."""
+    if not cfg.name:
+        raise ConfigError("the run has no name: give --name, or a config that has one")
+    model, tokenizer = build(cfg)
+    model.freeze(cfg.freeze).rates = dict(cfg.rates)
+    pictures = open_pictures(cfg.data)
+    with start(pick_device(cfg.device.device), cfg.parallel) as world:
+        model = model.to(world.device)
+        features = seen_before(model, pictures, world) if cfg.data.cache_features else None
+        room = (model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
+        data = open_vqa_data(
+            cfg.data, tokenizer, room, cfg.train, pictures, model.encoder.config, features
+        )
+        with open_run(cfg.name, cfg, world) as directory:
+            if world.is_main:
+                print(describe(model), file=sys.stderr)
+            return train(model, data, tokenizer, cfg, world, directory, "vqa")
+
+
+def describe(model: VqaModel) -> str:
+    """What trains and what does not, for people."""
+    lines = []
+    for part in PARTS:
+        weights = list(getattr(model, part).parameters())
+        n_trained = sum(w.numel() for w in weights if w.requires_grad)
+        lines.append(f"  {part:<10} {sum(w.numel() for w in weights):>11,} parameters, "
+                     f"{n_trained:>11,} train")  # fmt: skip
+    return "\n".join([f"{model.fusion.kind}: {model.n_positions} positions a picture", *lines])
+
+
+if __name__ == "__main__":
+    run(main, parse(VqaConfig, __doc__))
