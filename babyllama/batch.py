@@ -14,7 +14,7 @@ from torch import Tensor
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.fast import Decoder, plain_decoder
 from babyllama.sampling import SamplingConfig, penalise
-from model import KVCache, Transformer
+from model import Transformer
 
 
 class Batch:
@@ -52,8 +52,7 @@ class Batch:
 
     def read(self) -> None:
         """Compute the cache and the logits from all that was said."""
-        net = self.decoder.model
-        self.cache = KVCache(net.config, self.start, self.size, net.output.weight.dtype)
+        self.cache = self.decoder.new_cache(self.start, self.size)
         self.logits = self._finite(self.decoder.read(self.said, self.cache))
 
     def keep(self, rows: list[int]) -> None:
@@ -79,7 +78,7 @@ class Batch:
 
         raises: CheckpointError if that does not help
         """
-        if bool(torch.isfinite(logits.amax(dim=1)).all()):
+        if self.decoder.are_finite(logits):
             return logits
         net = self.decoder.model
         if net.output.weight.dtype == torch.float32 and self.decoder.kind == "float32":

@@ -33,6 +33,7 @@ class Decoder:
     kind: how the weights are held, for people
     reason: why it was chosen, for people
     reader: a faster way than the model's to take several tokens of each row (B, T) at once
+    cache_dtype: of the keys and values in the cache; null: that of the weights
     """
 
     model: Transformer
@@ -40,6 +41,18 @@ class Decoder:
     kind: str
     reason: str = ""
     reader: Callable[[Tensor, KVCache], Tensor] | None = None
+    cache_dtype: torch.dtype | None = None
+
+    def new_cache(self, start: Tensor, size: int) -> KVCache:
+        """An empty cache; arguments as KVCache."""
+        dtype = self.cache_dtype or self.model.output.weight.dtype
+        return KVCache(self.model.config, start, size, dtype)
+
+    def are_finite(self, logits: Tensor) -> bool:
+        """Whether logits (B, V) of this decoder are numbers to go on with."""
+        # int8.c makes a row NaN as a whole; so one look at each row spares reading all.
+        seen = logits[:, 0] if self.kind == "int8" else logits.amax(dim=1)
+        return bool(torch.isfinite(seen).all())
 
     def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """Add tokens (B, T) to the cache; returns the logits after the last ones (B, V) float32."""
@@ -58,7 +71,7 @@ def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
     kind, reason = choose_weights(model, weights)
     if kind == "int8":
         step = int8.Int8Step(model)
-        return Decoder(model, step, kind, reason, step.read)
+        return Decoder(model, step, kind, reason, step.read, step.cache_dtype)
     if kind == "float32":
         return Decoder(model, Float32Step(model), kind, reason)
     return replace(plain_decoder(model), reason=reason)

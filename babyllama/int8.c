@@ -3,21 +3,21 @@
 
    One token is bound by reading the weights, so they are int8 with one scale an output. Activations
    become 16-bit integers for each product, whose sums are exact in int32; all else is float32.
-   Plain loops: the compiler turns them into vector instructions. A row's numbers depend neither on
-   the rows beside it nor on the threads, to the last bit. The threads of a step do their
-   share of each part of it and wait for the others. Axes as in model.py; N rows are the tokens of a
-   step, of any sequences: one of each (a reply), or all of a prompt. */
+   Plain loops, but for the innermost: the compiler turns them into vector instructions. Threads
+   share each part of a step. A row's numbers depend neither on the rows beside it nor on the
+   threads, to the last bit. Axes as in model.py; N rows are the tokens of a step, of any sequences:
+   one of each (a reply), or all of a prompt. */
 
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
+
+#include "attention.h"
 #include "native.h"
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -27,8 +27,6 @@
 #define TILE 4
 /* Bytes of a batch that are multiplied together: what stays next to the processor. */
 #define NEAR 16384
-/* Numbers of a head that are kept in registers. */
-#define BLOCK 32
 
 typedef struct {
     const int8_t *values; /* (n / WIDE, d / 2, WIDE, 2), where n and d are rounded up with zeros */
@@ -51,62 +49,84 @@ typedef struct {
 } Model;
 
 typedef struct {
-    int32_t n_rows, n_logits, n_sequences, size;
+    int32_t n_rows, n_logits, n_sequences, size, is_half; /* is_half: the cache is float16 */
     const int32_t *sequences, *columns; /* (N): where a row's keys and values belong */
     const int64_t *start;               /* (sequences): first column that is no filler */
     float *x;                           /* (N, D): embeddings; overwritten */
-    float *cache;                       /* (n_layers, 2, sequences, K, size, C) */
-    float *a, *b;                       /* room for (N, 2 F) or (N, (H + 2K) C), whichever is more */
+    void *cache;                        /* (n_layers, 2, sequences, K, size, C) */
+    float *a, *b;                       /* room for (N, 2 F) or (N, (H + 2K) C), what is more */
     float *scores;                      /* room for (threads, size) */
     int16_t *q;                         /* room for (N, D or F), made even */
     float *units;                       /* room for (N) */
     float *logits;                      /* (n_logits, V), of the last rows */
 } Rows;
 
+/* A part of a step, of which threads take a few items at a time: how many were taken, and done. */
 typedef struct {
-    atomic_int n_waiting, n_times;
-} Barrier;
+    atomic_int taken, done;
+} Part;
 
+/* A thread of the team, and the part that it is at. */
 typedef struct {
     int32_t number, n_threads;
-    Barrier *barrier;
+    Part *part;
 } Team;
 
-/* Wait for all threads. They spin, for a part takes microseconds, but not for ever: another
-   program may have the processor that the last one needs. */
-static void wait_for_all(const Team *t) {
-    if (t->n_threads == 1) return;
-    const int before = atomic_load(&t->barrier->n_times);
-    if (atomic_fetch_add(&t->barrier->n_waiting, 1) == t->n_threads - 1) {
-        atomic_store(&t->barrier->n_waiting, 0);
-        atomic_fetch_add(&t->barrier->n_times, 1);
-        return;
+#define PARTS_OF_A_LAYER 10
+
+/* Take items i to end of n; returns 0 when all are taken. A thread that has no processor holds up
+   the others only where it has taken something, for they do the rest. */
+static int take(const Team *t, int n, int most, int *i, int *end) {
+    const int share = (n + 4 * t->n_threads - 1) / (4 * t->n_threads);
+    const int size = share < most ? share : most;
+    *i = n ? atomic_fetch_add_explicit(&t->part->taken, size, memory_order_relaxed) : 0;
+    *end = *i + size < n ? *i + size : n;
+    return *i < n;
+}
+
+static void done(const Team *t, int n_items) {
+    atomic_fetch_add_explicit(&t->part->done, n_items, memory_order_release);
+}
+
+/* Go on to the next part when all n items of this one are done. It takes microseconds, so a thread
+   spins, but not for ever: another program may have the processor that the last item needs. */
+static void next_part(Team *t, int n) {
+    for (int i = 0; atomic_load_explicit(&t->part->done, memory_order_acquire) < n; i++) {
+        const struct timespec pause = {0, 20000};
+        if (i > 4000) nanosleep(&pause, 0);
+        else if (i > 2000) sched_yield();
     }
-    for (int i = 0; atomic_load_explicit(&t->barrier->n_times, memory_order_acquire) == before; i++)
-        if (i > 2000) sched_yield();
+    t->part++;
 }
 
-/* The first of a thread's share of n, in groups; its last is before the next thread's first. */
-static int first_of(const Team *t, int n, int group, int number) {
-    const int n_groups = (n + group - 1) / group;
-    const int first = (int)((int64_t)n_groups * number / t->n_threads) * group;
-    return first < n ? first : n;
-}
-#define MINE(i, n)                                                                              \
-    int i = first_of(t, n, TILE, t->number), end_##i = first_of(t, n, TILE, t->number + 1);      \
-    i < end_##i;                                                                                \
-    i++
+/* for (SHARE(i, end, n, most)): this thread's items, as long as there are any. */
+#define SHARE(i, end, n, most) \
+    int i, end;                \
+    take(t, n, most, &i, &end);\
+    done(t, end - i)
+#define MANY 32
 
-/* x (d) as integers q (d, made even with a zero) in a unit, which is returned. */
+/* x (d) as integers q (d, made even with a zero) in a unit, which is returned; NaN, and so is all that
+   comes of it, if a number is not finite. The compiler was told that there are none: look at bits. */
 static float to_integers(const float *x, int16_t *q, int d) {
     const float most = fminf(32767, 2147483647.0f / 128 / d); /* no sum of d can overflow */
     float largest = 1e-30f;
-#pragma omp simd reduction(max : largest)
-    for (int i = 0; i < d; i++) largest = fmaxf(largest, fabsf(x[i]));
+    uint32_t highest = 0;
+#pragma omp simd reduction(max : largest, highest)
+    for (int i = 0; i < d; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        highest = bits > highest ? bits : highest;
+        largest = fmaxf(largest, fabsf(x[i]));
+    }
     const float scale = most / largest;
     for (int i = 0; i < d; i++) q[i] = (int16_t)(int32_t)rintf(x[i] * scale);
     if (d % 2) q[d] = 0;
-    return largest / most;
+    float unit = largest / most;
+    const uint32_t nan = 0x7fc00000;
+    if (highest >= 0x7f800000) memcpy(&unit, &nan, sizeof unit);
+    return unit;
 }
 
 /* Put sums (WIDE) where y points, or add them there, but for what is beyond the matrix. */
@@ -121,7 +141,7 @@ static inline void store(const int32_t *sums, const float *scales, float unit, f
 /* sums (B, WIDE) of WIDE outputs, times B rows of q (d). B is a constant where it is called. */
 static inline __attribute__((always_inline)) void multiply_tile(
     const int8_t *w, const int16_t *q, int d, int B, int32_t sums[TILE][WIDE]) {
-#ifdef __AVX2__
+#ifdef HAS_AVX2
     __m256i low[TILE], high[TILE];
     for (int b = 0; b < B; b++) low[b] = high[b] = _mm256_setzero_si256();
     for (int i = 0; i < d; i += 2, w += 2 * WIDE) {
@@ -152,26 +172,27 @@ static inline __attribute__((always_inline)) void multiply_tile(
 }
 
 /* y (N, n) = or += q (N, d) in its units, times the matrix. */
-static void multiply(const Team *t, const Matrix *m, const int16_t *q, const float *units, float *y,
+static void multiply(Team *t, const Matrix *m, const int16_t *q, const float *units, float *y,
                      int N, int is_sum) {
-    const int n = m->n, d = m->d, first = first_of(t, n, WIDE, t->number);
-    const int last = first_of(t, n, WIDE, t->number + 1);
+    const int n = m->n, d = m->d, n_tiles = N ? (n + WIDE - 1) / WIDE : 0;
     const int n_near = NEAR / (2 * d) < TILE ? TILE : NEAR / (2 * d) / TILE * TILE;
-    for (int near = 0; near < N; near += n_near) {
-        const int end = near + n_near < N ? near + n_near : N;
-        for (int r = first; r < last; r += WIDE)
-            for (int b = near, B; b < end; b += B) {
-                int32_t sums[TILE][WIDE];
-                B = end - b < TILE ? 1 : TILE;
-                if (B == 1) multiply_tile(m->values + (int64_t)r * d, q + (int64_t)b * d, d, 1, sums);
-                else multiply_tile(m->values + (int64_t)r * d, q + (int64_t)b * d, d, TILE, sums);
-                for (int i = 0; i < B; i++) {
-                    float *out = y + (int64_t)(b + i) * n + r;
-                    if (n - r >= WIDE) store(sums[i], m->scales + r, units[b + i], out, WIDE, is_sum);
-                    else store(sums[i], m->scales + r, units[b + i], out, n - r, is_sum);
+    for (SHARE(tile, end, n_tiles, MANY))
+        for (int near = 0; near < N; near += n_near)
+            for (int r = tile * WIDE; r < end * WIDE; r += WIDE)
+                for (int b = near, B; b < near + n_near && b < N; b += B) {
+                    const int8_t *w = m->values + (int64_t)r * d;
+                    int32_t sums[TILE][WIDE];
+                    B = N - b < TILE ? 1 : TILE;
+                    if (B == 1) multiply_tile(w, q + (int64_t)b * d, d, 1, sums);
+                    else multiply_tile(w, q + (int64_t)b * d, d, TILE, sums);
+                    for (int i = 0; i < B; i++) {
+                        float *out = y + (int64_t)(b + i) * n + r;
+                        const float *scales = m->scales + r, unit = units[b + i];
+                        if (n - r >= WIDE) store(sums[i], scales, unit, out, WIDE, is_sum);
+                        else store(sums[i], scales, unit, out, n - r, is_sum);
+                    }
                 }
-            }
-    }
+    next_part(t, n_tiles);
 }
 
 /* RMSNorm of x (D). */
@@ -192,68 +213,52 @@ static void rotate(float *x, const float *cosine, const float *sine, int C) {
     }
 }
 
-/* scores (S) += k (S, C) times q, of `width` numbers of the head. */
-static inline __attribute__((always_inline)) void add_scores(
-    const float *q, const float *k, float *scores, int S, int C, int width) {
-    for (int s = 0; s < S; s++) {
-        float dot = 0;
-#pragma omp simd reduction(+ : dot)
-        for (int c = 0; c < width; c++) dot += q[c] * k[(int64_t)s * C + c];
-        scores[s] += dot;
-    }
+/* Whether keys and values may be float16 here. */
+int has_half(void) {
+#ifdef __FLT16_MAX__
+    return 1;
+#else
+    return 0;
+#endif
 }
 
-/* out = shares (S) times v (S, C), of `width` numbers of the head. */
-static inline __attribute__((always_inline)) void mix(
-    const float *shares, const float *v, float *out, int S, int C, int width) {
-    float sums[BLOCK] = {0};
-    for (int s = 0; s < S; s++)
-        for (int c = 0; c < width; c++) sums[c] += shares[s] * v[(int64_t)s * C + c];
-    memcpy(out, sums, width * sizeof(float));
+/* Where keys of a sequence's head g begin in the cache, in numbers; values are half a layer on. */
+static int64_t place_of(const Model *m, const Rows *rows, int layer, int sequence, int g) {
+    const int64_t size = (int64_t)rows->size * m->head_dim, K = m->n_kv_heads;
+    return ((2 * layer * rows->n_sequences + sequence) * K + g) * size;
 }
 
-/* One head's mixture of the values seen: k, v (S, C); scores is room for S numbers. */
-static void attend(const float *q, const float *k, const float *v, float *out, float *scores,
-                   int S, int C) {
-    float largest = -INFINITY, total = 0;
-    const float scale = 1 / sqrtf(C);
-    const int whole = C / BLOCK * BLOCK, rest = C - whole;
-    memset(scores, 0, S * sizeof(float));
-    for (int c = 0; c < whole; c += BLOCK) add_scores(q + c, k + c, scores, S, C, BLOCK);
-    if (rest) add_scores(q + whole, k + whole, scores, S, C, rest);
-#pragma omp simd reduction(max : largest)
-    for (int s = 0; s < S; s++) largest = fmaxf(largest, scores[s]);
-#pragma omp simd reduction(+ : total)
-    for (int s = 0; s < S; s++) total += scores[s] = power_of_e((scores[s] - largest) * scale);
-    for (int c = 0; c < whole; c += BLOCK) mix(scores, v + c, out + c, S, C, BLOCK);
-    if (rest) mix(scores, v + whole, out + whole, S, C, rest);
-    for (int c = 0; c < C; c++) out[c] /= total;
+static int64_t half_of_layer(const Model *m, const Rows *rows) {
+    return (int64_t)rows->n_sequences * m->n_kv_heads * rows->size * m->head_dim;
 }
 
 /* Rotate q and k of a row of qkv (H + 2K, C), and store its k and v in their column. */
-static void place(const Model *m, const Rows *rows, int row, float *cache) {
-    const int H = m->n_heads, K = m->n_kv_heads, C = m->head_dim, size = rows->size;
+static void place(const Model *m, const Rows *rows, int layer, int row) {
+    const int H = m->n_heads, K = m->n_kv_heads, C = m->head_dim;
     const int sequence = rows->sequences[row], column = rows->columns[row];
     const float *cosine = m->rope + (column - rows->start[sequence]) * C;
     const float *sine = cosine + (int64_t)m->max_seq_len * C;
     float *own = rows->b + (int64_t)row * (H + 2 * K) * C;
-    float *k = cache + ((int64_t)sequence * K * size + column) * C;
-    float *v = k + (int64_t)rows->n_sequences * K * size * C;
     for (int h = 0; h < H + K; h++) rotate(own + h * C, cosine, sine, C);
     for (int g = 0; g < K; g++) {
-        memcpy(k + (int64_t)g * size * C, own + (H + g) * C, C * sizeof(float));
-        memcpy(v + (int64_t)g * size * C, own + (H + K + g) * C, C * sizeof(float));
+        const int64_t at = place_of(m, rows, layer, sequence, g) + (int64_t)column * C;
+        keep(own + (H + g) * C, rows->cache, at, C, rows->is_half);
+        keep(own + (H + K + g) * C, rows->cache, at + half_of_layer(m, rows), C, rows->is_half);
     }
 }
 
-/* What the heads of a row see: from qkv (H + 2K, C) of b to (H, C) of a. */
-static void look(const Model *m, const Rows *rows, int row, int h, const float *cache, float *room) {
-    const int H = m->n_heads, K = m->n_kv_heads, C = m->head_dim, size = rows->size;
-    const int sequence = rows->sequences[row], first = (int)rows->start[sequence];
-    const int64_t at = (((int64_t)sequence * K + h / (H / K)) * size + first) * C;
-    const float *k = cache + at, *v = k + (int64_t)rows->n_sequences * K * size * C;
-    attend(rows->b + ((int64_t)row * (H + 2 * K) + h) * C, k, v,
-           rows->a + ((int64_t)row * H + h) * C, room, rows->columns[row] - first + 1, C);
+/* What a head of a row sees: from qkv (H + 2K, C) of b to (H, C) of a. */
+static void look(const Model *m, const Rows *rows, int layer, int row, int h, float *room) {
+    const int H = m->n_heads, K = m->n_kv_heads, C = m->head_dim, sequence = rows->sequences[row];
+    const int first = (int)rows->start[sequence], S = rows->columns[row] - first + 1;
+    const int64_t k = place_of(m, rows, layer, sequence, h / (H / K)) + (int64_t)first * C;
+    const int64_t v = k + half_of_layer(m, rows);
+    const float *q = rows->b + ((int64_t)row * (H + 2 * K) + h) * C;
+    float *out = rows->a + ((int64_t)row * H + h) * C;
+    const int16_t *halves = rows->cache;
+    const float *whole = rows->cache;
+    if (rows->is_half) attend(q, halves + k, halves + v, out, room, S, C, 1);
+    else attend(q, whole + k, whole + v, out, room, S, C, 0);
 }
 
 /* The gate, from w1 and w3 (2 F) to (F). */
@@ -261,66 +266,65 @@ static void gate(const float *x, float *y, int F) {
     for (int i = 0; i < F; i++) y[i] = x[i] / (1 + power_of_e(-x[i])) * x[F + i];
 }
 
-/* The share of one thread. */
-static void step_of(const Model *m, const Rows *rows, const Team *t) {
+/* The rows x (N, D), normed, as integers. */
+static void prepare(Team *t, const Model *m, const float *x, const float *weight, const Rows *rows,
+                    int N) {
+    const int D = m->n_heads * m->head_dim;
+    for (SHARE(i, end, N, MANY))
+        for (int row = i; row < end; row++) {
+            float *y = rows->a + (int64_t)row * D;
+            if (weight) normalise(x + (int64_t)row * D, weight, y, D, m->eps);
+            rows->units[row] = to_integers(y, rows->q + (int64_t)row * D, D);
+        }
+    next_part(t, N);
+}
+
+/* What one thread does. */
+static void step_of(const Model *m, const Rows *rows, Team *t) {
     const int D = m->n_heads * m->head_dim, F = m->hidden_dim, H = m->n_heads, N = rows->n_rows;
-    const int64_t layer_size = (int64_t)2 * rows->n_sequences * m->n_kv_heads * rows->size * m->head_dim;
     float *x = rows->x, *a = rows->a, *b = rows->b, *units = rows->units;
+    float *scores = rows->scores + (int64_t)t->number * rows->size;
     int16_t *q = rows->q;
     for (int l = 0; l < m->n_layers; l++) {
         const Layer *layer = m->layers + l;
-        float *cache = rows->cache + l * layer_size;
-        for (MINE(i, N)) {
-            normalise(x + (int64_t)i * D, layer->attention_norm, a + (int64_t)i * D, D, m->eps);
-            units[i] = to_integers(a + (int64_t)i * D, q + (int64_t)i * D, D);
-        }
-        wait_for_all(t);
+        prepare(t, m, x, layer->attention_norm, rows, N);
         multiply(t, &layer->qkv, q, units, b, N, 0);
-        wait_for_all(t);
-        for (MINE(i, N)) place(m, rows, i, cache);
-        wait_for_all(t);
-        for (MINE(i, N * H))
-            look(m, rows, i % N, i / N, cache, rows->scores + (int64_t)t->number * rows->size);
-        wait_for_all(t);
-        for (MINE(i, N)) units[i] = to_integers(a + (int64_t)i * D, q + (int64_t)i * D, D);
-        wait_for_all(t);
+        for (SHARE(i, end, N, MANY))
+            for (int row = i; row < end; row++) place(m, rows, l, row);
+        next_part(t, N);
+        for (SHARE(i, end, N * H, MANY))
+            for (int j = i; j < end; j++) look(m, rows, l, j % N, j / N, scores);
+        next_part(t, N * H);
+        prepare(t, m, x, 0, rows, N);
         multiply(t, &layer->wo, q, units, x, N, 1);
-        wait_for_all(t);
-        for (MINE(i, N)) {
-            normalise(x + (int64_t)i * D, layer->ffn_norm, a + (int64_t)i * D, D, m->eps);
-            units[i] = to_integers(a + (int64_t)i * D, q + (int64_t)i * D, D);
-        }
-        wait_for_all(t);
+        prepare(t, m, x, layer->ffn_norm, rows, N);
         multiply(t, &layer->w13, q, units, b, N, 0);
-        wait_for_all(t);
-        for (MINE(i, N)) {
-            gate(b + (int64_t)i * 2 * F, a + (int64_t)i * F, F);
-            units[i] = to_integers(a + (int64_t)i * F, q + (int64_t)i * layer->w2.d, F);
-        }
-        wait_for_all(t);
+        for (SHARE(i, end, N, MANY))
+            for (int row = i; row < end; row++) {
+                float *y = a + (int64_t)row * F;
+                gate(b + (int64_t)row * 2 * F, y, F);
+                units[row] = to_integers(y, q + (int64_t)row * layer->w2.d, F);
+            }
+        next_part(t, N);
         multiply(t, &layer->w2, q, units, x, N, 1);
-        wait_for_all(t);
     }
-    const float *last = x + (int64_t)(N - rows->n_logits) * D;
-    for (MINE(i, rows->n_logits)) {
-        normalise(last + (int64_t)i * D, m->norm, a + (int64_t)i * D, D, m->eps);
-        units[i] = to_integers(a + (int64_t)i * D, q + (int64_t)i * D, D);
-    }
-    wait_for_all(t);
-    multiply(t, &m->head, q, units, rows->logits, rows->n_logits, 0);
+    const int n_logits = rows->n_logits;
+    prepare(t, m, x + (int64_t)(N - n_logits) * D, m->norm, rows, n_logits);
+    multiply(t, &m->head, q, units, rows->logits, n_logits, 0);
 }
 
 /* Write the keys and values of all rows to the cache, and the logits of the last. */
 void step(const Model *m, const Rows *rows, int n_threads) {
-    Barrier barrier = {0};
+    Part parts[PARTS_OF_A_LAYER * m->n_layers + 2];
+    memset(parts, 0, sizeof parts);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(n_threads)
     {
-        const Team team = {omp_get_thread_num(), omp_get_num_threads(), &barrier};
+        Team team = {omp_get_thread_num(), omp_get_num_threads(), parts};
         step_of(m, rows, &team);
     }
 #else
-    const Team alone = {0, 1, &barrier};
+    Team alone = {0, 1, parts};
     step_of(m, rows, &alone);
     (void)n_threads;
 #endif

@@ -53,7 +53,9 @@ class _Model(ctypes.Structure):
 
 class _Rows(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("n_rows", "n_logits", "n_sequences", "size")),
+        *((name, ctypes.c_int32) for name in (
+            "n_rows", "n_logits", "n_sequences", "size", "is_half"
+        )),
         *((name, ctypes.c_void_p) for name in (
             "sequences", "columns", "start", "x", "cache", "a", "b", "scores", "q", "units",
             "logits",
@@ -68,6 +70,8 @@ class Int8Step:
         config = self.config = model.config
         self.model = model
         self.library = compiled()
+        # Keys and values of many replies are as many bytes as the weights: half as many in float16.
+        self.cache_dtype = torch.float16 if self.library.has_half() else torch.float32
         self.kept: list[object] = []  # what C points to must stay where it is
         layers = (_Layer * config.n_layers)()
         with torch.no_grad():
@@ -149,7 +153,8 @@ class Int8Step:
             torch.empty(0) if logits is None else logits,
         )
         n_logits = 0 if logits is None else B
-        rows = _Rows(N, n_logits, B, size, *(room.data_ptr() for room in rooms))
+        is_half = cache.buffer.dtype == torch.float16
+        rows = _Rows(N, n_logits, B, size, is_half, *(room.data_ptr() for room in rooms))
         self.library.step(ctypes.byref(self.c_model), ctypes.byref(rows), n_threads)
         cache.length += T
 

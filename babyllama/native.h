@@ -4,6 +4,11 @@
 
 #include <stdint.h>
 
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define HAS_AVX2
+#endif
+
 /* e to the power of x: 2 to a whole and a broken power, the latter by its series, to 4e-6. Unlike
    the library's, it becomes vector instructions. */
 static inline float power_of_e(float x) {

@@ -9,7 +9,8 @@ compared. transformers reads the file back: its logits and greedy replies must b
 checkpoint, or, for f16 and q8_0, of the checkpoint with its weights rounded in that way; how far
 the rounding itself moves the logits is counted. A SentencePiece model built from the vocabulary in
 the file must give our ids. Where llama-cpp-python is installed, llama.cpp itself is compared too:
-token ids always, logits and replies for f32 (its kernels round more for the other types).
+token ids and rendered chats always, logits and replies for f32 (its kernels round more for the
+other types).
 """
 
 from collections.abc import Callable
@@ -142,6 +143,9 @@ def prove_llama_cpp(
         ),
         "llama_cpp_token_ids": compare_ids(tokenizer, peer.encode, material.lines),
         "llama_cpp_hard_token_ids": compare_ids(tokenizer, peer.encode, probes(tokenizer)),
+        "llama_cpp_chat_template": compare_templates(
+            tokenizer, renderer(loaded, peer.template), peer.encode_rendered, material.lines
+        ),
     }
     if wanted != "f32":
         for name in ("llama_cpp_logits", "llama_cpp_replies"):

@@ -107,6 +107,7 @@ class LlamaCpp:
             str(file), n_ctx=context, logits_all=True, verbose=False, flash_attn=False,
             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
         )  # fmt: skip
+        self.template = self.model.metadata.get("tokenizer.chat_template", "")
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         self.model.reset()

@@ -66,7 +66,7 @@ def logits_of(decoder: Decoder, model: Transformer, lengths: tuple[int, ...]) ->
     steps, V)."""
     tokens, _ = prompts_and_cache(model, lengths)
     width = max(lengths)
-    cache = KVCache(model.config, torch.tensor([width - n for n in lengths]), width + 12)
+    cache = decoder.new_cache(torch.tensor([width - n for n in lengths]), width + 12)
     generator = torch.Generator().manual_seed(2)
     found = [decoder.read(tokens, cache)]
     for number in range(10):
@@ -128,6 +128,19 @@ def test_sums_of_the_largest_numbers_do_not_overflow():
         model.hidden(torch.tensor([[3]]), cache=cache)
         found = make_decoder(model, "int8").step(torch.tensor([4]), cache)
     assert torch.allclose(found, wanted, rtol=1e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@torch.inference_mode()
+def test_a_number_that_is_not_finite_spoils_its_row_and_no_other(bad):
+    model = lively_model()
+    decoder = make_decoder(model, "int8")
+    model.tok_embeddings.weight[3, 5] = bad
+    caches = [decoder.new_cache(torch.zeros(n, dtype=torch.int64), 4) for n in (2, 1)]
+    both = decoder.step(torch.tensor([3, 4]), caches[0])
+    assert both[0].isnan().all() and both[1].isfinite().all()
+    assert torch.equal(both[1:], decoder.step(torch.tensor([4]), caches[1]))
 
 
 @needs_compiler
