@@ -2,15 +2,17 @@
 
 `parse` reads YAML files and flags into a dataclass with jsonargparse; later settings win, unknown
 names and wrong types stop the run before anything is loaded. `run` turns the user's mistakes into
-one line and exit code 2. Exit codes: 0 done, 2 bad input or config, 3 stopped on numbers,
-75 stopped on request with everything saved.
+one line and exit code 2, `stop_requests` hears Ctrl-C without ending at once. Exit codes: 0 done,
+2 bad input or config, 3 stopped on numbers, 75 stopped on request with everything saved.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar, get_origin, get_type_hints
@@ -192,3 +194,22 @@ def run(main: Callable[..., int | None], *args: object) -> None:
         )
         sys.exit(BAD_INPUT)
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list that is not empty once Ctrl-C or SIGTERM has arrived; the second ends at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    before = [signal.signal(kind, ask) for kind in kinds]
+    try:
+        yield asked
+    finally:
+        for kind, handler in zip(kinds, before, strict=True):
+            signal.signal(kind, handler)

@@ -230,6 +230,14 @@ class TrainData:
         """The global batch of a step, packed."""
         return pack(self.rows(step), self.max_seq_len)
 
+    def names(self, step: int, most: int = 32) -> str:
+        """The rows of a step by source and number, to look them up; not more than `most`."""
+        first = step * self.batch_size
+        places = [self.mixture.place(first + i) for i in range(self.batch_size)]
+        names = [f"{self.mixture.sources[source].name} {row}" for _, source, row, _ in places]
+        more = len(names) - most
+        return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
     def batches(
         self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[dict[str, Tensor]]:

@@ -6,10 +6,8 @@ is the same for any split into micro-batches and processes. Numbers that are not
 weight. Ctrl-C and SIGTERM end the loop after the running step, with everything saved.
 """
 
-import contextlib
 import math
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,7 +23,7 @@ from babyllama.checkpoint import (
     save_best,
     save_checkpoint,
 )
-from babyllama.cli import BAD_NUMBERS, STOPPED, shown
+from babyllama.cli import BAD_NUMBERS, STOPPED, shown, stop_requests
 from babyllama.data import Data, TrainData
 from babyllama.device import DeviceConfig, Scaler, pick_precision, precision_warning
 from babyllama.errors import ConfigError, DataError
@@ -105,25 +103,6 @@ class TrainConfig:
 def total_steps(config: TrainConfig, data: TrainData) -> int:
     """How many updates a run makes."""
     return config.max_steps or max(1, round(config.epochs * data.steps_per_epoch))
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that is not empty once Ctrl-C or SIGTERM has arrived; the second ends at once."""
-    asked: list[int] = []
-
-    def ask(number: int, _: object) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    kinds = [signal.SIGINT, signal.SIGTERM]
-    before = [signal.signal(kind, ask) for kind in kinds]
-    try:
-        yield asked
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
 
 
 class RunConfig(Protocol):
@@ -219,7 +198,7 @@ def train(
             if bad_steps:
                 log.say(
                     f"step {step}: loss {means(sums.tolist())['loss']}, gradient norm "
-                    f"{grad_norm}; the step changed nothing; its rows: {_rows(data.train, step)}"
+                    f"{grad_norm}; the step changed nothing; its rows: {data.train.names(step - 1)}"
                 )
             else:
                 move_averages(optimizer)
@@ -308,13 +287,6 @@ def _resume(
         )
     scaler.load(state["scaler"])
     return Seen(state["step"], state["tokens"], state.get("best"), state.get("window"))
-
-
-def _rows(data: TrainData, step: int, most: int = 32) -> str:
-    """The rows of the step that has just been made, by source and number."""
-    places = [data.mixture.place((step - 1) * data.batch_size + i) for i in range(data.batch_size)]
-    names = [f"{data.mixture.sources[source].name} {row}" for _, source, row, _ in places]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 
 def _opening(

@@ -7,6 +7,7 @@ weights as if nothing had happened.
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -173,6 +174,77 @@ def kill_ranks(root: Path, tokenizer: Tokenizer, n_kills: int, seed: int) -> Non
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_a_killed_rank_costs_nothing_but_time(tmp_path: Path, tokenizer: Tokenizer) -> None:
     kill_ranks(tmp_path, tokenizer, 3, seed=int(time.time()))
+
+
+# As srun: the command once on every machine, here side by side; where one fails, all end.
+SRUN = """
+import os, signal, subprocess, sys
+words = sys.argv[1:]
+while words[0].startswith("--"):
+    words.pop(0)
+nodes = [subprocess.Popen(words) for _ in range(int(os.environ["SLURM_NNODES"]))]
+def hand_on(number, _=None):
+    for node in nodes:
+        node.send_signal(number)
+signal.signal(signal.SIGTERM, hand_on)
+code = 0
+for _ in nodes:
+    status = os.waitstatus_to_exitcode(os.wait()[1])
+    if status and not code:
+        code = status
+        hand_on(signal.SIGTERM)
+sys.exit(code % 256)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="Slurm")
+def test_the_slurm_script_trains_on_two_machines_and_outlives_a_killed_process(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    """Slurm is played by a few lines, and its machines are this one twice; the rest is real."""
+    write_token_files(tmp_path, tokenizer)
+    straight = command(tmp_path, "straight", tokenizer, 40)
+    assert subprocess.run(straight, capture_output=True).returncode == 0
+    for name, lines in (("srun", SRUN), ("scontrol", "print('127.0.0.1')")):
+        (tmp_path / name).write_text(f"#!{sys.executable}\n{lines}")
+        (tmp_path / name).chmod(0o755)
+    script = (REPO / "configs/slurm/train.sh").read_text("utf-8")
+    assert "--retries 10 --" in script and ":29500" in script
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = script.replace("--retries 10 --", "--retries 10 --min-uptime 0 --")
+    (tmp_path / "train.sh").write_text(script.replace(":29500", f":{port}"))
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    *_, config = command(tmp_path, "slurm", tokenizer, 40)
+    said, killed, stopped = "", False, False
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen(
+            ["bash", tmp_path / "train.sh", "pretrain.py", "--config", config],
+            cwd=REPO, stderr=subprocess.PIPE, text=True, env=os.environ | slurm | {"PATH": path},
+        )  # fmt: skip
+
+    with start() as process:
+        for line in process.stderr:
+            said += line
+            if line.startswith("train step 5/") and not killed:
+                next(p for p in training(process.pid) if "-u" in p.cmdline()).kill()
+                killed = True
+            if line.startswith("train step 20/") and not stopped:
+                process.send_signal(signal.SIGTERM)  # the job's time is nearly over
+                stopped = True
+    assert "launch: again" in said and "saved; the same command continues" in said, said
+    assert "2 process(es)" in said and process.returncode != 0
+    with start() as process:
+        said = process.communicate()[1]
+    assert process.returncode == 0, said
+    wanted, found = (list_checkpoints(tmp_path / name)[-1] for name in ("straight", "slurm"))
+    assert wanted.name == found.name == "step-000040"
+    one, other = (load_file(path / "model.safetensors") for path in (wanted, found))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
