@@ -150,7 +150,7 @@ def _probe(
     model: Transformer, data: TrainData, cfg: RunConfig, world: World, precision: str
 ) -> tuple[float, float]:
     """Seconds and tokens of a step, the mean of ten after one that warms up."""
-    wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute)
+    wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute, cfg.train.blocks)
     optimizer, scaler = make_optimizer(model, cfg.optim), Scaler(world.device, precision)
     parameters = list(model.parameters())
     tokens, started = 0, 0.0

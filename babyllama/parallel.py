@@ -79,15 +79,22 @@ class World:
         if self.any(error is not None):
             raise error or SystemExit(BAD_INPUT)  # the main process alone says what it was
 
-    def wrap(self, model: nn.Module, compiled: bool = False, recompute: bool = False) -> nn.Module:
+    def wrap(
+        self,
+        model: nn.Module,
+        compiled: bool = False,
+        recompute: bool = False,
+        blocks: bool = True,
+    ) -> nn.Module:
         """The model as the loop calls it; the names of its parameters stay the model's own.
 
         With fsdp2 its parameters become shares: the optimizer is made afterwards.
 
         compiled: each layer runs as torch.compile makes it
         recompute: a layer keeps its input alone for the way back, and computes the rest again
+        blocks: packed documents are attended to block by block, on cards that can
         """
-        if self.device.type == "cuda":
+        if blocks and self.device.type == "cuda":
             from babyllama.documents import by_blocks, suits  # takes its time, for cards alone
 
             if suits(self.device):

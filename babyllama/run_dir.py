@@ -30,8 +30,9 @@ from babyllama.parallel import World
 # rounding.
 FREE = (
     "train.micro_batch_size", "train.log_every", "train.eval_every", "train.save_every",
-    "train.keep", "train.keep_best", "train.compile", "train.recompute", "train.samples",
-    "train.track", "device.device", "parallel.engine", "parallel.timeout_s", "dry_run",
+    "train.keep", "train.keep_best", "train.compile", "train.recompute", "train.blocks",
+    "train.samples", "train.track", "device.device", "parallel.engine", "parallel.timeout_s",
+    "dry_run",
 )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ class TrainConfig:
         max_bad_steps: stop after so many steps in a row with numbers that are not finite
         compile: run each layer as torch.compile makes it; the first steps take minutes
         recompute: keep less for the way back and compute it again: less memory, a third slower
+        blocks: on CUDA cards that can, attend to packed dialogues block by block; else by a mask
         samples: prompts continued or answered at each evaluation, kept in samples.jsonl
         track: also send the figures to TensorBoard or SwanLab (requirements/track.txt)
     """
@@ -80,6 +81,7 @@ class TrainConfig:
     max_bad_steps: int = 20
     compile: bool = False
     recompute: bool = False
+    blocks: bool = True
     samples: tuple[str, ...] = ()
     track: Literal["none", "tensorboard", "swanlab"] = "none"
 
@@ -134,7 +136,7 @@ def train(
     config, optim = cfg.train, cfg.optim
     # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
     torch.manual_seed(config.seed)
-    wrapped = world.wrap(model, config.compile, config.recompute)
+    wrapped = world.wrap(model, config.compile, config.recompute, config.blocks)
     optimizer = make_optimizer(model, optim)
     precision = pick_precision(world.device, cfg.device.precision, cfg.device.force)
     scaler = Scaler(world.device, precision)
