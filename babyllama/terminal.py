@@ -1,0 +1,132 @@
+"""The terminal: colours, text that cannot harm it, lines with history and completion.
+
+Line editing is Python's readline (GNU readline or libedit); Windows has none, there the console's
+own editing works, with its history of one session and without completion. Colours keep to
+no-color.org and are left out where output is no terminal, on Windows too.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+MORE = "…… "  # the prompt of a message's further lines
+BLOCK = '"""'
+MOST_REMEMBERED = 1000  # messages
+LONGEST_REMEMBERED = 2000  # characters
+
+# Control characters, and marks that turn the direction of what follows (U+202E and its like).
+HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def paint(text: str, code: str = "2") -> str:
+    """Colour (dim unless told) where the terminal has it and the user wants it."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
+    return text if plain or not text or not sys.stdout.isatty() else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def visible(text: str) -> str:
+    """Text that cannot move the cursor, ring the bell or turn the line round on a terminal.
+
+    Where output goes elsewhere it stays as it is.
+    """
+    return HARMFUL.sub("·", text) if sys.stdout.isatty() else text
+
+
+def say(text: str, code: str = "2") -> None:
+    """Show a note of ours, which may quote anything."""
+    print(paint(visible(text), code))
+
+
+def state_dir() -> Path:
+    """Where programs keep what they remember of a user: the XDG state directory, or its like."""
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "babyllama"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "babyllama"
+
+
+class Lines:
+    """Reads messages: edited, remembered, completed, of one line or many."""
+
+    def __init__(self, complete: Callable[[str, str], list[str]], history: Path) -> None:
+        """complete: takes the line up to the word at the cursor, and that word; gives the words
+        it may become"""
+        self.history = history
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end us
+        try:
+            import readline
+        except ImportError:
+            self.readline = None
+            return
+        self.readline = readline
+        readline.set_auto_history(False)
+        readline.set_completer_delims(" ")
+
+        def words(word: str, number: int) -> str | None:
+            before = readline.get_line_buffer()[: readline.get_begidx()]
+            return [*complete(before, word), None][number]
+
+        readline.set_completer(words)
+        is_libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+        for message in _remembered(history)[-MOST_REMEMBERED:]:
+            readline.add_history(message)
+
+    def so_far(self) -> str:
+        """What stands in the line being edited."""
+        return self.readline.get_line_buffer() if self.readline else ""
+
+    def read(self, prompt: str) -> str:
+        """The next message. A line that ends in "\\" goes on in the next one; a message that
+        begins with three quotes goes on until three quotes end a line.
+
+        raises: EOFError, KeyboardInterrupt
+        """
+        line = input(prompt)
+        if line.lstrip().startswith(BLOCK):
+            line = line.lstrip()[len(BLOCK) :]
+            while not line.rstrip().endswith(BLOCK):
+                line += "\n" + input(MORE)
+            line = line.rstrip()[: -len(BLOCK)].strip("\n")
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + input(MORE)
+        self._remember(line)
+        return line
+
+    def _remember(self, message: str) -> None:
+        is_short = len(message) <= LONGEST_REMEMBERED and "\0" not in message
+        if not self.readline or not message.strip() or not is_short:
+            return
+        n = self.readline.get_current_history_length()
+        if n and self.readline.get_history_item(n) == message:
+            return
+        self.readline.add_history(message)
+        with suppress(OSError):  # a home that cannot be written to: the session's history remains
+            self.history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = os.open(self.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with open(file, "a", encoding="ascii") as opened:
+                opened.write(json.dumps(message) + "\n")
+
+
+def _remembered(path: Path) -> list[str]:
+    """The messages of former sessions; lines that are none are left out. A file that has grown to
+    twice of what is kept is cut."""
+    found = []
+    with suppress(OSError, UnicodeDecodeError):
+        lines = path.read_text("ascii").splitlines()
+        for line in lines:
+            with suppress(ValueError, RecursionError):
+                message = json.loads(line)
+                if isinstance(message, str) and "\0" not in message:
+                    found.append(message)
+        if len(lines) > 2 * MOST_REMEMBERED:
+            temporary = path.with_name(f"tmp-{path.name}")
+            kept = found[-MOST_REMEMBERED:]
+            temporary.write_text("".join(json.dumps(m) + "\n" for m in kept), "ascii")
+            os.chmod(temporary, 0o600)
+            os.replace(temporary, path)
+    return found
