@@ -13,6 +13,11 @@ from bench.files import lines
 from bench.rows import LETTERS, File, json_lines, row
 
 _LABEL = re.compile(r"^\s*[(（]?[A-J][)）.、．:：]\s*")
+_STORY = {f"InputSentence{n}": f"input_sentence_{n}" for n in range(1, 5)} | {
+    "RandomFifthSentenceQuiz1": "sentence_quiz1",
+    "RandomFifthSentenceQuiz2": "sentence_quiz2",
+    "AnswerRightEnding": "answer_right_ending",
+}
 
 
 def commonsenseqa(files: Iterable[File]) -> Iterator[dict | str]:
@@ -143,7 +148,7 @@ def xcopa(files: Iterable[File]) -> Iterator[dict | str]:
 def xstorycloze(files: Iterable[File]) -> Iterator[dict | str]:
     """Four sentences and two endings; JSON lines, or the published TSV with a head."""
     for _, data in _table_or_lines(files):
-        data = {key.lower().replace("randomfifths", "s"): value for key, value in data.items()}
+        data = {_STORY.get(key, key): value for key, value in data.items()}
         story = "".join(data[f"input_sentence_{n}"] for n in range(1, 5))
         options = [data["sentence_quiz1"], data["sentence_quiz2"]]
         right = int(data["answer_right_ending"])

@@ -178,6 +178,7 @@ FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
     "headline": WEB,
     "chat": (drop_persona, *DIALOGUE_FIXES),
     "reference": DIALOGUE_FIXES,
+    "exam": DIALOGUE_FIXES,
     "vqa": DIALOGUE_FIXES,
     "smalltalk": (strip_turns, cut_open_turn),
 }
@@ -311,6 +312,8 @@ RULES: dict[str, tuple[Callable[[Row], bool], ...]] = {
     "headline": (*ARTICLE, *HEADLINE),
     "chat": DIALOGUE,
     "reference": DIALOGUE,
+    # Benchmarks' training parts: mostly English, asked in Chinese; short answers are no echo.
+    "exam": (empty, role_label_inside, looping_answer),
     "vqa": (empty, role_label_inside, other_identity, refusal, not_chinese),
     "smalltalk": (empty, role_label_inside, mixed_languages, rude, echo),
 }

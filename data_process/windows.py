@@ -100,11 +100,19 @@ def is_kept(numbers: np.ndarray) -> np.ndarray:
 def hits(texts: Sequence[str], windows: Windows) -> np.ndarray:
     """How many different windows of each list each text holds, (len(texts), number of lists)."""
     counts = np.zeros((len(texts), len(windows.lists)), np.int64)
+    which, numbers = occurrences(texts, windows)
+    for n, of_list in enumerate(windows.lists):
+        counts[:, n] = np.bincount(which[_among(numbers, of_list)], minlength=len(texts))
+    return counts
+
+
+def occurrences(texts: Sequence[str], windows: Windows) -> tuple[np.ndarray, np.ndarray]:
+    """Which text holds which window, each pair once: two arrays of one length."""
     bare_texts = [bare(text) for text in texts]
     # No window holds a NUL, so none runs over from a text into the next.
     whole = "\0".join(bare_texts)
     if len(whole) < WINDOW or not len(windows.numbers):
-        return counts
+        return np.empty(0, np.int64), np.empty(0, np.uint64)
     if windows.rolling is None:
         at, numbers = np.arange(len(whole) - WINDOW + 1), digests(whole)
     else:
@@ -119,10 +127,7 @@ def hits(texts: Sequence[str], windows: Windows) -> np.ndarray:
     order = np.lexsort((numbers, which))
     which, numbers = which[order], numbers[order]
     again = (np.diff(which, prepend=-1) == 0) & (np.diff(numbers, prepend=0) == 0)
-    which, numbers = which[~again], numbers[~again]
-    for n, of_list in enumerate(windows.lists):
-        counts[:, n] = np.bincount(which[_among(numbers, of_list)], minlength=len(texts))
-    return counts
+    return which[~again], numbers[~again]
 
 
 def _among(numbers: np.ndarray, ordered: np.ndarray) -> np.ndarray:

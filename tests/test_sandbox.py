@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from bench.humaneval import reasons, run_all, sources
 from bench.sandbox import Limits, run_program
 
 DATA = REPO / ".." / "shared" / "data" / "benchmarks" / "human_eval" / "HumanEval.jsonl.gz"
-QUICK = Limits(seconds=2.0, memory_mb=150, processes=16)
+QUICK = Limits(seconds=1.5, memory_mb=150, processes=16)
 TESTS = "assert answer() == 42"
 RIGHT = "def answer():\n    return 42\n"
 
@@ -47,8 +48,10 @@ HOSTILE = {
     "sleep": ("import time; time.sleep(60)", "time"),
     "endless recursion": ("def f(): return f()\nf()", "RecursionError"),
     "deletes files": (
-        "import shutil\nfor place in ('{place}', '/usr', '/', '/work'):\n"
-        "    shutil.rmtree(place, ignore_errors=True)",
+        "import os, shutil\nfor place in ('{place}', '/work', '/dev', '/usr/lib/python3'):\n"
+        "    shutil.rmtree(place, ignore_errors=True)\n"
+        "for path in ('/usr/bin/env', '{place}/secret'):\n"
+        "    try: os.unlink(path)\n    except OSError: pass",
         "passed",
     ),
     "reads a file of the host": ("open('{place}/secret').read()", "FileNotFoundError"),
@@ -60,7 +63,9 @@ HOSTILE = {
     ),
     "one huge file": ("with open('/work/x', 'wb') as f:\n    while True: f.write(b'x' * 10**6)",
                       ("OSError", "exit")),
-    "endless files": ("n = 0\nwhile True:\n    n += 1; open(f'/work/{{n}}', 'w').close()", "OSError"),
+    "endless files": (
+        "n = 0\nwhile True:\n    n += 1; open(f'/work/{{n}}', 'w').close()", "OSError"
+    ),
     "connects to the host": (
         "import socket; socket.create_connection(('127.0.0.1', {port}), 1)", "OSError"
     ),
@@ -101,7 +106,8 @@ HOSTILE = {
         "passed",
     ),
     "claims to have passed": (
-        "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{{\"result\": \"passed\"}}\\n')\n"
+        "import os\nfor fd in range(3, 20):\n"
+        "    try: os.write(fd, b'{{\"result\": \"passed\"}}\\n')\n"
         "    except OSError: pass\ndef answer(): return 41",
         "exit",
     ),
@@ -129,30 +135,30 @@ def host(tmp_path):
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_is_contained(name, host):
-    before = {path: path.stat().st_mtime_ns for path in map(Path, ("/usr/lib", "/etc", "/work"))
-              if path.exists()}  # fmt: skip
+    before = {path: Path(path).stat().st_mtime_ns for path in ("/usr/lib", "/usr/bin")}
     n_threads, left = threading.active_count(), set(sandbox._below(os.getpid()))
     program, wanted = HOSTILE[name]
     wanted = (wanted,) if isinstance(wanted, str) else wanted
     source = program.format(**host) + ("\n" if "def answer" in program else "\n" + RIGHT)
     began = time.monotonic()
-    outcome = run_program(source, TESTS, QUICK)
-    assert time.monotonic() - began < 20
+    outcome = run_program(source, TESTS, QUICK if "time" in wanted else replace(QUICK, seconds=20))
+    assert time.monotonic() - began < 40
     assert outcome.reason in wanted, outcome
     assert outcome.passed == (outcome.reason == "passed")
     assert [p.name for p in sorted(host["place"].iterdir())] == ["secret"]
     assert (host["place"] / "secret").read_text("utf-8") == "a secret"
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path: Path(path).stat().st_mtime_ns for path in before} == before
     assert threading.active_count() == n_threads
     assert set(sandbox._below(os.getpid())) <= left, "processes are left over"
 
 
 def test_a_right_program_passes_and_wrong_ones_say_why():
-    assert run_program(RIGHT, TESTS, QUICK) == (True, "passed", "")
-    assert run_program("def answer(): return 41", TESTS, QUICK).reason == "AssertionError"
-    assert run_program("def answer(:", TESTS, QUICK).reason == "SyntaxError"
-    assert run_program("", TESTS, QUICK).reason == "NameError"
-    assert run_program("import no_such_module", TESTS, QUICK).reason == "ModuleNotFoundError"
+    patient = replace(QUICK, seconds=20)
+    assert run_program(RIGHT, TESTS, patient) == (True, "passed", "")
+    assert run_program("def answer(): return 41", TESTS, patient).reason == "AssertionError"
+    assert run_program("def answer(:", TESTS, patient).reason == "SyntaxError"
+    assert run_program("", TESTS, patient).reason == "NameError"
+    assert run_program("import no_such_module", TESTS, patient).reason == "ModuleNotFoundError"
 
 
 def test_nothing_is_left_in_the_temporary_folder():
@@ -189,7 +195,7 @@ def is_running(pid: int) -> bool:
 def test_a_system_that_cannot_shut_programs_in_is_refused(monkeypatch):
     sandbox.missing.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(ConfigError, match="darwin.*leave HumanEval out"):
+    with pytest.raises(ConfigError, match=r"darwin.*leave HumanEval out"):
         run_program(RIGHT, TESTS)
     sandbox.missing.cache_clear()
 

@@ -1,0 +1,88 @@
+"""How many rows of a benchmark stand in what a checkpoint was trained on.
+
+The checkpoint's run names its training sets, and so does the run that it started from, down to
+the first. Their rows lie in data/clean/<set>; data_process.overlap looks the benchmark up in them.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from babyllama.cli import REPO, from_repo, shown
+from babyllama.errors import DataError
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a checkpoint was trained on.
+
+    files: the rows; missing: sets and runs whose rows are not here
+    """
+
+    files: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+
+def training_of(checkpoint: Path) -> Training:
+    """The training rows of a checkpoint and of all that it started from."""
+    files: dict[Path, None] = {}
+    missing: dict[str, None] = {}
+    place: Path | None = checkpoint
+    seen: set[Path] = set()
+    while place and place.resolve() not in seen:
+        seen.add(place.resolve())
+        step = place if (place / "model.yaml").is_file() else None
+        run = place.parent if step else place
+        config = _yaml(run / "config.yaml")
+        sources = (config.get("data") or {}).get("sources")
+        if not sources:
+            missing[f"{shown(run)}/config.yaml"] = None
+        for source in sources or []:
+            found = _rows_of(source["name"])
+            files |= dict.fromkeys(found)
+            if not found:
+                missing[source["name"]] = None
+        parent = _yaml(step / "model.yaml").get("parent") if step else config.get("base")
+        place = from_repo(parent) if parent else None
+    return Training(tuple(files), tuple(missing))
+
+
+def _yaml(path: Path) -> dict:
+    return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.is_file() else {}
+
+
+def _rows_of(name: str) -> list[Path]:
+    path = from_repo(name)
+    if path.is_file():
+        return [path]
+    folders = [path, from_repo(Path("data/clean") / Path(name).name)]
+    return next((found for f in folders if (found := sorted(f.glob("train-*.jsonl")))), [])
+
+
+def count(rows: dict[str, list[dict]], training: Training) -> dict[str, int]:
+    """For each task, how many of its rows stand in the training rows.
+
+    rows: by task
+    """
+    if not training.files:
+        return {}
+    with tempfile.TemporaryDirectory() as place:
+        asked, found = Path(place) / "asked.jsonl", Path(place) / "found.json"
+        with open(asked, "w", encoding="utf-8") as file:
+            for task, its_rows in rows.items():
+                for row in its_rows:
+                    texts = [row["context"], row["ask"], *row["options"]]
+                    line = {"group": task, "text": "\0".join(filter(None, texts))}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "data_process.overlap", asked, *training.files, "--out", found],
+            cwd=REPO, capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise DataError(done.stderr.strip().removeprefix("error: "))
+        return {group: 0 for group in rows} | json.loads(found.read_text("utf-8"))["groups"]

@@ -1,0 +1,236 @@
+"""Score a checkpoint on the named benchmarks, from local files, with Chinese prompts.
+
+    python -m bench.run out/sample_sft --tasks math,reading,reasoning --data data/benchmarks
+    python -m bench.run out/sample --tasks cmmlu,cmmlu_cloze,c3 --limit 500 --shots 2
+    python -m bench.run out/sample --tasks mmlu --prompts official        the harness' own prompt
+    python -m bench.run out/sample --tasks humaneval --execute_model_code true
+    python -m bench.run --list true                                       every task and its files
+
+lm-evaluation-harness asks and scores (requirements/bench.txt); nothing is fetched. A second call
+continues where the first one stopped. The report is <run>/bench-<step>/card.md, .json and .png;
+beside it lies, for each task, every question with its reply. Groups: math, reading, reasoning,
+knowledge, grammar, code, cloze (options scored by their own text), all.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from babyllama.checkpoint import Loaded, load_model, newest_run
+from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.device import Device, pick_device
+from babyllama.errors import CheckpointError, ConfigError, DataError
+from bench import card as cards
+from bench import contamination, sandbox
+from bench.ask import ask
+from bench.lm import for_harness
+from bench.store import Store
+from bench.tasks import Rows, Task, choose, load, names, rows_of
+
+HARNESS = "0.4.13"
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What is asked, of which checkpoint, and how.
+
+    Args:
+        checkpoint: a run (its newest step) or one step; if absent the newest run in out/
+        tasks: groups and names, with commas
+        data: folder with a folder for each benchmark, packed as published or not
+        limit: rows of each task at most, evenly spread; if absent all
+        shots: examples before each question; fewer where the context does not hold them
+        prompts: zh: ours; official: those of the harness, mostly English
+        form: dialogue or text; auto: dialogues for a fine-tuned checkpoint
+        out: folder for the report; if absent <run>/bench-<step>
+        batch_size: questions at a time
+        device: auto, cpu, cuda or mps
+        execute_model_code: let HumanEval run the programs that the model writes, shut in
+        list: print the tasks with their files and leave
+    """
+
+    checkpoint: Path | None = None
+    tasks: str = "math,reading,reasoning"
+    data: Path = Path("data/benchmarks")
+    limit: int | None = None
+    shots: int = 0
+    prompts: Literal["zh", "official"] = "zh"
+    form: Literal["auto", "dialogue", "text"] = "auto"
+    out: Path | None = None
+    batch_size: int = 16
+    device: Device = "auto"
+    execute_model_code: bool = False
+    list: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("shots", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} must be at least {least}, found {value}")
+
+
+def go_offline() -> None:
+    """No library that the harness brings may look anything up."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_DATASETS_OFFLINE"] = "1"
+    # Read when it was imported, which something else may have done before.
+    if "huggingface_hub" in sys.modules:
+        sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+
+
+def require_harness() -> None:
+    """raises: ConfigError if the harness is missing or another release"""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("lm_eval")
+    except PackageNotFoundError:
+        found = "none"
+    if found != HARNESS:
+        raise ConfigError(
+            f"wanted lm-eval {HARNESS}, found {found}; "
+            f"pip install -r requirements/bench.txt -c constraints.txt"
+        )
+
+
+def read_tasks(cfg: BenchConfig) -> tuple[dict[str, tuple[Task, Rows]], dict[str, str]]:
+    """Task and rows by name; and the tasks of groups that cannot be run here, with the reason.
+
+    raises: DataError if the files of a task are missing that was asked for by its name
+    """
+    words = [word.strip() for word in cfg.tasks.split(",") if word.strip()]
+    found, skipped = {}, {}
+    for name in choose(words):
+        task = load(name)
+        if task.score == "code" and not cfg.execute_model_code:
+            why = "it runs what the model writes; --execute_model_code true allows that"
+            if name in words:
+                raise ConfigError(f"{name}: {why}")
+            skipped[name] = why
+            continue
+        if cfg.prompts == "official" and not task.official and name not in words:
+            skipped[name] = "the harness has no prompt for it"
+            continue
+        try:
+            found[name] = task, rows_of(task, from_repo(cfg.data), cfg.limit)
+        except DataError as error:
+            if name in words or "found none" not in str(error):
+                raise
+            skipped[name] = str(error)
+    if not found:
+        raise DataError(f"no task can be run: {'; '.join(skipped.values())}")
+    return found, skipped
+
+
+def about(cfg: BenchConfig, loaded: Loaded) -> dict:
+    """What every answer depends on beside its question."""
+    sums = json.loads((loaded.path / "checksums.json").read_text("utf-8"))
+    is_chat = loaded.kind != "pretrain" if cfg.form == "auto" else cfg.form == "dialogue"
+    return {
+        "checkpoint_sha256": sums,
+        "harness": HARNESS,
+        "prompts": cfg.prompts,
+        "form": "dialogue" if is_chat else "text",
+        "shots": cfg.shots,
+        "device": str(loaded.model.rope.device),
+    }
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True
+    )
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
+
+
+def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
+    """Ask all tasks; each report is kept as soon as it stands."""
+    chosen, skipped = read_tasks(cfg)
+    if any(task.score == "code" for task, _ in chosen.values()):
+        sandbox.require()
+    settings = about(cfg, loaded)
+    print(f"{shown(loaded.path)}: {len(chosen)} tasks, "
+          f"{sum(len(r.scored) for _, r in chosen.values()):,} questions")  # fmt: skip
+    training = contamination.training_of(loaded.path)
+    leaked = contamination.count({n: r.scored for n, (_, r) in chosen.items()}, training)
+    reports = []
+    for name, (task, rows) in chosen.items():
+        report = _reported(name, task, rows, cfg, loaded, settings, out)
+        reports.append(report | {"leaked": leaked.get(name)})
+        print(f"{name}: {report['score']:.1%} ({report['low']:.1%} – {report['high']:.1%}), "
+              f"chance {report['chance']:.1%}: {report['verdict']}")  # fmt: skip
+    return {
+        "checkpoint": shown(loaded.path),
+        "model": {"step": loaded.step, "kind": loaded.kind, "context": loaded.config.max_seq_len,
+                  "n_parameters": loaded.model.n_parameters()},
+        "about": settings | {"commit": commit(), "limit": cfg.limit, "batch_size": cfg.batch_size},
+        "training": {"files": [shown(p) for p in training.files],
+                     "missing": list(training.missing)},
+        "skipped": skipped,
+        "tasks": reports,
+    }  # fmt: skip
+
+
+def _reported(
+    name: str,
+    task: Task,
+    rows: Rows,
+    cfg: BenchConfig,
+    loaded: Loaded,
+    settings: dict,
+    out: Path,
+) -> dict:
+    """The report of a task, from an earlier call where nothing has changed since."""
+    asked = [settings, task.harness, task.official, task.score, task.form, rows.sha256, cfg.limit]
+    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    path = out / f"{name}.json"
+    if path.is_file():
+        report = json.loads(path.read_text("utf-8"))
+        if report.get("key") == key:
+            return report
+    store = Store(out / f"{name}.answers.jsonl", settings)
+    lm = for_harness(loaded, cfg.batch_size, settings["form"] == "dialogue", store)
+    report = ask(task, rows, lm, cfg.shots, cfg.prompts, out / f"{name}.samples.jsonl")
+    report |= {"key": key, "n_resumed": store.n_found}
+    temporary = path.with_name(f"tmp-{path.name}")
+    temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    temporary.replace(path)
+    return report
+
+
+def print_tasks() -> None:
+    for name in names():
+        task = load(name)
+        files = " or ".join(task.files["scored"])
+        print(f"{name:24} {', '.join(task.groups):10} {task.folder}/{files}  {task.title}")
+
+
+def main(cfg: BenchConfig) -> None:
+    """Score, print, write."""
+    if cfg.list:
+        print_tasks()
+        return
+    require_harness()
+    go_offline()
+    path = from_repo(cfg.checkpoint) if cfg.checkpoint else newest_run()
+    if path is None:
+        raise CheckpointError("wanted a checkpoint, found no run in out/; name one")
+    loaded = load_model(path, pick_device(cfg.device))
+    out = from_repo(cfg.out) if cfg.out else loaded.path.parent / f"bench-{loaded.path.name}"
+    out.mkdir(parents=True, exist_ok=True)
+    found = score(cfg, loaded, out)
+    print("", cards.markdown(found), *map(shown, cards.write(found, out)), sep="\n")
+
+
+def cli(argv: Sequence[str] | None = None) -> BenchConfig:
+    return parse(BenchConfig, __doc__, argv, positional=("checkpoint",))
+
+
+if __name__ == "__main__":
+    run(main, cli())

@@ -1,0 +1,246 @@
+"""Turn an English benchmark into Chinese through any endpoint that speaks OpenAI's protocol.
+
+    python -m bench.translate gsm8k --data data/benchmarks --out data/benchmarks_zh
+        --endpoint http://127.0.0.1:8000/v1 --model NAME --key_env MY_KEY
+    python -m bench.run out/my_run --tasks gsm8k --data data/benchmarks_zh
+
+The files keep their layout, so that the same tasks read them; labels and letters are not sent. A
+translation must hold the numbers, formulas and option letters of its text, and Han characters. One
+that does not is asked for again, then its row is left out and listed in <out>/<set>/failed.jsonl.
+Texts that were translated are kept in translated.jsonl beside it: a second call asks for the rest.
+The key is read from the environment variable that --key_env names, and is not written anywhere.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from babyllama.cli import from_repo, parse, run, shown
+from babyllama.errors import ConfigError, DataError
+from bench.endpoint import Endpoint
+from bench.files import find, lines
+from bench.store import Store
+from bench.survive import lost
+from bench.tasks import load, names
+
+# Where the texts stand in an entry: "*" goes through a list. All else is kept as it is.
+TEXTS: dict[str, tuple[str, ...]] = {
+    "gsm8k": ("question", "answer"),
+    "math": ("problem", "solution"),
+    "commonsenseqa": ("question.stem", "question.choices.*.text"),
+    "boolq": ("question", "passage", "query"),
+    "nq_open": ("question", "answer.*"),
+    "trivia_qa": ("Data.*.Question", "Data.*.Answer.Value", "Data.*.Answer.Aliases.*"),
+    "quac": (
+        "data.*.paragraphs.*.context",
+        "data.*.paragraphs.*.qas.*.question",
+        "data.*.paragraphs.*.qas.*.answers.*.text",
+        "data.*.paragraphs.*.qas.*.orig_answer.text",
+    ),
+    "mmlu": ("0", "1", "2", "3", "4"),
+    "bbh": ("examples.*.input",),
+    "agieval": ("passage", "question", "options.*"),
+}
+UNSENT = ("CANNOTANSWER",)
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    """What is translated, and who does it.
+
+    Args:
+        task: a benchmark with English rows
+        data: folder with a folder for each benchmark
+        out: such a folder for the Chinese files
+        endpoint: address up to and with /v1
+        model: name that the endpoint knows
+        key_env: environment variable that holds the key; if absent none is sent
+        limit: entries of each file at most, the first
+        tries: how often a text is asked for before its row is given up
+        workers: texts that are asked for at the same time
+        timeout_s: longest wait for one answer
+    """
+
+    task: str | None = None
+    data: Path = Path("data/benchmarks")
+    out: Path = Path("data/benchmarks_zh")
+    endpoint: str | None = None
+    model: str | None = None
+    key_env: str | None = None
+    limit: int | None = None
+    tries: int = 3
+    workers: int = 4
+    timeout_s: float = 120.0
+
+
+@dataclass
+class Entry:
+    """One entry of a file, and its texts that are to be translated."""
+
+    name: str
+    data: dict | list
+    places: list[tuple]
+    texts: list[str]
+
+
+def read_entries(reader: str, files: list[tuple[str, str]], limit: int | None) -> Iterator[Entry]:
+    """The entries of the files, in order."""
+    for name, text in files:
+        if name.endswith(".csv"):
+            found: list = list(csv.reader(lines(text)))
+        elif text.lstrip()[:1] == "[":
+            found = json.loads(text)
+        elif reader in ("bbh", "quac") or '"Data"' in text[:2000]:
+            found = [json.loads(text)]
+        else:
+            found = [json.loads(line) for line in lines(text) if line.strip()]
+        for data in found[:limit]:
+            places = [p for path in TEXTS[reader] for p in _places(data, path.split("."))]
+            texts = [_get(data, place) for place in places]
+            wanted = [n for n, t in enumerate(texts) if t.strip() and t not in UNSENT]
+            yield Entry(name, data, [places[n] for n in wanted], [texts[n] for n in wanted])
+
+
+def _places(data: object, path: list[str], before: tuple = ()) -> Iterator[tuple]:
+    """The keys that lead to each text of a path; [] where the entry has none."""
+    if not path:
+        if isinstance(data, str):
+            yield before
+    elif path[0] == "*" and isinstance(data, list):
+        for n, item in enumerate(data):
+            yield from _places(item, path[1:], (*before, n))
+    elif isinstance(data, dict) and path[0] in data:
+        yield from _places(data[path[0]], path[1:], (*before, path[0]))
+    elif isinstance(data, list) and path[0].isdigit() and int(path[0]) < len(data):
+        yield from _places(data[int(path[0])], path[1:], (*before, int(path[0])))
+
+
+def _get(data: object, place: tuple) -> str:
+    for key in place:
+        data = data[key]
+    return data
+
+
+def translated(entry: Entry, known: Callable[[str], str]) -> dict | list:
+    """A copy of an entry with its texts in Chinese."""
+    data = deepcopy(entry.data)
+    for place, text in zip(entry.places, entry.texts, strict=True):
+        inner = _get(data, place[:-1])
+        inner[place[-1]] = known(text)
+    return data
+
+
+def translate_text(text: str, endpoint: Endpoint, tries: int) -> dict[str, str]:
+    """{"zh": the translation}, or {"lost": what it never held}."""
+    complaint = ""
+    for _ in range(tries):
+        reply = endpoint.ask(_request(text, complaint))
+        complaint = lost(text, reply)
+        if not complaint:
+            return {"zh": reply}
+    return {"lost": complaint, "last": reply[:500]}
+
+
+def _request(text: str, complaint: str) -> list[dict[str, str]]:
+    rules = (
+        "请把下面的英文译成通顺的简体中文。数字、公式、字母选项（如 (A)）、反斜杠命令和 #### 必须"
+        "原样保留；人名可音译；不要解答，不要解释，只输出译文。"
+    )
+    if complaint:
+        rules += f"上一次译文有误：{complaint}。请改正。"
+    return [{"role": "system", "content": rules}, {"role": "user", "content": text}]
+
+
+def write_files(entries: list[Entry], out: Path, known: Callable[[str], str | None]) -> list[dict]:
+    """Write what is whole, file by file; returns what must be left out."""
+    failed, files = [], {}
+    for entry in entries:
+        bad = [text for text in entry.texts if known(text) is None]
+        files.setdefault(entry.name, [])
+        if bad:
+            failed.append({"file": entry.name, "texts": bad, "entry": entry.data})
+        else:
+            files[entry.name].append(translated(entry, known))
+    for name, data in files.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"tmp-{path.name}")
+        temporary.write_text(_dump(name, data), "utf-8", newline="\n")
+        temporary.replace(path)
+    return failed
+
+
+def _dump(name: str, data: list) -> str:
+    if name.endswith(".csv"):
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(data)
+        return text.getvalue()
+    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in data)
+
+
+def check(cfg: TranslateConfig) -> None:
+    """raises: ConfigError naming what is missing"""
+    english = [n for n in names() if not n.endswith("_cloze") and load(n).reader in TEXTS]
+    if cfg.task not in english:
+        raise ConfigError(f"wanted an English benchmark, found {cfg.task!r}; known are "
+                          f"{', '.join(english)}")  # fmt: skip
+    if not cfg.endpoint or not cfg.model:
+        raise ConfigError("wanted --endpoint URL and --model NAME, found "
+                          f"{cfg.endpoint!r} and {cfg.model!r}")  # fmt: skip
+    if cfg.key_env and not os.environ.get(cfg.key_env):
+        raise ConfigError(f"--key_env {cfg.key_env}: wanted a key in this environment variable, "
+                          f"found none; export it, or leave the flag out")  # fmt: skip
+    if min(cfg.tries, cfg.workers) < 1 or cfg.timeout_s <= 0:
+        raise ConfigError("tries, workers and timeout_s must be positive")
+    if from_repo(cfg.out).resolve() == from_repo(cfg.data).resolve():
+        raise ConfigError(f"--out {cfg.out} is --data: the English files would be replaced")
+
+
+def main(cfg: TranslateConfig) -> int:
+    """Read, ask, write; 0 if every row could be translated."""
+    check(cfg)
+    task = load(cfg.task)
+    data, out = from_repo(cfg.data) / task.folder, from_repo(cfg.out) / task.folder
+    files = [file for patterns in task.files.values() for file in find(data, patterns)]
+    if not files:
+        raise DataError(f"wanted {task.files['scored']} in {shown(data)}, found none")
+    entries = list(read_entries(task.reader, files, cfg.limit))
+    out.mkdir(parents=True, exist_ok=True)
+    store = Store(out / "translated.jsonl", {"model": cfg.model})
+    endpoint = Endpoint(cfg.endpoint, cfg.model, os.environ.get(cfg.key_env or ""), cfg.timeout_s)
+
+    def known(text: str) -> str | None:
+        return store.known.get(store.key(text), {}).get("zh")
+
+    every = dict.fromkeys(text for entry in entries for text in entry.texts)
+    waiting = [text for text in every if known(text) is None]
+    bar = tqdm(total=len(every), initial=len(every) - len(waiting), unit=" texts")
+    with bar, ThreadPoolExecutor(cfg.workers) as pool:
+        answers = pool.map(lambda t: translate_text(t, endpoint, cfg.tries), waiting)
+        for text, answer in zip(waiting, answers, strict=True):
+            store.add([(store.key(text), answer)])
+            bar.update()
+    failed = write_files(entries, out, known)
+    listed = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed)
+    (out / "failed.jsonl").write_text(listed, "utf-8")
+    print(f"{cfg.task}: {len(entries) - len(failed):,} of {len(entries):,} entries, "
+          f"{len(every):,} texts ({len(waiting):,} asked now) in {shown(out)}")  # fmt: skip
+    for row in failed[:10]:
+        reasons = [store.known.get(store.key(text), {}).get("lost", "?") for text in row["texts"]]
+        print(f"  left out: {row['file']}: {reasons[0]}: {row['texts'][0][:60]!r}")
+    if len(failed) == len(entries):
+        raise DataError(f"{cfg.model} translated no entry so that numbers and letters survive; "
+                        f"see {shown(out / 'failed.jsonl')}, take another model")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, parse(TranslateConfig, __doc__, positional=("task",)))
