@@ -190,7 +190,10 @@ def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> d
     if open_rows:
         goals = [asked[n].answer for n in open_rows]
         found["open"] = {
-            mode: rouge_clipped([texts[n] or " " for n in open_rows], goals)
+            mode: {
+                name: round(float(f.mean()), 4)
+                for name, f in rouge_clipped([texts[n] for n in open_rows], goals).f.items()
+            }
             for mode, texts in said.items()
         }
     return found
