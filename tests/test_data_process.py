@@ -97,7 +97,7 @@ def raw(tmp_path) -> Path:
 @pytest.mark.parametrize("reader", MODULES)
 def test_every_data_set_states_what_it_is(reader):
     (data_set,) = data_sets(reader)
-    assert data_set.kind in ("text", "chat", "summary")
+    assert data_set.kind in ("text", "chat", "summary", "vqa")
     assert data_set.source and data_set.license
     assert data_set.rules in FIXES and data_set.rules in RULES
 
