@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import small_config
 
-from babyllama.cli import REPO
+from babyllama.cli import REPO, parse, plain, to_yaml
 from babyllama.errors import ConfigError, DataError
 from babyllama.images import normalise
 from babyllama.rows import check_row
@@ -30,6 +30,7 @@ from vqa.features import features_of
 from vqa.pack import PackConfig, pack
 from vqa.pictures import Finder, Pictures, members
 from vqa.probe import probe
+from vqa.train import VqaConfig
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
 COLOURS = {"红色": "red", "蓝色": "blue", "绿色": "lime", "白色": "white"}
@@ -463,3 +464,11 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
 def test_settings_that_cannot_work_are_one_line(changes, message, colours, tokenizer):
     err = run("vqa.train", "--config", config_of(colours, tokenizer, "bad", **changes), code=2)
     assert message in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", sorted(REPO.glob("configs/vqa/*.yaml")), ids=lambda p: p.name)
+def test_a_committed_config_is_read_and_survives_a_round_trip(path, tmp_path):
+    cfg = parse(VqaConfig, "", ["--config", str(path)])
+    assert cfg.name and cfg.model.dim == 128
+    (tmp_path / "again.yaml").write_text(to_yaml(cfg), "utf-8")
+    assert plain(parse(VqaConfig, "", ["--config", str(tmp_path / "again.yaml")])) == plain(cfg)

@@ -108,15 +108,15 @@ def greedy(
     going = set(range(len(rows)))
     with model.looking_at(seen):
         batch = Batch(model.decoder(seen), rows, n_new, 1)
-        for written in range(1, max(batch.limits) + 1):
+        # All rows go on together, so that row n keeps looking at picture n.
+        for left in reversed(range(min(batch.limits))):
             ids = batch.logits.argmax(dim=1).tolist()
             for row in list(going):
-                if ids[row] == eos_id or written > batch.limits[row]:
+                if ids[row] == eos_id:
                     going.discard(row)
                 else:
                     replies[row].append(ids[row])
-            if not going or written == max(batch.limits):
+            if not going or not left:
                 break
-            # All rows go on, so that row n keeps looking at picture n.
             batch.add(ids)
     return replies
