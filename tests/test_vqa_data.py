@@ -429,6 +429,9 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
     assert found["closed"]["majority"] == found["closed"]["blank"] == 0.25 or (
         found["closed"]["blank"] < 0.6
     )
+    other = config_of(colours, tokenizer, "other", base=str(colours / "first"),
+                      fusion={"kind": "cross"})  # fmt: skip
+    assert "fusion: wanted" in run("vqa.train", "--config", other, code=2)
     second = config_of(
         colours, tokenizer, "second", base=str(colours / "first"), freeze=["encoder", "connector"],
         rates={"language.": 0.1},
@@ -469,6 +472,6 @@ def test_settings_that_cannot_work_are_one_line(changes, message, colours, token
 @pytest.mark.parametrize("path", sorted(REPO.glob("configs/vqa/*.yaml")), ids=lambda p: p.name)
 def test_a_committed_config_is_read_and_survives_a_round_trip(path, tmp_path):
     cfg = parse(VqaConfig, "", ["--config", str(path)])
-    assert cfg.name and cfg.model.dim == 128
+    assert cfg.name == "vqa-" + path.stem.replace("_", "-")
     (tmp_path / "again.yaml").write_text(to_yaml(cfg), "utf-8")
     assert plain(parse(VqaConfig, "", ["--config", str(tmp_path / "again.yaml")])) == plain(cfg)

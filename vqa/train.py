@@ -2,7 +2,7 @@
 
     python -m vqa.train --config configs/vqa/splice.yaml
     python -m vqa.train --config configs/vqa/cross.yaml --train.max_steps 500
-    python -m vqa.train --config configs/vqa/all.yaml --base out/vqa-splice     a later stage
+    python -m vqa.train --config configs/vqa/llava_all.yaml     a second stage: all parts learn
 
 base is a run of pretrain.py or sft.py, a run of this script (its encoder and fusion stay), or null
 for a new language model. What `freeze` names keeps its weights, so a first stage with freeze
@@ -89,6 +89,7 @@ def build(cfg: VqaConfig) -> tuple[VqaModel, Tokenizer]:
         base = find_checkpoint(from_repo(cfg.base))
         if read_checkpoint(base)[0]["kind"] == "vqa":
             loaded = load(base)
+            _require_same(cfg, loaded.model)
             return loaded.model, loaded.tokenizer
         found = load_model(base)
         language, tokenizer = found.model, found.tokenizer
@@ -99,6 +100,20 @@ def build(cfg: VqaConfig) -> tuple[VqaModel, Tokenizer]:
     encoder = make_encoder(cfg.encoder, cfg.train.seed)
     torch.manual_seed(cfg.train.seed)
     return VqaModel(language, encoder, cfg.fusion), tokenizer
+
+
+def _require_same(cfg: VqaConfig, model: VqaModel) -> None:
+    """Refuse settings that a base of this kind would not follow."""
+    pairs = {
+        "encoder": (cfg.encoder, model.encoder.config, EncoderConfig()),
+        "fusion": (cfg.fusion, model.fusion, FusionConfig()),
+    }
+    for name, (wanted, found, default) in pairs.items():
+        if wanted not in (found, default):
+            raise ConfigError(
+                f"{name}: wanted {wanted}, found {found} in the base, which keeps its own; leave "
+                f"the section out, or start from a language model"
+            )
 
 
 def seen_before(model: VqaModel, pictures: list, world: World) -> list:
