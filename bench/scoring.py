@@ -93,7 +93,7 @@ def exact(reply: str, answers: Sequence[str]) -> dict[str, float]:
 def bbh(reply: str, answers: Sequence[str]) -> dict[str, float]:
     """The first line is the answer; of "(B) text" the letter counts."""
     said = _first_line(reply)
-    letter = re.match(r"[(（]?([A-R])(?:[)）.、:：\s]|$)", said)
+    letter = re.match(r"[(（]?([A-R])(?:[)）.、:：]|$)", said)
     said = letter[1].lower() if letter else bare(said)
     return {"em": float(any(said == bare(answer) for answer in answers))}
 

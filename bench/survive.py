@@ -6,7 +6,7 @@ from collections import Counter
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 _LETTER = re.compile(r"\(([A-R])\)|^([A-R])[.)](?=\s)", re.MULTILINE)
 _FORMULA = re.compile(r"\$[^$]+\$")
-_COMMAND = re.compile(r"\\boxed|\\frac|<<[^>]*>>|####|Passage:|Question:|Options:")
+_COMMAND = re.compile(r"\\boxed|\\frac|<<[^>]*>>|####|Passage:|Question:|Answer:|Options:")
 _HAN = re.compile(r"[\u3400-\u9fff]")
 _WORD = re.compile(r"[A-Za-z]{3,}")
 _WORDS = {

@@ -38,7 +38,14 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "commonsenseqa": ("question.stem", "question.choices.*.text"),
     "boolq": ("question", "passage", "query"),
     "nq_open": ("question", "answer.*"),
-    "trivia_qa": ("Data.*.Question", "Data.*.Answer.Value", "Data.*.Answer.Aliases.*"),
+    "trivia_qa": (
+        "Data.*.Question",
+        "Data.*.Answer.Value",
+        "Data.*.Answer.Aliases.*",
+        "context",
+        "answer",
+        "aliases.*",
+    ),
     "quac": (
         "data.*.paragraphs.*.context",
         "data.*.paragraphs.*.qas.*.question",
