@@ -85,6 +85,8 @@ def score_table(scores: dict[str, dict], published: Sequence[Published]) -> str:
         lines.append([name, *map(_shown, figures), "-"])
     notes = [f"({i}) {measure}" for i, measure in enumerate(measures, 1)]
     notes[0] += ": the protocol of published numbers"
+    if published:
+        notes.append("[source]: published figures, over the whole of the part that they name")
     n_long = sum(row["n_too_long_for_rouge"] for row in scores.values())
     if n_long:
         notes.append(f"{n_long} texts were too long for (1); there they have the counts of (2)")

@@ -26,29 +26,9 @@ TEXTS = [
     "老师说，学习要一步一步来。",
     "新的公交线路今天开通，市民出行更加方便。",
 ]
+FEW = ("--max_new_tokens", "8", "--device", "cpu",
+       "--prompts", str(REPO / "tests/small_prompts.yaml"))  # fmt: skip
 TITLES = ["小猫看雨", "银杏", "公园散步", "学习", "公交线路开通"]
-# A small prompt file: checking the real one takes a second.
-PROMPTS = """
-slots: {kind: [文章, 内容]}
-families:
-  alone: {questions: ["给{kind}写标题：\\n{text}"], answers: ["{summary}"]}
-following:
-  share: 0.5
-  turns:
-    keywords: {questions: ["这段{kind}有哪些关键词？"], answers: ["{keywords}"]}
-    discipline: {questions: ["它属于哪个学科？"], answers: ["{discipline}", "属于{discipline}。"]}
-eval:
-  question: "写标题：\\n{text}"
-  unseen: ["为下文命名：\\n{text}", "{text}\\n标题：", "题目？{text}"]
-"""
-
-
-@pytest.fixture
-def few(tmp_path: Path) -> tuple[str, ...]:
-    """Flags for a short run: few tokens, and few wordings to check."""
-    (tmp_path / "prompts.yaml").write_text(PROMPTS, "utf-8")
-    prompts = str(tmp_path / "prompts.yaml")
-    return ("--max_new_tokens", "8", "--device", "cpu", "--prompts", prompts)
 
 
 @pytest.fixture
@@ -84,10 +64,10 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for _, line in numbered_lines(path)]
 
 
-def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path, few):
+def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path):
     out = tmp_path / "new/predictions.jsonl"
     command = [sys.executable, REPO / "eval_rouge.py", checkpoint.parent, "--data", rows_file.name,
-               "--out", out, "--batch_size", "2", *few]  # fmt: skip
+               "--out", out, "--batch_size", "2", *FEW]  # fmt: skip
     done = subprocess.run(
         list(map(str, command)), capture_output=True, encoding="utf-8", cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -124,11 +104,11 @@ def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path, f
     assert "5/5" in done.stderr and "jieba" not in done.stderr
 
 
-def test_two_systems_are_compared_row_by_row(checkpoint, other, rows_file, tmp_path, script, few):
+def test_two_systems_are_compared_row_by_row(checkpoint, other, rows_file, tmp_path, script):
     page = tmp_path / "report.html"
     out = tmp_path / "out.jsonl"
     done = script("eval_rouge.py", checkpoint, other, "--data", rows_file, "--out", out,
-                  "--report", page, *few)  # fmt: skip
+                  "--report", page, *FEW)  # fmt: skip
     assert done.code == 0, done.err
     names = ["small/step-000007", "other/step-000003"]
     assert f"{names[0]} minus {names[1]}" in done.out
@@ -170,10 +150,10 @@ def test_titles_for_other_texts_are_refused(tmp_path, rows_file, script):
     assert script("eval_rouge.py", few, "--data", rows_file, "--limit", 3).code == 0
 
 
-def test_each_way_to_decode_is_a_line_with_its_time(checkpoint, rows_file, tmp_path, script, few):
+def test_each_way_to_decode_is_a_line_with_its_time(checkpoint, rows_file, tmp_path, script):
     out = tmp_path / "o.jsonl"
     ways = ["--decoding", "greedy,beam,top_p,consensus", "--n", 3, "--beams", 3, "--limit", 2]
-    done = script("eval_rouge.py", checkpoint, "--data", rows_file, "--out", out, *ways, *few)
+    done = script("eval_rouge.py", checkpoint, "--data", rows_file, "--out", out, *ways, *FEW)
     assert done.code == 0, done.err
     result = json.loads(out.with_suffix(".scores.json").read_text("utf-8"))
     names = [f"small/step-000007 {way}" for way in ("greedy", "beam", "top_p", "consensus")]
@@ -183,7 +163,7 @@ def test_each_way_to_decode_is_a_line_with_its_time(checkpoint, rows_file, tmp_p
     assert "wanted some of" in script("eval_rouge.py", checkpoint, "--decoding", "best").error
 
 
-def test_wordings_and_follow_ups_are_tables_of_their_own(checkpoint, tmp_path, script, few):
+def test_wordings_and_follow_ups_are_tables_of_their_own(checkpoint, tmp_path, script):
     rows = [
         {"id": f"csl/{i}", "text": text, "summary": title,
          "meta": {"keywords": ["银杏", "树种"], "discipline": "生物学"}}
@@ -192,7 +172,7 @@ def test_wordings_and_follow_ups_are_tables_of_their_own(checkpoint, tmp_path, s
     write_rows(tmp_path / "meta.jsonl", rows)
     out = tmp_path / "o.jsonl"
     done = script("eval_rouge.py", checkpoint, "--data", tmp_path / "meta.jsonl", "--out", out,
-                  "--wordings", "--follow-up", *few)  # fmt: skip
+                  "--wordings", "--follow-up", *FEW)  # fmt: skip
     assert done.code == 0, done.err
     result = json.loads(out.with_suffix(".scores.json").read_text("utf-8"))
     found = result["by_wording"]
@@ -213,10 +193,10 @@ def test_csl_rows_may_hold_single_quotation_marks(tmp_path):
     ]
 
 
-def test_csl_files_run_to_the_end_and_land_in_the_run(checkpoint, tmp_path, script, few):
+def test_csl_files_run_to_the_end_and_land_in_the_run(checkpoint, tmp_path, script):
     path = tmp_path / "test.tsv"
     path.write_text('to title\t小猫"坐在窗台上.\t小猫\nto title\t银杏\t树\n' * 3, "utf-8")
-    done = script("eval_rouge.py", checkpoint, "--data", path, "--limit", 3, *few)
+    done = script("eval_rouge.py", checkpoint, "--data", path, "--limit", 3, *FEW)
     assert done.code == 0, done.err
     out = checkpoint.parent / "rouge-test-3-step-000007.jsonl"
     rows = rows_of(out)
@@ -320,17 +300,15 @@ def test_other_tasks_of_the_same_papers_become_their_meta(tmp_path):
     assert row["meta"] == {"keywords": ["方法", "图像"], "discipline": "生物学"}
 
 
-def test_published_systems_stand_only_beside_their_own_set(checkpoint, tmp_path, script, few):
+def test_published_systems_stand_only_beside_their_own_set(checkpoint, tmp_path, script):
     path = tmp_path / "csl_title_dev.json"
     path.write_text('{"id": 1, "title": "方法", "abst": "提出一种方法。"}\n', "utf-8")
-    done = script("eval_rouge.py", checkpoint, "--data", path, *few)
+    done = script("eval_rouge.py", checkpoint, "--data", path, *FEW)
     assert "T5-PEGASUS" in done.out and "MoCoBart" not in done.out, done.err
     ts = tmp_path / "ts.tsv"
     ts.write_text("to title\t提出一种方法。\t方法\n", "utf-8")
-    done = script("eval_rouge.py", checkpoint, "--data", ts, *few)
+    done = script("eval_rouge.py", checkpoint, "--data", ts, *FEW)
     assert "PEGASUS" not in done.out and "no systems known" in done.out
-    done = script("eval_rouge.py", checkpoint, "--data", ts, "--published", "lcsts", *few)
-    assert "MoCoBart" in done.out
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real sets lie beside the project")

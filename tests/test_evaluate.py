@@ -25,7 +25,7 @@ from model import IGNORED, Transformer
 from tokenizer import Tokenizer
 
 SCRIPT = "babyllama/evaluate.py"
-PROMPTS = REPO / "configs/prompts/summary_zh.yaml"
+PROMPTS = REPO / "tests/small_prompts.yaml"
 ALONE = World(0, 1, torch.device("cpu"))
 ROWS = {
     "text": [{"id": f"text/{n}", "text": text * (1 + 3 * n)} for n, text in enumerate(TEXTS)],
@@ -73,7 +73,8 @@ def token_twins(tmp_path: Path, tokenizer: Tokenizer) -> Path:
 
 def evaluated(script, checkpoint: Path, data: object, *flags: object) -> dict:
     out = checkpoint.parent / "figures.json"
-    done = script(SCRIPT, checkpoint, "--data", data, "--out", out, "--device", "cpu", *flags)
+    flags = ("--device", "cpu", "--prompts", PROMPTS, *flags)
+    done = script(SCRIPT, checkpoint, "--data", data, "--out", out, *flags)
     assert done.code == 0, done.err
     return json.loads(out.read_text("utf-8"))
 
@@ -252,7 +253,7 @@ def test_two_processes_find_the_figures_of_one(checkpoint, rows_root, script):
     out = checkpoint.parent / "two.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc_per_node", "2", "-m", "babyllama.evaluate", str(checkpoint), "--data",
-               all_sets(rows_root), "--out", str(out), "--device", "cpu",
+               all_sets(rows_root), "--out", str(out), "--device", "cpu", "--prompts", str(PROMPTS),
                "--batch_size", "2"]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=env)

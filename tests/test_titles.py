@@ -14,7 +14,8 @@ from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
 from babyllama.titles import Asking, ask, consensus, decodings, reply, summarise, unframed
 
-PROMPTS = REPO / "configs/prompts/summary_zh.yaml"
+PROMPTS = REPO / "tests/small_prompts.yaml"
+REAL_PROMPTS = REPO / "configs/prompts/summary_zh.yaml"
 GREEDY = SamplingConfig(max_new_tokens=8, temperature=0.0)
 HOW = Asking(GREEDY, PROMPTS, batch_size=2)
 TEXTS = [
@@ -54,7 +55,7 @@ def test_every_prompt_leaves_room_for_the_title(checkpoint):
 
 def test_a_lead_in_comes_off_and_nothing_else(checkpoint):
     titles = ["这段摘要的标题可以拟成：秋叶变黄", "可以叫《秋叶变黄》", "秋叶变黄", "标题党", ""]
-    bare, n_framed = unframed(load_model(checkpoint), titles, PROMPTS)
+    bare, n_framed = unframed(load_model(checkpoint), titles, REAL_PROMPTS)
     assert bare == ["秋叶变黄", "秋叶变黄", "秋叶变黄", "标题党", ""] and n_framed == 2
 
 
@@ -125,7 +126,7 @@ def test_the_second_question_follows_the_models_own_summary(checkpoint):
 
 
 def test_what_surrounds_an_answer_comes_off(tokenizer):
-    prompts = SummaryPrompts.load(PROMPTS, tokenizer)
+    prompts = SummaryPrompts.load(REAL_PROMPTS, tokenizer)
     turn = prompts.turns["keywords"]
     for said in ("银杏、树种", "关键词有：银杏、树种。", "这段摘要的关键词是：银杏、树种"):
         bare = follow_up.unframed(said, turn.answers, prompts.slots)
