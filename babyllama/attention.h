@@ -76,11 +76,10 @@ static inline __attribute__((always_inline)) void mix(
             _mm256_storeu_ps(out + c + 8 * j, _mm256_div_ps(sums[j], _mm256_set1_ps(total)));
     }
 #endif
-    for (; c < C; c++) {
-        float sum = 0;
-        for (int s = 0; s < S; s++) sum += shares[s] * number(v, (int64_t)s * C + c, is_half);
-        out[c] = sum / total;
-    }
+    memset(out + c, 0, (C - c) * sizeof(float));
+    for (int s = 0; s < S; s++)
+        for (int j = c; j < C; j++) out[j] += shares[s] * number(v, (int64_t)s * C + j, is_half);
+    for (; c < C; c++) out[c] /= total;
 }
 
 /* One head's mixture of the values seen: k, v (S, C); scores is room for S numbers. */

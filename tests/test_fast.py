@@ -228,6 +228,26 @@ def forget_library():
     forget()
 
 
+@needs_compiler
+@torch.inference_mode()
+def test_the_plain_loops_for_other_processors_are_the_same_step(
+    monkeypatch, forget_library, tmp_path
+):
+    model = lively_model(n_kv_heads=2)
+    wanted = logits_of(make_decoder(model, "int8"), model, LENGTHS)
+    old = tmp_path / "cc"  # a compiler that knows nothing of this processor's instructions
+    old.write_text(
+        "#!/bin/sh\nfor word; do case $word in -m*=native) exit 1;; esac; done\n"
+        f'exec {native.compiler()} "$@"\n'
+    )
+    old.chmod(0o755)
+    monkeypatch.setenv("CC", str(old))
+    forget()
+    found = logits_of(make_decoder(model, "int8"), model, LENGTHS)
+    assert (found - wanted).abs().max() < 2e-3 * wanted.std()
+    assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+
+
 def test_without_a_compiler_int8_is_refused_and_auto_is_float32(monkeypatch, forget_library):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
