@@ -112,6 +112,7 @@ def prove(loaded: Loaded, file: Path, material: Material, wanted: GgufType) -> d
         report["rounding"] = drift(loaded.model, twin, tokenizer.eos_id, finished, prompts)
     if find_spec("llama_cpp") is None:
         return report | {"llama_cpp": "llama.cpp was not compared: llama-cpp-python is missing"}
+    report["versions"]["llama_cpp"] = package("llama_cpp").__version__
     return report | prove_llama_cpp(loaded, file, material, wanted)
 
 
