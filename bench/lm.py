@@ -66,7 +66,11 @@ class Scorer:
         self.max_length = loaded.config.max_seq_len
         self.n_head = 1 + len(loaded.tokenizer.encode(LABELS["user"]))
         self.n_cut = 0
-        self.tokenizer_name = loaded.tokenizer.fingerprint
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls the tokenizer."""
+        return self.tokenizer.fingerprint
 
     # Texts to ids.
 
@@ -101,10 +105,10 @@ class Scorer:
         """The ids of a prompt and of what follows it; a plain text is encoded as one."""
         if isinstance(context, Dialogue):
             return self.encode_context(context), self.tokenizer.encode(continuation)
-        if not context:
-            return [self.prefix_id], self.tokenizer.encode(continuation)
-        # A token may hold the space between the two, so it belongs to what follows.
         bare = context.rstrip()
+        if not bare:
+            return [self.prefix_id], self.tokenizer.encode(context + continuation)
+        # A token may hold the space between the two, so it belongs to what follows.
         before = self.tokenizer.encode(bare)
         whole = self.tokenizer.encode(bare + context[len(bare) :] + continuation)
         return before, whole[len(before) :]

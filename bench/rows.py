@@ -62,7 +62,8 @@ def read_rows(read: Reader, files: Iterable[File], left_out: Counter[str]) -> li
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(
                 f"{file[0]}: wanted the published layout of this benchmark, found "
-                f"{type(error).__name__} {error}; bench/choices.py and open_answers.py say the layouts"
+                f"{type(error).__name__} {error}; "
+                f"bench/choices.py and open_answers.py list the layouts"
             ) from None
     return found
 

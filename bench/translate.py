@@ -35,7 +35,12 @@ from bench.tasks import load, names
 TEXTS: dict[str, tuple[str, ...]] = {
     "gsm8k": ("question", "answer"),
     "math": ("problem", "solution"),
-    "commonsenseqa": ("question.stem", "question.choices.*.text"),
+    "commonsenseqa": (
+        "question.stem",
+        "question.choices.*.text",
+        "question",
+        "choices.text.*",
+    ),
     "boolq": ("question", "passage", "query"),
     "nq_open": ("question", "answer.*"),
     "trivia_qa": (

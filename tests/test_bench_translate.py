@@ -52,7 +52,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer(503, {"error": {"message": "busy"}}, {"Retry-After": "0.01"})
             self.server.asked[text] += 1
             is_spoilt = self.server.asked[text] <= self.server.faults.get(text, 0)
-        said = "我不知道" if is_spoilt else in_chinese(text)
+        spoilt = "我不知道" if re.search(r"\d", text) else text
+        said = spoilt if is_spoilt else in_chinese(text)
         choice = {"index": 0, "message": {"role": "assistant", "content": said}}
         return self.answer(200, {"object": "chat.completion", "choices": [choice]})
 
