@@ -93,6 +93,10 @@ class Tokenizer:
         """The text of ids; control pieces vanish, broken UTF-8 becomes U+FFFD."""
         return b"".join(self._piece_bytes[i] for i in ids).decode("utf-8", errors="replace")
 
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text, which may be a part of a character."""
+        return self._piece_bytes[token]
+
     def n_bytes(self, ids: Iterable[int]) -> int:
         """How many UTF-8 bytes of text the ids stand for."""
         return sum(len(self._piece_bytes[i]) for i in ids)

@@ -1,0 +1,273 @@
+"""Continuous batching: replies join and leave between the steps that they share.
+
+`Engine.step` reads a block of the prompt that waits longest and continues every reply by a token.
+Who runs the steps, in which thread, and what becomes of the pieces is serve's business; nothing
+here waits or locks. Rules and random numbers of a reply are generate.py's: reply number i of a
+request is that of generate_replies with the same seed.
+
+What holds for a reply in company, beside the same reply written alone: prompts are read and tokens
+chosen one reply at a time, and the sums of int8 steps do not depend on the number of rows, so with
+int8 weights it is equal, token by token, drawn or not. Steps in float32 add in an order that
+depends on the number of rows and on the column, so logits agree to rounding (1e-6 of their size)
+and a reply can change only where two tokens are that near to each other.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from babyllama.errors import ConfigError
+from babyllama.fast import Decoder, Float32Step
+from babyllama.generate import Reply, _numbers, _redraw, _Rules
+from babyllama.sampling import SamplingConfig, choose, n_showable, penalise, until_stop
+from babyllama.slots import PrefixCache, Reading, Slots
+from tokenizer import Tokenizer
+
+BLOCK = 64
+
+
+class TokenScore(NamedTuple):
+    """A token of a reply, its log-probability before any setting, and those of the likeliest."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a step added to a reply.
+
+    text: whole characters; may be empty
+    scores: of the tokens behind it, where they were asked for
+    reason: why the reply ended, "" while it goes on: a reason of Reply, cancelled, time, or error
+        (the logits were no finite numbers)
+    """
+
+    text: str
+    scores: list[TokenScore]
+    reason: str = ""
+
+
+@dataclass(eq=False)
+class Job:
+    """One reply to write.
+
+    number: among the replies to its prompt
+    n_top: of how many tokens the scores are wanted; None: of none
+    notify: called with each piece, in the thread that steps; the last one has a reason
+    cancelled: may be set from any thread; the slot is free after the step under way
+    deadline: by `Engine.clock`
+    n_known: tokens of the prompt that another one had read before
+    """
+
+    prompt: list[int]
+    sampling: SamplingConfig
+    notify: Callable[[Piece], None]
+    number: int = 0
+    n_top: int | None = None
+    deadline: float = float("inf")
+    cancelled: bool = False
+    reply: Reply = field(default_factory=Reply)
+    n_known: int = 0
+
+
+class _Row:
+    """A job whose prompt was read: what its next token depends on."""
+
+    def __init__(self, job: Job, tokenizer: Tokenizer, context: int) -> None:
+        self.job = job
+        self.rules = _Rules(job.sampling, tokenizer.eos_id, tokenizer)
+        self.limit = min(job.sampling.max_new_tokens, context - len(job.prompt))
+        seed = job.sampling.seed
+        seed = random.randrange(2**63) if seed is None else seed
+        self.chance = random.Random(f"{seed}/{job.number}")
+        self.stream, self.text, self.n_shown = tokenizer.stream_decoder(), "", 0
+        self.ended = False
+
+    def choose(self, logits: Tensor) -> None:
+        """Continue by a token, or end; logits (1, V)."""
+        job, sampling = self.job, self.job.sampling
+        ids, before = job.reply.ids, len(job.reply.ids)
+        if not bool(torch.isfinite(logits.amax())):
+            self.end("error")
+            return
+        found = logits
+        if sampling.penalises:
+            said = torch.tensor([job.prompt + ids], device=logits.device)
+            found = penalise(logits, sampling, said, len(job.prompt), self.rules.eos_id)
+        token = int(choose(found, sampling, _numbers(found, [self.chance])))
+        if sampling.reads_text:
+            token = _redraw(found[0], token, ids, self.rules, self.chance)
+        self.rules.extend(job.reply, token, self.limit)
+        scores = []
+        if len(ids) > before:
+            self.text += self.stream.feed(token)
+            scores = [] if job.n_top is None else [score(logits[0], token, job.n_top)]
+        self._tell(scores, job.reply.reason)
+
+    def end(self, reason: str) -> None:
+        """End the reply where it is."""
+        self._tell([], reason)
+
+    def _tell(self, scores: list[TokenScore], reason: str) -> None:
+        stop, self.ended = self.job.sampling.stop, bool(reason)
+        end = len(until_stop(self.text, stop)) if reason else n_showable(self.text, stop)
+        text = self.text[self.n_shown : end]
+        self.n_shown = max(self.n_shown, end)
+        if text or scores or reason:
+            self.job.notify(Piece(text, scores, reason))
+
+
+def score(logits: Tensor, token: int, n_top: int) -> TokenScore:
+    """The log-probability of a token and those of the n_top likeliest; logits (V,)."""
+    found = logits.log_softmax(dim=-1)
+    values, tokens = found.topk(min(n_top, len(found)))
+    top = list(zip(tokens.tolist(), values.tolist(), strict=True))
+    return TokenScore(token, float(found[token]), top)
+
+
+class Engine:
+    """A model that writes many replies at once.
+
+    n_slots: at most so many replies at a time; the others wait in the order in which they came
+    prefix_mb: memory for prompts that were read, for those that begin alike
+    block: tokens of a prompt that a step reads, at least, while replies are being written
+    clock: in seconds, for deadlines
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        n_slots: int,
+        prefix_mb: float = 256,
+        block: int = BLOCK,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.decoder, self.tokenizer, self.n_slots = decoder, tokenizer, n_slots
+        self.context = decoder.model.config.max_seq_len
+        self.slots = Slots(decoder.model, n_slots, decoder.cache_dtype)
+        self.known = PrefixCache(int(prefix_mb * 1e6), block)
+        self.clock = clock
+        self.rows: list[_Row | None] = []
+        self.waiting: deque[Job] = deque()
+        self.reading: tuple[Job, Reading] | None = None
+        # Compiled steps read the whole cache; these two can be given the columns that count.
+        self.reads_whole = not isinstance(decoder.step, Float32Step | partial)
+
+    @property
+    def n_running(self) -> int:
+        return sum(row is not None for row in self.rows)
+
+    @property
+    def n_waiting(self) -> int:
+        return len(self.waiting) + (self.reading is not None)
+
+    def add(self, job: Job) -> None:
+        """Let a job wait for its turn.
+
+        raises: ConfigError if its prompt leaves no room in the context
+        """
+        if not 0 < len(job.prompt) < self.context:
+            raise ConfigError(
+                f"a prompt of {len(job.prompt)} tokens leaves no room for a reply in the model's "
+                f"context of {self.context}, or it is empty; shorten it"
+            )
+        self.waiting.append(job)
+
+    def jobs(self) -> list[Job]:
+        """Every job that is not finished."""
+        running = [row.job for row in self.rows if row]
+        return running + ([self.reading[0]] if self.reading else []) + list(self.waiting)
+
+    def step(self) -> bool:
+        """One round; returns whether there is more to do."""
+        with torch.inference_mode():
+            self._let_go()
+            self._read()
+            self._write()
+            self._shrink()
+        return bool(self.n_running or self.n_waiting)
+
+    def _let_go(self) -> None:
+        """End what was cancelled and what took too long."""
+        now = self.clock()
+        for number, row in enumerate(self.rows):
+            if row and (reason := _over(row.job, now)):
+                row.end(reason)
+                self._leave(number)
+        if self.reading and (reason := _over(self.reading[0], now)):
+            self.reading[0].notify(Piece("", [], reason))
+            self.reading = None
+        for job in [job for job in self.waiting if _over(job, now)]:
+            self.waiting.remove(job)
+            job.notify(Piece("", [], _over(job, now)))
+
+    def _leave(self, number: int) -> None:
+        self.rows[number] = None
+        self.slots.free(number)
+
+    def _read(self) -> None:
+        """Read a block's worth of prompts, or a little more."""
+        left = self.known.block
+        while left > 0 and (self.reading or self.waiting) and self.n_running < self.n_slots:
+            if self.reading is None:
+                job = self.waiting.popleft()
+                reading = Reading(self.decoder, job.prompt, self.known)
+                job.n_known = reading.n_known
+                self.reading = job, reading
+            job, reading = self.reading
+            n_read, logits = reading.read_block()
+            left -= n_read
+            if logits is not None:
+                self.reading = None
+                self._join(job, reading, logits)
+
+    def _join(self, job: Job, reading: Reading, logits: Tensor) -> None:
+        row = _Row(job, self.tokenizer, self.context)
+        row.choose(logits)
+        if row.ended:
+            return
+        if None not in self.rows:
+            # Room for those who wait as well, so that the memory moves once.
+            n = min(self.n_slots, len(self.rows) + 1 + len(self.waiting))
+            self.slots.resize(list(range(len(self.rows))), n)
+            self.rows += [None] * (n - len(self.rows))
+        number = self.rows.index(None)
+        self.slots.put(number, reading.cache)
+        self.rows[number] = row
+
+    def _write(self) -> None:
+        """A token more for every reply."""
+        if not self.n_running:
+            return
+        tokens = [row.job.reply.ids[-1] if row else 0 for row in self.rows]
+        device = self.decoder.model.rope.device
+        cache = self.slots.window(whole=self.reads_whole)
+        logits = self.decoder.step(torch.tensor(tokens, device=device), cache)
+        self.slots.stepped([row is None for row in self.rows])
+        for number, row in enumerate(self.rows):
+            if row:
+                row.choose(logits[number : number + 1])
+                if row.ended:
+                    self._leave(number)
+
+    def _shrink(self) -> None:
+        """Give up free rows when they are a quarter: they cost time, and so does moving."""
+        if self.n_waiting or None not in self.rows or self.n_running > 3 * len(self.rows) // 4:
+            return
+        kept = [number for number, row in enumerate(self.rows) if row]
+        self.slots.resize(kept, len(kept))
+        self.rows = [self.rows[number] for number in kept]
+
+
+def _over(job: Job, now: float) -> str:
+    """Why a job must end before it is finished, or ""."""
+    return "cancelled" if job.cancelled else "time" if now > job.deadline else ""
