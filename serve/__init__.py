@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server with a chat page: python -m serve.server."""

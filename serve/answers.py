@@ -1,0 +1,250 @@
+"""Replies in OpenAI's form: whole, or as a stream of server-sent events."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass, field
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from babyllama.engine import Engine, Job, Piece, TokenScore
+from serve.desk import Desk, Mailbox
+from serve.errors import Refused, refusal
+from serve.metrics import Metrics
+
+# What OpenAI's clients know of the ways a reply ends; the exact one is in `end`.
+FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "time": "length"}
+KEEP_ALIVE_S = 10
+
+
+@dataclass
+class Asked:
+    """One request under way: its jobs, and how its replies are to be written down.
+
+    is_chat: chat.completion, else text_completion
+    """
+
+    desk: Desk
+    engine: Engine
+    jobs: list[Job]
+    model: str
+    is_chat: bool
+    metrics: Metrics
+    extra: dict
+    include_usage: bool = False
+    mailbox: Mailbox = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        kind = "chatcmpl" if self.is_chat else "cmpl"
+        self.head = {
+            "id": f"{kind}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": self.model,
+        }
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece] | None]:
+        """Pieces of all replies as they come; None when nothing came for a while. Who stops
+        listening cancels what is left."""
+        left, last = len(self.jobs), time.perf_counter()
+        seen: dict[int, float] = {}
+        self.desk.submit(self.engine, self.jobs, self.mailbox)
+        try:
+            while left:
+                try:
+                    number, piece = await asyncio.wait_for(self.mailbox.get(), KEEP_ALIVE_S)
+                except TimeoutError:
+                    yield None
+                    continue
+                now = time.perf_counter()
+                found = self.metrics.between if number in seen else self.metrics.first
+                found.observe(now - seen.get(number, last))
+                seen[number] = now
+                if piece.reason:
+                    left -= 1
+                    self.metrics.replies.labels(piece.reason).inc()
+                yield number, piece
+        finally:
+            for job in self.jobs:
+                job.cancelled = True
+            usage = self.usage()
+            known = usage["prompt_tokens_details"]["cached_tokens"]
+            self.metrics.tokens.labels("known").inc(known)
+            self.metrics.tokens.labels("read").inc(usage["prompt_tokens"] - known)
+            self.metrics.tokens.labels("written").inc(usage["completion_tokens"])
+
+    def usage(self) -> dict:
+        """Tokens; a prompt counts once, however many replies it gets."""
+        # Of several replies to a prompt, the first has read it.
+        prompts = {id(job.prompt): job for job in reversed(self.jobs)}.values()
+        n_prompt = sum(len(job.prompt) for job in prompts)
+        n_reply = sum(len(job.reply.ids) for job in self.jobs)
+        return {
+            "prompt_tokens": n_prompt,
+            "completion_tokens": n_reply,
+            "total_tokens": n_prompt + n_reply,
+            "prompt_tokens_details": {"cached_tokens": sum(job.n_known for job in prompts)},
+        }
+
+    def scores(self, scores: list[TokenScore], offset: int) -> dict:
+        """Log-probabilities of tokens; offset: characters before them."""
+        tokenizer = self.engine.tokenizer
+        if self.is_chat:
+            return {"content": [
+                {**_named(tokenizer, s.token, s.logprob),
+                 "top_logprobs": [_named(tokenizer, *top) for top in s.top]} for s in scores
+            ]}  # fmt: skip
+        texts = [tokenizer.decode([s.token]) for s in scores]
+        places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [s.logprob for s in scores],
+            "top_logprobs": [{tokenizer.decode([t]): p for t, p in s.top} for s in scores],
+            "text_offset": places,
+        }
+
+
+def _named(tokenizer: object, token: int, logprob: float) -> dict:
+    data = tokenizer.token_bytes(token)
+    text = data.decode("utf-8", "replace")
+    return {"token": text, "logprob": logprob, "bytes": list(data)}
+
+
+def failure(reason: str, has_text: bool) -> Refused | None:
+    """What a reply that ended badly is to the client; None if it is a reply."""
+    if reason == "error":
+        text = "the model gave numbers that are not finite, or stopped; see the server's log"
+        return Refused(500, text, code="model_error")
+    if reason == "time" and not has_text:
+        text = "the server was too busy to begin a reply in time; try again in 5 s"
+        return Refused(503, text, code="overloaded", headers={"Retry-After": "5"})
+    return None
+
+
+async def whole(asked: Asked) -> dict:
+    """The answer to a request that does not stream.
+
+    raises: Refused if a reply could not be written
+    """
+    texts = [""] * len(asked.jobs)
+    reasons = [""] * len(asked.jobs)
+    scores: list[list[TokenScore]] = [[] for _ in asked.jobs]
+    async with aclosing(asked.pieces()) as pieces:
+        async for item in pieces:
+            if item is None:
+                continue
+            number, piece = item
+            texts[number] += piece.text
+            scores[number] += piece.scores
+            reasons[number] = piece.reason
+            refused = failure(piece.reason, bool(asked.jobs[number].reply.ids))
+            if refused:
+                raise refused
+    choices = []
+    for number, job in enumerate(asked.jobs):
+        choice = {"index": number, "finish_reason": FINISH[reasons[number]], "end": reasons[number]}
+        choice["logprobs"] = None if job.n_top is None else asked.scores(scores[number], 0)
+        said = {"role": "assistant", "content": texts[number]}
+        choice |= {"message": said} if asked.is_chat else {"text": texts[number]}
+        choices.append(choice)
+    return {**asked.head, "choices": choices, "usage": asked.usage(), **asked.extra}
+
+
+async def events(asked: Asked) -> AsyncIterator[bytes]:
+    """The answer to a request that streams, as server-sent events."""
+    head = {**asked.head, "object": asked.head["object"] + ".chunk" * asked.is_chat}
+    more = {"usage": None} if asked.include_usage else {}
+    n_characters = [0] * len(asked.jobs)
+
+    def chunk(number: int, piece: Piece, role: bool = False) -> bytes:
+        delta = {"role": "assistant"} if role else {}
+        if piece.text or role:
+            delta["content"] = piece.text
+        choice = {"index": number, "finish_reason": FINISH.get(piece.reason), "logprobs": None}
+        if piece.reason:
+            choice["end"] = piece.reason
+        if piece.scores:
+            choice["logprobs"] = asked.scores(piece.scores, n_characters[number])
+        n_characters[number] += len(piece.text)
+        choice |= {"delta": delta} if asked.is_chat else {"text": piece.text}
+        return event({**head, "choices": [choice], **more})
+
+    if asked.is_chat:
+        for number in range(len(asked.jobs)):
+            first = chunk(number, Piece("", []), role=True)
+            if number == 0 and asked.extra:
+                yield event({**json.loads(first[6:]), **asked.extra})
+            else:
+                yield first
+    async with aclosing(asked.pieces()) as pieces:
+        async for item in pieces:
+            if item is None:
+                yield b": waiting\n\n"
+                continue
+            number, piece = item
+            refused = failure(piece.reason, bool(asked.jobs[number].reply.ids))
+            if refused:
+                yield event(refused.body)
+                return
+            yield chunk(number, piece)
+    if asked.include_usage:
+        yield event({**head, "choices": [], "usage": asked.usage()})
+    yield b"data: [DONE]\n\n"
+
+
+def event(data: dict) -> bytes:
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return b"data: " + text.encode("utf-8") + b"\n\n"
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A response that stops writing replies as soon as the client leaves, and frees its places.
+
+    places: closed at the end, however it comes
+    """
+
+    def __init__(self, asked: Asked, places: ExitStack) -> None:
+        super().__init__(media_type="text/event-stream")
+        self.asked, self.places = asked, places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.places:
+            sending = asyncio.create_task(self._send(send))
+            leaving = asyncio.create_task(gone(receive))
+            try:
+                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (sending, leaving):
+                    task.cancel()
+                # The pieces' own clean-up must have run when the places are given back.
+                await asyncio.gather(sending, leaving, return_exceptions=True)
+        if sending.done() and not sending.cancelled() and sending.exception():
+            raise sending.exception()
+
+    async def _send(self, send: Send) -> None:
+        headers = [
+            (b"content-type", b"text/event-stream; charset=utf-8"),
+            (b"cache-control", b"no-store"),
+            (b"x-accel-buffering", b"no"),
+        ]
+        found = events(self.asked)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for data in found:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except Refused as refused:  # before the first piece
+            body = event(refusal(refused.status, str(refused)))
+            await send({"type": "http.response.body", "body": body})
+        finally:
+            await found.aclose()

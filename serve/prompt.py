@@ -1,0 +1,131 @@
+"""From a request to token ids: what a dialogue must be, where its 资料 comes from, what fits.
+
+Everything here may take a while (a long text, a search), so it runs outside of the event loop.
+"""
+
+from dataclasses import dataclass, field
+
+from babyllama.conversation import Conversation
+from babyllama.retrieval import Retriever
+from serve.errors import Refused
+from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to continue.
+
+    n_dropped: messages that were left out because they did not fit
+    sources: passages that became the 资料; None where none were asked for
+    """
+
+    ids: list[int]
+    n_dropped: int = 0
+    sources: list[dict] | None = field(default=None)
+
+
+def chat_prompt(
+    request: ChatRequest,
+    tokenizer: Tokenizer,
+    context: int,
+    retriever: Retriever | None,
+    truncate: bool = False,
+) -> Prompt:
+    """The prompt for the assistant's next message.
+
+    raises: Refused (400)
+    """
+    _check(request)
+    reference, sources = request.reference or "", None
+    if request.retrieve:
+        reference, sources = _retrieved(request, tokenizer, context, retriever)
+    messages = [{"role": m.role, "content": m.text} for m in request.messages]
+    if reference.strip():
+        messages.insert(0, {"role": "system", "content": reference.strip()})
+    # Each content is encoded once, however often the dialogue is laid out.
+    messages = [{**m, "content": [tokenizer.encode(m["content"])]} for m in messages]
+    ids, n_dropped = tokenizer.render_prompt(messages), 0
+    if truncate if request.truncate is None else request.truncate:
+        room = context - min(request.longest or context, context // 4)
+        ids, n_dropped = _shortened(messages, ids, tokenizer, room)
+    _require_fit(ids, context, "messages")
+    return Prompt(ids, n_dropped, sources)
+
+
+def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    """The texts to continue, as documents begin in pretraining."""
+    if sum(map(len, request.prompts)) > MOST_CHARACTERS:
+        raise Refused(400, f"prompt: at most {MOST_CHARACTERS} characters", "prompt")
+    prompts = [Prompt(tokenizer.encode(text, bos=True)) for text in request.prompts]
+    for prompt in prompts:
+        _require_fit(prompt.ids, context, "prompt")
+    return prompts
+
+
+def _check(request: ChatRequest) -> None:
+    """What types cannot say of a dialogue."""
+    messages = request.messages
+    n_characters = sum(len(m.text) for m in messages) + len(request.reference or "")
+    if n_characters > MOST_CHARACTERS:
+        text = f"messages: found {n_characters} characters, at most {MOST_CHARACTERS} are read"
+        raise Refused(400, text, "messages")
+    for number, message in enumerate(messages):
+        place = f"messages.{number}"
+        if message.images:
+            raise Refused(400, f"{place}.content: this model does not see pictures", place)
+        if message.role == "system" and number:
+            raise Refused(400, f"{place}.role: system (资料) only comes first", place)
+        if message.role == "user" and not message.text.strip():
+            raise Refused(400, f"{place}.content is blank; write a message", place)
+    if messages[-1].role != "user":
+        text = f"the last message must be the user's, found {messages[-1].role!r}"
+        raise Refused(400, text, f"messages.{len(messages) - 1}.role")
+    given = [messages[0].role == "system", bool(request.reference), bool(request.retrieve)]
+    if sum(given) > 1:
+        text = "one 资料 only: a system message, `reference` or `retrieve`"
+        raise Refused(400, text, "reference" if request.reference else "retrieve")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise Refused(400, "top_logprobs goes with logprobs: true", "top_logprobs")
+
+
+def _retrieved(
+    request: ChatRequest, tokenizer: Tokenizer, context: int, retriever: Retriever | None
+) -> tuple[str, list[dict]]:
+    if retriever is None:
+        text = "retrieve: this server has no index; python -m data_process.run wiki --index"
+        raise Refused(400, f"{text} makes one", "retrieve")
+    question = request.messages[-1].text
+    talk = Conversation(tokenizer, context - min(request.longest or context, context // 4))
+    found = retriever.context(question, talk.reference_room(question), talk.n_tokens)
+    return found.text, [
+        {"citation": p.citation, "title": p.title, "paragraph": p.paragraph, "text": p.text}
+        for p in found.passages
+    ]
+
+
+def _shortened(
+    messages: list[dict], ids: list[int], tokenizer: Tokenizer, room: int
+) -> tuple[list[int], int]:
+    """The prompt without its oldest turns, as few as must go; the 资料 and the last one stay."""
+    first = int(messages[0]["role"] == "system")
+    head, turns = messages[:first], messages[first:]
+    n_dropped = 0
+    while len(ids) > room and len(turns) - n_dropped > 1:
+        n_dropped += 1
+        while turns[n_dropped]["role"] != "user":
+            n_dropped += 1
+        ids = tokenizer.render_prompt(head + turns[n_dropped:])
+    return ids, n_dropped
+
+
+def _require_fit(ids: list[int], context: int, param: str) -> None:
+    if len(ids) >= context:
+        raise Refused(
+            400,
+            f"the prompt has {len(ids)} tokens, the model's context is {context}, of which the "
+            f"reply needs one at least; shorten the prompt"
+            + (" or send truncate: true" if param == "messages" else ""),
+            param,
+            "context_length_exceeded",
+        )

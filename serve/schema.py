@@ -1,0 +1,178 @@
+"""What a request may say: the OpenAI interface's fields that we have, and a few of our own.
+
+An unknown field, a wrong type, a number out of range: each is refused with the field's name, never
+passed over. Null means the server's choice, as if the field were absent. Fields of our own come
+after the comment that says so; OpenAI's client sends them by `extra_body`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from babyllama.sampling import SamplingConfig
+
+MOST_MESSAGES = 500
+MOST_CHARACTERS = 32_000  # of all messages together
+MOST_REPLIES = 8
+
+
+class Strict(BaseModel):
+    """No unknown field, no number in quotes, neither NaN nor infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageAddress(Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    """A picture inside the message, as a data URL; nothing is ever fetched."""
+
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class Message(Strict):
+    role: Literal["system", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(max_length=50)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+    @property
+    def images(self) -> list[str]:
+        """Data URLs of pictures, for models that see."""
+        if isinstance(self.content, str):
+            return []
+        return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
+
+
+class Request(Strict):
+    """What both kinds of request share."""
+
+    model: Annotated[str, Field(max_length=200)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    user: Annotated[str, Field(max_length=200)] | None = Field(
+        None, description="accepted and not used"
+    )
+    # Our own.
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    no_repeat_ngram: Annotated[int, Field(ge=0, le=1000)] | None = None
+    loop_guard: Literal["off", "end", "redraw"] | None = None
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_tokens
+
+    def sampling(self, most: int) -> SamplingConfig:
+        """The settings of a reply; what the request leaves open is as in chat.py.
+
+        most: tokens of a reply where the request names no number
+        """
+        asked = {
+            name: value
+            for name in SamplingConfig.__dataclass_fields__
+            if (value := getattr(self, name, None)) is not None
+        }
+        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        return SamplingConfig(
+            **asked | {"n": 1, "stop": stop, "max_new_tokens": self.longest or most}
+        )
+
+
+class ChatRequest(Request):
+    """A dialogue to continue; an optional system message at its beginning is the 资料."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    # Our own.
+    reference: Annotated[str, Field(max_length=MOST_CHARACTERS)] | None = Field(
+        None, description="资料: a text to answer from; instead of a system message"
+    )
+    retrieve: bool | None = Field(
+        None, description="take the 资料 from the index: what fits the last message best"
+    )
+    truncate: bool | None = Field(
+        None, description="leave out the oldest turns where a dialogue is too long"
+    )
+
+    @property
+    def longest(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(Request):
+    """A text to continue, as in pretraining."""
+
+    prompt: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_REPLIES)
+        ]
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+
+class Fault(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Refusal(BaseModel):
+    """The body of every answer that is no 200."""
+
+    error: Fault
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Answer(BaseModel):
+    """What both kinds of answer share; `choices` differ."""
+
+    model_config = ConfigDict(extra="allow")
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[dict]
+    usage: Usage

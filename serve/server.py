@@ -1,0 +1,266 @@
+"""Serve a checkpoint: OpenAI's interface and a chat page, on this machine alone unless told.
+
+    python -m serve.server                                     # the newest run in out/
+    python -m serve.server out/redgpt --port 8000              # then open http://127.0.0.1:8000
+    python -m serve.server out/redgpt --adapters out/csl_lora  # more models to choose from
+    python -m serve.server out/redgpt --host 0.0.0.0 --api-key-file key.txt
+
+The first Ctrl-C lets running replies finish, a second one does not. Needs requirements/serve.txt.
+"""
+
+import copy
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from babyllama import lora
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.cli import from_repo, parse, run, shown
+from babyllama.conversation import choose_checkpoint
+from babyllama.device import Device, pick_device
+from babyllama.engine import Engine
+from babyllama.errors import ConfigError
+from babyllama.fast import Weights, make_decoder
+from babyllama.lora_files import load_adapter
+from babyllama.retrieval import API_URL, INDEX, Retriever
+
+# At most so many connections; more are answered with 503.
+MOST_CONNECTIONS = 500
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What to serve, to whom, and how much of it.
+
+    Args:
+        checkpoint: run directory (its newest step) or step directory; if absent the newest run
+        adapters: LoRA runs or adapters of that checkpoint, one or [a, b]; each is served as a model
+            of its own
+        host: address to listen on; any but this machine's own needs a key
+        port: 0 takes a free one
+        api_key_file: text file whose first line is the key that requests must bear
+        device: auto, cpu, cuda or mps
+        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only
+        slots: replies that are written at the same time
+        queue: replies that may wait beyond those; more are refused with 429
+        per_client: of all these, the most of one address
+        reply_seconds: a reply that takes longer, waiting included, ends where it is
+        body_seconds: the head of a request, and then its body, must arrive within this time
+        body_kb: largest body of a request
+        shutdown_seconds: running replies get this time when the server is stopped
+        prefix_mb: memory for beginnings of prompts, so that a shared 资料 is read once
+        truncate: leave out the oldest turns of a dialogue that is too long, unless a request says
+            otherwise
+        index: directory of an index for `retrieve` and the page's look-up; if absent the one that
+            data_process.run wiki --index makes, where it is there
+        wiki_url: MediaWiki's API that the page's look-up asks where the index knows nothing; ""
+            keeps the server off the network
+    """
+
+    checkpoint: Path | None = None
+    adapters: tuple[Path, ...] | Path = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    device: Device = "auto"
+    weights: Weights = "auto"
+    slots: int = 16
+    queue: int = 32
+    per_client: int = 16
+    reply_seconds: float = 60
+    body_seconds: float = 10
+    body_kb: int = 1024
+    shutdown_seconds: int = 60
+    prefix_mb: float = 256
+    truncate: bool = False
+    index: Path | None = None
+    wiki_url: str = API_URL
+
+    def __post_init__(self) -> None:
+        least = {"port": 0, "slots": 1, "queue": 0, "per_client": 1, "prefix_mb": 0, "body_kb": 1,
+                 "reply_seconds": 0.1, "body_seconds": 0.1, "shutdown_seconds": 0}  # fmt: skip
+        faults = [
+            f"--{name} {getattr(self, name)} (at least {bound})"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        if faults or self.port > 65535:
+            raise ConfigError(f"cannot serve with {', '.join(faults) or f'port {self.port}'}")
+
+
+def main(cfg: ServerConfig) -> int:
+    try:
+        import uvicorn
+
+        from serve.app import OPEN, Service, make_app
+        from serve.desk import Desk
+        from serve.gate import LOOPBACK, GateConfig, Protocol
+        from serve.metrics import Metrics
+    except ImportError as error:
+        raise ConfigError(
+            f"the server needs the package {error.name!r}, which is not installed: "
+            f"pip install -r requirements/serve.txt -c constraints.txt"
+        ) from None
+    key, only_local = read_key(cfg.api_key_file), cfg.host in LOOPBACK
+    if not (key or only_local):
+        raise ConfigError(
+            f"--host {cfg.host} can be reached by others, so it needs --api-key-file FILE; "
+            f"leave --host out to serve this machine alone"
+        )
+    listener = listen(cfg.host, cfg.port)  # before the model is loaded: the mistake shows at once
+    retriever = open_index(cfg.index)
+    models = load_models(cfg)
+    engines = {
+        name: Engine(
+            make_decoder(loaded.model, cfg.weights), loaded.tokenizer, cfg.slots,
+            cfg.prefix_mb / len(models), clock=time.monotonic,
+        )
+        for name, loaded in models.items()
+    }  # fmt: skip
+    metrics = Metrics()
+    desk = Desk(engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
+    created = {name: int(loaded.path.stat().st_mtime) for name, loaded in models.items()}
+    service = Service(desk, metrics, created, cfg.reply_seconds, cfg.truncate, retriever,
+                      cfg.wiki_url)  # fmt: skip
+    gate = GateConfig(key, only_local, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
+    protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds})
+    server = uvicorn.Server(uvicorn.Config(
+        make_app(service, gate), http=protocol, ws="none", lifespan="on", log_level="warning",
+        access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=cfg.shutdown_seconds, backlog=256,
+    ))  # fmt: skip
+    desk.on_failure = lambda: setattr(server, "should_exit", True)
+    logging.getLogger("babyllama.serve").addHandler(logging.StreamHandler())
+    _say(cfg, listener, models, engines, retriever)
+    with _own_signals():
+        server.run(sockets=[listener])
+    return int(desk.failed)
+
+
+def _say(
+    cfg: ServerConfig,
+    listener: socket.socket,
+    models: dict[str, Loaded],
+    engines: dict[str, Engine],
+    retriever: Retriever | None,
+) -> None:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    for name, loaded in models.items():
+        decoder = engines[name].decoder
+        print(f"{name}: {shown(loaded.path)}, {decoder.kind} ({decoder.reason})")
+    if retriever:
+        print(f"资料: {retriever.describe()}")
+    print(f"http://{host}:{port}   (Ctrl-C: 停止 / stop)", flush=True)
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """uvicorn raises a signal that it caught once more when all is done; here nothing comes of it,
+    because to stop when asked is no failure."""
+    before = {
+        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    raises: ConfigError if the address cannot be had; one line that says why
+    """
+    try:
+        ((family, kind, _, _, address), *_) = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listener = socket.socket(family, kind)
+        if sys.platform != "win32":
+            # There it would let two servers share a port; here it skips the wait after a stop.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(256)
+    except OSError as error:
+        holder = _holder(port)
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {error.strerror or error}"
+            + (f" (by {holder})" if holder else "")
+            + "; stop what is there, or choose another with --port"
+        ) from None
+    return listener
+
+
+def _holder(port: int) -> str:
+    """The program that listens on a port, where the system tells."""
+    import psutil
+
+    try:
+        for found in psutil.net_connections("tcp"):
+            if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
+                return f"{psutil.Process(found.pid).name()}, process {found.pid}"
+    except (psutil.Error, OSError):
+        pass  # the name is a courtesy
+    return ""
+
+
+def read_key(path: Path | None) -> str:
+    """The first line of a key file; "" where none is named.
+
+    raises: ConfigError if it is missing, or no key
+    """
+    if path is None:
+        return ""
+    try:
+        lines = from_repo(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path}: wanted a text file, found {error}") from None
+    key = lines[0].strip() if lines else ""
+    if len(key) < 16 or not key.isascii():
+        raise ConfigError(
+            f"--api-key-file {path}: wanted a key of 16 ASCII characters or more in the first "
+            f"line, found {len(key)}; python -c 'import secrets; print(secrets.token_urlsafe())' "
+            f"makes one"
+        )
+    return key
+
+
+def open_index(path: Path | None) -> Retriever | None:
+    """The index that was named, or the usual one where it is there."""
+    if path is None and not INDEX.is_dir():
+        return None
+    return Retriever.open(path or INDEX)
+
+
+def load_models(cfg: ServerConfig) -> dict[str, Loaded]:
+    """The checkpoint, and it once more with each adapter in its weights, by the names that
+    requests use."""
+    base = load_model(choose_checkpoint(cfg.checkpoint), pick_device(cfg.device))
+    base.tokenizer.require_dialogue()
+    models = {name_of(base.path): base}
+    for path in (cfg.adapters,) if isinstance(cfg.adapters, Path) else cfg.adapters:
+        path = from_repo(path)
+        model = lora.bake(load_adapter(copy.deepcopy(base.model), path))
+        name = name_of(path)
+        if name in models:
+            raise ConfigError(f"two models are called {name!r}; rename a directory")
+        models[name] = Loaded(model.eval(), base.tokenizer, base.step, path, base.kind)
+    return models
+
+
+def name_of(path: Path) -> str:
+    """The run's name of a run or one of its steps."""
+    path = path.resolve()
+    return path.parent.name if path.name.startswith("step-") or path.name == "best" else path.name
+
+
+if __name__ == "__main__":
+    run(main, parse(ServerConfig, __doc__, positional=["checkpoint"]))
