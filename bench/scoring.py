@@ -78,10 +78,14 @@ def math(reply: str, answers: Sequence[str]) -> dict[str, float]:
     return {"acc": float(any(is_equiv(found, answer) for answer in answers))}
 
 
+def plain(text: str) -> str:
+    """A text without case, punctuation and needless white space."""
+    return " ".join(text.lower().translate(_BARE).split())
+
+
 def bare(text: str) -> str:
-    """A text without case, punctuation, English articles and white space at its ends."""
-    words = text.lower().translate(_BARE).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    """The same without English articles."""
+    return " ".join(word for word in plain(text).split() if word not in ("a", "an", "the"))
 
 
 def exact(reply: str, answers: Sequence[str]) -> dict[str, float]:
@@ -94,8 +98,8 @@ def bbh(reply: str, answers: Sequence[str]) -> dict[str, float]:
     """The first line is the answer; of "(B) text" the letter counts."""
     said = _first_line(reply)
     letter = re.match(r"[(（]?([A-R])(?:[)）.、:：]|$)", said)
-    said = letter[1].lower() if letter else bare(said)
-    return {"em": float(any(said == bare(answer) for answer in answers))}
+    said = letter[1].lower() if letter else plain(said)
+    return {"em": float(bool(said) and any(said == plain(answer) for answer in answers))}
 
 
 def _first_line(reply: str) -> str:
