@@ -154,7 +154,9 @@ def answer(session: Session, message: str) -> None:
         say("（上下文满了：从现在起，模型看不到最早的几轮；资料保留）")
     print(paint(LABELS["assistant"], "36"), end="", flush=True)
     reply(session, asked)
-    print(paint(visible(ENDINGS.get(asked.reason, "") + sources(asked))))
+    print(paint(ENDINGS.get(asked.reason, "")))
+    if asked.found is not None:
+        say(sources(asked))
 
 
 def converse(session: Session) -> None:

@@ -73,7 +73,8 @@ def do_wikipedia(session: Session, term: str, user: User) -> str:
             f"“{found.term}”" + ("有多个含义：" if found.ambiguous else "没有词条，相近的有：")
         ]
         lines += [f"  {number} {title}" for number, title in enumerate(found.titles, 1)]
-        chosen = user.ask("\n".join([*lines, "编号（回车取消）："])).strip()
+        user.tell("\n".join(lines))
+        chosen = user.ask("编号（回车取消）：").strip()
         if chosen not in map(str, range(1, len(found.titles) + 1)):
             return "已取消"
         found = look_up(found.titles[int(chosen) - 1], url)
@@ -94,7 +95,8 @@ def do_retrieve(session: Session, value: str, user: User) -> str:
 
 def do_summary(session: Session, value: str, user: User) -> str:
     if not value:
-        lines = [user.ask("粘贴摘要，空行结束：\n")]
+        user.tell("粘贴摘要，空行结束：")
+        lines = [user.ask("")]
         while lines[-1].strip():
             lines.append(user.ask(""))
         value = "\n".join(lines)
@@ -201,7 +203,7 @@ def obey(session: Session, line: str, user: User) -> str | Again | None:
     """
     name, _, value = line.strip().partition(" ")
     if name not in NAMES:
-        raise ConfigError(f"没有命令 {name}；有 {' '.join(COMMANDS)}")
+        raise ConfigError(f"没有命令 {name[:40]}；有 {' '.join(COMMANDS)}")
     command = COMMANDS[NAMES[name]]
     return command.run(session, value.strip(), user) if command.run else None
 

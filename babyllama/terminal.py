@@ -73,6 +73,8 @@ class Lines:
         readline.set_completer(words)
         is_libedit = "libedit" in (readline.__doc__ or "")
         readline.parse_and_bind("bind ^I rl_complete" if is_libedit else "tab: complete")
+        if not is_libedit:  # pasted lines are one message; Python switches it off
+            readline.parse_and_bind("set enable-bracketed-paste on")
         for message in _remembered(history)[-MOST_REMEMBERED:]:
             readline.add_history(message)
 
