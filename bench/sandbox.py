@@ -124,7 +124,7 @@ def _outcome(said: str, word: str, reason: str) -> Outcome:
         return Outcome(False, reason, detail)
     if result == word:
         return Outcome(True, "passed")
-    known = result if result.isidentifier() else "exit"
+    known = result if result.isidentifier() and result != "passed" else "exit"
     return Outcome(False, known, detail[:200])
 
 

@@ -87,7 +87,7 @@ HOSTILE = {
         "builtins.exec = builtins.compile = builtins.open = lambda *a, **k: None\n"
         "json.dumps = os._exit = sys.exit = lambda *a, **k: 'passed'\n"
         "def answer(): return 41",
-        "AssertionError",
+        ("AssertionError", "exit"),
     ),
     "threads that outlive": (
         "import threading, time\nfor _ in range(5):\n"
