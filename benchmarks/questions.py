@@ -54,8 +54,14 @@ def _questions(source: str, data: list | dict) -> Iterator[Question]:
                 yield Question(source, "\n".join(item[0]), qa["question"], (qa["answer"],))
         else:
             for qa in item["qas"]:
-                answers = tuple(qa["answers"])
+                answers = tuple(map(_written, qa["answers"]))
                 yield Question(source, item["context_text"], qa["query_text"], answers)
+
+
+def _written(answer: str | float) -> str:
+    """CMRC has years and the like as numbers."""
+    is_whole = isinstance(answer, float) and answer.is_integer()
+    return str(int(answer)) if is_whole else str(answer)
 
 
 def squeeze(text: str) -> str:
