@@ -8,7 +8,6 @@ JSON from stdin and writes one JSON line with the result. Standard library only:
 import ctypes
 import json
 import os
-import resource
 import select
 import signal
 import sys
@@ -24,12 +23,14 @@ ROOT = "/tmp"  # a folder that every system has; the new file system is laid ove
 SYSTEM = ("/usr", "/lib", "/lib64", "/bin")
 DEVICES = ("null", "zero", "urandom")
 
-LIBC = ctypes.CDLL(None, use_errno=True)
+
+def libc():
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def call(name, *args):
     """A system call by its C function; an error becomes OSError."""
-    if getattr(LIBC, name)(*args) != 0:
+    if getattr(libc(), name)(*args) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
@@ -161,6 +162,8 @@ def count_threads(uid):
 
 def give_up(limits, uid, n_mine):
     """No rights, no output, little of everything."""
+    import resource  # which Windows lacks; this file can be imported there
+
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for stream in (0, 1, 2):
@@ -191,7 +194,7 @@ def give_up(limits, uid, n_mine):
 def drop_capabilities():
     """Inside a user namespace its maker has every right there; none is needed."""
     for number in range(64):
-        LIBC.prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP; ends with an error behind the last one
+        libc().prctl(24, number, 0, 0, 0)  # PR_CAPBSET_DROP; ends with an error behind the last one
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     nothing = (ctypes.c_uint32 * 6)()
     call("capset", header, nothing)
