@@ -68,7 +68,10 @@ class Lines:
 
         def words(word: str, number: int) -> str | None:
             before = readline.get_line_buffer()[: readline.get_begidx()]
-            return [*complete(before, word), None][number]
+            found = complete(before, word)
+            if len(found) == 1 and not found[0].endswith("/"):
+                found = [found[0] + " "]  # readline itself is told by Python to add nothing
+            return [*found, None][number]
 
         readline.set_completer(words)
         is_libedit = "libedit" in (readline.__doc__ or "")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEXTS
 from test_index import write_articles
 from test_retrieval import server, url  # noqa: F401
 
@@ -35,7 +36,7 @@ from babyllama.sampling import SamplingConfig
 from babyllama.session import Session
 from babyllama.terminal import HARMFUL, MORE
 from model import ModelConfig, Transformer
-from tokenizer import LABELS, Tokenizer
+from tokenizer import LABELS, Tokenizer, train_vocabulary
 
 REPO = Path(chat.__file__).parent
 PROMPT = LABELS["user"]
@@ -519,7 +520,9 @@ def test_an_adapter_of_another_base_is_one_line_and_code_2(script, polite, tmp_p
     assert "different names" in done.error
 
 
-def test_a_title_is_asked_for_as_scoring_does_and_its_lead_in_comes_off(tmp_path, tokenizer):
+def test_a_title_is_asked_for_as_scoring_does_and_its_lead_in_comes_off(tmp_path):
+    train_vocabulary([*TEXTS, "可以叫《银杏》"] * 5, tmp_path / "v.model", 430)
+    tokenizer = Tokenizer(tmp_path / "v.model")
     reply = tokenizer.encode("可以叫《银杏》", eos=True)
     assert len(set(reply)) == len(reply)  # else `teach` could not tell the tokens apart
     loaded = load_model(make_checkpoint(tmp_path / "titles", tokenizer, reply))
