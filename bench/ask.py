@@ -71,13 +71,14 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
 def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str) -> dict:
     scores = values[metric]
     low, high = interval(scores)
+    # Of all rows: the most frequent answer of a few would look better than it is.
     if task.score == "choice":
-        chance, constant = chance_of_choice(rows.scored), constant_choice(rows.scored)
+        chance, constant = chance_of_choice(rows.every), constant_choice(rows.every)
     elif task.score == "code":
         chance = constant = 0.0
     else:
-        chance = chance_of_answer(rows.scored)
-        constant = constant_answer(rows.scored, SCORES[task.score], METRICS[task.score])
+        chance = chance_of_answer(rows.every)
+        constant = constant_answer(rows.every, SCORES[task.score], METRICS[task.score])
     by_subject = defaultdict(list)
     for row, score in zip(rows.scored, scores, strict=True):
         by_subject[row["subject"]].append(score)
@@ -93,7 +94,7 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         "constant": constant,
         "verdict": verdict(low, high, chance, constant),
         "n": len(scores),
-        "n_all": rows.n_all,
+        "n_all": len(rows.every),
         "left_out": dict(rows.left_out),
         "language": task.language,
         "other_metrics": {n: float(np.mean(v)) for n, v in values.items() if n != metric},

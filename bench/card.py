@@ -5,6 +5,7 @@ how many questions there were, and how many of them stood in the training rows.
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,6 +105,8 @@ def draw(card: dict, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    # A font that exists in one weight only is drawn in that, without a word about it.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     font, reports = cjk_font(), card["tasks"][::-1]
     with rc_context({"font.family": [font or "DejaVu Sans", "DejaVu Sans"]}):
         figure = Figure(figsize=(9, 1.4 + 0.34 * len(reports)), layout="constrained")

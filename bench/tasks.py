@@ -60,13 +60,13 @@ class Task:
 class Rows:
     """The rows of a task.
 
-    scored: those that are asked; shots: those that examples are taken from
+    scored: those that are asked; every: all that could be; shots: those examples are taken from
     own_shots: there were no others, so examples come from the scored ones
     """
 
     scored: list[dict]
+    every: list[dict]
     shots: list[dict]
-    n_all: int
     own_shots: bool
     sha256: str
     left_out: Counter[str] = field(default_factory=Counter)
@@ -136,18 +136,18 @@ def rows_of(task: Task, data: Path, limit: int | None) -> Rows:
         for name, text in files:
             digest.update(f"{name}\0{text}\0".encode())
         parts[part] = read_rows(read, files, left_out if part == "scored" else Counter())
-    scored = parts["scored"]
-    if not scored:
+    every = parts["scored"]
+    if not every:
         raise DataError(
             f"{task.name}: wanted rows from {' or '.join(task.files['scored'])} in "
             f"{shown(data / task.folder)}, found none; get the files "
             f"(configs/bench/{task.name.removesuffix(CLOZE)}.yaml), or name another --data"
         )
-    n_all = len(scored)
-    if limit and limit < n_all:
-        scored = [scored[i * n_all // limit] for i in range(limit)]
-    shots = parts.get("shots") or parts["scored"]
-    return Rows(scored, shots, n_all, not parts.get("shots"), digest.hexdigest(), left_out)
+    scored = every
+    if limit and limit < len(every):
+        scored = [every[i * len(every) // limit] for i in range(limit)]
+    shots = parts.get("shots") or every
+    return Rows(scored, every, shots, not parts.get("shots"), digest.hexdigest(), left_out)
 
 
 class FixedShots:

@@ -214,7 +214,7 @@ def test_a_limit_takes_rows_from_everywhere():
     task = load("cmmlu")
     whole = rows_of(task, FIXTURES, None)
     some = rows_of(task, FIXTURES, 2)
-    assert some.n_all == len(whole.scored) == 4
+    assert len(some.every) == len(whole.scored) == 4
     assert [r["subject"] for r in some.scored] == ["agronomy", "arts"]
 
 
@@ -232,5 +232,5 @@ def test_every_task_file_says_what_it_is():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_files_give_the_published_number_of_rows(name):
     rows = rows_of(load(name), DATA, None)
-    assert rows.n_all == PUBLISHED[name] and not rows.left_out
+    assert len(rows.every) == PUBLISHED[name] and not rows.left_out
     assert json.dumps(rows.scored[:3])

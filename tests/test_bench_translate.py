@@ -101,7 +101,7 @@ def test_a_set_keeps_its_layout_its_labels_and_its_numbers(task, server, tmp_pat
     assert load(task).reader in TEXTS
     main(config(server, tmp_path, task))
     english, chinese = (rows_of(load(task), place, None) for place in (FIXTURES, tmp_path))
-    assert chinese.n_all == english.n_all and chinese.left_out == english.left_out
+    assert len(chinese.every) == len(english.every) and chinese.left_out == english.left_out
     assert len(chinese.shots) == len(english.shots)
     for before, after in zip(english.scored, chinese.scored, strict=True):
         assert (before["gold"], before["letters"]) == (after["gold"], after["letters"])
@@ -133,7 +133,7 @@ def test_a_text_that_loses_a_number_is_asked_again_then_its_row_is_listed(server
     assert server.asked[questions[0]] == server.asked[questions[1]] == 3
     (failed,) = map(json.loads, (tmp_path / "gsm8k/failed.jsonl").read_text("utf-8").splitlines())
     assert failed["texts"] == [questions[1]] and failed["entry"]["question"] == questions[1]
-    assert rows_of(load("gsm8k"), tmp_path, None).n_all == len(questions) - 1
+    assert len(rows_of(load("gsm8k"), tmp_path, None).every) == len(questions) - 1
     assert "left out: test.jsonl: 缺少数字" in capsys.readouterr().out
     main(config(server, tmp_path, "gsm8k"))
     assert server.asked[questions[1]] == 6, "what failed is asked for again"
