@@ -73,7 +73,9 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
     low, high = interval(scores)
     # Of all rows: the most frequent answer of a few would look better than it is.
     if task.score == "choice":
-        chance, constant = chance_of_choice(rows.every), constant_choice(rows.every)
+        chance = constant = chance_of_choice(rows.every)
+        if _shows_numbers(task, rows):
+            constant = constant_choice(rows.every)
     elif task.score == "code":
         chance = constant = 0.0
     else:
@@ -105,6 +107,12 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         },
         "data_sha256": rows.sha256,
     }
+
+
+def _shows_numbers(task: Task, rows: Rows) -> bool:
+    """Whether one option can be said every time: letters, or the same texts in every row."""
+    same = {tuple(row["options"]) for row in rows.every}
+    return task.harness.get("doc_to_choice") == "letters" or len(same) == 1
 
 
 def _n_cut(made: object, said: list[dict], lm: Scorer, task: Task) -> int:

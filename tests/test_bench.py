@@ -49,9 +49,11 @@ WRONG = {"number": "答案是999999", "math": "\\boxed{999}", "exact": "nobody",
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Tokenizer:
-    """900 pieces, learnt from the fixtures and the task files."""
-    found = [*FIXTURES.rglob("*.*"), *(Path("configs/bench").glob("*.yaml"))]
-    texts = [path.read_text("utf-8") for path in sorted(found) if path.is_file()]
+    """900 pieces, learnt from the fixtures and some words of the prompts."""
+    texts = [path.read_text("utf-8") for path in sorted(FIXTURES.rglob("*.*")) if path.is_file()]
+    texts.append(
+        "以下是单项选择题，请直接写出正确选项的字母。问题：题目：资料：答案：解答：数学应用题" * 3
+    )
     path = tmp_path_factory.mktemp("bench") / "small.model"
     train_vocabulary(texts, path, vocab_size=900)
     return Tokenizer(path)
@@ -313,10 +315,13 @@ def test_a_row_is_never_its_own_example_and_gets_those_of_its_subject():
 
 def test_examples_stand_before_the_question_as_many_as_fit(random_model, vocabulary, tmp_path):
     lm = for_harness(random_model, 4, False, Store(None, ""))
-    for name, answer in (("cmmlu", "答案：B\n\n"), ("gsm8k", "答案是12\n\n")):
+    for name, label, answer in (
+        ("cmmlu", "题目：", "答案：B\n\n"),
+        ("gsm8k", "数学应用题：", "答案是12\n\n"),
+    ):
         row, prompt = asked(load(name), lm, shots=2)[0]
-        assert prompt.endswith(f"{row['ask']}" + prompt.rpartition(row["ask"])[2])
-        assert prompt.count(answer) >= 1 and prompt.count(row["ask"]) == 1
+        assert prompt.count(label) == 3 and prompt.count(answer) == 1
+        assert prompt.rpartition(label)[2].startswith(row["ask"])
     small = fixed_model(vocabulary.vocab_size, max_seq_len=160)
     report = report_of(
         Loaded(small, vocabulary, 0, tmp_path, "pretrain"), "cmmlu", tmp_path, shots=2
@@ -338,7 +343,8 @@ def test_what_was_answered_is_not_asked_again(random_model, tmp_path):
     store = Store(path, "x")
     n_kept = len(store.known)
     assert 0 < n_kept < len(PAIRS)
-    assert for_harness(random_model, 2, False, store).loglikelihood(pairs) == pytest.approx(first)
+    again = for_harness(random_model, 2, False, store).loglikelihood(pairs)
+    assert [v for v, _ in again] == pytest.approx([v for v, _ in first])
     assert store.n_found == n_kept and len(Store(path, "x").known) == len(PAIRS)
     other = Store(path, "another checkpoint")
     for_harness(random_model, 2, False, other).loglikelihood(pairs)
@@ -373,7 +379,9 @@ def test_one_command_writes_a_card_that_says_what_the_numbers_are_worth(
     scores = {report["task"]: report for report in found["tasks"]}
     assert scores["gsm8k"]["score"] == scores["cmmlu"]["score"] == 0.75
     assert scores["cmmlu"]["chance"] == 0.25 and scores["cmmlu"]["constant"] == 0.5
-    assert scores["cmmlu"]["verdict"] == "above chance" and scores["cmmlu"]["leaked"] is None
+    assert scores["cmmlu"]["verdict"] == "not above one constant answer"
+    assert scores["gsm8k"]["verdict"] == "above chance" and scores["gsm8k"]["leaked"] is None
+    assert scores["zhoblimp"]["constant"] == 0.5, "the order of two sentences is not shown"
     assert scores["cmmlu"]["prompt_language"] == "zh" and scores["gsm8k"]["language"] == "en"
     assert "| 75.0% | 30.1% – 95.4% | 25.0% | 50.0% | 4 | 0 | zh / zh | ? |" in text
     assert "humaneval was not run: it runs what the model writes" in text
