@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+import lzma
 import re
 import resource
 import shutil
 from collections.abc import Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,8 @@ from model import Transformer
 from tokenizer import Tokenizer
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tokenizers"
+BPE = "chinese_llama2_55296.model"
+WIKI = REAL.parent / "wikipedia_zh" / "wikipedia_zh.jsonl.xz"
 LINES = [f"{text[k:]}第{k}行" for k in range(30) for text in TEXTS if "\n" not in text]
 
 
@@ -527,16 +531,36 @@ def test_the_file_says_what_llama_cpp_must_know(gguf_folder, tokenizer):
     assert {name: fields[name].contents() for name in wanted} == wanted
 
 
+needs_llama_cpp = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama-cpp-python is neither here nor on PYTHONPATH"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+@needs_llama_cpp
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_llama_cpp_reads_the_same_model(kind, loaded, tmp_path):
     write_file(loaded, tmp_path / "x.gguf", kind)
     report = gguf.prove_llama_cpp(loaded, tmp_path / "x.gguf", Material(LINES, "here"), kind)
     assert report["llama_cpp_token_ids"]["passed"]
+    assert report["llama_cpp_chat_template"]["passed"]
     if kind == "f32":
         assert report["llama_cpp_logits"]["passed"], report["llama_cpp_logits"]
         assert report["llama_cpp_replies"]["passed"], report["llama_cpp_replies"]
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.skipif(not WIKI.is_file(), reason="the real text is not here")
+def test_llama_cpp_gives_our_ids_of_real_chinese(tmp_path):
+    found = load_model(make_checkpoint(tmp_path / "out/real", Tokenizer(REAL / BPE)))
+    write_file(found, tmp_path / "x.gguf", "f32")
+    with lzma.open(WIKI, "rt", encoding="utf-8") as rows:
+        texts = (line for row in rows for line in json.loads(row)["text"].split("\n"))
+        lines = list(islice((line for line in texts if re.search("[一-鿿]", line)), 5000))
+    report = gguf.prove_llama_cpp(found, tmp_path / "x.gguf", Material(lines, "here"), "f32")
+    assert len(lines) == 5000
+    assert all(check["passed"] for check in report.values()), report
 
 
 # The way back
