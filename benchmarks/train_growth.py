@@ -145,11 +145,12 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         sizes = [point[name] for point in found]
         speed, memory = axes[:, column]
         speed.plot(sizes, [point["tokens_per_s"] for point in found], marker="o")
-        speed.set(title=name, ylim=(0, None), ylabel="" if column else "tokens/s")
+        speed.set(title=name, ylabel="" if column else "tokens/s")
         memory.plot(sizes, [p["peak_gb"] for p in found], marker="o", label="measured")
         memory.plot(sizes, [p["computed_gb"] for p in found], ls="--", label="computed")
-        memory.set(xlabel=name, ylim=(0, None), ylabel="" if column else "peak memory, GB")
+        memory.set(xlabel=name, ylabel="" if column else "peak memory, GB")
         for axis in (speed, memory):
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.set_xscale("log", base=2)
             axis.set_xticks(sizes, [f"{n:,}" for n in sizes], fontsize=8)
             axis.minorticks_off()
