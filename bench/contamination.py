@@ -57,10 +57,11 @@ def _yaml(path: Path) -> dict:
 
 
 def _rows_of(name: str) -> list[Path]:
-    path = from_repo(name)
+    # The files are read by another process, whose working directory is the repository.
+    path = from_repo(name).resolve()
     if path.is_file():
         return [path]
-    folders = [path, from_repo(Path("data/clean") / Path(name).name)]
+    folders = [path, from_repo(Path("data/clean") / path.name).resolve()]
     return next((found for f in folders if (found := sorted(f.glob("train-*.jsonl")))), [])
 
 

@@ -478,7 +478,7 @@ def test_the_harness_own_model_gives_an_exported_checkpoint_the_same_scores(taug
     )  # fmt: skip
     for name in AGREE:
         task = load(name)
-        rows = rows_of(task, FIXTURES, None)
+        rows = rows_of(task, FIXTURES, FEW)
         found = []
         for lm in (theirs, for_harness(loaded, 3, False, Store(None, ""))):
             made = harness_task(task, rows, 0, "zh", lambda prompt, row: True)
