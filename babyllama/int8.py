@@ -6,6 +6,7 @@ makes the small files of a released model (narrow, widen).
 """
 
 import ctypes
+import time
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ _WIDE = 16
 _MOST_ROWS = 512
 # Few rows gain nothing from more threads, as they wait for memory, or for each other.
 _MANY_ROWS, _MOST_THREADS = 16, 8
+# After so many steps, so many of each kind find out whether one thread is faster than all.
+_TRIAL_EVERY, _TRIAL = 100, 4
 
 # In a file, what stands behind the name of an int8 matrix in the name of its scales.
 _SCALES = ".scales"
@@ -63,6 +66,38 @@ class _Rows(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Team:
+    """How many threads a step of few rows gets: all, or one where that is faster.
+
+    So it is where other programs use the processor: a step then waits for the thread that has no
+    place to run. What is not in use is tried for a few steps now and then.
+    """
+
+    def __init__(self) -> None:
+        self.is_alone, self.n_steps = False, 0
+        self.seconds: dict[bool, float] = {}  # of the last trial, by whether a thread was alone
+
+    def pick(self, most: int) -> int:
+        """The number of threads of the next step, of `most` that there are."""
+        place = self.n_steps % _TRIAL_EVERY
+        is_trial = _TRIAL <= place < 2 * _TRIAL
+        return 1 if self.is_alone != is_trial else most
+
+    def took(self, seconds: float) -> None:
+        """How long that step took."""
+        place = self.n_steps % _TRIAL_EVERY
+        self.n_steps += 1
+        if place >= 2 * _TRIAL:
+            return
+        tried = self.is_alone != (place >= _TRIAL)
+        if place % _TRIAL == 0:  # threads that have slept wake up in it: it does not count
+            self.seconds[tried] = 0.0
+        else:
+            self.seconds[tried] += seconds
+        if place == 2 * _TRIAL - 1:
+            self.is_alone = self.seconds[True] < self.seconds[False]
+
+
 class Int8Step:
     """Steps in C; see fast.Decoder for what it takes and returns."""
 
@@ -70,6 +105,7 @@ class Int8Step:
         config = self.config = model.config
         self.model = model
         self.library = compiled()
+        self.team = Team()
         # Keys and values of many replies are as many bytes as the weights: half as many in float16.
         self.cache_dtype = torch.float16 if self.library.has_half() else torch.float32
         self.kept: list[object] = []  # what C points to must stay where it is
@@ -137,7 +173,8 @@ class Int8Step:
             real = columns >= cache.start[sequences]
             columns, sequences, ids = columns[real], sequences[real], ids[real]
         N, n_threads = len(ids), torch.get_num_threads()
-        n_threads = min(n_threads, _MOST_THREADS) if N < _MANY_ROWS else n_threads
+        if is_small := N < _MANY_ROWS and n_threads > 1:
+            n_threads = self.team.pick(min(n_threads, _MOST_THREADS))
         width = max(2 * config.hidden_dim, config.dim + 2 * config.kv_heads * config.head_dim)
         rooms = (
             sequences,
@@ -155,7 +192,10 @@ class Int8Step:
         n_logits = 0 if logits is None else B
         is_half = cache.buffer.dtype == torch.float16
         rows = _Rows(N, n_logits, B, size, is_half, *(room.data_ptr() for room in rooms))
+        started = time.perf_counter()
         self.library.step(ctypes.byref(self.c_model), ctypes.byref(rows), n_threads)
+        if is_small:
+            self.team.took(time.perf_counter() - started)
         cache.length += T
 
 

@@ -159,6 +159,21 @@ def test_threads_and_the_way_a_prompt_is_cut_change_no_bit(monkeypatch):
     assert torch.equal(logits_of(decoder, model, LENGTHS), wanted)
 
 
+@pytest.mark.parametrize("alone, together, best", [(2.0, 8.0, 1), (2.0, 1.4, 2)])
+def test_the_number_of_threads_is_the_faster_one_and_changes_with_the_machine(
+    alone, together, best
+):
+    team, picked = int8.Team(), []
+    for step in range(1000):
+        # For the first half others use the processor the other way round.
+        costs = (alone, together) if step >= 500 else (together, alone)
+        picked.append(team.pick(2))
+        team.took(costs[picked[-1] - 1] + 9 * (picked[-2:-1] != picked[-1:]))  # waking up
+    assert set(picked) == {1, 2}
+    for half, wanted in ((picked[200:500], 3 - best), (picked[700:], best)):
+        assert half.count(wanted) > 0.9 * len(half)
+
+
 @needs_compiler
 def test_int8_costs_less_than_half_a_per_cent_of_perplexity():
     """A model that has learnt something: a random one has nothing to lose."""
