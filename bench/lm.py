@@ -110,8 +110,14 @@ class Scorer:
             return [self.prefix_id], self.tokenizer.encode(context + continuation)
         # A token may hold the space between the two, so it belongs to what follows.
         before = self.tokenizer.encode(bare)
-        whole = self.tokenizer.encode(bare + context[len(bare) :] + continuation)
-        return before, whole[len(before) :]
+        whole = self.tokenizer.encode(context + continuation)
+        if len(whole) > len(before):
+            return before, whole[len(before) :]
+        # One token holds the end of the context and the continuation: it is what is predicted.
+        same = 0
+        while same < len(whole) - 1 and whole[same] == before[same]:
+            same += 1
+        return whole[:same] or [self.prefix_id], whole[same:]
 
     def cut(self, ids: list[int], room: int, is_dialogue: bool) -> list[int]:
         """The last `room` ids; of a dialogue also its head, <bos> and the first label."""

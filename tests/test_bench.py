@@ -38,10 +38,10 @@ TAUGHT = {
 }  # fmt: skip
 # Raw and by length, by a model of fixed random weights.
 LIKELIHOOD = {
-    "zhoblimp": (0.5, 0.5), "xwinograd_zh": (0.5, 0.5), "xcopa_zh": (0.5, 0.5),
-    "xstorycloze_zh": (0.5, 0.5), "cmmlu_cloze": (0.5, 0.5), "ceval_cloze": (0.5, 0.5),
-    "mmlu_cloze": (0.5, 0.5), "c3_cloze": (0.5, 0.5), "agieval_cloze": (0.5, 0.5),
-    "belebele_cloze": (0.5, 0.5), "commonsenseqa_cloze": (0.5, 0.5),
+    "zhoblimp": (1 / 4, 1 / 4), "xwinograd_zh": (1 / 2, 1 / 2), "xcopa_zh": (1 / 2, 1 / 2),
+    "xstorycloze_zh": (0.0, 1.0), "cmmlu_cloze": (1 / 4, 1 / 4), "ceval_cloze": (1 / 4, 1 / 4),
+    "mmlu_cloze": (1 / 5, 2 / 5), "c3_cloze": (1 / 3, 1 / 3), "agieval_cloze": (1 / 2, 1 / 2),
+    "belebele_cloze": (0.0, 0.0), "commonsenseqa_cloze": (2 / 5, 3 / 5),
 }  # fmt: skip
 WRONG = {"number": "答案是999999", "math": "\\boxed{999}", "exact": "nobody", "bbh": "neither",
          "cmrc": "别的", "shared_words": "别的", "code": "    return None\n"}  # fmt: skip
@@ -218,7 +218,6 @@ PAIRS = [
     ("", "小猫坐在窗台上"),
     ("The sun is ", "a star"),
     ("问题：一加一？\n答案：", "二"),
-    ("秋", "天"),
 ]
 
 
@@ -230,6 +229,20 @@ def test_likelihoods_do_not_depend_on_the_batch(batch_size, random_model):
         if not context.endswith(" "):  # the space may belong to the next token
             wanted = slow_likelihood(random_model, context, continuation)
             assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_a_continuation_that_merges_with_its_context_is_scored(random_model):
+    """No word ends where Chinese text is cut: a token may hold both sides."""
+    lm = for_harness(random_model, 2, False, Store(None, ""))
+    tokenizer = lm.tokenizer
+    word = next(w for w in ("秋天", "叶子", "是什么", "今天") if len(tokenizer.encode(w)) == 1)
+    for context, end in ((word[0], word[1:]), ("小猫" + word[0], word[1:])):
+        before, after = lm.encode_pair(context, end)
+        assert after and (before + after if before != [lm.prefix_id] else after) == (
+            tokenizer.encode(context + end)
+        )
+    found = lm.loglikelihood([Request(word[0], word[1:]), Request("", word)])
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_a_continuation_is_greedy_if_the_model_would_say_it(random_model):
