@@ -34,7 +34,7 @@ class DedupConfig:
     threshold: float = 0.8
     bands: int = 16
     band_rows: int = 6
-    memory_mb: int = 1024
+    memory_mb: int = 512
 
     def __post_init__(self) -> None:
         counts = {name: getattr(self, name) for name in ("bands", "band_rows", "memory_mb")}

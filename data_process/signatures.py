@@ -141,14 +141,11 @@ class Corpus:
             self.starts.append(self.starts[-1] + len(lines) - 1)
         self.n_rows = self.starts[-1]
         assert self.n_rows < 2**32 - 1
-        # Mapped files need no open handle, so there may be thousands.
-        self._mapped = lru_cache(256)(self._map)
+        self._lines = lru_cache(256)(self._map_lines)
 
-    def _map(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        shard, stem = self.shards[number]
-        lines = np.load(signature_paths(stem)["lines"], mmap_mode="r")
-        # As plain views: a memmap takes ten times as long to be sliced.
-        return np.asarray(np.memmap(shard, np.uint8, mode="r")), np.asarray(lines)
+    def _map_lines(self, number: int) -> np.ndarray:
+        # A plain view: a memmap takes ten times as long to be sliced.
+        return np.asarray(np.load(signature_paths(self.shards[number][1])["lines"], mmap_mode="r"))
 
     def place_of(self, row: int) -> tuple[int, int]:
         """(shard, row in it)"""
@@ -157,8 +154,11 @@ class Corpus:
 
     def row(self, row: int) -> dict[str, Any]:
         shard, number = self.place_of(row)
-        data, lines = self._mapped(shard)
-        return json.loads(data[lines[number] : lines[number + 1]].tobytes())
+        begin, end = self._lines(shard)[number : number + 2].tolist()
+        # Read, not mapped: the pages of a mapped shard would count as this process's memory.
+        with open(self.shards[shard][0], "rb", buffering=0) as file:
+            file.seek(begin)
+            return json.loads(file.read(end - begin))
 
     def column(self, band: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(rows, keys) of each shard: the keys of a band, or the marks."""
