@@ -6,11 +6,12 @@ asked.jsonl holds {"group": …, "text": …} lines; "\\0" parts texts of one qu
 found if half of its windows (windows.py: 13 characters, one in eight kept) and at least two stand
 somewhere in the rows. Half, because English questions share two windows with many strangers; a
 question with fewer than two windows cannot be looked up and is counted as short. Windows that more
-than 20 questions share are wording and count for nothing.
+than 20 texts share are wording and count for nothing.
 """
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,15 @@ from data_process.decontaminate import BATCH_BYTES
 from data_process.executor import write_whole
 from data_process.minhash import bare
 from data_process.signatures import each_row
-from data_process.windows import Windows, digests, is_kept, occurrences, windows_of
+from data_process.windows import (
+    COMMON,
+    Windows,
+    among,
+    digests,
+    is_kept,
+    occurrences,
+    rolling,
+)
 
 SHARE, LEAST = 0.5, 2
 
@@ -58,22 +67,37 @@ def seen_windows(known: Windows, rows: list[Path]) -> np.ndarray:
     return np.unique(np.concatenate(found))
 
 
+def windows_by_text(texts: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The windows kept of each text, with their rolling hashes; a text that comes again once."""
+    found = {}
+    for text in texts:
+        if text not in found:
+            short = bare(text)
+            numbers, first = np.unique(digests(short), return_index=True)
+            kept = is_kept(numbers)
+            found[text] = numbers[kept], rolling(short)[first[kept]]
+    return found
+
+
 def overlap(asked: list[dict], rows: list[Path]) -> dict:
     """{"groups": questions found by group, "asked": all, "short": those that cannot be found}."""
     parts = [question["text"].split("\0") for question in asked]
-    of_all = windows_of(text for texts in parts for text in texts)
-    known = Windows(("asked",), (of_all.numbers,), of_all.rolling)
+    by_text = windows_by_text(text for texts in parts for text in texts)
+    numbers = np.concatenate([numbers for numbers, _ in by_text.values()])
+    hashes = np.concatenate([hashes for _, hashes in by_text.values()])
+    numbers, first, n_texts = np.unique(numbers, return_index=True, return_counts=True)
+    telling = n_texts <= COMMON
+    known = Windows(("asked",), (numbers[telling],), hashes[first[telling]])
     seen = seen_windows(known, rows)
     counts = {"groups": Counter(), "asked": Counter(), "short": Counter()}
     for question, its_texts in zip(asked, parts, strict=True):
         group = question["group"]
         counts["asked"][group] += 1
-        numbers = np.unique(np.concatenate([digests(bare(text)) for text in its_texts]))
-        numbers = numbers[is_kept(numbers)]
-        numbers = numbers[np.isin(numbers, of_all.numbers)]
-        n_seen = int(np.isin(numbers, seen).sum())
-        counts["short"][group] += len(numbers) < LEAST
-        counts["groups"][group] += n_seen >= LEAST and n_seen >= SHARE * len(numbers)
+        own = np.unique(np.concatenate([by_text[text][0] for text in its_texts]))
+        own = own[among(own, known.numbers)]
+        n_seen = int(among(own, seen).sum())
+        counts["short"][group] += len(own) < LEAST
+        counts["groups"][group] += n_seen >= LEAST and n_seen >= SHARE * len(own)
     return {name: dict(found) for name, found in counts.items()}
 
 

@@ -102,7 +102,7 @@ def hits(texts: Sequence[str], windows: Windows) -> np.ndarray:
     counts = np.zeros((len(texts), len(windows.lists)), np.int64)
     which, numbers = occurrences(texts, windows)
     for n, of_list in enumerate(windows.lists):
-        counts[:, n] = np.bincount(which[_among(numbers, of_list)], minlength=len(texts))
+        counts[:, n] = np.bincount(which[among(numbers, of_list)], minlength=len(texts))
     return counts
 
 
@@ -121,7 +121,7 @@ def occurrences(texts: Sequence[str], windows: Windows) -> tuple[np.ndarray, np.
             whole[n : n + WINDOW].encode("utf-8", "surrogatepass") for n in at.tolist()
         )
     known = is_kept(numbers)
-    known[known] = _among(numbers[known], windows.numbers)
+    known[known] = among(numbers[known], windows.numbers)
     starts = np.cumsum([0, *(len(text) + 1 for text in bare_texts[:-1])])
     which, numbers = np.searchsorted(starts, at[known], side="right") - 1, numbers[known]
     order = np.lexsort((numbers, which))
@@ -130,7 +130,8 @@ def occurrences(texts: Sequence[str], windows: Windows) -> tuple[np.ndarray, np.
     return which[~again], numbers[~again]
 
 
-def _among(numbers: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+def among(numbers: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    """Which of the numbers stand in a sorted list, (len(numbers),) bool."""
     at = np.minimum(np.searchsorted(ordered, numbers), len(ordered) - 1)
     return ordered[at] == numbers if len(ordered) else np.zeros(len(numbers), bool)
 
