@@ -31,7 +31,9 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
     is_chat = lm.is_chat and task.form != "text"
 
     def room(prompt: str, row: dict) -> bool:
-        free = min(length_of_answer(task, lm.tokenizer.encode, row), lm.max_length // 2)
+        longest = length_of_answer(task, lm.tokenizer.encode, row)
+        # A reply is never asked to be longer; an option may be, and is then cut.
+        free = min(longest, lm.max_length // 2) if task.score != "choice" else longest
         return len(lm.encode_context(prompt)) + free <= lm.max_length
 
     made = harness_task(task, rows, shots, prompts, room)
@@ -116,7 +118,7 @@ def _shows_numbers(task: Task, rows: Rows) -> bool:
 
 
 def _n_cut(made: object, said: list[dict], lm: Scorer, task: Task) -> int:
-    """Rows whose prompt lost its beginning, even without examples."""
+    """Rows whose prompt lost its beginning, or an option its end, even without examples."""
     rows = 0
     for sample in said:
         context = sample["arguments"][0][0]

@@ -81,8 +81,7 @@ def notes(card: dict) -> list[str]:
     for report in card["tasks"]:
         name, own = report["title"], []
         if report["n_cut"]:
-            own.append(f"{report['n_cut']:,} prompts are longer than the context and lost their "
-                       f"beginning")  # fmt: skip
+            own.append(f"{report['n_cut']:,} questions are longer than the context and were cut")
         if report["left_out"]:
             counts = ", ".join(f"{n:,} {why}" for why, n in report["left_out"].items())
             own.append(f"entries that make no question: {counts}")

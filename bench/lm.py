@@ -133,12 +133,11 @@ class Scorer:
         """(log-likelihood, whether greedy decoding would give it) of each continuation."""
         asked = [request.args for request in requests]
         pairs = [self.encode_pair(*args) for args in asked]
-        for (context, after), (text, _) in zip(pairs, asked, strict=True):
-            if not 0 < len(after) <= self.max_length:
-                raise ConfigError(
-                    f"an option of {len(after)} tokens after {text[-40:]!r} does not fit the "
-                    f"model's context of {self.max_length}; leave the task out"
-                )
+        for (context, after), (text, option) in zip(pairs, asked, strict=True):
+            if not after:
+                raise ConfigError(f"the option {option!r} has no token; leave the task out")
+            if len(after) > self.max_length:
+                del after[self.max_length // 2 :]
             is_dialogue = isinstance(text, Dialogue)
             context[:] = self.cut(context, self.max_length + 1 - len(after), is_dialogue)
         keys = [self.store.key("loglikelihood", *map(str, args)) for args in asked]

@@ -284,8 +284,8 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(vocabulary
         cut = lm.cut(list(range(100, 140)), 15, is_dialogue=kind == "sft")
         head = list(range(100, 100 + lm.n_head)) if kind == "sft" and 2 * lm.n_head < 15 else []
         assert cut == head + list(range(125 + len(head), 140)) and lm.n_cut == 1
-    with pytest.raises(ConfigError, match="does not fit the model's context of 16"):
-        lm.loglikelihood([Request("a", "很长的选项" * 20)])
+    ((value, _),) = lm.loglikelihood([Request("a", "很长的选项" * 20)])
+    assert np.isfinite(value), "an option longer than the context loses its end"
     with pytest.raises(ConfigError, match="random replies"):
         lm.generate_until([Request("a", {"do_sample": True})])
 

@@ -161,7 +161,7 @@ def test_the_card_names_what_makes_a_number_doubtful():
     }  # fmt: skip
     assert cells(report)[5:9] == ["20 / 100", "5 (1.5 fit)", "en / zh", "3"]
     text = markdown(card)
-    wanted = ("7 prompts are longer", "2 no label", "option 1 is chosen in 19", "not known for b",
+    wanted = ("7 questions are longer", "2 no label", "option 1 is chosen in 19", "not known for b",
               "for lack of another", "quac was not run: no files")  # fmt: skip
     for words in wanted:
         assert words in text
