@@ -1,12 +1,14 @@
 """Readers of benchmarks' training parts: dialogues from train, nothing from what is scored."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 from test_datasets_chat import canonical, mutants, told
 
 from data_process.clean import RULES
+from data_process.overlap import overlap
 from data_process.pipeline import make_clean
 from data_process.raw import Record, Skip, records
 from data_process.run import ProcessConfig, chosen, settings_of
@@ -113,3 +115,33 @@ def test_english_dialogues_with_short_answers_pass_the_rules(tmp_path):
         )  # fmt: skip
         ((counts, _),) = make_clean(chosen(cfg), settings_of(cfg))
         assert counts["rows_out"] == wanted, counts["dropped"]
+
+
+# What a benchmark has in common with training rows.
+
+LEAK = "小明的妈妈在果园里摘了三十六个苹果，平均装进四个篮子里，每个篮子里有几个苹果呢？"
+OTHER = "一列火车早上八点从北京开往上海，每小时行三百公里，全长一千三百公里，几点到达终点站？"
+
+
+def test_a_question_counts_if_half_of_it_stands_in_the_rows(tmp_path):
+    rows = [tmp_path / "train-00000.jsonl", tmp_path / "train-00001.jsonl"]
+    for path, text in zip(
+        rows, ("前言。" + LEAK + "后记。", "无关的话，说的是天气。" * 5), strict=True
+    ):
+        row = {"id": f"{path.stem}/0", "text": text}
+        path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    texts = {"whole": LEAK, "none": OTHER, "little": LEAK[:20] + OTHER * 3, "short": LEAK[:9],
+             "with options": f"{LEAK}\0九个\0八个"}  # fmt: skip
+    asked = [{"group": name, "text": text} for name, text in texts.items()]
+    found = overlap(asked, rows)
+    assert found["groups"] == {"whole": 1, "none": 0, "little": 0, "short": 0, "with options": 1}
+    assert found["short"]["short"] == 1 and found["short"]["whole"] == 0
+    assert overlap(asked, rows[1:])["groups"] == dict.fromkeys(texts, 0)
+
+
+def test_wording_that_many_questions_share_is_no_leak(tmp_path):
+    path = tmp_path / "train-00000.jsonl"
+    path.write_text(json.dumps({"id": "x/0", "text": LEAK}, ensure_ascii=False) + "\n", "utf-8")
+    asked = [{"group": "x", "text": f"{LEAK}{n}"} for n in range(21)]
+    assert overlap(asked, [path])["groups"] == {"x": 0}
+    assert overlap(asked[:20], [path])["groups"] == {"x": 20}
