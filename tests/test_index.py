@@ -243,6 +243,14 @@ def test_a_word_of_16_kb_and_a_question_of_many_terms_are_answered(index):
     assert isinstance(index.search(everything, 3), list)
 
 
+def test_where_a_question_is_cut_its_rarest_terms_stay(index, monkeypatch):
+    whole = index.search("苹果公司的果实", 1)[0]
+    monkeypatch.setattr("babyllama.index.MOST_POSTINGS", 2)
+    (cut,) = index.search("苹果公司的果实", 1)
+    assert 0 < cut.score < whole.score
+    assert index.search("苹果铁磁性", 1)[0].title == "镍"
+
+
 def test_threads_find_the_same(index):
     questions = ["银杏的叶子", "镍", "苹果公司", "3500年"] * 50
     alone = [index.search(question, 3) for question in questions]
