@@ -16,7 +16,6 @@ from bench.statistics import (
     constant_answer,
     constant_choice,
     interval,
-    verdict,
 )
 from bench.tasks import Rows, Task, harness_task, length_of_answer, prompt_language
 
@@ -96,7 +95,6 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         "high": high,
         "chance": chance,
         "constant": constant,
-        "verdict": verdict(low, high, chance, constant),
         "n": len(scores),
         "n_all": len(rows.every),
         "left_out": dict(rows.left_out),

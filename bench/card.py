@@ -111,7 +111,7 @@ def draw(card: dict, path: Path) -> None:
         figure = Figure(figsize=(9, 1.4 + 0.34 * len(reports)), layout="constrained")
         axes = figure.subplots()
         for y, r in enumerate(reports):
-            color = {"above chance": ABOVE, "below chance": BELOW}.get(r["verdict"], PLAIN)
+            color = {"above": ABOVE, "below": BELOW}.get(r["verdict"].split()[0], PLAIN)
             axes.plot([100 * r["low"], 100 * r["high"]], [y, y], color=color, lw=5, alpha=0.45)
             axes.plot(100 * r["score"], y, "o", color=color, ms=6)
             axes.plot([100 * r["chance"]] * 2, [y - 0.38, y + 0.38], color="black", lw=1.2)
@@ -126,7 +126,10 @@ def draw(card: dict, path: Path) -> None:
         axes.set_xlabel(
             "score in %, with its 95 % interval      | chance      × most frequent answer"
         )
-        axes.set_title(writable(f"{card['checkpoint']}: green is above chance", font), fontsize=10)
+        axes.set_title(
+            writable(f"{card['checkpoint']}: green is above chance and one constant answer", font),
+            fontsize=10,
+        )
         figure.savefig(path, dpi=150)
 
 

@@ -30,6 +30,7 @@ from bench import card as cards
 from bench import contamination, sandbox
 from bench.ask import ask
 from bench.lm import for_harness
+from bench.statistics import verdict
 from bench.store import Store
 from bench.tasks import Rows, Task, choose, load, names, rows_of
 
@@ -162,7 +163,9 @@ def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
     reports = []
     for name, (task, rows) in chosen.items():
         report = _reported(name, task, rows, cfg, loaded, settings, out)
-        reports.append(report | {"leaked": leaked.get(name)})
+        worth = [report[key] for key in ("low", "high", "chance", "constant")]
+        report |= {"verdict": verdict(*worth), "leaked": leaked.get(name)}
+        reports.append(report)
         print(f"{name}: {report['score']:.1%} ({report['low']:.1%} – {report['high']:.1%}), "
               f"chance {report['chance']:.1%}: {report['verdict']}")  # fmt: skip
     return {

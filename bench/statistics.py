@@ -82,4 +82,5 @@ def verdict(low: float, high: float, chance: float, constant: float) -> str:
         return "not above chance"
     if low <= constant:
         return "not above one constant answer"
-    return "above chance"
+    # Where an answer must be found, blind guessing gives nothing: that is easily exceeded.
+    return "above chance" if chance else "above one constant answer"

@@ -393,7 +393,8 @@ def test_one_command_writes_a_card_that_says_what_the_numbers_are_worth(
     assert scores["gsm8k"]["score"] == scores["cmmlu"]["score"] == 0.75
     assert scores["cmmlu"]["chance"] == 0.25 and scores["cmmlu"]["constant"] == 0.5
     assert scores["cmmlu"]["verdict"] == "not above one constant answer"
-    assert scores["gsm8k"]["verdict"] == "above chance" and scores["gsm8k"]["leaked"] is None
+    assert scores["gsm8k"]["verdict"] == "above one constant answer"
+    assert scores["gsm8k"]["leaked"] is None
     assert scores["zhoblimp"]["constant"] == 0.5, "the order of two sentences is not shown"
     assert scores["cmmlu"]["prompt_language"] == "zh" and scores["gsm8k"]["language"] == "en"
     assert "| 75.0% | 30.1% – 95.4% | 25.0% | 50.0% | 4 | 0 | zh / zh | ? |" in text

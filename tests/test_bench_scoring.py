@@ -146,6 +146,12 @@ def test_the_verdict_is_in_words(low, high, words):
     assert verdict(low, high, chance=0.25, constant=0.3) == words
 
 
+def test_an_answer_that_must_be_found_is_compared_with_a_constant_one():
+    assert verdict(0.0, 0.1, chance=0.0, constant=0.0) == "not above chance"
+    assert verdict(0.01, 0.1, chance=0.0, constant=0.02) == "not above one constant answer"
+    assert verdict(0.03, 0.1, chance=0.0, constant=0.02) == "above one constant answer"
+
+
 def test_the_card_names_what_makes_a_number_doubtful():
     report = {
         "title": "甲", "metric": "acc", "score": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25,
