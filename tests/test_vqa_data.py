@@ -209,7 +209,7 @@ def colours(tmp_path_factory, tokenizer) -> Path:
     root = tmp_path_factory.mktemp("colours")
     raw = root / "raw"
     raw.mkdir()
-    for split, n_rows in (("train", 80), ("test", 16)):
+    for split, n_rows in (("train", 80), ("val", 8), ("test", 16)):
         rows = []
         for n in range(n_rows):
             answer, colour = list(COLOURS.items())[n % 4]
@@ -246,7 +246,7 @@ def data_of(root: Path, tokenizer, n_positions: int = 2, **changes: object):
 
 def test_the_same_words_about_different_pictures_are_no_repeats(colours):
     counts = json.loads((colours / "data/clean/colours/counts.json").read_text("utf-8"))
-    assert counts["kind"] == "vqa" and counts["rows_out"] == 98
+    assert counts["kind"] == "vqa" and counts["rows_out"] == 107
     assert counts["parts"]["test"]["rows"] == 17
 
 
@@ -353,7 +353,7 @@ def test_features_are_kept_and_belong_to_their_encoder(colours):
     held, device = Pictures(colours / "data/pictures/colours"), torch.device("cpu")
     encoder = make_encoder(ENCODER)
     first = features_of(encoder, held, device)
-    assert first.shape == (96, 1, 128)
+    assert first.shape == (104, 1, 128)
     pixels = prepared(held.read(5), "x", ENCODER)[None]
     with torch.no_grad():
         alone = encoder(normalise(pixels))[0].numpy()
@@ -393,9 +393,9 @@ def test_the_probe_finds_what_a_line_can_tell_apart_and_nothing_in_noise():
     assert probe((noise[:90], goals[:90]), (noise[90:], goals[90:])) < 0.6
 
 
-def config_of(root: Path, tokenizer, name: str, **changes: object) -> Path:
+def config_of(root: Path, tokenizer, run_name: str, **changes: object) -> Path:
     config = {
-        "name": str(root / name),
+        "name": str(root / run_name),
         "tokenizer": str(tokenizer.path),
         "model": {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 16, "max_seq_len": 64},
         "encoder": {"name": "efficientvit_b0", "size": 32, "depths": [1, 4], "grid": 1},
@@ -410,7 +410,7 @@ def config_of(root: Path, tokenizer, name: str, **changes: object) -> Path:
                   "save_every": 30, "log_every": 30},
         "device": {"device": "cpu", "precision": "float32"},
     }  # fmt: skip
-    path = root / f"{name}.yaml"
+    path = root / f"{run_name}.yaml"
     path.write_text(yaml.safe_dump(config | changes), "utf-8")
     return path
 
@@ -457,7 +457,7 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
     "changes, message",
     [
         ({"name": None}, "the run has no name"),
-        ({"freeze": ["visual"]}, "begin no name"),
+        ({"freeze": ["encoder", "visual"]}, "begin no name"),
         ({"freeze": []}, "cache_features wants a frozen encoder"),
         ({"rates": {"eyes": 0.1}}, "names begin encoder, connector, language"),
         ({"encoder": {"size": 33}}, "encoder.size wants a multiple of 32"),

@@ -67,7 +67,7 @@ def test_files_of_both_publishers_load_and_see_alike(wrap, tmp_path):
     x = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     deep = other.features(x[:, 0])[3].mean((2, 3))
     seen = encoder(x)[:, :, -128:].mean(1)
-    assert torch.allclose(seen, deep, rtol=1e-4, atol=1e-4 * deep.abs().max())
+    assert torch.allclose(seen, deep, rtol=1e-4, atol=1e-4 * float(deep.abs().max()))
 
 
 def test_weights_of_another_network_are_refused_with_names(tmp_path):

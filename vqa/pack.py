@@ -97,13 +97,23 @@ def checked(source: bytes | Path | None, name: str, max_side: int) -> bytes | st
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
+# What a fault says, and its short name, by which it is counted.
+REASONS = {
+    ": no such picture": "missing",
+    "that are none, they begin": "not_a_picture",
+    "found it cut off or damaged": "cut_off_or_damaged",
+    " pixels, found ": "too_many_pixels",
+    " MB, found ": "too_many_bytes",
+    " leads out of ": "outside",
+    "black 8 x 8": "black_8x8",
+}
+
+
 def reason_of(fault: str) -> str:
-    """A fault's short name, by which it is counted."""
-    kinds = ("missing", "no such picture", "none, they begin", "cut off", "pixels", "of at most",
-             "leads out", "black 8 x 8")  # fmt: skip
-    names = ("missing", "missing", "not_a_picture", "cut_off_or_damaged", "too_many_pixels",
-             "too_many_bytes", "outside", "black_8x8")  # fmt: skip
-    return next((n for kind, n in zip(kinds, names, strict=True) if kind in fault), "other")
+    """A fault's short name."""
+    if fault == "missing":
+        return fault
+    return next((name for said, name in REASONS.items() if said in fault), "other")
 
 
 def each_picture(names: list[str], cfg: PackConfig) -> Iterator[tuple[str, bytes | str]]:

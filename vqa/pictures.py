@@ -49,24 +49,26 @@ class Pictures:
             for name, start, size in members(path):
                 self.number[name] = len(self._members)
                 self._members.append(Member(shard, start, size))
-        self._files = [open(path, "rb") for path in self._shards]  # noqa: SIM115
         self.names = list(self.number)
 
     def __len__(self) -> int:
         return len(self._members)
 
     def read(self, number: int) -> bytes:
-        """The bytes of a picture; safe from several threads."""
+        """The bytes of a picture."""
         shard, start, size = self._members[number]
-        return os.pread(self._files[shard].fileno(), size, start)
+        return read_piece(self._shards[shard], start, size)
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         """All pictures with their names, in one pass over the files."""
         yield from ((name, self.read(number)) for name, number in self.number.items())
 
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
+
+def read_piece(path: Path, start: int, size: int) -> bytes:
+    """Some bytes of a file; safe from several threads."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
 
 
 def members(tar: Path) -> list[tuple[str, int, int]]:
@@ -132,9 +134,7 @@ class Finder:
         folder = name[: -len(flat)]
         for tried in (name, folder + COCO + bare, folder + bare, flat, COCO + bare, bare):
             if tried in self._in_tars:
-                tar, start, size = self._in_tars[tried]
-                with open(tar, "rb") as source:
-                    return os.pread(source.fileno(), size, start)
+                return read_piece(*self._in_tars[tried])
             path = (self.root / tried).resolve()
             if not path.is_relative_to(self.root):
                 raise DataError(f"{name!r} leads out of {shown(self.root)}")
