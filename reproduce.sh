@@ -30,5 +30,7 @@ process dialogues --tokenizer "$vocabulary"
 
 run python pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release.yaml
 run python sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
-run python eval_rouge.py out/release --dataset csl_computing --split val --out out/release/predictions.jsonl
-run python -m export.release out/release --out release
+run python sft.py --config configs/sft/release_titles.yaml
+run python eval_rouge.py out/release_titles --data "$raw/csl/csl_title_public" --split dev \
+    --decoding greedy,consensus --out out/release_titles/predictions.jsonl
+run python -m export.release out/release_titles --out release --force
