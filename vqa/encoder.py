@@ -9,6 +9,7 @@ gradient reaches, so that a checkpoint of parameters holds all of an encoder.
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal
 
 import torch
@@ -206,11 +207,9 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
-    # torch.load says what is wrong in any of these ways.
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, EOFError,
+    # What torch.load says of files that are none of its own, or that hold more than tensors.
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError, EOFError,
             AttributeError, ImportError, IndexError, TypeError) as error:  # fmt: skip
-        raise _no_weights(path, error) from None
-    except Exception as error:  # pickle.UnpicklingError, which has no narrower base
         raise _no_weights(path, error) from None
     while isinstance(found, dict) and isinstance(found.get("state_dict", found.get("model")), dict):
         found = found.get("state_dict", found.get("model"))
