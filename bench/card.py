@@ -126,10 +126,8 @@ def draw(card: dict, path: Path) -> None:
         axes.set_xlabel(
             "score in %, with its 95 % interval      | chance      × most frequent answer"
         )
-        axes.set_title(
-            writable(f"{card['checkpoint']}: green is above chance and one constant answer", font),
-            fontsize=10,
-        )
+        title = f"{card['checkpoint']}: green is above chance and above one constant answer"
+        axes.set_title(writable(title, font), fontsize=10)
         figure.savefig(path, dpi=150)
 
 
