@@ -23,10 +23,11 @@ from babyllama.sources import SourceConfig
 from data_process.datasets import chinese_llava, minimind_v, vqa
 from data_process.raw import Skip
 from model import IGNORED
-from vqa.data import Loader, PictureRows, VqaDataConfig, Wanted, open_vqa_data, prepared
+from vqa.data import PictureRows, VqaDataConfig, open_vqa_data
 from vqa.encoder import EncoderConfig, make_encoder
 from vqa.evaluate import Asked, score, shuffled
 from vqa.features import features_of
+from vqa.loader import Loader, Wanted, prepared
 from vqa.pack import PackConfig, pack
 from vqa.pictures import Finder, Pictures, members
 from vqa.probe import probe

@@ -27,8 +27,9 @@ from babyllama.images import normalise
 from babyllama.metrics import rouge_clipped
 from babyllama.sources import SourceConfig
 from vqa.answer import greedy
-from vqa.data import PictureRows, prepared
+from vqa.data import PictureRows
 from vqa.features import BATCH, key_of
+from vqa.loader import prepared
 from vqa.model import Loaded, VqaModel, load
 from vqa.pictures import Pictures
 from vqa.probe import probe

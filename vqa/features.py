@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from babyllama.cli import shown
 from babyllama.images import normalise
-from vqa.data import prepared
 from vqa.encoder import Encoder
+from vqa.loader import prepared
 from vqa.pictures import Pictures
 
 BATCH = 16
