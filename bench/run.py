@@ -123,7 +123,7 @@ def read_tasks(cfg: BenchConfig) -> tuple[dict[str, tuple[Task, Rows]], dict[str
         except DataError as error:
             if name in words or "found none" not in str(error):
                 raise
-            skipped[name] = str(error)
+            skipped[name] = str(error).removeprefix(f"{name}: ")
     if not found:
         raise DataError(f"no task can be run: {'; '.join(skipped.values())}")
     return found, skipped
