@@ -56,7 +56,9 @@ class Asked:
         try:
             while left:
                 try:
-                    number, piece = await asyncio.wait_for(self.mailbox.get(), KEEP_ALIVE_S)
+                    # Not wait_for: before Python 3.12 it may swallow a cancellation.
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        number, piece = await self.mailbox.get()
                 except TimeoutError:
                     yield None
                     continue

@@ -19,7 +19,6 @@ from serve.errors import Refused
 from serve.metrics import Metrics
 
 SEND_S = 30
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # The page loads only its own files and talks only to its own server.
 POLICY = (
@@ -77,13 +76,13 @@ class GateConfig:
     """What the gate lets in.
 
     key: the key that a request must bear; "" asks for none
-    only_local: the server is bound to this machine alone; then nobody else's name for it is taken,
-        which keeps out web pages whose name was turned to this address
+    names: by which requests may call the server; empty: any. Of a server for this machine alone
+        they keep out web pages whose own name was turned to this address
     open_paths: which need no key
     """
 
     key: str
-    only_local: bool
+    names: tuple[str, ...]
     open_paths: frozenset[str]
     body_bytes: int
     body_s: float
@@ -117,8 +116,8 @@ class Gate:
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        if self.cfg.only_local and _name(f"//{host}") not in LOOPBACK:
-            text = f"this server answers to {' and '.join(LOOPBACK[:2])} only, found host {host!r}"
+        if self.cfg.names and _name(f"//{host}") not in self.cfg.names:
+            text = f"this server answers to {', '.join(self.cfg.names)} only, found host {host!r}"
             raise Refused(403, text, code="wrong_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and origin.partition("//")[2] != host:

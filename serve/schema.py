@@ -7,13 +7,24 @@ after the comment that says so; OpenAI's client sends them by `extra_body`.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from babyllama.sampling import SamplingConfig
 
 MOST_MESSAGES = 500
 MOST_CHARACTERS = 32_000  # of all messages together
 MOST_REPLIES = 8
+
+
+def well_formed(text: str) -> str:
+    """JSON can spell half a character, which is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half a character (a lone surrogate)")
+    return text
+
+
+Text = Annotated[str, AfterValidator(well_formed)]
+Name = Annotated[Text, Field(max_length=200)]
 
 
 class Strict(BaseModel):
@@ -28,11 +39,11 @@ class StreamOptions(Strict):
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ImageAddress(Strict):
-    url: str
+    url: Text
     detail: Literal["auto", "low", "high"] | None = None
 
 
@@ -44,12 +55,12 @@ class ImagePart(Strict):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Stop = Annotated[str, Field(min_length=1, max_length=100)]
+Stop = Annotated[Text, Field(min_length=1, max_length=100)]
 
 
 class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=50)]
+    content: Text | Annotated[list[Part], Field(max_length=50)]
 
     @property
     def text(self) -> str:
@@ -68,7 +79,7 @@ class Message(Strict):
 class Request(Strict):
     """What both kinds of request share."""
 
-    model: Annotated[str, Field(max_length=200)] | None = None
+    model: Name | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -78,9 +89,7 @@ class Request(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    user: Annotated[str, Field(max_length=200)] | None = Field(
-        None, description="accepted and not used"
-    )
+    user: Name | None = Field(None, description="accepted and not used")
     # Our own.
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -116,7 +125,7 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Our own.
-    reference: Annotated[str, Field(max_length=MOST_CHARACTERS)] | None = Field(
+    reference: Annotated[Text, Field(max_length=MOST_CHARACTERS)] | None = Field(
         None, description="资料: a text to answer from; instead of a system message"
     )
     retrieve: bool | None = Field(
@@ -135,9 +144,9 @@ class CompletionRequest(Request):
     """A text to continue, as in pretraining."""
 
     prompt: (
-        Annotated[str, Field(min_length=1)]
+        Annotated[Text, Field(min_length=1)]
         | Annotated[
-            list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MOST_REPLIES)
+            list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=MOST_REPLIES)
         ]
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from babyllama import lora
 from babyllama.checkpoint import Loaded, load_model
@@ -29,6 +30,13 @@ from babyllama.errors import ConfigError
 from babyllama.fast import Weights, make_decoder
 from babyllama.lora_files import load_adapter
 from babyllama.retrieval import API_URL, INDEX, Retriever
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from serve.desk import Desk
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # At most so many connections; more are answered with 503.
 MOST_CONNECTIONS = 500
@@ -95,40 +103,66 @@ class ServerConfig:
 
 
 def main(cfg: ServerConfig) -> int:
-    try:
-        import uvicorn
+    require_packages()
+    key = read_key(cfg.api_key_file)
+    if not key and cfg.host not in LOOPBACK:
+        raise ConfigError(
+            f"--host {cfg.host} can be reached by others, so it needs --api-key-file FILE; "
+            f"leave --host out to serve this machine alone"
+        )
+    # Before the model is loaded, so that a port in use shows at once.
+    with listen(cfg.host, cfg.port) as listener:
+        retriever = open_index(cfg.index)
+        models = load_models(cfg)
+        engines = {
+            name: Engine(
+                make_decoder(loaded.model, cfg.weights), loaded.tokenizer, cfg.slots,
+                cfg.prefix_mb / len(models), clock=time.monotonic,
+            )
+            for name, loaded in models.items()
+        }  # fmt: skip
+        created = {name: int(loaded.path.stat().st_mtime) for name, loaded in models.items()}
+        server, desk = make_server(cfg, key, engines, created, retriever)
+        _say(listener, models, engines, retriever)
+        with _own_signals():
+            server.run(sockets=[listener])
+    return int(desk.failed)
 
-        from serve.app import OPEN, Service, make_app
-        from serve.desk import Desk
-        from serve.gate import LOOPBACK, GateConfig, Protocol
-        from serve.metrics import Metrics
+
+def require_packages() -> None:
+    """raises: ConfigError if what the server is built on is not installed"""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"the server needs the package {error.name!r}, which is not installed: "
             f"pip install -r requirements/serve.txt -c constraints.txt"
         ) from None
-    key, only_local = read_key(cfg.api_key_file), cfg.host in LOOPBACK
-    if not (key or only_local):
-        raise ConfigError(
-            f"--host {cfg.host} can be reached by others, so it needs --api-key-file FILE; "
-            f"leave --host out to serve this machine alone"
-        )
-    listener = listen(cfg.host, cfg.port)  # before the model is loaded: the mistake shows at once
-    retriever = open_index(cfg.index)
-    models = load_models(cfg)
-    engines = {
-        name: Engine(
-            make_decoder(loaded.model, cfg.weights), loaded.tokenizer, cfg.slots,
-            cfg.prefix_mb / len(models), clock=time.monotonic,
-        )
-        for name, loaded in models.items()
-    }  # fmt: skip
+
+
+def make_server(
+    cfg: ServerConfig,
+    key: str,
+    engines: dict[str, Engine],
+    created: dict[str, int],
+    retriever: Retriever | None,
+) -> tuple["uvicorn.Server", "Desk"]:
+    """A server that is ready to run, and its desk."""
+    import uvicorn
+
+    from serve.app import OPEN, Service, make_app
+    from serve.desk import Desk
+    from serve.gate import GateConfig, Protocol
+    from serve.metrics import Metrics
+
     metrics = Metrics()
     desk = Desk(engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
-    created = {name: int(loaded.path.stat().st_mtime) for name, loaded in models.items()}
     service = Service(desk, metrics, created, cfg.reply_seconds, cfg.truncate, retriever,
                       cfg.wiki_url)  # fmt: skip
-    gate = GateConfig(key, only_local, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
+    names = LOOPBACK if cfg.host in LOOPBACK else ()
+    gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
     protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds})
     server = uvicorn.Server(uvicorn.Config(
         make_app(service, gate), http=protocol, ws="none", lifespan="on", log_level="warning",
@@ -137,14 +171,10 @@ def main(cfg: ServerConfig) -> int:
     ))  # fmt: skip
     desk.on_failure = lambda: setattr(server, "should_exit", True)
     logging.getLogger("babyllama.serve").addHandler(logging.StreamHandler())
-    _say(cfg, listener, models, engines, retriever)
-    with _own_signals():
-        server.run(sockets=[listener])
-    return int(desk.failed)
+    return server, desk
 
 
 def _say(
-    cfg: ServerConfig,
     listener: socket.socket,
     models: dict[str, Loaded],
     engines: dict[str, Engine],

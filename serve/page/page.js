@@ -409,6 +409,7 @@ function makeSliders() {
   $("sliders").replaceChildren(...Object.entries(SLIDERS).map(([name, slider]) => {
     const line = make("label", "slider");
     line.dataset.slider = name;
+    line.htmlFor = name; // else it would name the number beside it
     const input = make("input");
     Object.assign(input, { type: "range", id: name, min: slider.min, max: slider.max, step: slider.step });
     const output = make("output");
