@@ -31,6 +31,8 @@ process dialogues --tokenizer "$vocabulary"
 run python pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release.yaml
 run python sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
 run python sft.py --config configs/sft/release_titles.yaml
-run python eval_rouge.py out/release_titles --data "$raw/csl/csl_title_public" --split dev \
-    --decoding greedy,consensus --out out/release_titles/predictions.jsonl
-run python -m export.release out/release_titles --out release --force
+[ -e out/release_mean ] || run python -m babyllama.average out/release out/release_titles --out out/release_mean
+run python eval_rouge.py out/release_mean --data "$raw/csl/csl_title_public" --split dev \
+    --decoding greedy,consensus --out out/release_mean/predictions.jsonl
+run python -m export.release out/release_mean --out release --force --source csl_computing
+git checkout -q -- release/README.md # the card stays

@@ -1,9 +1,11 @@
-"""One checkpoint out of the last few of a run: the mean of their weights.
+"""One checkpoint out of several: the mean of their weights.
 
-    python -m babyllama.average out/csl --last 3 --out out/csl_mean
+    python -m babyllama.average out/csl --last 3 --out out/csl_mean      the last few of a run
+    python -m babyllama.average out/chat out/csl --out out/both          the newest of several runs
 
 Late checkpoints of a run lie round the bottom that it goes to; their mean lies nearer than each
-(Izmailov et al. 2018, arXiv:1803.05407). A run keeps as many as train.keep says. Adapters are
+(Izmailov et al. 2018, arXiv:1803.05407); so does the mean of a run and of one that went on from it
+(Wortsman et al. 2022, arXiv:2203.05482). A run keeps as many as train.keep says. Adapters are
 averaged as the whole weights that they make; the result is a plain model for use, without training
 state.
 """
@@ -33,12 +35,12 @@ class AverageConfig:
     """What is averaged.
 
     Args:
-        run: run directory, out/<name>
-        last: how many of its newest checkpoints
-        out: run directory of the result; if absent <run>_mean
+        runs: run directories, out/<name>
+        last: of one run, how many of its newest checkpoints; of several, each gives its newest
+        out: run directory of the result; if absent <first run>_mean
     """
 
-    run: Path | None = None
+    runs: tuple[Path, ...] = ()
     last: int = 3
     out: Path | None = None
 
@@ -98,15 +100,17 @@ def save(loaded: Loaded, out: Path) -> Path:
 
 def main(cfg: AverageConfig) -> None:
     """Average and write."""
-    if cfg.run is None:
+    if not cfg.runs:
         raise ConfigError("name a run: python -m babyllama.average out/csl --last 3")
-    place = from_repo(cfg.run).resolve()
+    places = [from_repo(run).resolve() for run in cfg.runs]
+    place = places[0]
     out = from_repo(cfg.out) if cfg.out else place.with_name(f"{place.name}_mean")
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out {shown(out)}: wanted a new directory, found files; name another")
-    steps = newest_steps(place, cfg.last)
+    alone = len(places) == 1
+    steps = [step for one in places for step in newest_steps(one, cfg.last if alone else 1)]
     print(f"{shown(save(mean_weights(steps), out))}: the mean of {', '.join(map(shown, steps))}")
 
 
 if __name__ == "__main__":
-    run(main, parse(AverageConfig, __doc__, positional=["run"]))
+    run(main, parse(AverageConfig, __doc__, positional=["runs"]))

@@ -230,6 +230,13 @@ def test_the_mean_of_checkpoints_is_that_of_their_weights(tmp_path, token_root, 
         wanted = sum(part[name].double() for part in parts) / 3
         torch.testing.assert_close(weight.double(), wanted, rtol=0, atol=1e-6)
     assert (found.step, found.kind) == (10, "sft")
+    both = tmp_path / "both"
+    done = script("babyllama/average.py", tmp_path / "run", tmp_path / "run_mean", "--out", both)
+    assert done.code == 0, done.err
+    ends = [load_file(steps[-1] / "model.safetensors"), found.model.state_dict()]
+    for name, weight in load_model(both).model.state_dict().items():
+        wanted = sum(end[name].double() for end in ends if name in end) / 2
+        torch.testing.assert_close(weight.double(), wanted, rtol=0, atol=1e-6)
     again = script("babyllama/average.py", tmp_path / "run", "--last", 3)
     assert "wanted a new directory, found files" in again.error
     many = script("babyllama/average.py", tmp_path / "run", "--last", 9, "--out", tmp_path / "x")

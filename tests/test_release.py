@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 from babyllama import checkpoint, int8, native
 from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.cli import REPO
 from babyllama.errors import CheckpointError
 from babyllama.fast import make_decoder
 from babyllama.generate import SamplingConfig, generate
 from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.prompts import SummaryPrompts
 from export import release
 from export.release import ReleaseConfig, compare_perplexity
 from model import Transformer
@@ -147,3 +149,23 @@ def test_a_release_can_be_trained_on(released):
     assert yaml.safe_load((released / "model.yaml").read_text())["weights"] == "int8"
     model = load_model(released).model
     assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_the_model_of_this_repository_answers_and_writes_titles(script):
+    """What a fresh clone opens: small, whole, and able to do what its card says."""
+    place = REPO / "release"
+    assert sum(path.stat().st_size for path in place.iterdir()) < 16 * 2**20
+    loaded = load_model(place)
+    assert loaded.kind == "sft" and loaded.config.tied
+    said = script("chat.py", "release", "--prompt", "谢谢！", "--temperature", "0")
+    assert "不客气" in said.out
+    text = (
+        "针对移动机器人在未知环境中的路径规划问题,提出了一种基于改进蚁群算法的路径规划方法。该方法在信息素更新中引入"
+        "距离因子,加快了收敛速度。仿真结果表明,改进蚁群算法能有效地为移动机器人规划出较优的路径。"
+    )
+    prompts = SummaryPrompts.load(REPO / "configs/prompts/summary_zh.yaml", loaded.tokenizer)
+    ids, was_cut = prompts.eval_prompt(text, 400)
+    (reply,) = generate(loaded.model, [ids], SamplingConfig(40, 0.0), loaded.tokenizer.eos_id)
+    title = prompts.strip_frame(loaded.tokenizer.decode(reply))
+    assert not was_cut and 5 < len(title) < 40
+    assert len(set(title) & set(text)) > 0.6 * len(set(title)), title
