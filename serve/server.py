@@ -214,12 +214,16 @@ def listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         listener = socket.socket(family, kind)
+    except OSError as error:
+        raise ConfigError(f"--host {host}: no such address ({error.strerror or error})") from None
+    try:
         if sys.platform != "win32":
             # There it would let two servers share a port; here it skips the wait after a stop.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(256)
     except OSError as error:
+        listener.close()
         holder = _holder(port)
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error.strerror or error}"

@@ -1,0 +1,82 @@
+"""Real servers for tests: a small checkpoint, a process on a free port, and its end."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import torch
+from conftest import small_config
+
+from babyllama.checkpoint import save_checkpoint
+from babyllama.cli import REPO
+from babyllama.optim import OptimConfig, make_optimizer
+from model import Transformer
+from tokenizer import Tokenizer
+
+CONTEXT = 4096
+
+
+def endless_model(tokenizer: Tokenizer, context: int = CONTEXT) -> Transformer:
+    """Random weights with clear choices that hardly ever end a reply."""
+    torch.manual_seed(0)
+    model = Transformer(small_config(tokenizer.vocab_size, max_seq_len=context)).eval()
+    with torch.no_grad():
+        model.norm.weight *= 20
+        model.output.weight[tokenizer.eos_id] = 0
+    return model
+
+
+def save(model: Transformer, tokenizer: Tokenizer, run: Path) -> Path:
+    """The model as a fine-tuning run leaves it; returns the run."""
+    optimizer = make_optimizer(model, OptimConfig())
+    save_checkpoint(run, 1, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+    return run
+
+
+@dataclass
+class Running:
+    """A server process that answers."""
+
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's values."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, log: Path, *flags: str) -> Iterator[Running]:
+    """A server of its own; flags may say more than the ones here."""
+    command = [sys.executable, "-m", "serve.server", str(checkpoint), "--port", "0"]
+    with open(log, "wb") as errors:
+        process = subprocess.Popen(
+            [*command, "--wiki-url=", *flags], cwd=REPO, stdout=subprocess.PIPE, stderr=errors,
+            text=True,
+        )  # fmt: skip
+    try:
+        lines = []
+        while not (lines and lines[-1].startswith("http")):
+            lines.append(process.stdout.readline())
+            assert lines[-1], f"no server: {lines} {log.read_text()}"
+        yield Running(process, lines[-1].split()[0], log)
+        process.send_signal(signal.SIGTERM)
+        # Nothing that a client does may leave a traceback behind.
+        assert process.wait(timeout=60) == 0 and "Traceback" not in log.read_text("utf-8"), (
+            log.read_text("utf-8")
+        )
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
