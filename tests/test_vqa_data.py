@@ -443,7 +443,8 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
     talk = run("vqa.chat", colours / "second", "--image", photo, "--ask", QUESTION)
     assert talk.startswith("助手：") and talk.strip() != "助手："
     run("vqa.show", colours / "second", *where, "--out", colours / "sheet.png", "--n_photos", 4)
-    assert PIL.open(colours / "sheet.png").size[0] > 300
+    with PIL.open(colours / "sheet.png") as sheet:
+        assert sheet.size[0] > 300
     for words, message in (
         ((), "wanted a picture, found a question without one"),
         (("--image", colours / "raw/train.jsonl"), "found .* bytes that are none"),
