@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from babyllama.engine import Engine, Job, Piece
 from serve.errors import Refused
@@ -45,6 +46,7 @@ class Desk:
         self.failed = False
         self._inbox: queue.SimpleQueue[tuple[Engine, Job] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[Mailbox, int, Piece]] = []
+        self._unfinished: set[Job] = set()
         self._open: Counter[str] = Counter()
         self._seconds = 1.0  # of a reply, lately
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
@@ -99,8 +101,14 @@ class Desk:
         if self.failed:
             raise Refused(503, "the model has stopped working; start the server again")
         for number, job in enumerate(jobs):
-            job.notify = lambda piece, number=number: self._outbox.append((mailbox, number, piece))
+            job.notify = partial(self._take, job, mailbox, number)
             self._inbox.put((engine, job))
+
+    def _take(self, job: Job, mailbox: Mailbox, number: int, piece: Piece) -> None:
+        """Keep a piece until the step is over."""
+        if piece.reason:
+            self._unfinished.discard(job)
+        self._outbox.append((mailbox, number, piece))
 
     def _run(self) -> None:
         busy = False
@@ -108,7 +116,9 @@ class Desk:
             while True:
                 try:
                     while (found := self._inbox.get(block=not busy)) is not None:
-                        found[0].add(found[1])
+                        engine, job = found
+                        self._unfinished.add(job)
+                        engine.add(job)
                         busy = True
                     return
                 except queue.Empty:
@@ -122,9 +132,11 @@ class Desk:
             # the server after them.
             logger.exception("a step failed")
             self.failed = True
-            for engine in self.engines.values():
-                for job in engine.jobs():
-                    job.notify(Piece("", [], "error"))
+            while not self._inbox.empty():
+                if found := self._inbox.get():
+                    self._unfinished.add(found[1])
+            for job in list(self._unfinished):
+                job.notify(Piece("", [], "error"))
             self._send()
             self.on_failure()
 

@@ -93,7 +93,7 @@ class Request(Strict):
     # Our own.
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     no_repeat_ngram: Annotated[int, Field(ge=0, le=1000)] | None = None
     loop_guard: Literal["off", "end", "redraw"] | None = None
 
