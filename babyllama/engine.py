@@ -95,13 +95,14 @@ class _Row:
         """Continue by a token, or end; logits (1, V)."""
         job, sampling = self.job, self.job.sampling
         ids, before = job.reply.ids, len(job.reply.ids)
-        if not bool(torch.isfinite(logits.amax())):
-            self.end("error")
-            return
         found = logits
         if sampling.penalises:
             said = torch.tensor([job.prompt + ids], device=logits.device)
             found = penalise(logits, sampling, said, len(job.prompt), self.rules.eos_id)
+        # A penalty next to 0 is enough to leave the numbers behind, too.
+        if not bool(torch.isfinite(found.amax())):
+            self.end("error")
+            return
         token = int(choose(found, sampling, _numbers(found, [self.chance])))
         if sampling.reads_text:
             token = _redraw(found[0], token, ids, self.rules, self.chance)
@@ -181,11 +182,6 @@ class Engine:
                 f"context of {self.context}, or it is empty; shorten it"
             )
         self.waiting.append(job)
-
-    def jobs(self) -> list[Job]:
-        """Every job that is not finished."""
-        running = [row.job for row in self.rows if row]
-        return running + ([self.reading[0]] if self.reading else []) + list(self.waiting)
 
     def step(self) -> bool:
         """One round; returns whether there is more to do."""

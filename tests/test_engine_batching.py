@@ -264,12 +264,13 @@ def test_logits_that_are_no_numbers_end_the_reply_and_not_the_engine(tokenizer):
     with torch.no_grad():
         model.tok_embeddings.weight[9] = float("nan")
     engine = make_engine(make_decoder(model, "float32"), tokenizer)
-    good, bad = (
-        Caller(prompt, SamplingConfig(max_new_tokens=4, temperature=0))
-        for prompt in ([5, 6], [5, 9])
+    tiny = {"repetition_penalty": 5e-324}
+    good, bad, far = (
+        Caller(prompt, SamplingConfig(max_new_tokens=4, **more))
+        for prompt, more in (([5, 6], {}), ([5, 9], {}), ([5, 6], tiny))
     )
-    run(engine, [bad, good])
-    assert bad.reason == "error" and good.reason in ("length", "eos")
+    run(engine, [bad, far, good])
+    assert bad.reason == far.reason == "error" and good.reason in ("length", "eos")
 
 
 @pytest.mark.parametrize("n", [0, 128, 500])
