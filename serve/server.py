@@ -164,10 +164,11 @@ def make_server(
     names = LOOPBACK if cfg.host in LOOPBACK else ()
     gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
     protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds})
+    # Without proxy_headers=False a client could give itself another address.
     server = uvicorn.Server(uvicorn.Config(
         make_app(service, gate), http=protocol, ws="none", lifespan="on", log_level="warning",
-        access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=cfg.shutdown_seconds, backlog=256,
+        access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS, backlog=256,
+        timeout_graceful_shutdown=cfg.shutdown_seconds, proxy_headers=False,
     ))  # fmt: skip
     desk.on_failure = lambda: setattr(server, "should_exit", True)
     logging.getLogger("babyllama.serve").addHandler(logging.StreamHandler())

@@ -166,6 +166,8 @@ def test_the_prefix_cache_forgets_the_least_used_and_keeps_its_bound(decoder, to
                 pass
     assert [len(known.find(p)) for p in prompts] == [1, 0, 1, 1]
     assert known.n_bytes == 3 * block_bytes
+    (kept,) = known.find(prompts[3])
+    assert kept.untyped_storage().nbytes() == block_bytes  # and not the whole prompt's
 
 
 def test_a_cancelled_reply_frees_its_slot_within_a_step(decoder, tokenizer):
@@ -230,19 +232,18 @@ def test_memory_of_the_slots_is_taken_once(model):
         assert slots.buffer.data_ptr() == where or not rows
 
 
-def test_pieces_are_whole_characters_and_hide_stop_texts(decoder, tokenizer):
+def test_pieces_are_whole_characters_and_show_nothing_of_a_stop_text(decoder, tokenizer):
+    """Nor of its beginning, though it comes in several tokens."""
     for seed in range(20):
-        sampling = SamplingConfig(
-            max_new_tokens=60, temperature=1.3, seed=seed, stop=["的", "天气"]
-        )
-        caller = Caller([5, 6, 7], sampling)
-        run(make_engine(decoder, tokenizer), [caller])
-        assert caller.text == caller.job.reply.text
-        shown = ""
-        for piece in caller.pieces:
-            piece.text.encode("utf-8")
-            shown += piece.text
-            assert "的" not in shown and "天气" not in shown
+        settings = {"max_new_tokens": 60, "temperature": 1.3, "seed": seed}
+        whole = Caller([5, 6, 7], SamplingConfig(**settings))
+        run(make_engine(decoder, tokenizer), [whole])
+        assert whole.text == whole.job.reply.text
+        stop = whole.text[10:15]
+        cut = Caller([5, 6, 7], SamplingConfig(**settings, stop=[stop, "没有的话"]))
+        run(make_engine(decoder, tokenizer), [cut])
+        assert cut.reason == "stop"
+        assert cut.text == cut.job.reply.text == whole.text[: whole.text.index(stop)]
 
 
 def test_scores_are_log_probabilities_of_the_plain_model(decoder, tokenizer):

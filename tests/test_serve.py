@@ -13,13 +13,23 @@ from serving import CONTEXT, Running, endless_model, save, serving
 from babyllama import lora
 from babyllama.fast import make_decoder
 from babyllama.generate import generate_replies
+from babyllama.index_build import build
 from babyllama.lora import LoraConfig
 from babyllama.lora_files import save_adapter
+from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from model import Transformer
+from serve.errors import Refused
+from serve.prompt import chat_prompt
+from serve.schema import ChatRequest
 from tokenizer import Tokenizer
 
 HELLO = [{"role": "user", "content": "你好，今天天气怎么样？"}]
+ARTICLES = [
+    ("银杏", "银杏是一种古老的树种。银杏的叶子在秋天变黄，一般从十月下旬开始。"),
+    ("小猫", "小猫喜欢坐在窗台上看外面的雨，雨停了以后跑到院子里玩。"),
+    ("公交", "新的公交线路今天开通，市民出行更加方便。"),
+]
 QUICK = {"model": "small", "max_tokens": 20, "seed": 3}
 
 
@@ -38,7 +48,12 @@ def server(model, tokenizer, tmp_path_factory) -> Iterator[Running]:
         for name, weight in lora.stored(adapted).items():
             weight.normal_(std=0.3 if name.endswith(".b") else 0.1)
     adapter = save_adapter(adapted, place / "other")
-    with serving(run, place / "log", "--adapters", str(adapter)) as server:
+    write_rows(place / "wiki.jsonl", [
+        {"id": f"wiki/{n}", "text": f"{title}\n{text}"} for n, (title, text) in enumerate(ARTICLES)
+    ])  # fmt: skip
+    build([place / "wiki.jsonl"], place / "index", "wiki")
+    flags = ("--adapters", str(adapter), "--index", str(place / "index"))
+    with serving(run, place / "log", *flags) as server:
         yield server
 
 
@@ -167,8 +182,32 @@ def test_a_reference_is_the_system_message(client):
     assert first.usage.prompt_tokens == other.usage.prompt_tokens
     with pytest.raises(openai.BadRequestError, match="one 资料 only"):
         client.chat.completions.create(messages=system, **QUICK, extra_body={"reference": "花"})
-    with pytest.raises(openai.BadRequestError, match="no index"):
-        client.chat.completions.create(messages=HELLO, **QUICK, extra_body={"retrieve": True})
+
+
+def test_retrieve_answers_from_the_index_and_names_its_sources(client, server, tokenizer):
+    asked = [{"role": "user", "content": "银杏的叶子什么时候变黄？"}]
+    for stream in (False, True):
+        found = client.chat.completions.create(
+            messages=asked, **QUICK, stream=stream, extra_body={"retrieve": True},
+            **({"stream_options": {"include_usage": True}} if stream else {}),
+        )  # fmt: skip
+        chunks = list(found) if stream else [found]
+        assert [source["title"] for source in chunks[0].sources] == ["银杏"]
+        reference = "\n".join(source["text"] for source in chunks[0].sources)
+        system = {"role": "system", "content": reference}
+        n_tokens = len(tokenizer.render_prompt([system, *asked]))
+        # Where a passage does not name its article, the title stands in front.
+        assert n_tokens <= chunks[-1].usage.prompt_tokens <= n_tokens + 8
+    asked = [{"role": "user", "content": "zzz qqq"}]
+    nothing = client.chat.completions.create(messages=asked, **QUICK, extra_body={"retrieve": True})
+    assert nothing.sources == []
+    assert nothing.usage.prompt_tokens == len(tokenizer.render_prompt(asked))
+    article = httpx.get(f"{server.url}/api/wiki", params={"term": "小猫"}).json()
+    assert "窗台" in article["text"] and "小猫" in article["citation"]
+    assert httpx.get(f"{server.url}/api/wiki", params={"term": "zzz"}).status_code == 404
+    asked = ChatRequest(messages=asked, retrieve=True)
+    with pytest.raises(Refused, match="no index"):
+        chat_prompt(asked, tokenizer, CONTEXT, None)
 
 
 def test_a_shared_reference_is_read_once(client):

@@ -14,6 +14,13 @@ import pytest
 from conftest import TEXTS
 from serving import CONTEXT, Running, endless_model, save, serving
 
+from babyllama.engine import Engine, Job
+from babyllama.fast import Decoder
+from babyllama.sampling import SamplingConfig
+from serve.desk import Desk
+from serve.errors import Refused
+from serve.metrics import Metrics
+
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-some-length"
 ASK = [{"role": "user", "content": "你好"}]
@@ -233,14 +240,17 @@ def wait_until(done, seconds: float = 10) -> None:
 
 
 def test_a_burst_is_answered_or_refused_while_health_is_well(server):
-    """S6: 100 at once, of which one client may have 10."""
+    """S6: 100 at once, of which one client may have 10, whatever it calls itself."""
+
+    def named(n: int) -> dict[str, str]:
+        return {"x-forwarded-for": f"10.0.0.{n}"}
 
     async def burst() -> tuple[list[httpx.Response], list[float]]:
         limits = httpx.Limits(max_connections=200)
         async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=60) as client:
             asked = [
-                asyncio.create_task(client.post(CHAT, json=body(max_tokens=200)))
-                for _ in range(100)
+                asyncio.create_task(client.post(CHAT, json=body(max_tokens=200), headers=named(n)))
+                for n in range(100)
             ]
             waits = []
             while not all(task.done() for task in asked):
@@ -259,6 +269,8 @@ def test_a_burst_is_answered_or_refused_while_health_is_well(server):
         else:
             assert response.json()["usage"]["completion_tokens"] == 200
     assert max(waits) < 10
+    assert server.metric('babyllama_refused_total{reason="client"}') > 0
+    assert server.metric('babyllama_refused_total{reason="queue"}') == 0
     assert server.metric("babyllama_open_replies") == 0
 
 
@@ -349,3 +361,30 @@ def test_running_replies_are_finished_before_the_server_ends(checkpoint, tmp_pat
         assert server.process.wait(timeout=30) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(server.url + "/health")
+
+
+def test_a_fault_of_ours_ends_every_reply_and_the_server(tokenizer):
+    def broken(tokens: object, cache: object) -> None:
+        raise RuntimeError("a bug")
+
+    engine = Engine(Decoder(endless_model(tokenizer), broken, "broken"), tokenizer, 2)
+    stopped: list[bool] = []
+    desk = Desk({"m": engine}, 8, 8, Metrics(), lambda: stopped.append(True))
+
+    async def ask() -> None:
+        desk.start(asyncio.get_running_loop())
+        mailbox, ended = asyncio.Queue(), set()
+        jobs = [Job([5, 6], SamplingConfig(max_new_tokens=9), print, n) for n in range(4)]
+        desk.submit(engine, jobs, mailbox)
+        async with asyncio.timeout(20):
+            while len(ended) < 4:
+                number, piece = await mailbox.get()
+                if piece.reason:
+                    assert piece.reason == "error" and number not in ended
+                    ended.add(number)
+        with pytest.raises(Refused, match="start the server again"):
+            desk.submit(engine, jobs, mailbox)
+        desk.stop()
+
+    asyncio.run(ask())
+    assert stopped == [True]
