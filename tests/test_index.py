@@ -133,15 +133,18 @@ def test_the_size_of_blocks_leaves_no_trace_in_the_bytes(tmp_path):
     assert made[1] == made[300] == made[10**6] and len(made[1]) == 7
 
 
-def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    peaks = []
-    for n in (60, 600):
-        rows = write_articles(tmp_path / f"{n}.jsonl", chance_articles(n))
+def test_memory_grows_with_the_block_and_not_with_the_corpus(tmp_path):
+    rows = write_articles(tmp_path / "rows.jsonl", chance_articles(2400))
+    peaks = {}
+    for block in (10**6, 6000):
         tracemalloc.start()
-        build([rows], tmp_path / str(n), "wiki", block=3000)
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        info = build([rows], tmp_path / str(block), "wiki", block=block)
+        peaks[block] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[1] < 2 * peaks[0]
+    n_blocks = info["n_chars"] // 6000
+    # 100 bytes a character of a block, 30 KB a file of a block, 12 bytes a passage, 16 a term
+    bound = 100 * 6000 + 30_000 * n_blocks + 12 * info["n_passages"] + 16 * info["n_terms"]
+    assert peaks[6000] < bound < peaks[10**6]
 
 
 def test_the_same_rows_are_not_indexed_again_and_others_replace_them(tmp_path):
