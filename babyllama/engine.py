@@ -5,9 +5,10 @@ Who runs the steps, in which thread, and what becomes of the pieces is serve's b
 here waits or locks. Rules and random numbers of a reply are generate.py's: reply number i of a
 request is that of generate_replies with the same seed.
 
-What holds for a reply in company, beside the same reply written alone: prompts are read and tokens
-chosen one reply at a time, and the sums of int8 steps do not depend on the number of rows, so with
-int8 weights it is equal, token by token, drawn or not. Steps in float32 add in an order that
+What holds for a reply in company, beside the same reply written alone: prompts are read one at a
+time, and neither an int8 step nor a draw in C depends on the rows beside it, so with int8 weights
+the reply is the same, bit for bit, drawn or not. (The rare draw that ends in torch, and those with
+top_k, may round the last bit of a probability otherwise.) Steps in float32 add in an order that
 depends on the number of rows and on the column, so logits agree to rounding (1e-6 of their size)
 and a reply can change only where two tokens are that near to each other.
 """
@@ -91,26 +92,22 @@ class _Row:
         self.stream, self.text, self.n_shown = tokenizer.stream_decoder(), "", 0
         self.ended = False
 
-    def choose(self, logits: Tensor) -> None:
-        """Continue by a token, or end; logits (1, V)."""
-        job, sampling = self.job, self.job.sampling
-        ids, before = job.reply.ids, len(job.reply.ids)
-        found = logits
-        if sampling.penalises:
-            said = torch.tensor([job.prompt + ids], device=logits.device)
-            found = penalise(logits, sampling, said, len(job.prompt), self.rules.eos_id)
-        # A penalty next to 0 is enough to leave the numbers behind, too.
-        if not bool(torch.isfinite(found.amax())):
-            self.end("error")
-            return
-        token = int(choose(found, sampling, _numbers(found, [self.chance])))
-        if sampling.reads_text:
-            token = _redraw(found[0], token, ids, self.rules, self.chance)
+    def penalised(self, logits: Tensor) -> Tensor:
+        """The logits (1, V) after the penalties for what was said."""
+        said = torch.tensor([self.job.prompt + self.job.reply.ids], device=logits.device)
+        n_prompt, eos_id = len(self.job.prompt), self.rules.eos_id
+        return penalise(logits, self.job.sampling, said, n_prompt, eos_id)
+
+    def take(self, token: int, found: Tensor, logits: Tensor) -> None:
+        """Continue by the token that was drawn, or end; both (V,), with penalties and without."""
+        job, ids, before = self.job, self.job.reply.ids, len(self.job.reply.ids)
+        if job.sampling.reads_text:
+            token = _redraw(found, token, ids, self.rules, self.chance)
         self.rules.extend(job.reply, token, self.limit)
         scores = []
         if len(ids) > before:
             self.text += self.stream.feed(token)
-            scores = [] if job.n_top is None else [score(logits[0], token, job.n_top)]
+            scores = [] if job.n_top is None else [score(logits, token, job.n_top)]
         self._tell(scores, job.reply.reason)
 
     def end(self, reason: str) -> None:
@@ -124,6 +121,33 @@ class _Row:
         self.n_shown = max(self.n_shown, end)
         if text or scores or reason:
             self.job.notify(Piece(text, scores, reason))
+
+
+def draw(rows: list[_Row], logits: Tensor) -> None:
+    """Continue each reply by a token, or end it; logits (B, V). Those with the same settings draw
+    together, each with its own chances."""
+    alike: dict[tuple, list[int]] = {}
+    for number, row in enumerate(rows):
+        s = row.job.sampling
+        key = (s.temperature, s.top_p, s.top_k, s.min_p, s.penalises)
+        alike.setdefault(key, []).append(number)
+    for numbers in alike.values():
+        own = found = logits if len(numbers) == len(rows) else logits[numbers]
+        if rows[numbers[0]].job.sampling.penalises:
+            found = torch.cat([rows[n].penalised(own[i : i + 1]) for i, n in enumerate(numbers)])
+        # A penalty next to 0 is enough to leave the numbers behind, as is a damaged checkpoint.
+        is_finite = torch.isfinite(found.amax(dim=1))
+        if not bool(is_finite.all()):
+            for number, is_good in zip(numbers, is_finite.tolist(), strict=True):
+                if not is_good:
+                    rows[number].end("error")
+            numbers = [n for n in numbers if not rows[n].ended]
+            own, found = own[is_finite], found[is_finite]
+        if numbers:
+            chances = _numbers(found, [rows[n].chance for n in numbers])
+            tokens = choose(found, rows[numbers[0]].job.sampling, chances).tolist()
+            for i, number in enumerate(numbers):
+                rows[number].take(tokens[i], found[i], own[i])
 
 
 def score(logits: Tensor, token: int, n_top: int) -> TokenScore:
@@ -228,7 +252,7 @@ class Engine:
 
     def _join(self, job: Job, reading: Reading, logits: Tensor) -> None:
         row = _Row(job, self.tokenizer, self.context)
-        row.choose(logits)
+        draw([row], logits)
         if row.ended:
             return
         if None not in self.rows:
@@ -249,11 +273,11 @@ class Engine:
         cache = self.slots.window(whole=self.reads_whole)
         logits = self.decoder.step(torch.tensor(tokens, device=device), cache)
         self.slots.stepped([row is None for row in self.rows])
-        for number, row in enumerate(self.rows):
-            if row:
-                row.choose(logits[number : number + 1])
-                if row.ended:
-                    self._leave(number)
+        running = [number for number, row in enumerate(self.rows) if row]
+        draw([self.rows[n] for n in running], logits if None not in self.rows else logits[running])
+        for number in running:
+            if self.rows[number].ended:
+                self._leave(number)
 
     def _shrink(self) -> None:
         """Give up free rows when they are a quarter: they cost time, and so does moving."""
