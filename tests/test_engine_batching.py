@@ -85,9 +85,10 @@ def settings(n: int) -> list[SamplingConfig]:
         {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.2},
         {"temperature": 1.2, "frequency_penalty": 0.5, "loop_guard": "redraw"},
         {"temperature": 1.0, "stop": ["。", "天气"]},
+        {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.5},
     ]
     return [
-        SamplingConfig(max_new_tokens=5 + 7 * (i % 6), seed=i, **kinds[i % 5]) for i in range(n)
+        SamplingConfig(max_new_tokens=5 + 7 * (i % 6), seed=i, **kinds[i % 6]) for i in range(n)
     ]
 
 
@@ -234,16 +235,21 @@ def test_memory_of_the_slots_is_taken_once(model):
 
 def test_pieces_are_whole_characters_and_show_nothing_of_a_stop_text(decoder, tokenizer):
     """Nor of its beginning, though it comes in several tokens."""
+    n_cut = 0
     for seed in range(20):
         settings = {"max_new_tokens": 60, "temperature": 1.3, "seed": seed}
         whole = Caller([5, 6, 7], SamplingConfig(**settings))
         run(make_engine(decoder, tokenizer), [whole])
         assert whole.text == whole.job.reply.text
-        stop = whole.text[10:15]
+        if len(whole.text) < 12:
+            continue  # mostly bytes that are no characters
+        n_cut += 1
+        stop = whole.text[5:10]
         cut = Caller([5, 6, 7], SamplingConfig(**settings, stop=[stop, "没有的话"]))
         run(make_engine(decoder, tokenizer), [cut])
         assert cut.reason == "stop"
         assert cut.text == cut.job.reply.text == whole.text[: whole.text.index(stop)]
+    assert n_cut > 5
 
 
 def test_scores_are_log_probabilities_of_the_plain_model(decoder, tokenizer):

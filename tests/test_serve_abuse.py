@@ -246,7 +246,7 @@ def test_a_burst_is_answered_or_refused_while_health_is_well(server):
         return {"x-forwarded-for": f"10.0.0.{n}"}
 
     async def burst() -> tuple[list[httpx.Response], list[float]]:
-        limits = httpx.Limits(max_connections=200)
+        limits = httpx.Limits(max_connections=200, keepalive_expiry=1)
         async with httpx.AsyncClient(base_url=server.url, limits=limits, timeout=60) as client:
             asked = [
                 asyncio.create_task(client.post(CHAT, json=body(max_tokens=200), headers=named(n)))
