@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from babyllama.chat_commands import Again, User, completions, obey
 from babyllama.checkpoint import load_model
@@ -75,6 +76,7 @@ class ChatConfig(SamplingConfig):
     device: Device = "auto"
     weights: Weights = "auto"
     wiki_url: str = API_URL
+    loop_guard: Literal["off", "end", "redraw"] = "redraw"  # people do not want to read loops
 
 
 def joined(argv: Sequence[str], flag: str = "--lora") -> list[str]:

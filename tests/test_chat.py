@@ -291,7 +291,7 @@ def test_a_conversation_with_its_commands(open_terminal, polite, tmp_path):
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(open_terminal, endless, tmp_path):
-    terminal = open_terminal(endless, "--max_new_tokens", "400")
+    terminal = open_terminal(endless, "--loop_guard", "off", "--max_new_tokens", "400")
     terminal.type("你好\r")
     terminal.read_until("好好好")
     terminal.type(b"\x03")
@@ -307,7 +307,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(open_terminal, endless, tmp_
 
 
 def test_a_full_context_lets_old_turns_go_and_says_so_once(open_terminal, endless):
-    terminal = open_terminal(endless, "--max_new_tokens", "120", NO_COLOR="")
+    terminal = open_terminal(endless, "--loop_guard", "off", "--max_new_tokens", "120", NO_COLOR="")
     terminal.say("/资料 银杏是乔木。")
     shown = [terminal.say("你好") for _ in range(5)]
     assert all("到了长度上限" in text for text in shown)
@@ -452,7 +452,7 @@ def test_words_of_commands_are_completed(terminal, tmp_path):
 
 
 def test_sampling_is_shown_changed_and_checked(open_terminal, endless):
-    terminal = open_terminal(endless, "--max_new_tokens", 400)
+    terminal = open_terminal(endless, "--loop_guard", "off", "--max_new_tokens", 400)
     assert "max_new_tokens 400" in terminal.say("/set")
     assert terminal.say("/set max_new_tokens 3").strip() == "max_new_tokens 3"
     assert terminal.say("你好").startswith(f"{LABELS['assistant']}好好好（到了")
