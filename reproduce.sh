@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
 # The model in release/, made again: from raw files to int8 weights and figures, one command a stage.
 #
-#   ./reproduce.sh RAW [EVALUATION]
+#   ./reproduce.sh RAW [EVALUATION [SETTINGS]]
 #
 # RAW holds the files that configs/release/{text,dialogues}.yaml name; leave out of those files the sets
 # that you do not have. EVALUATION: texts or .u64 lists that must not be trained on, '[a.tsv, b.u64]'.
+# SETTINGS: a YAML laid over those of all trainings; with configs/release/rehearsal.yaml and a few
+# hundred rows of each set everything is done in minutes: ./reproduce.sh RAW '[]' configs/release/rehearsal.yaml
 # Each stage may be stopped and started again with the same command; a finished one is not redone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-raw=${1:?"usage: ./reproduce.sh RAW [EVALUATION]"}
+raw=${1:?"usage: ./reproduce.sh RAW [EVALUATION [SETTINGS]]"}
 evaluation=${2:-[]}
+settings=${3:-}
 vocabulary=data/tokenizers/release.model
+mean=out/release_mean
 
 run() {
     echo "+ $*"
@@ -22,17 +26,28 @@ process() {
         --evaluation "$evaluation" --engine processes "${@:2}"
 }
 
+train() {
+    run python "$@" ${settings:+--config "$settings"}
+}
+
 process text
 process dialogues
 [ -e "$vocabulary" ] || run python tokenizer.py train --rows data/clean --vocab_size 8000 --out "$vocabulary"
 process text --tokenizer "$vocabulary"
 process dialogues --tokenizer "$vocabulary"
 
-run python pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release.yaml
-run python sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
-run python sft.py --config configs/sft/release_titles.yaml
-[ -e out/release_mean ] || run python -m babyllama.average out/release out/release_titles --out out/release_mean
-run python eval_rouge.py out/release_mean --data "$raw/csl/csl_title_public" --split dev \
-    --decoding greedy,consensus --out out/release_mean/predictions.jsonl
-run python -m export.release out/release_mean --out release --force --source csl_computing
-git checkout -q -- release/README.md # the card stays
+train pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release.yaml
+train sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
+train sft.py --config configs/sft/release_titles.yaml
+if ! compgen -G "$mean/step-*" > /dev/null; then
+    rm -rf "$mean"
+    run python -m babyllama.average out/release out/release_titles --out "$mean"
+fi
+[ -e "$mean/predictions.scores.json" ] || run python eval_rouge.py "$mean" \
+    --data "$raw/csl/csl_title_public" --split dev --decoding greedy,consensus \
+    --out "$mean/predictions.jsonl"
+
+# The model card is written by hand; the rest of the directory is made anew.
+[ ! -e release/README.md ] || cp release/README.md out/release_card.md
+run python -m export.release "$mean" --out release --force --source csl_computing
+cp out/release_card.md release/README.md

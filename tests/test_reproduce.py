@@ -1,0 +1,115 @@
+"""reproduce.sh from its first line to its last, on a few rows of each set, with a kill between."""
+
+import json
+import lzma
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from babyllama.checkpoint import load_model
+from babyllama.cli import REPO
+
+DATA = REPO / "../shared/data"
+RELEASE = REPO / "configs/release"
+REHEARSAL = yaml.safe_load((RELEASE / "rehearsal.yaml").read_text("utf-8"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform == "win32", reason="a shell script"),
+    pytest.mark.skipif(not DATA.is_dir(), reason="wants the raw data"),
+]
+
+
+def few(path: Path, n: int) -> bytes:
+    """The first rows of a raw file: of its lists, where it is JSON, else its lines."""
+    text = (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8").read()
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return "\n".join(text.split("\n")[:n]).encode()
+    if isinstance(content, dict):
+        content = {name: rows[:n] for name, rows in content.items()}
+    else:
+        content = content[:n]
+    return json.dumps(content, ensure_ascii=False).encode()
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw folder like the one that the release was made from, with a few rows of each set."""
+    place = tmp_path_factory.mktemp("raw")
+    for mixture in ("text", "dialogues"):
+        for one in yaml.safe_load((RELEASE / f"{mixture}.yaml").read_text("utf-8"))["sets"]:
+            source = DATA / one.get("raw", "none")
+            files = source.rglob("*") if source.is_dir() else [source]
+            for path in (path for path in files if path.is_file()):
+                target = place / path.relative_to(DATA)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                content = few(path, 16 if path.name == "csl_title_dev.json" else 300)
+                target.write_bytes(lzma.compress(content) if path.suffix == ".xz" else content)
+    return place
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this repository, as a clone has it."""
+    place = tmp_path_factory.mktemp("tree")
+    names = subprocess.check_output(["git", "ls-files", "-z"], cwd=REPO, text=True).split("\0")
+    for name in filter(lambda name: (REPO / name).is_file(), names):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPO / name, place / name)
+    return place
+
+
+def reproduce(tree: Path, raw: Path, kill_at: str = "") -> tuple[int, str]:
+    """Exit code and output of the script, which is killed with all it started at a line."""
+    python = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    lines = []
+    with subprocess.Popen(
+        ["./reproduce.sh", str(raw), "[]", "configs/release/rehearsal.yaml"],
+        cwd=tree, env=os.environ | {"PATH": python}, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        for line in process.stdout:
+            lines.append(line)
+            if kill_at and kill_at in line:
+                os.killpg(process.pid, signal.SIGKILL)
+                kill_at = ""
+    return process.returncode, "".join(lines)
+
+
+def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
+    card, weights = ((tree / "release" / n).read_bytes() for n in ("README.md", "parity.json"))
+    last = REHEARSAL["train"]["max_steps"]
+    code, said = reproduce(tree, raw, kill_at=f"val step {REHEARSAL['train']['eval_every']}/")
+    assert code == -signal.SIGKILL and "release_base starts" in said, said
+
+    code, said = reproduce(tree, raw)
+    assert code == 0, said
+    assert re.search(r"release_base continues at step \d+", said)
+    assert said.count("nothing has changed, the clean rows are used again") >= 2
+    assert "tokenizer.py train" not in said, "the vocabulary was made already"
+    for name in ("release_base", "release", "release_titles"):
+        assert list((tree / "out" / name).glob(f"step-{last:06d}")), name
+    scores = json.loads((tree / "out/release_mean/predictions.scores.json").read_text("utf-8"))
+    assert scores["n"] == 16
+    assert {"greedy", "consensus"} <= scores["decoding"].keys()
+
+    assert (tree / "release/README.md").read_bytes() == card
+    assert (tree / "release/parity.json").read_bytes() != weights
+    released, mean = load_model(tree / "release"), load_model(tree / "out/release_mean")
+    assert released.tokenizer.fingerprint == mean.tokenizer.fingerprint
+    assert released.model.n_parameters() == mean.model.n_parameters()
+
+    before = (tree / "out/release_base/metrics.jsonl").read_bytes()
+    code, said = reproduce(tree, raw)
+    assert code == 0 and said.count("is finished") == 3, said
+    assert "eval_rouge.py" not in said and "babyllama.average" not in said
+    assert (tree / "out/release_base/metrics.jsonl").read_bytes() == before
