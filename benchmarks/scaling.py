@@ -113,7 +113,7 @@ def pretrain(cfg: ScalingConfig, size: str, tokens: int) -> Path:
         "model.n_heads": max(1, dim // 32), "model.max_seq_len": CONTEXT,
         "optim.warmup_steps": min(recipe["optim"]["warmup_steps"], steps // 10),
         "train.max_steps": steps, "train.eval_every": steps, "train.save_every": 200,
-        "train.keep": 1, "train.keep_best": False, "train.samples": "[]",
+        "train.keep": 1, "train.keep_best": "false", "train.samples": "[]",
     }  # fmt: skip
     flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
     command("pretrain.py", "--config", cfg.recipe, "--config", cfg.data, *flags)
@@ -182,8 +182,9 @@ def fit(points: Sequence[Point]) -> str:
     if len({p.parameters for p in points}) < 2 or len({p.tokens for p in points}) < 2:
         return "no fit: wanted two sizes and two token counts at least"
     design = np.column_stack([values[:, :2], np.ones(len(points))])
-    (a, b, _), *_ = np.linalg.lstsq(design, values[:, 2], rcond=None)
-    worst = float(np.abs(design @ [a, b, _] - values[:, 2]).max())
+    found = np.linalg.lstsq(design, values[:, 2], rcond=None)[0]
+    a, b = found[:2]
+    worst = float(np.abs(design @ found - values[:, 2]).max())
     return (
         f"bits per byte ~ N^{a:.3f} D^{b:.3f}, at most {np.expm1(worst):.1%} off: twice the "
         f"parameters {2**a - 1:+.1%}, twice the tokens {2**b - 1:+.1%} (in this range)"

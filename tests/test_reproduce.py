@@ -29,7 +29,8 @@ pytestmark = [
 
 def few(path: Path, n: int) -> bytes:
     """The first rows of a raw file: of its lists, where it is JSON, else its lines."""
-    text = (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8").read()
+    content = path.read_bytes()
+    text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8-sig")
     try:
         content = json.loads(text)
     except ValueError:
@@ -39,6 +40,10 @@ def few(path: Path, n: int) -> bytes:
     else:
         content = content[:n]
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+def packed(content: bytes, path: Path) -> bytes:
+    return lzma.compress(content, preset=0) if path.suffix == ".xz" else content
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target = place / path.relative_to(DATA)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = few(path, 16 if path.name == "csl_title_dev.json" else 300)
-                target.write_bytes(lzma.compress(content) if path.suffix == ".xz" else content)
+                target.write_bytes(packed(content, path))
     return place
 
 
