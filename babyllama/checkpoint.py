@@ -379,6 +379,20 @@ def load_model(
     return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
 
 
+def load_answering(path: Path, device: torch.device | str = "cpu") -> Loaded:
+    """load_model, and refuse what was never taught to answer.
+
+    raises: CheckpointError as load_model, or for a base
+    """
+    loaded = load_model(path, device)
+    if loaded.kind == "pretrain":
+        raise CheckpointError(
+            f"{shown(loaded.path)}: wanted a checkpoint that answers, found a base; fine-tune it "
+            f"first with python sft.py"
+        )
+    return loaded
+
+
 def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
     """What model.yaml says, with the shape as a ModelConfig; the tokenizer; the full weights.
 
