@@ -13,6 +13,10 @@ _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _TRIES = 6
 
 
+class TooLong(Exception):
+    """The text and its answer do not fit into the context of the endpoint's model."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where to ask.
@@ -31,7 +35,8 @@ class Endpoint:
     def ask(self, messages: list[dict[str, str]]) -> str:
         """The answer to a dialogue, at temperature 0.
 
-        raises: ConfigError if the endpoint refuses, is not there, or says something else
+        raises: ConfigError if the endpoint refuses, is not there, or says something else;
+            TooLong if another text may do better
         """
         body = {"model": self.model, "messages": messages, "temperature": 0, "stream": False}
         head = {"Content-Type": "application/json"}
@@ -46,11 +51,14 @@ class Endpoint:
                 with urllib.request.urlopen(asked, timeout=self.timeout_s) as answer:
                     return self._text(answer.read(1 << 24))
             except urllib.error.HTTPError as error:
-                said = error.read(300).decode("utf-8", "replace")
+                said = error.read(2000).decode("utf-8", "replace")
+                if "context_length_exceeded" in said:
+                    raise TooLong from None
                 if error.code not in _BUSY:
+                    said = " ".join(said.split())[:300]
                     raise ConfigError(
-                        f"{self.url}: refused with {error.code}: {' '.join(said.split())}; look "
-                        f"at --endpoint, --model and --key_env"
+                        f"{self.url}: refused with {error.code}: {said}; look at --endpoint, "
+                        f"--model and --key_env"
                     ) from None
                 reason = f"{error.code}"
                 pause = _seconds(error.headers.get("Retry-After"))

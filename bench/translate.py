@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
-from bench.endpoint import Endpoint
+from bench.endpoint import Endpoint, TooLong
 from bench.files import find, lines
 from bench.store import Store
 from bench.survive import lost
@@ -154,7 +154,10 @@ def translate_text(text: str, endpoint: Endpoint, tries: int) -> dict[str, str]:
     """{"zh": the translation}, or {"lost": what it never held}."""
     complaint = ""
     for _ in range(tries):
-        reply = endpoint.ask(_request(text, complaint))
+        try:
+            reply = endpoint.ask(_request(text, complaint))
+        except TooLong:  # also with a complaint: the next one would be as long
+            return {"lost": "原文太长，模型的上下文放不下", "last": ""}
         complaint = lost(text, reply)
         if not complaint:
             return {"zh": reply}
