@@ -27,6 +27,7 @@ from babyllama.errors import CheckpointError, ConfigError
 from babyllama.fast import Weights
 from babyllama.published import SETS
 from babyllama.rows import write_rows
+from babyllama.run_dir import beside
 from babyllama.sampling import SamplingConfig
 from babyllama.summaries import SummarySet
 from babyllama.systems import (
@@ -125,10 +126,10 @@ def choose_out(cfg: EvalConfig, places: Sequence[Path], found: SummarySet) -> Pa
     name = Path(found.name).stem if cfg.data else f"{found.name}-{cfg.split}"
     name += f"-{cfg.limit}" if cfg.limit else ""
     first = places[0]
-    beside = first.parent / f"rouge-{name}-{first.name}.jsonl"
+    usual = beside(first) / f"rouge-{name}-{first.name}.jsonl"
     if summaries.is_predictions(first):
-        beside = first.with_name(f"{first.stem}-compared.jsonl")
-    out = from_repo(cfg.out or beside)
+        usual = first.with_name(f"{first.stem}-compared.jsonl")
+    out = from_repo(cfg.out or usual)
     taken = [path.resolve() for path in (*found.files, *places)]
     if out.is_dir() or out.resolve() in taken:
         raise ConfigError(f"--out {shown(out)} is a directory or the data; name a new .jsonl file")

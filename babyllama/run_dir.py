@@ -36,6 +36,12 @@ FREE = (
 )  # fmt: skip
 
 
+def beside(checkpoint: Path) -> Path:
+    """Where reports on a checkpoint go: to its run; for one without a run (release/) to out/."""
+    run = checkpoint.resolve().parent
+    return REPO / "out" if run == REPO.resolve() else run
+
+
 @contextlib.contextmanager
 def open_run(name: str, config: object, world: World) -> Iterator[Path]:
     """The directory of a run, new or to be continued with the same config, for this run alone.

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,14 @@ class Training:
     missing: tuple[str, ...]
 
 
-def training_of(checkpoint: Path) -> Training:
-    """The training rows of a checkpoint and of all that it started from."""
+def training_of(checkpoint: Path, named: Sequence[Path] = ()) -> Training:
+    """The training rows of a checkpoint and of all that it started from.
+
+    named: files or folders that hold all of them; what the runs say is not looked at then
+    raises: DataError if one of these holds no rows
+    """
+    if named:
+        return Training(tuple(dict.fromkeys(f for path in named for f in _named_rows(path))), ())
     files: dict[Path, None] = {}
     missing: dict[str, None] = {}
     place: Path | None = checkpoint
@@ -54,6 +61,14 @@ def training_of(checkpoint: Path) -> Training:
 
 def _yaml(path: Path) -> dict:
     return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.is_file() else {}
+
+
+def _named_rows(path: Path) -> list[Path]:
+    place = from_repo(path).resolve()
+    found = [place] if place.is_file() else sorted(place.rglob("train-*.jsonl"))
+    if not found:
+        raise DataError(f"--training {path}: wanted train-*.jsonl in it, found none; name a file")
+    return found
 
 
 def _rows_of(name: str) -> list[Path]:

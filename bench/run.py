@@ -26,6 +26,7 @@ from babyllama.checkpoint import Loaded, load_model, newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.run_dir import beside
 from bench import card as cards
 from bench import contamination, sandbox
 from bench.ask import ask
@@ -50,6 +51,7 @@ class BenchConfig:
         prompts: zh: ours; official: those of the harness, mostly English
         form: dialogue or text; auto: dialogues for a fine-tuned checkpoint
         out: folder for the report; if absent <run>/bench-<step>
+        training: files or folders with all training rows, for a checkpoint whose runs are not here
         batch_size: questions at a time
         device: auto, cpu, cuda or mps
         execute_model_code: let HumanEval run the programs that the model writes, shut in
@@ -64,6 +66,7 @@ class BenchConfig:
     prompts: Literal["zh", "official"] = "zh"
     form: Literal["auto", "dialogue", "text"] = "auto"
     out: Path | None = None
+    training: tuple[Path, ...] = ()
     batch_size: int = 16
     device: Device = "auto"
     execute_model_code: bool = False
@@ -158,7 +161,7 @@ def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
     settings = about(cfg, loaded)
     print(f"{shown(loaded.path)}: {len(chosen)} tasks, "
           f"{sum(len(r.scored) for _, r in chosen.values()):,} questions")  # fmt: skip
-    training = contamination.training_of(loaded.path)
+    training = contamination.training_of(loaded.path, cfg.training)
     leaked = contamination.count({n: r.scored for n, (_, r) in chosen.items()}, training)
     reports = []
     for name, (task, rows) in chosen.items():
@@ -225,7 +228,7 @@ def main(cfg: BenchConfig) -> None:
     if path is None:
         raise CheckpointError("wanted a checkpoint, found no run in out/; name one")
     loaded = load_model(path, pick_device(cfg.device))
-    out = from_repo(cfg.out) if cfg.out else loaded.path.parent / f"bench-{loaded.path.name}"
+    out = from_repo(cfg.out) if cfg.out else beside(loaded.path) / f"bench-{loaded.path.name}"
     out.mkdir(parents=True, exist_ok=True)
     found = score(cfg, loaded, out)
     print("", cards.markdown(found), *map(shown, cards.write(found, out)), sep="\n")

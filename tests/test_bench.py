@@ -324,6 +324,10 @@ def test_questions_that_stand_in_the_training_rows_are_counted(taught, vocabular
     asked_rows = {n: rows_of(load(n), FIXTURES, None).scored for n in ("gsm8k", "cmath")}
     assert contamination.count(asked_rows, training) == {"gsm8k": 1, "cmath": 0}
     assert contamination.count(asked_rows, contamination.training_of(taught)) == {}
+    named = contamination.training_of(taught, [tmp_path / "base", tmp_path / "tuned"])
+    assert (named.files, named.missing) == (training.files[::-1], ())
+    with pytest.raises(DataError, match=r"--training .*found none"):
+        contamination.training_of(taught, [tmp_path / "out"])
 
 
 # The harness' own prompts, and its own model.

@@ -12,10 +12,11 @@ import torch
 import yaml
 from conftest import write_run
 
+from babyllama.cli import REPO
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
 from babyllama.parallel import World
-from babyllama.run_dir import lock, open_run
+from babyllama.run_dir import beside, lock, open_run
 from tokenizer import Tokenizer
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -153,3 +154,9 @@ def test_a_directory_that_cannot_be_written_is_said_in_one_line(
     if os.access(tmp_path / "run", os.W_OK):
         return  # root writes where it likes
     assert "lock" in script("pretrain.py", "--config", config).error
+
+
+def test_reports_go_to_the_run_and_never_to_the_repository_itself(tmp_path: Path) -> None:
+    assert beside(tmp_path / "run/step-000007") == tmp_path / "run"
+    assert beside(REPO / "out/run/best") == REPO / "out/run"
+    assert beside(REPO / "release") == REPO / "out"
