@@ -354,6 +354,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{shown(path)}: wanted safetensors, found {error}") from None
 
 
+def kind_of(path: Path) -> str:
+    """What made a checkpoint, or a run's newest one: pretrain, sft, vqa …; errors as load_model."""
+    return _read_info(find_checkpoint(Path(path)))["kind"]
+
+
 def load_model(
     path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Loaded:

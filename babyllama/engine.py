@@ -66,6 +66,7 @@ class Job:
     cancelled: may be set from any thread; the slot is free after the step under way
     deadline: by `Engine.clock`
     n_known: tokens of the prompt that another one had read before
+    picture: what the model looks at, of one that sees (vqa/engine.py)
     """
 
     prompt: list[int]
@@ -77,6 +78,7 @@ class Job:
     cancelled: bool = False
     reply: Reply = field(default_factory=Reply)
     n_known: int = 0
+    picture: Tensor | None = None
 
 
 class _Row:
@@ -240,7 +242,7 @@ class Engine:
         while left > 0 and (self.reading or self.waiting) and self.n_running < self.n_slots:
             if self.reading is None:
                 job = self.waiting.popleft()
-                reading = Reading(self.decoder, job.prompt, self.known)
+                reading = Reading(self._decoder_for(job), job.prompt, self.known)
                 job.n_known = reading.n_known
                 self.reading = job, reading
             job, reading = self.reading
@@ -249,6 +251,10 @@ class Engine:
             if logits is not None:
                 self.reading = None
                 self._join(job, reading, logits)
+
+    def _decoder_for(self, job: Job) -> Decoder:
+        """What reads its prompt."""
+        return self.decoder
 
     def _join(self, job: Job, reading: Reading, logits: Tensor) -> None:
         row = _Row(job, self.tokenizer, self.context)

@@ -140,7 +140,7 @@ class PrefixCache:
 
 
 def _key(ids: Sequence[int]) -> bytes:
-    return array("I", ids).tobytes()
+    return array("i", ids).tobytes()  # positions of pictures are negative
 
 
 class Reading:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import FastAPI, Query
 from fastapi import Request as HttpRequest
@@ -29,6 +29,9 @@ from serve.gate import Gate, GateConfig
 from serve.metrics import Metrics
 from serve.prompt import Prompt, chat_prompt, text_prompts
 from serve.schema import Answer, ChatRequest, CompletionRequest, Refusal, Request
+
+if TYPE_CHECKING:
+    from vqa.engine import Eyes
 
 logger = logging.getLogger("babyllama.serve")
 
@@ -53,6 +56,7 @@ class Service:
 
     created: when the checkpoint was made, by model
     wiki_url: MediaWiki's API for look-ups on the network; "" for none
+    eyes: of the model that is served, where it takes pictures
     """
 
     desk: Desk
@@ -62,6 +66,7 @@ class Service:
     truncate: bool
     retriever: Retriever | None
     wiki_url: str
+    eyes: "Eyes | None" = None
 
 
 def make_app(service: Service, gate: GateConfig) -> Gate:
@@ -144,7 +149,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
             places.enter_context(service.desk.places(_client(request), body.n or 1))
             prompt = await asyncio.to_thread(
                 chat_prompt, body, engine.tokenizer, engine.context, service.retriever,
-                service.truncate,
+                service.truncate, service.eyes,
             )  # fmt: skip
             extra: dict = {}
             if prompt.n_dropped:
@@ -160,6 +165,9 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, request: HttpRequest) -> object:
         """Continue a text."""
         name, engine = _choose(service, body.model)
+        if service.eyes:
+            text = "this model answers questions about pictures; ask it by /v1/chat/completions"
+            raise Refused(400, text, "prompt")
         n = (body.n or 1) * len(body.prompts)
         with ExitStack() as places:
             places.enter_context(service.desk.places(_client(request), n))
@@ -215,10 +223,11 @@ def _jobs(
         raise Refused(400, str(error)) from None
     deadline = time.monotonic() + service.reply_s
     return [
-        Job(prompt.ids, sampling, lambda piece: None, number, n_top, deadline)
+        Job(prompt.ids, sampling, lambda piece: None, number, n_top, deadline,
+            picture=prompt.picture)
         for prompt in prompts
         for number in range(body.n or 1)
-    ]
+    ]  # fmt: skip
 
 
 def _model(service: Service, name: str) -> dict:
@@ -228,6 +237,7 @@ def _model(service: Service, name: str) -> dict:
         "created": service.created[name],
         "owned_by": "babyllama",
         "context": service.desk.engines[name].context,
+        "pictures": service.eyes is not None,
     }
 
 

@@ -4,12 +4,19 @@ Everything here may take a while (a long text, a search), so it runs outside of 
 """
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from babyllama.conversation import Conversation
+from babyllama.errors import DataError
 from babyllama.retrieval import Retriever
 from serve.errors import Refused
 from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vqa.engine import Eyes
 
 
 @dataclass(frozen=True)
@@ -18,11 +25,13 @@ class Prompt:
 
     n_dropped: messages that were left out because they did not fit
     sources: passages that became the 资料; None where none were asked for
+    picture: what the model gets of the picture, of one that sees
     """
 
     ids: list[int]
     n_dropped: int = 0
     sources: list[dict] | None = field(default=None)
+    picture: "Tensor | None" = None
 
 
 def chat_prompt(
@@ -31,12 +40,15 @@ def chat_prompt(
     context: int,
     retriever: Retriever | None,
     truncate: bool = False,
+    eyes: "Eyes | None" = None,
 ) -> Prompt:
     """The prompt for the assistant's next message.
 
+    eyes: of a model that sees; then the dialogue has one picture, in whichever message of the user
     raises: Refused (400)
     """
-    _check(request)
+    _check(request, eyes is not None)
+    context -= eyes.n_positions if eyes else 0
     reference, sources = request.reference or "", None
     if request.retrieve:
         reference, sources = _retrieved(request, tokenizer, context, retriever)
@@ -50,7 +62,9 @@ def chat_prompt(
         room = context - min(request.longest or context, context // 4)
         ids, n_dropped = _shortened(messages, ids, tokenizer, room)
     _require_fit(ids, context, "messages")
-    return Prompt(ids, n_dropped, sources)
+    if eyes is None:
+        return Prompt(ids, n_dropped, sources)
+    return Prompt(eyes.laid(ids), n_dropped, sources, _looked_at(request, eyes))
 
 
 def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int) -> list[Prompt]:
@@ -63,7 +77,7 @@ def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int)
     return prompts
 
 
-def _check(request: ChatRequest) -> None:
+def _check(request: ChatRequest, sees: bool) -> None:
     """What types cannot say of a dialogue."""
     messages = request.messages
     n_characters = sum(len(m.text) for m in messages) + len(request.reference or "")
@@ -72,8 +86,11 @@ def _check(request: ChatRequest) -> None:
         raise Refused(400, text, "messages")
     for number, message in enumerate(messages):
         place = f"messages.{number}"
-        if message.images:
-            raise Refused(400, f"{place}.content: this model does not see pictures", place)
+        if message.images and not sees:
+            text = f"{place}.content: this model takes no pictures; leave them out"
+            raise Refused(400, text, place)
+        if message.images and message.role != "user":
+            raise Refused(400, f"{place}.content: pictures come in messages of the user", place)
         if message.role == "system" and number:
             raise Refused(400, f"{place}.role: system (资料) only comes first", place)
         if message.role == "user" and not message.text.strip():
@@ -87,6 +104,16 @@ def _check(request: ChatRequest) -> None:
         raise Refused(400, text, "reference" if request.reference else "retrieve")
     if request.top_logprobs is not None and not request.logprobs:
         raise Refused(400, "top_logprobs goes with logprobs: true", "top_logprobs")
+
+
+def _looked_at(request: ChatRequest, eyes: "Eyes") -> "Tensor":
+    """What the model gets of the dialogue's one picture."""
+    holders = [n for n, message in enumerate(request.messages) if message.images]
+    try:
+        return eyes.look([url for message in request.messages for url in message.images])
+    except DataError as error:
+        place = f"messages.{holders[-1]}" if holders else "messages"
+        raise Refused(400, str(error), place) from None
 
 
 def _retrieved(

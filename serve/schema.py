@@ -18,7 +18,7 @@ MOST_REPLIES = 8
 
 def well_formed(text: str) -> str:
     """JSON can spell half a character, which is no text."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError("holds half a character (a lone surrogate)")
     return text
 

@@ -3,33 +3,29 @@
     python -m serve.server                                     # the newest run in out/
     python -m serve.server out/redgpt --port 8000              # then open http://127.0.0.1:8000
     python -m serve.server out/redgpt --adapters out/csl_lora  # more models to choose from
+    python -m serve.server out/vqa-cross                       # takes a picture with the question
     python -m serve.server out/redgpt --host 0.0.0.0 --api-key-file key.txt
 
 The first Ctrl-C lets running replies finish, a second one does not. Needs requirements/serve.txt.
 """
 
-import copy
 import logging
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama import lora
-from babyllama.checkpoint import Loaded, load_model
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.conversation import choose_checkpoint
-from babyllama.device import Device, pick_device
-from babyllama.engine import Engine
+from babyllama.device import Device
 from babyllama.errors import ConfigError
-from babyllama.fast import Weights, make_decoder
-from babyllama.lora_files import load_adapter
+from babyllama.fast import Weights
 from babyllama.retrieval import API_URL, INDEX, Retriever
+from serve.models import Served, serve_from
 
 if TYPE_CHECKING:
     import uvicorn
@@ -113,17 +109,9 @@ def main(cfg: ServerConfig) -> int:
     # Before the model is loaded, so that a port in use shows at once.
     with listen(cfg.host, cfg.port) as listener:
         retriever = open_index(cfg.index)
-        models = load_models(cfg)
-        engines = {
-            name: Engine(
-                make_decoder(loaded.model, cfg.weights), loaded.tokenizer, cfg.slots,
-                cfg.prefix_mb / len(models), clock=time.monotonic,
-            )
-            for name, loaded in models.items()
-        }  # fmt: skip
-        created = {name: int(loaded.path.stat().st_mtime) for name, loaded in models.items()}
-        server, desk = make_server(cfg, key, engines, created, retriever)
-        _say(listener, models, engines, retriever)
+        served = serve_from(cfg, choose_checkpoint(cfg.checkpoint))
+        server, desk = make_server(cfg, key, served, retriever)
+        _say(listener, served, retriever)
         with _own_signals():
             server.run(sockets=[listener])
     return int(desk.failed)
@@ -145,8 +133,7 @@ def require_packages() -> None:
 def make_server(
     cfg: ServerConfig,
     key: str,
-    engines: dict[str, Engine],
-    created: dict[str, int],
+    served: Served,
     retriever: Retriever | None,
 ) -> tuple["uvicorn.Server", "Desk"]:
     """A server that is ready to run, and its desk."""
@@ -158,9 +145,9 @@ def make_server(
     from serve.metrics import Metrics
 
     metrics = Metrics()
-    desk = Desk(engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
-    service = Service(desk, metrics, created, cfg.reply_seconds, cfg.truncate, retriever,
-                      cfg.wiki_url)  # fmt: skip
+    desk = Desk(served.engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
+    service = Service(desk, metrics, served.created, cfg.reply_seconds, cfg.truncate, retriever,
+                      cfg.wiki_url, served.eyes)  # fmt: skip
     names = LOOPBACK if cfg.host in LOOPBACK else ()
     gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
     protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds})
@@ -178,17 +165,13 @@ def make_server(
     return server, desk
 
 
-def _say(
-    listener: socket.socket,
-    models: dict[str, Loaded],
-    engines: dict[str, Engine],
-    retriever: Retriever | None,
-) -> None:
+def _say(listener: socket.socket, served: Served, retriever: Retriever | None) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    for name, loaded in models.items():
-        decoder = engines[name].decoder
-        print(f"{name}: {shown(loaded.path)}, {decoder.kind} ({decoder.reason})")
+    for name, engine in served.engines.items():
+        print(
+            f"{name}: {shown(served.paths[name])}, {engine.decoder.kind} ({engine.decoder.reason})"
+        )
     if retriever:
         print(f"资料: {retriever.describe()}")
     print(f"http://{host}:{port}   (Ctrl-C: 停止 / stop)", flush=True)
@@ -276,28 +259,6 @@ def open_index(path: Path | None) -> Retriever | None:
     if path is None and not INDEX.is_dir():
         return None
     return Retriever.open(path or INDEX)
-
-
-def load_models(cfg: ServerConfig) -> dict[str, Loaded]:
-    """The checkpoint, and it once more with each adapter in its weights, by the names that
-    requests use."""
-    base = load_model(choose_checkpoint(cfg.checkpoint), pick_device(cfg.device))
-    base.tokenizer.require_dialogue()
-    models = {name_of(base.path): base}
-    for path in (cfg.adapters,) if isinstance(cfg.adapters, Path) else cfg.adapters:
-        path = from_repo(path)
-        model = lora.bake(load_adapter(copy.deepcopy(base.model), path))
-        name = name_of(path)
-        if name in models:
-            raise ConfigError(f"two models are called {name!r}; rename a directory")
-        models[name] = Loaded(model.eval(), base.tokenizer, base.step, path, base.kind)
-    return models
-
-
-def name_of(path: Path) -> str:
-    """The run's name of a run or one of its steps."""
-    path = path.resolve()
-    return path.parent.name if path.name.startswith("step-") or path.name == "best" else path.name
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Real servers for tests: a small checkpoint, a process on a free port, and its end."""
 
+import base64
 import contextlib
 import signal
 import subprocess
@@ -17,6 +18,9 @@ from babyllama.cli import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from model import Transformer
 from tokenizer import Tokenizer
+from vqa.encoder import EncoderConfig, make_encoder
+from vqa.fusion import FusionConfig
+from vqa.model import VqaModel
 
 CONTEXT = 4096
 
@@ -31,10 +35,29 @@ def endless_model(tokenizer: Tokenizer, context: int = CONTEXT) -> Transformer:
     return model
 
 
-def save(model: Transformer, tokenizer: Tokenizer, run: Path) -> Path:
-    """The model as a fine-tuning run leaves it; returns the run."""
+def seeing_model(tokenizer: Tokenizer, fusion: str = "cross", context: int = 256) -> VqaModel:
+    """The same behind an encoder with random weights: its replies depend on the picture."""
+    language = endless_model(tokenizer, context)
+    encoder = make_encoder(EncoderConfig(size=32, grid=1, depths=(3, 4)))
+    torch.manual_seed(1)
+    model = VqaModel(language, encoder, FusionConfig(fusion, n_queries=3, n_blocks=1))
+    for gate in model.connector.gates.values():
+        torch.nn.init.ones_(gate.open_look)
+        torch.nn.init.ones_(gate.open_think)
+    with torch.no_grad():
+        for net in model.connector.projector.depths:
+            net[-1].weight *= 30
+    return model.eval()
+
+
+def as_url(data: bytes, kind: str = "png") -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def save(model: Transformer, tokenizer: Tokenizer, run: Path, kind: str = "sft") -> Path:
+    """The model as a fine-tuning run leaves it, or one of another kind; returns the run."""
     optimizer = make_optimizer(model, OptimConfig())
-    save_checkpoint(run, 1, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+    save_checkpoint(run, 1, model, tokenizer, optimizer, {"tokens": 0}, kind=kind)
     return run
 
 
