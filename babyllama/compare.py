@@ -70,6 +70,18 @@ def last_figures(records: list[dict]) -> dict[str, str]:
     return figures
 
 
+def worth_seeing(curves: list[list[tuple[float, float]]]) -> tuple[float, float] | None:
+    """Limits that show how curves differ: what falls in the first tenth of a run is cut off above.
+
+    curves: of points (x, y); None where no curve has a point beyond
+    """
+    found = [y for points in curves for x, y in points if x > 0 and x >= points[-1][0] / 10]
+    if not found:
+        return None
+    margin = 0.05 * (max(found) - min(found)) or 0.05
+    return min(found) - margin, max(found) + margin
+
+
 def draw(runs: dict[str, list[dict]], path: Path) -> None:
     """Training and validation loss of every run over steps and over tokens."""
     import matplotlib
@@ -78,18 +90,24 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
+    drawn: list[list] = [[], [], []]
     for number, (name, records) in enumerate(runs.items()):
         color = f"C{number % 10}"
         tokens = {r["step"]: r["tokens"] for r in records if r["kind"] == "train"} | {0: 0}
-        for axis, kind, key in zip(axes, ("train", "val", "val"), ("step", "step", "tokens"),
-                                   strict=True):  # fmt: skip
+        for axis, kind, key, curves in zip(axes, ("train", "val", "val"),
+                                           ("step", "step", "tokens"), drawn,
+                                           strict=True):  # fmt: skip
             points = [(tokens.get(r["step"]) if key == "tokens" else r["step"], r["loss"])
                       for r in records if r["kind"] == kind]  # fmt: skip
             points = [(x, y) for x, y in points if x is not None]
             if points:
+                curves.append(points)
                 axis.plot(*zip(*points, strict=True), color=color, label=name, lw=1.3)
             axis.set(xlabel=key, title=f"{kind} loss over {key}s".replace("tokenss", "tokens"))
             axis.grid(alpha=0.3)
+    for axis, curves in zip(axes, drawn, strict=True):
+        if limits := worth_seeing(curves):
+            axis.set_ylim(*limits)
     axes[0].legend(fontsize=8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from babyllama.cli import parse
-from babyllama.compare import CompareConfig, main, settings
+from babyllama.compare import CompareConfig, main, settings, worth_seeing
 from babyllama.errors import ConfigError
 
 
@@ -43,6 +43,16 @@ def test_only_what_differs_is_listed_with_the_figures(
     assert "| tokens seen | 1,280 | 1,280 |" in lines
     with Image.open(tmp_path / "new/picture.png") as picture:
         assert picture.format == "PNG" and picture.size[0] > 1000
+
+
+def test_the_picture_shows_where_runs_differ_and_not_how_they_began() -> None:
+    first = [(0, 8.7), (100, 0.90), (676, 0.71)]
+    second = [(0, 8.7), (50, 2.0), (100, 0.95), (676, 0.73)]
+    low, high = worth_seeing([first, second])
+    assert 0.69 < low < 0.71 and 0.95 < high < 0.97
+    assert worth_seeing([[(0, 5.0)], []]) is None
+    low, high = worth_seeing([[(0, 5.0), (3, 1.0)]])
+    assert low < 1.0 < high
 
 
 def test_one_run_or_none_cannot_be_compared(tmp_path: Path) -> None:
