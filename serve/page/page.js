@@ -9,6 +9,10 @@ const SLIDERS = {
   repetition_penalty: { min: 1, max: 1.5, step: 0.01, value: 1 },
   max_tokens: { min: 8, max: 512, step: 8, value: 256 },
 };
+// Of a model that takes pictures; it was taught in Chinese.
+const PICTURE_EXAMPLES = ["图片里是什么？", "这是动物还是交通工具？"];
+const LARGEST_SIDE = 768; // pixels; larger pictures are made smaller before they are sent
+const MOST_BYTES = 300_000;
 const EXAMPLES = { zh: ["你好", "你是谁？", "给我讲一个故事。"], en: ["你好", "你是谁？", "你喜欢什么？"] };
 const WORDS = {
   zh: {
@@ -28,6 +32,8 @@ const WORDS = {
     noSources: "没有找到合适的资料", characters: (n) => `${n} 字`, automatic: "自动查找",
     offline: "连不上服务器；请检查它是否还在运行", needKey: "服务器要求密钥；请在设置中填写",
     failed: "出错了", broken: "回答中断了", ready: "回答完成",
+    addPicture: "添加图片", removePicture: "移除图片", picture: "图片", needPicture: "这个模型看图回答：请先添加一张图片",
+    badPicture: "这个文件不是能打开的图片",
   },
   en: {
     skip: "Skip to the input", model: "Model", fresh: "New chat", language: "切换到中文", settings: "Settings",
@@ -46,6 +52,8 @@ const WORDS = {
     noSources: "No fitting reference was found", characters: (n) => `${n} characters`, automatic: "automatic",
     offline: "Cannot reach the server; is it still running?", needKey: "The server wants a key; enter it in the settings",
     failed: "Something went wrong", broken: "The reply broke off", ready: "Reply finished",
+    addPicture: "Add a picture", removePicture: "Remove the picture", picture: "Picture", needPicture: "This model answers about pictures: add one first",
+    badPicture: "This file is no picture that can be opened",
   },
 };
 
@@ -60,6 +68,9 @@ const state = {
 };
 let writing = null; // the AbortController of the reply under way
 let editing = -1; // number of the message that is being edited
+let models = []; // as the server describes them
+let picture = ""; // a data URL, for the next message
+const sees = () => Boolean(models.find((model) => model.id === state.model)?.pictures);
 const say = (name, ...values) => {
   const found = WORDS[state.language][name];
   return typeof found === "function" ? found(...values) : found;
@@ -82,10 +93,13 @@ function button(text, action, className = "quiet") {
 // What is kept between visits
 
 function keep() {
-  try {
-    localStorage.setItem(KEPT, JSON.stringify(state));
-  } catch {
-    // A full or forbidden store: the conversation lasts as long as the page.
+  const withoutPictures = (name, value) => (name === "picture" ? undefined : value);
+  for (const part of [undefined, withoutPictures]) {
+    try {
+      return localStorage.setItem(KEPT, JSON.stringify(state, part));
+    } catch {
+      // A full or forbidden store: the pictures, or all of it, last as long as the page.
+    }
   }
 }
 
@@ -112,9 +126,16 @@ function translate() {
   for (const e of document.querySelectorAll("[data-hint]")) e.placeholder = say(e.dataset.hint);
   $("language").textContent = state.language === "zh" ? "EN" : "中文";
   for (const e of document.querySelectorAll(".slider")) e.querySelector("span").textContent = say(e.dataset.slider);
-  $("examples").replaceChildren(...EXAMPLES[state.language].map((text) => button(text, () => ask(text), "")));
+  showModel();
   showMessages();
   showReference();
+}
+
+function showModel() {
+  const examples = sees() ? PICTURE_EXAMPLES : EXAMPLES[state.language];
+  $("examples").replaceChildren(...examples.map((text) => button(text, () => ask(text), "")));
+  $("add-picture").hidden = !sees();
+  setPicture(sees() ? picture : "");
 }
 
 function paint() {
@@ -133,6 +154,12 @@ function messageItem(message, number) {
   if (number === editing) {
     item.append(editor(message, number));
     return item;
+  }
+  if (isPicture(message.picture)) {
+    const image = make("img");
+    image.src = message.picture;
+    image.alt = say("picture");
+    item.append(image);
   }
   const text = make("p", "text", message.content);
   text.dir = "auto";
@@ -178,6 +205,7 @@ function editor(message, number) {
   const line = make("div", "");
   const send = () => {
     if (!field.value.trim()) return;
+    picture ||= message.picture ?? "";
     state.messages.length = number;
     editing = -1;
     ask(field.value);
@@ -238,8 +266,15 @@ async function refusalOf(response) {
 }
 
 function ask(text) {
-  if (writing || !text.trim()) return;
-  state.messages.push({ role: "user", content: wellFormed(text) });
+  if (writing || !(text.trim() || picture)) return;
+  if (sees() && !picture && !state.messages.some((message) => message.picture)) {
+    complain(say("needPicture"));
+    return;
+  }
+  const message = { role: "user", content: text.trim() ? wellFormed(text) : PICTURE_EXAMPLES[0] };
+  if (picture) message.picture = picture;
+  state.messages.push(message);
+  setPicture("");
   $("question").value = "";
   keep();
   answer();
@@ -251,10 +286,18 @@ function regenerate() {
   if (state.messages.length) answer();
 }
 
+// A message as OpenAI's interface has it.
+function asSent({ role, content, picture: url }) {
+  if (!url || !sees()) return { role, content };
+  return { role, content: [{ type: "image_url", image_url: { url } }, { type: "text", text: content }] };
+}
+
 function requestBody() {
   const { seed, ...sampling } = state.sampling;
+  // The model looks at one picture: a new one begins anew, though the page shows what was before.
+  const first = sees() ? Math.max(0, state.messages.findLastIndex((message) => message.picture)) : 0;
   const body = {
-    messages: state.messages.map(({ role, content }) => ({ role, content })),
+    messages: state.messages.slice(first).map(asSent),
     stream: true, truncate: true, ...sampling,
   };
   if (state.model) body.model = state.model;
@@ -361,6 +404,54 @@ function setReference(text) {
   keep();
 }
 
+// Pictures
+
+const isPicture = (url) => typeof url === "string" && /^data:image\/(jpeg|png|webp);base64,/.test(url);
+
+function setPicture(url) {
+  picture = url;
+  $("picture").hidden = !url;
+  const image = $("picture").querySelector("img");
+  if (url) image.src = url;
+  else image.removeAttribute("src");
+  image.alt = say("picture");
+}
+
+async function takePicture(file) {
+  if (!file || !sees()) return;
+  try {
+    setPicture(await pictureUrl(file));
+    complain("");
+  } catch {
+    complain(say("badPicture"));
+  }
+  $("question").focus();
+}
+
+// Small ones go as they are; others are drawn anew: upright, on white, no larger than the server needs.
+async function pictureUrl(file) {
+  const bitmap = await createImageBitmap(file);
+  const scale = Math.min(1, LARGEST_SIDE / Math.max(bitmap.width, bitmap.height));
+  if (file.size <= MOST_BYTES && /^image\/(jpeg|png|webp)$/.test(file.type)) return dataUrl(file);
+  const canvas = make("canvas");
+  canvas.width = Math.max(1, Math.round(bitmap.width * scale));
+  canvas.height = Math.max(1, Math.round(bitmap.height * scale));
+  const pen = canvas.getContext("2d");
+  pen.fillStyle = "white";
+  pen.fillRect(0, 0, canvas.width, canvas.height);
+  pen.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.9);
+}
+
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
+}
+
 // Copy and export
 
 async function copyText(text) {
@@ -385,7 +476,7 @@ function download(name, text, type) {
 }
 
 function exportText() {
-  const parts = state.messages.map((m) => `**${say(m.role)}**\n\n${m.content}\n`);
+  const parts = state.messages.map((m) => `**${say(m.role)}**\n\n${m.picture ? `[${say("picture")}] ` : ""}${m.content}\n`);
   if (state.reference.trim()) parts.unshift(`**${say("reference")}**\n\n${state.reference}\n`);
   download("babyllama.md", parts.join("\n"), "text/markdown");
 }
@@ -438,6 +529,7 @@ async function readSettings() {
     const response = await fetch("/api/settings", { headers: headers() });
     if (!response.ok) return complain(await refusalOf(response));
     const found = await response.json();
+    models = found.models;
     $("model").replaceChildren(...found.models.map((model) => new Option(model.id, model.id)));
     if (!found.models.some((model) => model.id === state.model)) state.model = found.models[0].id;
     $("model").value = state.model;
@@ -448,6 +540,7 @@ async function readSettings() {
     $("term").parentElement.hidden = !found.look_up;
     showSettings();
     showReference();
+    showModel();
   } catch {
     complain(say("offline"));
   }
@@ -489,7 +582,14 @@ function listen() {
     if (writing) writing.abort();
     else if (!$("settings").hidden) openSettings(false);
   });
-  on("model", "change", () => ((state.model = $("model").value), keep()));
+  on("model", "change", () => ((state.model = $("model").value), keep(), showModel()));
+  on("add-picture", "click", () => $("picture-file").click());
+  on("picture-file", "change", async () => {
+    await takePicture($("picture-file").files[0]);
+    $("picture-file").value = ""; // so that the same file can be chosen again
+  });
+  on("remove-picture", "click", () => (setPicture(""), $("question").focus()));
+  on("question", "paste", (event) => takePicture([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
   on("theme", "change", () => ((state.theme = $("theme").value), keep(), paint()));
   on("key", "change", () => ((state.key = $("key").value.trim()), keep(), complain(""), readSettings()));
   for (const name of ["loop_guard", "seed"]) on(name, "change", () => ((state.sampling[name] = $(name).value), keep()));
