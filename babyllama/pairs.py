@@ -2,12 +2,14 @@
 that do not.
 
     python -m babyllama.pairs out/redgpt --prompts prompts.txt --out data/clean/loops/rows.jsonl
+    python -m babyllama.pairs out/csl --data data/clean/csl --loop_length 4 --loop_times 2
     python -m babyllama.pairs --rows data/clean/mine/rows.jsonl --tokenizer data/tokenizers/x.model
     python sft.py --config configs/sft/dpo.yaml --base out/redgpt
 
 A checkpoint answers each prompt several times, once greedily. Where one reply falls into a loop (as
-sampling.py says) and another ends of itself without one, the two are a row: {id, messages, chosen,
-rejected}. Rows are also made into token files, data/tokens/<tokenizer>/<set>, where <set> is the
+sampling.py says, or --loop_length and --loop_times) and others end of themselves without one, the
+one of these most like the others and the looping one are a row: {id, messages, chosen, rejected}.
+Rows are also made into token files, data/tokens/<tokenizer>/<set>, where <set> is the
 directory that they lie in; --rows does that alone, for pairs of any origin.
 """
 
@@ -18,14 +20,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint import Loaded, load_answering
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
-from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Reply, generate_replies
 from babyllama.loops import PROMPTS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
-from babyllama.sampling import SamplingConfig, loops, squeeze
+from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, repeats, squeeze
+from babyllama.summaries import read_pairs
+from babyllama.titles import consensus, templates
 from babyllama.token_file import CHOICES, TokenFileWriter
 from tokenizer import Tokenizer
 
@@ -39,6 +43,12 @@ class PairsConfig(SamplingConfig):
     Args:
         checkpoint: a fine-tuned run (its newest step) or one of its steps
         prompts: a text file with a question on each line; if absent two dozen built-in ones
+        data: texts instead whose titles are asked for, in a file as eval_rouge.py takes it or the
+            train part of a folder of rows
+        limit: only so many prompts or texts, the first
+        wordings: template file with the question that asks for a title
+        loop_length: a reply loops where a run of so many characters stands in it
+        loop_times: so many times
         out: file for the rows; its directory gives the set's name
         rows: make token files of these rows instead
         tokenizer: of the token files of --rows
@@ -52,6 +62,11 @@ class PairsConfig(SamplingConfig):
 
     checkpoint: Path | None = None
     prompts: Path | None = None
+    data: Path | None = None
+    limit: int | None = None
+    wordings: Path = Path("configs/prompts/summary_zh.yaml")
+    loop_length: int = LOOP_LENGTH
+    loop_times: int = LOOP_TIMES
     out: Path = Path("data/clean/loops/rows.jsonl")
     rows: Path | None = None
     tokenizer: Path | None = None
@@ -69,6 +84,14 @@ class PairsConfig(SamplingConfig):
                 f"wanted a batch_size of at least 1, a temperature above 0 and loop_guard off, "
                 f"found {self.batch_size}, {self.temperature:g} and {self.loop_guard}"
             )
+        limit = 1 if self.limit is None else self.limit
+        if min(self.loop_length, self.loop_times - 1, limit) < 1:
+            raise ConfigError(
+                f"wanted a loop_length of 1 or more, loop_times of 2 or more and a limit of 1 or "
+                f"more, found {self.loop_length}, {self.loop_times} and {self.limit}"
+            )
+        if self.prompts is not None and self.data is not None:
+            raise ConfigError("wanted --prompts or --data, found both; leave one out")
         if (self.checkpoint is None) == (self.rows is None):
             raise ConfigError(
                 "wanted a checkpoint that answers, or --rows with pairs, and not both: "
@@ -78,14 +101,45 @@ class PairsConfig(SamplingConfig):
             raise ConfigError("--rows wants --tokenizer, the .model of the run to be tuned")
 
 
-def pair_of(replies: Sequence[Reply]) -> tuple[str, str] | str:
-    """(chosen, rejected) out of the replies to one prompt, or the reason why there is none."""
-    looping = [reply.text for reply in replies if loops(squeeze(reply.text))]
-    good = [r.text for r in replies
-            if r.reason == "eos" and r.text.strip() and not loops(squeeze(r.text))]  # fmt: skip
+def pair_of(
+    replies: Sequence[Reply], length: int = LOOP_LENGTH, times: int = LOOP_TIMES
+) -> tuple[str, str] | str:
+    """(chosen, rejected) out of the replies to one prompt, or the reason why there is none.
+
+    length, times: a reply loops where a run of so many characters stands in it so many times
+    """
+    does_loop = [repeats(squeeze(reply.text), length, times) for reply in replies]
+    looping = [reply.text for reply, loops in zip(replies, does_loop, strict=True) if loops]
+    good = [
+        reply.text
+        for reply, loops in zip(replies, does_loop, strict=True)
+        if not loops and reply.reason == "eos" and reply.text.strip()
+    ]
     if not looping:
         return "no_loop"
-    return (good[0], looping[0]) if good else "no_reply_without_loop"
+    return (consensus(good), looping[0]) if good else "no_reply_without_loop"
+
+
+def questions(loaded: Loaded, cfg: PairsConfig) -> tuple[list[str], int]:
+    """What is asked, and how many prompts are left out: with an answer they would take more than
+    half of the context, and a pair is read side by side."""
+    if cfg.data is None:
+        asked = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else list(PROMPTS)
+    else:
+        place = from_repo(cfg.data)
+        files = sorted(place.glob("train-*.jsonl")) if place.is_dir() else [place]
+        if not files:
+            raise DataError(
+                f"{shown(place)}: wanted train-*.jsonl, found none; name a file, or make the set: "
+                f"python -m data_process.run {place.name}"
+            )
+        question = templates(cfg.wordings, loaded.tokenizer).eval_question
+        texts = [row["text"] for file in files for row in read_pairs(file)]
+        asked = [question.replace("{text}", text) for text in texts[: cfg.limit]]
+    asked = asked[: cfg.limit]
+    room = loaded.config.max_seq_len // 2 - 1
+    fits = [len(loaded.tokenizer.encode(text)) < room for text in asked]
+    return [text for text, fit in zip(asked, fits, strict=True) if fit], fits.count(False)
 
 
 def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[list[Reply]]:
@@ -107,12 +161,16 @@ def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[li
 
 
 def make_rows(
-    prompts: Sequence[str], replies: Sequence[Sequence[Reply]], name: str
+    prompts: Sequence[str],
+    replies: Sequence[Sequence[Reply]],
+    name: str,
+    length: int = LOOP_LENGTH,
+    times: int = LOOP_TIMES,
 ) -> tuple[list[dict], Counter[str]]:
-    """Preference rows, and how many prompts gave none, by reason."""
+    """Preference rows, and how many prompts gave none, by reason; arguments as pair_of."""
     rows, without = [], Counter()
     for prompt, given in zip(prompts, replies, strict=True):
-        found = pair_of(given)
+        found = pair_of(given, length, times)
         if isinstance(found, str):
             without[found] += 1
             continue
@@ -152,20 +210,16 @@ def main(cfg: PairsConfig) -> None:
         path, tokenizer = from_repo(cfg.rows), Tokenizer(from_repo(cfg.tokenizer))
         rows = list(read_rows(path))
     else:
-        path, loaded = (
-            from_repo(cfg.out),
-            load_model(from_repo(cfg.checkpoint), pick_device(cfg.device)),
-        )
-        if loaded.kind == "pretrain":
-            raise CheckpointError(
-                f"{shown(loaded.path)}: wanted a checkpoint that answers, found a base; fine-tune "
-                f"it first with python sft.py"
-            )
+        path = from_repo(cfg.out)
+        loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
         tokenizer = loaded.tokenizer
-        prompts = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else list(PROMPTS)
-        rows, without = make_rows(prompts, answers(loaded, prompts, cfg), path.parent.name)
+        prompts, n_long = questions(loaded, cfg)
+        replies = answers(loaded, prompts, cfg)
+        name, loop = path.parent.name, (cfg.loop_length, cfg.loop_times)
+        rows, without = make_rows(prompts, replies, name, *loop)
+        without.update({"longer_than_half_the_context": n_long} if n_long else {})
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))
-        print(f"{len(prompts)} prompts gave {len(rows)} pairs{reasons}")
+        print(f"{len(prompts) + n_long} prompts gave {len(rows)} pairs{reasons}")
         if len(rows) < 2:
             raise DataError(
                 f"wanted two pairs or more, found {len(rows)}{reasons}; ask more prompts, or draw "

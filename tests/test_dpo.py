@@ -12,13 +12,13 @@ import yaml
 from conftest import TEXTS, small_config, write_run
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint import Loaded, list_checkpoints
 from babyllama.data import DataConfig, open_data
 from babyllama.device import Scaler
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Reply
 from babyllama.objectives import answer_log_probs, dpo
-from babyllama.pairs import make_rows, pair_of, write_tokens
+from babyllama.pairs import PairsConfig, make_rows, pair_of, questions, write_tokens
 from babyllama.parallel import World
 from babyllama.rows import check_row, read_rows, write_rows
 from babyllama.sources import Pairs, SourceConfig, open_source
@@ -177,6 +177,36 @@ def test_a_pair_is_a_reply_that_loops_and_one_that_ends():
     assert without == {"no_loop": 1, "no_reply_without_loop": 1}
 
 
+def test_what_a_loop_is_can_be_said_and_of_good_replies_the_usual_one_is_chosen():
+    twice, odd = ("图像检索的图像检索方法", "eos"), ("新方法", "eos")
+    usual, alike = ("一种图像检索方法", "eos"), ("图像检索方法", "eos")
+    assert pair_of(replies(twice, odd)) == "no_loop"
+    assert pair_of(replies(twice, odd), 4, 2) == (odd[0], twice[0])
+    assert pair_of(replies(odd, twice, usual, alike), 4, 2) in [(u[0], twice[0]) for u in
+                                                               (usual, alike)]  # fmt: skip
+    assert pair_of(replies(twice, odd), 4, 3) == "no_loop"
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_titles_are_asked_for_and_texts_that_leave_no_room_for_two_are_counted(
+    as_folder, tmp_path, model, tokenizer
+):
+    texts = [TEXTS[0], TEXTS[1] * 9, TEXTS[2][:4], TEXTS[5]]
+    found = [{"id": str(i), "text": text, "summary": "题目"} for i, text in enumerate(texts)]
+    write_rows(tmp_path / "train-00000.jsonl", found)
+    data = tmp_path if as_folder else tmp_path / "train-00000.jsonl"
+    loaded = Loaded(model, tokenizer, 0, tmp_path, "sft")
+    wordings = Path(__file__).parent / "small_prompts.yaml"
+    cfg = PairsConfig(checkpoint=Path("x"), data=data, limit=3, wordings=wordings)
+    asked, n_long = questions(loaded, cfg)
+    assert n_long == 1 and [text in one for text, one in zip(texts[::2], asked, strict=False)] == (
+        [True, True]
+    )
+    room = model.config.max_seq_len // 2
+    assert len(asked) == 2 and all(len(tokenizer.encode(one)) < room for one in asked)
+    assert all("{" not in one for one in asked)
+
+
 BAD_ROWS = {
     "no question": ({"messages": []}, "bad_turns"),
     "an answer last": ({"messages": [{"role": "user", "content": "甲"},
@@ -253,6 +283,9 @@ def test_pairs_are_made_from_a_checkpoint_or_from_rows(tmp_path, checkpoint, tok
         ((), "wanted a checkpoint that answers, or --rows"),
         (("--rows", "x.jsonl"), "--rows wants --tokenizer"),
         (("x", "--loop_guard", "end"), "loop_guard off"),
+        (("x", "--loop_times", "1"), "loop_times of 2 or more"),
+        (("x", "--limit", "0"), "a limit of 1 or more"),
+        (("x", "--prompts", "a", "--data", "b"), "found both"),
     ],
 )
 def test_wrong_settings_are_one_line(flags, message, script):
