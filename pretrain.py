@@ -16,7 +16,7 @@ import torch
 
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.cli import from_repo, parse, run, shown
-from babyllama.data import DataConfig, open_data
+from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
@@ -25,6 +25,7 @@ from babyllama.optim import OptimConfig
 from babyllama.parallel import ParallelConfig, start
 from babyllama.regularise import RegulariseConfig, regularise
 from babyllama.run_dir import open_run
+from babyllama.sets import DataConfig
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from typing import Literal
 
 from babyllama.checkpoint import load_model, newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
-from babyllama.data import DataConfig, named_sources, open_data
+from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
 from babyllama.estimate import dry_run
@@ -33,6 +33,7 @@ from babyllama.painter import painter_of
 from babyllama.parallel import ParallelConfig, start
 from babyllama.regularise import RegulariseConfig, regularise
 from babyllama.run_dir import open_run
+from babyllama.sets import DataConfig, named_sources
 from babyllama.show_batch import shown_batch
 from babyllama.trainer import TrainConfig, train
 from model import Transformer

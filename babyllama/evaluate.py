@@ -29,13 +29,14 @@ from tqdm import tqdm
 from babyllama import metrics
 from babyllama.checkpoint import Loaded, find_checkpoint, load_model
 from babyllama.cli import from_repo, parse, run, shown
-from babyllama.data import Row, best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.forgetting import chosen_sources
 from babyllama.held_out import Document, HeldOut, fingerprint, open_held_out
 from babyllama.log import written_whole
+from babyllama.packing import best_fit, collate
 from babyllama.parallel import World, start
+from babyllama.sources import Row
 from model import IGNORED, Transformer
 
 # Positions whose logits exist at once: 256 x 65,000 pieces are 67 MB.

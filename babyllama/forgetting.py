@@ -24,13 +24,15 @@ import yaml
 
 from babyllama.checkpoint import Loaded, find_checkpoint, list_checkpoints, load_model
 from babyllama.cli import from_repo, parse, run, shown
-from babyllama.data import DataConfig, SourceConfig, ValData, open_source
+from babyllama.data import ValData
 from babyllama.device import Device, Scaler, pick_device
 from babyllama.errors import ConfigError
 from babyllama.fonts import cjk_font
 from babyllama.forgetting_plot import draw
 from babyllama.log import written_whole
 from babyllama.parallel import World
+from babyllama.sets import DataConfig, SourceConfig
+from babyllama.sources import open_source
 from babyllama.validation import evaluate
 
 # figures[checkpoint][source]: loss, ppl, accuracy, bpb, n_targets

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from babyllama.data import TrainData, pack, targets_per_row
+from babyllama.data import TrainData
+from babyllama.packing import pack, targets_per_row
 from babyllama.painter import BOLD, DIM, Painter, width_of
 from babyllama.sources import Pair, Row
 from model import IGNORED

@@ -22,10 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from babyllama.cli import from_repo, parse, run
-from babyllama.data import Data, DataConfig, SourceConfig, TrainData, open_data, share
+from babyllama.data import Data, TrainData, open_data
 from babyllama.device import Scaler, pick_precision
 from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.packing import share
 from babyllama.parallel import World
+from babyllama.sets import DataConfig, SourceConfig
 from babyllama.trainer import forward_backward, next_token_loss
 from babyllama.validation import evaluate
 from benchmarks.peers import SHAPE_43M

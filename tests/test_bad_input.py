@@ -15,7 +15,8 @@ import pytest
 from conftest import TEXTS, Outcome, write_run
 
 from babyllama.checkpoint import list_checkpoints
-from babyllama.data import DataConfig, SourceConfig, open_data
+from babyllama.data import open_data
+from babyllama.sets import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig
 from tokenizer import Tokenizer, train_vocabulary

@@ -17,10 +17,10 @@ from conftest import write_run
 
 from babyllama.checkpoint import list_checkpoints
 from babyllama.cli import REPO, from_repo, parse, plain, run, shown, to_yaml
-from babyllama.data import SourceConfig
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.log import read_metrics
 from babyllama.optim import OptimConfig
+from babyllama.sets import SourceConfig
 from pretrain import PretrainConfig
 from sft import SftConfig, config_of, resolve
 from tokenizer import Tokenizer

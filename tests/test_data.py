@@ -15,25 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from babyllama.data import (
-    Data,
-    DataConfig,
-    Mixture,
-    SourceConfig,
-    TrainData,
-    ValData,
-    best_fit,
-    collate,
-    open_data,
-    open_source,
-    pack,
-    permuted,
-    share,
-)
+from babyllama.data import Data, Mixture, TrainData, ValData, open_data, permuted
 from babyllama.errors import ConfigError, DataError
+from babyllama.packing import best_fit, collate, pack, share
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
-from babyllama.sources import Dialogues, Windows
+from babyllama.sets import DataConfig, SourceConfig
+from babyllama.sources import Dialogues, Windows, open_source
 from babyllama.token_file import TokenFile, TokenFileWriter
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from model import IGNORED

@@ -13,10 +13,11 @@ from conftest import small_config, write_token_files
 
 from babyllama.checkpoint import load_model, save_checkpoint
 from babyllama.cli import REPO, from_repo, parse
-from babyllama.data import DataConfig, SourceConfig, open_source
 from babyllama.fonts import cjk_font
 from babyllama.forgetting import changes, draw, forgotten, table
 from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.sets import DataConfig, SourceConfig
+from babyllama.sources import open_source
 from model import IGNORED, Transformer
 from sft import SftConfig
 from tokenizer import Tokenizer

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from babyllama.cli import REPO, parse, run
-from babyllama.data import DataConfig, Mixture, SourceConfig, open_source
+from babyllama.data import Mixture
 from babyllama.errors import DataError
 from babyllama.painter import Painter, clipped, visible, width_of
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
+from babyllama.sets import DataConfig, SourceConfig
+from babyllama.sources import open_source
 from babyllama.token_file import TokenFileWriter
 from data_process.inspect import InspectConfig, as_read, choose, main, open_rows
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard

@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from babyllama.data import (
-    DataConfig,
-    TrainData,
-    best_fit,
-    collate,
-    open_data,
-    pack,
-    share,
-    targets_per_row,
-)
+from babyllama.data import TrainData, open_data
 from babyllama.device import Scaler
+from babyllama.packing import best_fit, collate, pack, share, targets_per_row
 from babyllama.parallel import World
-from babyllama.sources import Pair, SourceConfig
+from babyllama.sets import DataConfig, SourceConfig
+from babyllama.sources import Pair
 from babyllama.trainer import TrainConfig, forward_backward, next_token_loss
 from model import IGNORED
 from tokenizer import Tokenizer

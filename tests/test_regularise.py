@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from babyllama.average import mean_weights, newest_steps
 from babyllama.checkpoint import list_checkpoints, load_model
-from babyllama.data import DataConfig, SourceConfig, open_data
+from babyllama.data import open_data
 from babyllama.device import Scaler
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.optim import (
@@ -25,6 +25,7 @@ from babyllama.optim import (
 )
 from babyllama.parallel import World
 from babyllama.regularise import RegulariseConfig, lengths_of, regularise
+from babyllama.sets import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
 from babyllama.validation import evaluate
 from model import IGNORED, SLICE, Transformer

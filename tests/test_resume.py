@@ -19,12 +19,13 @@ from conftest import small_config, write_token_files
 from safetensors.torch import load_file
 
 from babyllama.checkpoint import list_checkpoints
-from babyllama.data import Data, DataConfig, Mixture, SourceConfig, TrainData, open_data
+from babyllama.data import Data, Mixture, TrainData, open_data
 from babyllama.device import DeviceConfig
 from babyllama.log import read_metrics
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig
 from babyllama.parallel import World
+from babyllama.sets import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, train
 from model import Loss, Transformer
 from tokenizer import Tokenizer

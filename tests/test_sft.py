@@ -10,11 +10,11 @@ from conftest import write_run
 
 from babyllama.checkpoint import list_checkpoints
 from babyllama.cli import REPO, parse, to_yaml
-from babyllama.data import named_sources, open_data
+from babyllama.data import open_data
 from babyllama.errors import ConfigError
 from babyllama.painter import GREEN, RESET, Painter
+from babyllama.sets import DataConfig, SourceConfig, named_sources
 from babyllama.show_batch import read_of, shown_batch
-from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
 from sft import SftConfig, config_of, resolve
 from tokenizer import Tokenizer

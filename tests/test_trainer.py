@@ -38,22 +38,15 @@ from babyllama.checkpoint import (
     verify,
 )
 from babyllama.cli import BAD_NUMBERS, REPO, STOPPED, stop_requests
-from babyllama.data import (
-    Data,
-    DataConfig,
-    Mixture,
-    SourceConfig,
-    TrainData,
-    ValData,
-    collate,
-    open_data,
-)
+from babyllama.data import Data, Mixture, TrainData, ValData, open_data
 from babyllama.device import DeviceConfig, Scaler
 from babyllama.errors import ConfigError, DataError
 from babyllama.log import read_metrics, read_records
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.packing import collate
 from babyllama.parallel import World
+from babyllama.sets import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import (
     TrainConfig,

@@ -19,7 +19,7 @@ from babyllama.cli import REPO, parse, plain, to_yaml
 from babyllama.errors import ConfigError, DataError
 from babyllama.images import normalise
 from babyllama.rows import check_row
-from babyllama.sources import SourceConfig
+from babyllama.sets import SourceConfig
 from data_process.datasets import chinese_llava, minimind_v, vqa
 from data_process.raw import Skip
 from model import IGNORED

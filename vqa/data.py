@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from babyllama.cli import from_repo, shown
-from babyllama.data import Data, Mixture, Order, TrainData, ValData, collate
+from babyllama.data import Data, Mixture, Order, TrainData, ValData
 from babyllama.errors import ConfigError, DataError
-from babyllama.sources import SourceConfig
+from babyllama.packing import collate
+from babyllama.sets import SourceConfig
 from babyllama.token_file import TokenFile
 from model import IGNORED
 from tokenizer import Tokenizer

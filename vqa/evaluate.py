@@ -25,7 +25,7 @@ from babyllama.device import pick_device
 from babyllama.errors import ConfigError
 from babyllama.images import normalise
 from babyllama.metrics import rouge_clipped
-from babyllama.sources import SourceConfig
+from babyllama.sets import SourceConfig
 from vqa.answer import greedy
 from vqa.data import PictureRows
 from vqa.features import BATCH, key_of
