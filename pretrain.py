@@ -106,7 +106,7 @@ def main(cfg: PretrainConfig) -> int:
         regularise(model.to(world.device), cfg.regularise)
         objective = next_token(cfg.regularise.label_smoothing)
         if cfg.dry_run:
-            return dry_run(model, data.train, cfg, world)
+            return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
             return train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
 

@@ -121,7 +121,7 @@ def main(cfg: SftConfig) -> int:
                 print(describe(model), file=sys.stderr)
         regularise(model, cfg.regularise)
         if cfg.dry_run:
-            return dry_run(model, data.train, cfg, world)
+            return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
             return train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from babyllama import int8, lora
 from babyllama.cli import REPO, shown
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.optim import state_shapes
+from babyllama.optim import n_kept, state_shapes
 from babyllama.parallel import World, share_of, whole
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -104,12 +104,17 @@ def save_checkpoint(
     return final
 
 
-def require_space(run: Path, model: nn.Module) -> None:
+def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """What the weights and the training state of a checkpoint take, all of them float32."""
+    return 4 * (sum(w.numel() for w in lora.stored(model).values()) + n_kept(optimizer))
+
+
+def require_space(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse a run whose first checkpoint would not fit on the disk.
 
     raises: CheckpointError with both sizes
     """
-    wanted = 12 * sum(w.numel() for w in lora.stored(model).values())  # with two moments
+    wanted = checkpoint_bytes(model, optimizer)
     free = shutil.disk_usage(run).free
     if free < wanted:
         raise CheckpointError(

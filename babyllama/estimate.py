@@ -11,13 +11,15 @@ import psutil
 import torch
 import yaml
 
+from babyllama.checkpoint import checkpoint_bytes
 from babyllama.cli import REPO, parse, run
 from babyllama.data import TrainData
 from babyllama.device import Scaler, memory_gb, pick_precision, precision_warning
-from babyllama.optim import make_optimizer, state_shapes
+from babyllama.objectives import Objective
+from babyllama.optim import make_optimizer, move_averages, n_kept
 from babyllama.parallel import World
 from babyllama.speed import mfu_per_rate, synchronize
-from babyllama.trainer import RunConfig, forward_backward, next_token_loss, total_steps
+from babyllama.trainer import RunConfig, forward_backward, total_steps
 from model import SLICE, ModelConfig, Transformer
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -95,27 +97,31 @@ def available_gb(device: torch.device) -> float:
     return psutil.virtual_memory().available / 1e9
 
 
-def dry_run(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -> int:
-    """Print parameters, memory and time on the chosen device. Nothing is kept."""
+def dry_run(
+    model: Transformer,
+    data: TrainData,
+    cfg: RunConfig,
+    world: World,
+    objective: Objective,
+) -> int:
+    """Print parameters, memory, disk and time on the chosen device. Nothing is kept."""
     device, config, train = world.device, model.config, cfg.train
     precision = pick_precision(device, cfg.device.precision, cfg.device.force)
     shares = world.size if world.engine == "fsdp2" else 1
     n_parameters, by_part = model.n_parameters(), parameters_by_part(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = make_optimizer(model, cfg.optim)
     counts = {
         "n_trained": sum(weight.numel() for weight in trained),
-        "n_state": sum(
-            shape.numel()
-            for state in state_shapes(make_optimizer(model, cfg.optim)).values()
-            for shape in state.values()
-        ),
+        "n_state": n_kept(optimizer),
     }
+    disk = (train.keep + 1) * checkpoint_bytes(model, optimizer) / 1e9
     sizes = {
         n: memory_by_part(config, n_parameters, n, precision, train.recompute, shares, **counts)
         for n in (1, 2, train.micro_batch_size)
     }
     program = max(0.0, memory_gb(device) - 4 * n_parameters / 1e9)
-    seconds, tokens = _probe(model, data, cfg, world, precision)
+    seconds, tokens = _probe(model, data, cfg, world, precision, objective)
     rate = tokens / seconds
     if not world.is_main:
         return 0
@@ -130,6 +136,7 @@ def dry_run(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -
     print(f"{'program':<12} {program:>14.3f} GB, measured: all else that was in use")
     print(f"{'together':<12} {sum(parts.values()) + program:>14.3f} GB at most")
     print(f"{'peak':<12} {memory_gb(device):>14.3f} GB, measured over the probing steps")
+    print(f"{'disk':<12} {disk:>14.3f} GB at most, computed: {train.keep + 1} checkpoints")
     there = available_gb(device)
     most = largest_batch(sizes[1], sizes[2], there)
     print(
@@ -147,7 +154,12 @@ def dry_run(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -
 
 
 def _probe(
-    model: Transformer, data: TrainData, cfg: RunConfig, world: World, precision: str
+    model: Transformer,
+    data: TrainData,
+    cfg: RunConfig,
+    world: World,
+    precision: str,
+    objective: Objective,
 ) -> tuple[float, float]:
     """Seconds and tokens of a step, the mean of ten after one that warms up."""
     wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute, cfg.train.blocks)
@@ -159,8 +171,9 @@ def _probe(
             synchronize(world.device)
             tokens, started = 0, time.perf_counter()
         batches = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
-        sums = forward_backward(wrapped, batches, world, scaler, next_token_loss)
-        scaler.step(optimizer, parameters, cfg.optim.max_grad_norm)
+        sums = forward_backward(wrapped, batches, world, scaler, objective.loss, objective.count)
+        scaler.step(optimizer, parameters, cfg.optim.max_grad_norm, float(sums[0]))
+        move_averages(optimizer)
         tokens += int(sums[3])
     synchronize(world.device)
     return (time.perf_counter() - started) / PROBES, tokens / PROBES

@@ -164,6 +164,12 @@ def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, tor
     }
 
 
+def n_kept(optimizer: torch.optim.Optimizer) -> int:
+    """How many numbers the optimizer keeps once it has made a step."""
+    shapes = (shape for state in state_shapes(optimizer).values() for shape in state.values())
+    return sum(shape.numel() for shape in shapes)
+
+
 @torch.no_grad()
 def move_averages(optimizer: torch.optim.Optimizer) -> None:
     """Move the average of each weight towards it; to be called after every step that was made.

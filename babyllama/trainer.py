@@ -146,7 +146,7 @@ def train(
     if step >= last:
         log.say(f"{shown(run)} is finished: {step} of {last} steps; nothing to do")
         return 0
-    world.on_main(lambda: require_space(run, model))
+    world.on_main(lambda: require_space(run, model, optimizer))
     log.say(_opening(model, data.train, world, scaler, run, step, last))
     log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
     parameters = [weight for weight in model.parameters() if weight.requires_grad]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from babyllama.checkpoint import (
     MODEL_FILES,
     STATE_FILES,
+    checkpoint_bytes,
     find_checkpoint,
     list_checkpoints,
     load_model,
@@ -37,7 +39,8 @@ from babyllama.checkpoint import (
 )
 from babyllama.cli import REPO
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.lora import LoraConfig, apply_lora
+from babyllama.optim import OptimConfig, make_optimizer, move_averages
 from babyllama.run_dir import differences
 from model import Transformer
 from tokenizer import Tokenizer, train_vocabulary
@@ -550,11 +553,33 @@ def test_too_little_space_is_said_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Transformer(small_config())
-    require_space(tmp_path, model)
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
-    with pytest.raises(CheckpointError, match=r"takes 0\.4 MB, 0\.3 MB are free"):
-        require_space(tmp_path, model)
+    for ema, takes in ((0.0, "0.4"), (0.9, "0.5")):  # an average of the weights is a fourth part
+        optimizer = make_optimizer(model, OptimConfig(ema=ema))
+        require_space(tmp_path, model, optimizer)
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
+            patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
+            require_space(tmp_path, model, optimizer)
+        assert f"takes {takes} MB, 0.3 MB are free" in str(error.value)
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_space_that_is_asked_for_is_what_a_checkpoint_takes(
+    name: Literal["adamw", "muon"], ema: float, adapts: bool, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    model = Transformer(small_config(tokenizer.vocab_size))
+    if adapts:
+        apply_lora(model, LoraConfig(rank=2), base="the seed", seed=1)
+    optimizer = make_optimizer(model, OptimConfig(name, ema=ema))
+    wanted = checkpoint_bytes(model, optimizer)
+    update(model, optimizer)
+    move_averages(optimizer)
+    path = save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+    tensors = [load_file(file) for file in path.glob("*.safetensors")]
+    found = {key: tensor.nbytes for part in tensors for key, tensor in part.items()}
+    assert wanted == sum(found.values()) - found["rng"]
 
 
 @pytest.fixture

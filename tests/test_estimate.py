@@ -1,6 +1,7 @@
 """What `--dry-run` computes: parts that add up, memory that grows with what is kept, MFU."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from babyllama.estimate import (
     parameters_by_part,
     table,
 )
+from babyllama.log import read_metrics
 from babyllama.parallel import World
 from babyllama.speed import (
     flops_per_token,
@@ -93,18 +95,59 @@ def test_a_real_step_takes_the_memory_that_was_computed(point: str) -> None:
     assert found["tokens_per_s"] > 0 and found["gflops"] > 0
 
 
+def sizes_in(said: str) -> dict[str, float]:
+    """The figures of a dry run by their names, all but the last line."""
+    return {line[:12].strip(): float(line[12:].split()[0].replace(",", ""))
+            for line in said.splitlines()[:-1]}  # fmt: skip
+
+
 def test_a_dry_run_says_what_a_run_takes(
     tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
 ) -> None:
     config = write_run(tmp_path / "run.yaml", token_root, tokenizer)
     said = script("pretrain.py", "--config", config, "--dry-run")
-    sizes = {line[:12].strip(): float(line[12:].split()[0].replace(",", ""))
-             for line in said.out.splitlines()[:-1]}  # fmt: skip
+    sizes = sizes_in(said.out)
     parts = ("weights", "gradients", "optimizer", "activations", "loss slice", "program")
     assert sum(sizes[name] for name in parts) == pytest.approx(sizes["together"], abs=0.003)
     assert said.code == 0 and sizes["peak"] == pytest.approx(sizes["together"], rel=0.2)
     assert "tokens on 1 x cpu in float32" in said.out and "10 probing steps" in said.out
     assert not (tmp_path / "run").exists()
+
+
+def test_an_average_of_the_weights_takes_its_memory_and_its_place_on_the_disk(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, keep=1)
+    words = ("pretrain.py", "--config", config, "--dry-run", "--model.dim", "256")
+    without, averaged = (
+        sizes_in(script(*words, "--optim.ema", str(ema)).out) for ema in (0.0, 0.9)
+    )
+    assert averaged["optimizer"] == pytest.approx(1.5 * without["optimizer"], abs=0.002)
+    assert averaged["disk"] == pytest.approx(4 / 3 * without["disk"], abs=0.002)
+    assert without["disk"] == pytest.approx(2 * 3 * without["weights"], abs=0.004)
+
+
+@pytest.mark.slow
+def test_ten_steps_foretell_the_speed_and_the_memory_of_a_run(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer
+) -> None:
+    """Within a fifth. By turns and the best of each, for whatever else the machine does."""
+    flags = "--model.dim=384 --model.n_layers=4 --train.eval_every=99 --train.log_every=5"
+    flags += " --train.batch_size=8 --train.micro_batch_size=8 --train.max_steps=15 --optim.ema=0.9"
+    foretold, found, parts = [], [], {}
+    for turn in range(2):
+        config = write_run(tmp_path / f"{turn}.yaml", token_root, tokenizer)
+        command = [sys.executable, "pretrain.py", "--config", str(config), *flags.split()]
+        said = subprocess.run([*command, "--dry-run"], cwd=REPO, capture_output=True, text=True)
+        parts = sizes_in(said.stdout)
+        foretold.append(float(re.search(r"([\d,]+) tokens/s", said.stdout)[1].replace(",", "")))
+        subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+        figures = [r for r in read_metrics(tmp_path / str(turn)) if r["kind"] == "train"]
+        found += [r["tokens_per_s"] for r in figures]
+    print(f"tokens/s: foretold {foretold}, found {found}")
+    print(f"memory: foretold {parts['together']}, found {figures[-1]['mem_gb']}")
+    assert max(foretold) == pytest.approx(max(found), rel=0.2)
+    assert parts["together"] == pytest.approx(figures[-1]["mem_gb"], rel=0.2)
 
 
 def test_the_table_of_cards_shows_batches_that_fit() -> None:
