@@ -3,9 +3,9 @@
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.token_file import TokenFileWriter
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer, train_vocabulary
+
+if TYPE_CHECKING:
+    from warm import Keeper
 
 # Tiny models gain nothing from a second thread, and lose tenfold where the cores are busy.
 torch.set_num_threads(1)
@@ -84,6 +87,17 @@ def write_token_files(root: Path, tokenizer: Tokenizer) -> Path:
                 turns = [("user", title), ("assistant", body[: 5 + n])] * (1 + n % 3)
                 chat.add_row(([("system", body[:20])] if n % 4 == 0 else []) + turns)
     return root / "tokens"
+
+
+@pytest.fixture(scope="session")
+def keeper() -> Iterator["Keeper"]:
+    """Starts scripts as processes of their own, without loading torch for each; see warm.py."""
+    pytest.importorskip("termios")
+    from warm import Keeper
+
+    keeper = Keeper()
+    yield keeper
+    keeper.close()
 
 
 class Outcome(NamedTuple):

@@ -1,9 +1,10 @@
-"""chat.py as its users meet it: a subprocess, with and without a (pseudo) terminal.
+"""chat.py as its users meet it: with and without a (pseudo) terminal.
 
 The checkpoints are real ones of a few thousand weights. `teach` sets the weights so that each
 token of a chain is followed by the next one, whatever came before: replies are then known.
 """
 
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import torch
 from conftest import TEXTS
 from test_index import write_articles
 from test_retrieval import server, url  # noqa: F401
+from warm import Keeper
 
 import chat
 from babyllama.chat_commands import COMMANDS, User, obey
@@ -84,34 +86,23 @@ def endless(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "NO_PROXY": "127.0.0.1"}
 
 
-def run_chat(
-    *arguments: object, cwd: Path = REPO, stdin: str = "", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / "chat.py"), *map(str, arguments)]
-    return subprocess.run(
-        command,
-        input=stdin,
-        capture_output=True,
-        encoding="utf-8",
-        cwd=cwd,
-        env=ENVIRONMENT | environment,
-    )
-
-
 def test_prompt_prints_the_reply_and_nothing_else_on_stdout(polite, tmp_path):
     (tmp_path / "text.txt").write_text("银杏是乔木。", encoding="gb18030")
-    done = run_chat(polite, "--prompt", "你好\x07", "--reference", "text.txt", cwd=tmp_path)
+    words = [polite, "--prompt", "你好\x07", "--reference", "text.txt"]
+    done = subprocess.run(
+        [sys.executable, REPO / "chat.py", *words], stdin=subprocess.DEVNULL, capture_output=True,
+        encoding="utf-8", cwd=tmp_path, env=ENVIRONMENT,
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, REPLY + "\n")
     assert str(polite) in done.stderr and "银杏是乔木。" in done.stderr
 
 
-def test_without_a_terminal_three_exchanges_are_shown_always_the_same(tmp_path, tokenizer, capsys):
+def test_without_a_terminal_three_exchanges_are_shown_always_the_same(tmp_path, tokenizer, script):
     path = make_checkpoint(tmp_path / "random", tokenizer, None)
-    done = run_chat(path, "--max_new_tokens", 20)
-    assert done.returncode == 0 and done.stdout.count(LABELS["assistant"]) == 3
-    assert re.findall(f"{PROMPT}(.+)", done.stdout) == list(chat.EXAMPLES)
-    assert chat.main(chat.ChatConfig(checkpoint=path, max_new_tokens=20)) == 0
-    assert capsys.readouterr().out == done.stdout
+    done = script("chat.py", path, "--max_new_tokens", 20)
+    assert done.code == 0 and done.out.count(LABELS["assistant"]) == 3
+    assert re.findall(f"{PROMPT}(.+)", done.out) == list(chat.EXAMPLES)
+    assert script("chat.py", path, "--max_new_tokens", 20).out == done.out
 
 
 @pytest.mark.parametrize(
@@ -143,25 +134,15 @@ def test_without_a_name_the_newest_run_is_taken_then_the_released_model(tmp_path
 class Terminal:
     """chat.py at a pseudo terminal, and what a user would type there."""
 
-    # The terminal must be the child's controlling one, or Ctrl-C would be a mere byte.
-    START = "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-    # A shell's background job ignores Ctrl-C, and its children inherit that.
-    START += "signal.signal(signal.SIGINT, signal.SIG_DFL); "
-    START += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-
-    def __init__(self, cwd: Path, *arguments: object, **environment: str) -> None:
+    def __init__(self, keeper: Keeper, cwd: Path, *arguments: object, **environment: str) -> None:
         self.screen, inside = os.openpty()
-        command = [sys.executable, "-c", self.START, REPO / "chat.py", *arguments]
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            cwd=cwd,
-            env=ENVIRONMENT
+        self.process = keeper.start(
+            [str(word) for word in (REPO / "chat.py", *arguments)],
+            cwd,
+            ENVIRONMENT
             | {"TERM": "xterm", "COLUMNS": "2000", "XDG_STATE_HOME": str(cwd / "state")}
             | environment,
-            start_new_session=True,
+            inside,
         )
         os.close(inside)
         self.seen = b""
@@ -215,37 +196,37 @@ class Terminal:
         self.press(keys, until="\n")
         return self.process.wait(timeout=20)
 
+    def close(self) -> None:
+        self.process.close()
+        os.close(self.screen)
+
 
 @pytest.fixture
-def open_terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+def open_terminal(keeper: Keeper, tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     """Starts chat.py in `tmp_path` and waits for its prompt."""
-    pytest.importorskip("termios")
     pytest.importorskip("readline")
     opened = []
 
     def start(*arguments: object, **environment: str) -> Terminal:
-        opened.append(Terminal(tmp_path, *arguments, **environment))
+        opened.append(Terminal(keeper, tmp_path, *arguments, **environment))
         opened[-1].read_until(PROMPT)
         return opened[-1]
 
     yield start
     for terminal in opened:
-        terminal.process.kill()
-        terminal.process.wait()
-        os.close(terminal.screen)
+        terminal.close()
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, polite: Path) -> Iterator[Terminal]:
+def shared(
+    keeper: Keeper, tmp_path_factory: pytest.TempPathFactory, polite: Path
+) -> Iterator[Terminal]:
     """One terminal for several tests, each of which begins with /reset; nobody leaves it."""
-    pytest.importorskip("termios")
     pytest.importorskip("readline")
-    terminal = Terminal(tmp_path_factory.mktemp("shared"), polite)
+    terminal = Terminal(keeper, tmp_path_factory.mktemp("shared"), polite)
     terminal.read_until(PROMPT)
     yield terminal
-    terminal.process.kill()
-    terminal.process.wait()
-    os.close(terminal.screen)
+    terminal.close()
 
 
 @pytest.fixture
@@ -381,11 +362,12 @@ def test_what_was_looked_up_is_in_the_prompt_and_in_the_json(polite, index, caps
     assert bare[0]["n_prompt_tokens"] < record["n_prompt_tokens"] and bare[0]["passages"] is None
 
 
-def test_json_answers_lines_as_one_conversation_and_tells_errors(polite):
+def test_json_answers_lines_as_one_conversation_and_tells_errors(polite, script, monkeypatch):
     lines = "你好\n\n" + "好" * 2000 + "\n再见\u202e👩‍👩‍👧\n"
-    done = run_chat(polite, "--json", stdin=lines)
-    first, error, second = map(json.loads, done.stdout.splitlines())
-    assert done.returncode == 2 and "太长" in error["error"] and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode()), "gb18030"))
+    done = script("chat.py", polite, "--json")
+    first, error, second = map(json.loads, done.out.splitlines())
+    assert done.code == 2 and "太长" in error["error"] and "Traceback" not in done.err
     assert first["reply"] == second["reply"] == REPLY
     assert second["prompt"] == "再见\u202e👩‍👩‍👧"
     assert second["n_prompt_tokens"] > first["n_prompt_tokens"] + first["n_reply_tokens"]
@@ -545,10 +527,13 @@ def test_an_index_that_cannot_be_used_is_one_line_and_code_2(script, polite, ind
     assert str(place) in done.error and "--index" in done.error
 
 
-def test_colours_are_for_terminals_that_want_them(terminal, open_terminal, polite):
+def test_colours_are_for_terminals_that_want_them(
+    terminal, open_terminal, polite, script, monkeypatch
+):
     assert "\x1b[" not in terminal.say("/help")  # NO_COLOR is set there
     assert "\x1b[2m" in open_terminal(polite, NO_COLOR="").say("/help")
-    assert "\x1b" not in run_chat(polite, "--prompt", "你好", NO_COLOR="").stdout
+    monkeypatch.setenv("NO_COLOR", "")
+    assert "\x1b" not in script("chat.py", polite, "--prompt", "你好").out
 
 
 def talk_of(tokenizer: Tokenizer, room: int, n_turns: int = 6) -> Conversation:

@@ -2,7 +2,7 @@
 that was killed or stopped ends with the weights of one that was not.
 
 `write_run` (conftest) makes runs of ten steps in which an epoch ends inside the sixth or the
-eighth step. Whatever kills, signals or compares runs starts the scripts as a user does.
+eighth step. Whatever kills, signals or compares runs starts the scripts as processes of their own.
 """
 
 import json
@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,9 @@ import torch
 import yaml
 from conftest import TEXTS, small_config, write_run, write_token_files
 from safetensors.torch import load_file
+from warm import Keeper, Process
 
+from babyllama import log
 from babyllama.checkpoint import (
     MODEL_FILES,
     STATE_FILES,
@@ -153,6 +154,15 @@ def test_a_batch_without_targets_gives_a_finite_loss_and_no_gradient() -> None:
     sums = forward_backward(model, [batch], WORLD, scaler, next_token_loss)
     assert scaler.step(optimizer, list(model.parameters()), 1.0, float(sums[0])) == 0.0
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_row_without_targets_changes_no_gradient_of_the_others() -> None:
+    rows = [[Rows().row(number, np.random.default_rng())] for number in (3, 0, 5, 9)]
+    assert (rows[1][0][1] == IGNORED).all()
+    wanted_sums, wanted = gradients([collate([rows[0], *rows[2:]], pad_id=0)])
+    sums, found = gradients([collate(rows[:2], pad_id=0), collate(rows[2:], pad_id=0)])
+    torch.testing.assert_close(sums[:3], wanted_sums[:3], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_a_run_of_rows_without_targets_logs_no_loss(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -415,8 +425,11 @@ def test_the_second_request_to_stop_ends_at_once() -> None:
 
 @pytest.mark.slow
 def test_two_thousand_steps_take_no_more_memory_than_two_hundred(
-    tmp_path: Path, tokenizer: Tokenizer
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With a drawing at each evaluation. The first one loads matplotlib, once; a run draws it when
+    it has lasted a minute, here it is drawn before the first step."""
+    monkeypatch.setattr(log, "_REDRAW_S", 0)
     loop = TrainConfig(max_steps=2000, batch_size=8, micro_batch_size=4, log_every=20,
                        eval_every=100, save_every=100)  # fmt: skip
     used = []
@@ -428,7 +441,8 @@ def test_two_thousand_steps_take_no_more_memory_than_two_hundred(
     cfg = Settings(loop)
     train(rows_model(), rows_data(), tokenizer, cfg, WORLD, tmp_path, "pretrain", loss_function)
     per_step = len(used) // 2000
-    print({step: used[step * per_step - 1] for step in (200, 1000, 2000)})
+    print({step: used[step * per_step - 1] for step in (1, 100, 200, 500, 1000, 1500, 2000)})
+    assert (tmp_path / "curves.png").is_file()
     assert used[-1] - used[200 * per_step] < 0.02
 
 
@@ -482,37 +496,31 @@ def command(place: Place, kind: str, name: str, **train: int) -> list[str]:
     config = write_run(place.root / f"{name}.yaml", place.tokens, tokenizer, **train)
     base = [] if tokenizer else ["--base", str(place.base)]
     script = REPO / ("pretrain.py" if tokenizer else "sft.py")
-    return [sys.executable, str(script), "--config", str(config), *base, *FLAGS.get(kind, [])]
+    return [str(script), "--config", str(config), *base, *FLAGS.get(kind, [])]
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Callable[[list[str]], subprocess.Popen]]:
-    """Starts a command, from a directory of no meaning; what still runs is ended at the end."""
-    started: list[subprocess.Popen] = []
+def start(keeper: Keeper) -> Iterator[Callable[[list[str]], Process]]:
+    """Starts a script, from a directory of no meaning; what still runs is ended at the end."""
+    started: list[Process] = []
 
-    def popen(arguments: list[str]) -> subprocess.Popen:
-        started.append(
-            subprocess.Popen(
-                arguments, stderr=subprocess.PIPE, text=True, cwd=tempfile.gettempdir()
-            )
-        )
+    def begin(words: list[str]) -> Process:
+        started.append(keeper.start(words, tempfile.gettempdir()))
         return started[-1]
 
-    yield popen
+    yield begin
     for process in started:
-        process.kill()
-        process.wait()
-        process.stderr.close()
+        process.close()
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Process) -> str:
     """Wait for a run that must succeed; returns what it said."""
     said = process.communicate()[1]
     assert process.returncode == 0, said
     return said
 
 
-def until(process: subprocess.Popen, words: str) -> str:
+def until(process: Process, words: str) -> str:
     """Read what a process says up to a line with these words; returns all of it."""
     said = ""
     for line in process.stderr:
@@ -522,7 +530,7 @@ def until(process: subprocess.Popen, words: str) -> str:
     pytest.fail(f"{words!r} was never said:\n{said}")
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Process) -> None:
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
@@ -624,10 +632,11 @@ def test_ten_requests_to_stop_cost_nothing(place: Place, start: Callable) -> Non
 def kill_at_random(
     place: Place, start: Callable, wanted: Path, n_kills: int, save_every: int, seed: int
 ) -> None:
-    """Kill runs at random moments until there were as many kills; runs that end are compared with
-    one that nobody interrupted, and another is begun."""
+    """Kill runs at random moments until there were as many kills, none of which may cost more than
+    `save_every` steps; runs that end are compared with one that nobody interrupted, and another is
+    begun."""
     chance = random.Random(seed)
-    done = finished = 0
+    done = finished = most_lost = 0
     while done < n_kills or not finished:
         name = f"random-{n_kills}-{finished}"
         arguments = command(place, "pretrain", name, eval_every=4, save_every=save_every)
@@ -645,13 +654,17 @@ def kill_at_random(
         assert_whole(run)
         if process.returncode == -signal.SIGKILL:
             done += 1
+            saved = [int(step.name[5:]) for step in list_checkpoints(run)]
+            lost = max(logged(run, "train"), default=0) - max(saved, default=0)
+            assert lost <= save_every
+            most_lost = max(most_lost, lost)
             continue
         assert process.returncode == 0, said
         assert_same_state(run, wanted)
         assert logged(run, "train") == list(range(1, 11))
         assert not list(run.glob("tmp-*step-*"))
         finished += 1
-    print(f"{done} kills, {finished} runs finished")
+    print(f"{done} kills, {finished} runs finished, {most_lost} steps lost at most")
 
 
 def test_kills_at_random_moments_tear_nothing(
