@@ -14,7 +14,7 @@ from babyllama.sampling import SamplingConfig
 from model import IGNORED, Transformer
 from vqa.answer import answer, greedy, look, stream_answer
 from vqa.encoder import EncoderConfig, make_encoder
-from vqa.fusion import FusionConfig, n_positions
+from vqa.fusion import CrossAttention, FusionConfig, n_positions
 from vqa.model import Loaded, VqaModel, load, with_picture
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -110,6 +110,31 @@ def test_gates_stand_before_the_chosen_layers_alone():
     assert list(model.connector.gates) == ["1"]
     with pytest.raises(ConfigError, match=r"fusion.layers \[7\].*layers 0 to 1"):
         VqaModel(language, make_encoder(ENCODER), FusionConfig("cross", layers=(0, 7)))
+
+
+def test_a_gate_may_look_at_nothing_and_then_adds_less():
+    torch.manual_seed(0)
+    look = CrossAttention(8, 1, may_pass=True)
+    x, memory = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    torch.nn.init.eye_(look.wo.weight)
+    passed = look(x, memory)
+    look.may_pass = False
+    share = passed / look(x, memory)
+    assert torch.allclose(share, share[..., :1].expand_as(share), rtol=1e-3)
+    assert bool(((share > 0) & (share < 1)).all())
+
+
+def test_features_are_left_out_in_training_alone():
+    torch.manual_seed(0)
+    language = Transformer(small_config())
+    model = VqaModel(language, make_encoder(ENCODER), FusionConfig("splice", dropout=0.5))
+    batch = batch_of(model)
+    first, second = (model.train()(**batch).loss_sum for _ in range(2))
+    assert not torch.equal(first, second)
+    first, second = (model.eval()(**batch).loss_sum for _ in range(2))
+    assert torch.equal(first, second)
+    with pytest.raises(ConfigError, match="dropout wants 0 or more and less than 1"):
+        FusionConfig(dropout=1.0)
 
 
 def test_the_language_models_parameters_keep_their_names():

@@ -30,17 +30,24 @@ class FusionConfig:
         n_queries: positions of a picture, for resampler
         n_blocks: how often the queries look, for resampler
         layers: the layers that look, for cross; empty: all
+        dropout: share of the features that is left out at random in training, against learning
+            few photos by heart
     """
 
     kind: Literal["splice", "resampler", "cross"] = "splice"
     n_queries: int = 8
     n_blocks: int = 2
     layers: tuple[int, ...] = ()
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.n_queries, self.n_blocks) < 1 or min(self.layers, default=0) < 0:
             raise ConfigError(
                 f"fusion wants n_queries and n_blocks of 1 or more and layers from 0, found {self}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"fusion.dropout wants 0 or more and less than 1, found {self.dropout}"
             )
 
 
@@ -70,11 +77,15 @@ class Projector(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of x (B, T, D) over a memory (B, M, D)."""
+    """Attention of x (B, T, D) over a memory (B, M, D).
 
-    def __init__(self, dim: int, n_heads: int) -> None:
+    may_pass: it may also look at nothing, a key and a value of zeros. Attention always adds up to
+        1, so without it a word that fits no place looks like one that fits.
+    """
+
+    def __init__(self, dim: int, n_heads: int, may_pass: bool = False) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.may_pass = n_heads, may_pass
         self.norm, self.memory_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.wq = nn.Linear(dim, dim, bias=False)
         self.wkv = nn.Linear(dim, 2 * dim, bias=False)
@@ -85,6 +96,8 @@ class CrossAttention(nn.Module):
         q = self.wq(self.norm(x)).view(B, T, self.n_heads, -1).transpose(1, 2)
         kv = self.wkv(self.memory_norm(memory)).view(B, -1, 2, self.n_heads, D // self.n_heads)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, M, C) each
+        if self.may_pass:
+            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         mixed = F.scaled_dot_product_attention(q, k, v)
         return self.wo(mixed.transpose(1, 2).reshape(B, T, D))
 
@@ -118,7 +131,7 @@ class Gate(nn.Module):
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
-        self.look, self.think = CrossAttention(dim, n_heads), _mlp(dim)
+        self.look, self.think = CrossAttention(dim, n_heads, may_pass=True), _mlp(dim)
         self.open_look, self.open_think = (nn.Parameter(torch.zeros(1)) for _ in range(2))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -141,6 +154,7 @@ class Connector(nn.Module):
     ) -> None:
         super().__init__()
         dim, heads = language.dim, language.n_heads
+        self.dropout = nn.Dropout(fusion.dropout)
         self.projector = Projector(widths, encoder.n_places, dim)
         self.resampler, self.gates = None, nn.ModuleDict()
         if fusion.kind == "resampler":
@@ -157,5 +171,5 @@ class Connector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, places, sum of widths) → (N, M, dim): positions of a sequence, or a memory."""
-        seen = self.projector(features)
+        seen = self.projector(self.dropout(features))
         return seen if self.resampler is None else self.resampler(seen)
