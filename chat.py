@@ -41,7 +41,8 @@ from tokenizer import LABELS
 
 EXAMPLES = ("你好", "你是谁？", "你喜欢什么？")
 ENDINGS = {
-    "length": "（到了长度上限）",
+    "length": "（到了长度上限 max_new_tokens）",
+    "context": "（上下文满了，回答到此为止）",
     "loop": "（开始重复，已停止）",
     "interrupted": "（已停止）",
 }
@@ -206,7 +207,7 @@ def answer_once(session: Session, cfg: ChatConfig) -> int:
     reply(session, asked)
     print(flush=True)
     notes = ENDINGS.get(asked.reason, "") + sources(asked)
-    print(visible(notes), end="\n" if notes else "", file=sys.stderr)
+    print(visible(notes, sys.stderr), end="\n" if notes else "", file=sys.stderr)
     return INTERRUPTED if asked.reason == "interrupted" else 0
 
 
@@ -241,8 +242,8 @@ def main(cfg: ChatConfig) -> int:
     if cfg.n > 1 and not cfg.prompt:
         raise ConfigError(f"--n {cfg.n} is for one message; add --prompt, or leave it out to talk")
     session = open_session(cfg)
-    notes = greet(session, cfg)
-    print(paint(visible(notes)), file=sys.stderr if cfg.prompt or cfg.json else sys.stdout)
+    place = sys.stderr if cfg.prompt or cfg.json else sys.stdout
+    print(paint(visible(greet(session, cfg), place), file=place), file=place)
     if cfg.prompt:
         return answer_once(session, cfg)
     if cfg.json:

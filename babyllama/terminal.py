@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 MORE = "…… "  # the prompt of a message's further lines
 BLOCK = '"""'
@@ -22,18 +23,22 @@ LONGEST_REMEMBERED = 2000  # characters
 HARMFUL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
-def paint(text: str, code: str = "2") -> str:
-    """Colour (dim unless told) where the terminal has it and the user wants it."""
+def paint(text: str, code: str = "2", file: TextIO | None = None) -> str:
+    """Colour (dim unless told) where the terminal has it and the user wants it.
+
+    file: where the text will go; if absent standard output
+    """
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or os.name == "nt"
-    return text if plain or not text or not sys.stdout.isatty() else f"\x1b[{code}m{text}\x1b[0m"
+    plain = plain or not text or not (file or sys.stdout).isatty()
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
 
 
-def visible(text: str) -> str:
+def visible(text: str, file: TextIO | None = None) -> str:
     """Text that cannot move the cursor, ring the bell or turn the line round on a terminal.
 
-    Where output goes elsewhere it stays as it is.
+    Where output goes elsewhere it stays as it is; file as for `paint`.
     """
-    return HARMFUL.sub("·", text) if sys.stdout.isatty() else text
+    return HARMFUL.sub("·", text) if (file or sys.stdout).isatty() else text
 
 
 def say(text: str, code: str = "2") -> None:
