@@ -78,17 +78,19 @@ def _row(number: int, row: Compared) -> str:
     cells = "".join(
         f'<td class="{side}">{coloured(row.titles[i], row.titles[1 - i], row.reference)}'
         f'<div class="score"><em>{row.scores[i]:.1f}</em>'
-        f'<i style="width:{row.scores[i]:.0f}%"></i></div></td>'
+        f'<i style="--share:{row.scores[i]:.0f}%"></i></div></td>'
         for i, side in enumerate("ab")
     )
     sign = "up" if row.gain > 1e-9 else "down" if row.gain < -1e-9 else ""
+    gain = f"{row.gain:+.1f}".replace("-", "\u2212") if sign else "="
     return (
         f'<tr data-n="{number}" data-a="{row.scores[0]:.4f}" data-b="{row.scores[1]:.4f}" '
         f'data-gain="{row.gain:.4f}" data-ref="{len(row.reference)}">'
         f'<td class="n">{number}</td>'
-        f'<td class="ref"><b>{visible(row.reference)}</b><details><summary>{visible(row.row_id)}'
-        f"</summary><p>{visible(row.text)}</p></details></td>{cells}"
-        f'<td class="n gain {sign}">{row.gain:+.1f}</td></tr>'
+        f'<td class="ref"><b>{visible(row.reference)}</b><details>'
+        f"<summary>原文 / text · {visible(row.row_id)}</summary>"
+        f"<p>{visible(row.text)}</p></details></td>{cells}"
+        f'<td class="n gain {sign}">{gain}</td></tr>'
     )
 
 
@@ -145,7 +147,7 @@ _PAGE = """<!doctype html>
 {notes}
 <p class="tools"><input type="search" placeholder="搜索 / search" aria-label="搜索 / search">
 <label><input type="checkbox"> 只看不同的 / only where they differ</label>
-<output>{n}</output></p>
+<span><output>{n}</output> 篇 / texts</span></p>
 </header>
 <main><table>
 <thead><tr>{heads}</tr></thead>
@@ -179,7 +181,7 @@ font-family:ui-monospace,"DejaVu Sans Mono","Noto Sans Mono CJK SC",monospace}
 .tools{display:flex;gap:14px;align-items:center}
 input[type=search]{font:inherit;padding:5px 10px;border:1px solid var(--line);border-radius:8px;
 background:var(--card);color:var(--ink);width:220px}
-output{color:var(--dim);margin-left:auto}
+.tools span{color:var(--dim);margin-left:auto;white-space:nowrap}
 table{width:100%;border-collapse:collapse;background:var(--card);border:1px solid var(--line);
 table-layout:fixed}
 th{position:sticky;top:0;background:var(--card);text-align:left;border-bottom:2px solid var(--line);
@@ -198,10 +200,11 @@ td.gain{font-weight:600}.up{color:var(--up)!important}.down{color:var(--down)!im
 text-underline-offset:4px}
 .empty{color:var(--down);font-style:italic}
 .score{display:flex;align-items:center;gap:8px;height:18px;margin-top:4px}
-.score i{display:block;height:4px;border-radius:2px;max-width:calc(100% - 40px)}
+.score i{flex:1;height:4px;border-radius:2px;
+background:linear-gradient(90deg,currentColor var(--share),var(--line) 0)}
 .score em{font-style:normal;min-width:30px;font-size:12px;color:var(--dim);
 font-variant-numeric:tabular-nums}
-td.a .score i{background:var(--a)}td.b .score i{background:var(--b)}
+td.a .score i{color:var(--a)}td.b .score i{color:var(--b)}
 details{font-size:13px;color:var(--dim)}summary{cursor:pointer}
 details p{margin:4px 0;white-space:pre-wrap}
 @media (max-width:700px){th.n:first-child,td.n:first-child{display:none}th.n{width:78px}

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.cli import shown
+from babyllama.cli import REPO, shown
 from babyllama.errors import ConfigError
 from babyllama.report import Compared, write_report
 from babyllama.rows import write_rows
@@ -34,8 +34,10 @@ def labelled(paths: Sequence[Path]) -> list[str]:
             f"wanted different systems, found the same checkpoint or file twice among "
             f"{', '.join(map(shown, paths))}; leave one out"
         )
+    whole = [path.resolve() for path in paths]
+    places = [p.relative_to(REPO) if p.is_relative_to(REPO) else p for p in whole]
     for n_parts in (2, 3, 99):
-        names = ["/".join(p.resolve().parts[-n_parts:]) for p in paths]
+        names = ["/".join(place.parts[-n_parts:]) for place in places]
         if len(set(names)) == len(names):
             break
     return names

@@ -5,7 +5,9 @@ from html.parser import HTMLParser
 
 import pytest
 
+from babyllama.cli import REPO
 from babyllama.report import Compared, coloured, page, visible, write_report
+from babyllama.systems import labelled
 
 ROWS = [
     Compared(
@@ -97,3 +99,15 @@ def test_means_and_counts_stand_above(tmp_path):
 
 def test_no_rows_are_a_page_too():
     assert "<tbody>" in page(("甲", "乙"), "ROUGE-1", [], [])
+
+
+def test_bars_are_as_long_as_their_scores_and_equal_rows_show_no_sign():
+    assert re.findall(r"--share:(\d+)%", PAGE) == ["90", "50", "0", "0", "10", "100"]
+    assert re.findall(r'<td class="n gain \w*">(.*?)</td>', PAGE) == ["+40.0", "=", "\u221290.0"]
+
+
+def test_systems_have_names_as_short_as_can_be(tmp_path):
+    """A checkpoint at the repository's root is not called after the folder of the clone."""
+    assert labelled([REPO / "release"]) == ["release"]
+    assert labelled([tmp_path / "a/b/best", REPO / "out/b/best"]) == ["a/b/best", "out/b/best"]
+    assert labelled([tmp_path / "a/best", REPO / "out/b/best"]) == ["a/best", "b/best"]
