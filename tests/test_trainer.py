@@ -424,11 +424,11 @@ def test_the_second_request_to_stop_ends_at_once() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_two_thousand_steps_take_no_more_memory_than_two_hundred(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a drawing at each evaluation. The first one loads matplotlib, once; a run draws it when
-    it has lasted a minute, here it is drawn before the first step."""
+    """With a drawing at each evaluation; the first one, which loads matplotlib, before any step."""
     monkeypatch.setattr(log, "_REDRAW_S", 0)
     loop = TrainConfig(max_steps=2000, batch_size=8, micro_batch_size=4, log_every=20,
                        eval_every=100, save_every=100)  # fmt: skip
