@@ -11,12 +11,14 @@ official           the harness' file that --prompts official takes instead, and 
 include            another file whose keys stand where this one has none
 """
 
+import copy
 import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -84,7 +86,7 @@ def names() -> list[str]:
 
 def load(name: str) -> Task:
     """The task of that name."""
-    found = _merged(CONFIGS / f"{name.removesuffix(CLOZE)}.yaml")
+    found = copy.deepcopy(_merged(CONFIGS / f"{name.removesuffix(CLOZE)}.yaml"))
     cloze, _ = found.pop("cloze", None), found.pop("include", None)
     if name.endswith(CLOZE):
         found["harness"] = found["harness"] | cloze
@@ -93,7 +95,9 @@ def load(name: str) -> Task:
     return Task(name, **found | {"groups": tuple(found["groups"])})
 
 
+@cache
 def _merged(path: Path) -> dict:
+    """A task's file and what it includes; not to be changed."""
     found = yaml.safe_load(path.read_text("utf-8"))
     if "include" in found:
         base = _merged(path.with_name(found["include"]))

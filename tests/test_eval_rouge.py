@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -64,15 +61,12 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for _, line in numbered_lines(path)]
 
 
-def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path):
+def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path, script, monkeypatch):
     out = tmp_path / "new/predictions.jsonl"
-    command = [sys.executable, REPO / "eval_rouge.py", checkpoint.parent, "--data", rows_file.name,
-               "--out", out, "--batch_size", "2", *FEW]  # fmt: skip
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, encoding="utf-8", cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = script("eval_rouge.py", checkpoint.parent, "--data", rows_file.name,
+                  "--out", out, "--batch_size", 2, *FEW)  # fmt: skip
+    assert done.code == 0, done.err
 
     rows = rows_of(out)
     assert [list(row) for row in rows] == [["id", "text", "reference", "prediction"]] * 5
@@ -99,9 +93,9 @@ def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path):
     bleu = metrics.bleu_published(firsts, TITLES).mean()
     assert scores["first sentence"]["bleu"]["mean"] == pytest.approx(100 * bleu)
 
-    assert all(title in done.stdout for title in TITLES) and "(3) rouge-chinese" in done.stdout
-    assert "the references" in done.stdout and "no published set" in done.stdout
-    assert "5/5" in done.stderr and "jieba" not in done.stderr
+    assert all(title in done.out for title in TITLES) and "(3) rouge-chinese" in done.out
+    assert "the references" in done.out and "no published set" in done.out
+    assert "5/5" in done.err and "jieba" not in done.err
 
 
 def test_two_systems_are_compared_row_by_row(checkpoint, other, rows_file, tmp_path, script):

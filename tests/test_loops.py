@@ -2,13 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
 from babyllama import loops
-from babyllama.cli import REPO
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Reply
 
@@ -60,16 +57,13 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
         loops.read_prompts(path)
 
 
-def test_a_checkpoint_is_reported_on(checkpoint, tmp_path):
+def test_a_checkpoint_is_reported_on(checkpoint, tmp_path, script):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "replies.jsonl"
     prompts.write_text("你好\n\n今天去哪里？\n银杏是什么？\n", "utf-8")
-    command = [sys.executable, "-m", "babyllama.loops", checkpoint, "--prompts", prompts, "--out"]
-    command += [out, "--max_new_tokens", "60", "--batch_size", "2", "--n", "2"]
-    done = subprocess.run(
-        list(map(str, command)), cwd=REPO, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    lines = re.findall(r"^ *((?:greedy|top-p).*?)  +([\d.]+)  ", done.stdout, re.MULTILINE)
+    flags = ("--max_new_tokens", 60, "--batch_size", 2, "--n", 2)
+    done = script("babyllama/loops.py", checkpoint, "--prompts", prompts, "--out", out, *flags)
+    assert done.code == 0, done.err
+    lines = re.findall(r"^ *((?:greedy|top-p).*?)  +([\d.]+)  ", done.out, re.MULTILINE)
     shares = {name: float(share) for name, share in lines}
     assert list(shares) == ["greedy", "top-p 0.9", "greedy, redraw", "top-p 0.9, redraw"]
     assert shares["greedy"] > 0, "a random model loops where it takes the likeliest token"
@@ -81,9 +75,5 @@ def test_a_checkpoint_is_reported_on(checkpoint, tmp_path):
     ]
 
 
-def test_without_a_checkpoint_the_way_to_one_is_shown(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "babyllama.loops", str(tmp_path)],
-        cwd=REPO, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
+def test_without_a_checkpoint_the_way_to_one_is_shown(tmp_path, script):
+    assert "no complete checkpoint" in script("babyllama/loops.py", tmp_path).error
