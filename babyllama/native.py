@@ -1,10 +1,14 @@
 """The C files of this folder as a library: int8.c (steps) and choose.c (drawing a token).
 
-They are compiled when they are first needed, in a second, for the processor at hand.
+They are compiled when they are first needed, in two seconds, for the processor at hand, and kept in
+the user's cache directory for the next start.
 """
 
+import contextlib
 import ctypes
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -29,6 +33,30 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def _kept(compiler: str) -> Path:
+    """Where the library of these sources, this compiler and this processor is kept."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text("utf-8", "replace").splitlines() if cpu.is_file() else []
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
+    parts = [compiler, _FLAGS, *_EXTRA, platform.platform(), platform.processor(), *sorted(told)]
+    key = hashlib.sha256("\0".join(parts).encode())
+    for source in _SOURCES:
+        key.update(source.read_bytes())
+    place = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return place / "babyllama" / f"native-{key.hexdigest()[:16]}.so"
+
+
+def _keep(library: Path, kept: Path) -> None:
+    """Keep a library, whole or not at all; where that cannot be, it is compiled each time."""
+    if not kept.is_absolute():  # without a home; the XDG standard ignores relative paths, too
+        return
+    with contextlib.suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f"tmp-{os.getpid()}-{kept.name}")
+        shutil.copyfile(library, temporary)
+        os.replace(temporary, kept)
+
+
 @cache
 def compiled() -> ctypes.CDLL:
     """The library.
@@ -41,12 +69,16 @@ def compiled() -> ctypes.CDLL:
             "int8 weights need a C compiler (cc, gcc or clang), found none; install one, or "
             "decode with --weights float32"
         )
+    kept = _kept(found)
+    with contextlib.suppress(OSError):  # there is none, or it is damaged
+        return ctypes.CDLL(str(kept))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "native.so"
         for extra in _EXTRA:
             command = [found, *_FLAGS.split(), *extra.split(), *map(str, _SOURCES), "-o", str(out)]
             done = subprocess.run([*command, "-lm"], capture_output=True, text=True)
             if done.returncode == 0:
+                _keep(out, kept)
                 return ctypes.CDLL(str(out))
     reason = " ".join(done.stderr.split())[:200]
     raise ConfigError(

@@ -237,7 +237,8 @@ def forget():
 
 
 @pytest.fixture
-def forget_library():
+def forget_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     forget()
     yield
     forget()
@@ -282,6 +283,36 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, forget_library, tmp_path):
         make_decoder(lively_model(), "int8")
     with pytest.warns(RuntimeWarning, match="no such dialect"):
         assert make_decoder(lively_model()).kind == "float32"
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_again_where_it_was_damaged_or_cannot_be_kept(
+    monkeypatch, forget_library, tmp_path
+):
+    counting, calls, made = tmp_path / "cc", tmp_path / "calls", tmp_path / "made.so"
+    counting.write_text(
+        f"#!/bin/sh\necho call >> {calls}\n"
+        'out=$(echo "$@" | sed "s/.* -o \\([^ ]*\\) .*/\\1/")\n'
+        f'[ -f {made} ] || {{ {native.compiler()} "$@"; cp "$out" {made}; }}\n'  # once is enough
+        f'cp {made} "$out"\n'
+    )
+    counting.chmod(0o755)
+    monkeypatch.setenv("CC", str(counting))
+
+    def n_calls() -> int:
+        forget()
+        assert native.compiled().choose
+        return calls.read_text().count("call")
+
+    assert [n_calls(), n_calls()] == [1, 1]
+    (kept,) = (tmp_path / "cache/babyllama").iterdir()
+    damaged = tmp_path / "other/babyllama" / kept.name  # a process does not read one place twice
+    damaged.parent.mkdir(parents=True)
+    damaged.write_bytes(b"\x7fELF")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert [n_calls(), n_calls()] == [2, 2]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(counting))  # a file stands in the way
+    assert [n_calls(), n_calls()] == [3, 4]
 
 
 @needs_compiler

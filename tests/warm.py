@@ -5,6 +5,7 @@ the first line to the exit code, with a session, files, directory and environmen
 be signalled and killed as any process, and shares nothing with the next one.
 """
 
+import gc
 import io
 import json
 import os
@@ -18,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-LOADED = ("chat", "pretrain", "sft")  # with all that they import; and the C library
+# What they import, and what the first optimizer of a process loads.
+LOADED = ("chat", "pretrain", "sft", "torch._dynamo")
 START = "import sys; sys.path[:0] = {paths}; import warm; warm.keep({orders})"
 
 
@@ -113,6 +115,8 @@ def keep(socket_number: int) -> None:
     from babyllama import native
 
     native.library()
+    gc.collect()
+    gc.freeze()  # so that a fork's collector leaves the keeper's pages alone
     assert "readline" not in sys.modules, "it would know the keeper's terminal"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is meant for the scripts
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
