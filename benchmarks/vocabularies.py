@@ -60,7 +60,7 @@ class VocabulariesConfig:
 def vocabulary(cfg: VocabulariesConfig, pieces: int) -> Path:
     """A vocabulary of so many pieces, learnt from all of clean/ where it is not there yet."""
     root = from_repo(cfg.root).resolve()
-    out = root / "tokenizers" / f"{cfg.name}-{pieces}.model"
+    out = root / "tokenizers" / f"own-{pieces}.model"
     if not out.is_file():
         words = ("--rows", root / "clean", "--vocab_size", pieces, "--out", out)
         command("tokenizer.py", "train", *words)
