@@ -19,6 +19,9 @@ from vqa.evaluate import Asked, answers, features_for, is_right, questions
 from vqa.model import load
 from vqa.pictures import Pictures
 
+# Inches: a cell's width and gap, a photo's side, a line of text. So many characters fill a line.
+CELL, GAP, LINE, LONGEST = 3.3, 0.25, 0.24, 27
+
 
 @dataclass(frozen=True)
 class ShowConfig:
@@ -63,20 +66,23 @@ def draw(photos: list, font: str | None) -> "object":
 
     n_columns = int(np.ceil(np.sqrt(len(photos))))
     n_rows = -(-len(photos) // n_columns)
-    figure = Figure(figsize=(3.4 * n_columns, 4.3 * n_rows), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(n_rows, n_columns)).flatten()
+    high = CELL + LINE * (max(len(lines) for _, lines in photos) + 1)
+    width, height = n_columns * (CELL + GAP), n_rows * high
+    figure = Figure(figsize=(width, height))
     family = {"fontfamily": font} if font else {}
-    for ax in axes:
-        ax.axis("off")
-    for ax, (pixels, lines) in zip(axes, photos, strict=False):
+    for place, (pixels, lines) in enumerate(photos):
+        row, column = divmod(place, n_columns)
+        left, top = column * (CELL + GAP), height - row * high
+        ax = figure.add_axes((left / width, (top - CELL) / height, CELL / width, CELL / height))
         ax.imshow(pixels)
+        ax.axis("off")
         for n, (question, said, true) in enumerate(lines):
             right = is_right(said, true)
-            note = "" if right else f"（{true}）"
-            text = writable(f"{question} {said}{note}", font)
-            colour = "black" if right else "crimson"
-            ax.text(0, -0.04 - 0.085 * n, text, transform=ax.transAxes, va="top", fontsize=9,
-                    color=colour, **family)  # fmt: skip
+            text = f"{question} {said}" + ("" if right else f"（{true}）")
+            text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+            below = (top - CELL - LINE * (n + 0.3)) / height
+            figure.text(left / width, below, writable(text, font), va="top", fontsize=9,
+                        color="black" if right else "crimson", **family)  # fmt: skip
     return figure
 
 
@@ -99,7 +105,8 @@ def main(cfg: ShowConfig) -> None:
     out = from_repo(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as path:
-        draw(photos, cjk_font()).savefig(path, format="png", dpi=80)
+        figure = draw(photos, cjk_font())
+        figure.savefig(path, format="png", dpi=80, bbox_inches="tight", pad_inches=0.1)
     print(f"written: {shown(out)}")
 
 
