@@ -217,7 +217,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8))
-    # A layout that is worked out takes as long as all the rest of the drawing.
+    # A layout that is worked out takes a quarter of the time of a drawing.
     figure.subplots_adjust(left=0.045, right=0.99, bottom=0.13, top=0.84, wspace=0.17)
     for axis, key in zip(axes, ("loss", "ppl", "accuracy"), strict=True):
         for kind, style in (("train", {"lw": 1, "alpha": 0.7}), ("val", {"lw": 2, "marker": "."})):
