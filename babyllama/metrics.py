@@ -123,6 +123,13 @@ def clipped_pair(prediction: str, reference: str) -> tuple[float, float, float]:
     return r1, r2, 2 * common_subsequence(a, b) / lengths[0] if a or b else 0.0
 
 
+def clipped_f(prediction: str, reference: str, n: int, beta: float) -> float:
+    """Clipped ROUGE-n of one pair as F_beta, in which recall counts beta times as much."""
+    a, b = (_counts("".join(text.lower().split()), n) for text in (prediction, reference))
+    weighted = a.total() + beta**2 * b.total()
+    return (1 + beta**2) * (a & b).total() / weighted if weighted else 0.0
+
+
 def _counts(tokens: Sequence[str], n: int) -> Counter:
     return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 

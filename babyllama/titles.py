@@ -5,6 +5,7 @@ loss (minimum Bayes risk: Kumar and Byrne 2004; Eikema and Aziz 2020, arXiv:2005
 ROUGE.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -19,11 +20,14 @@ from babyllama.cli import from_repo, shown
 from babyllama.errors import ConfigError
 from babyllama.fast import Decoder, Weights, make_decoder
 from babyllama.generate import generate_replies
-from babyllama.metrics import clipped_pair, is_blank
+from babyllama.metrics import clipped_f, is_blank
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
 from tokenizer import Tokenizer
 
+# Choosing by plain F1 prefers short replies (15.0 characters a title where references have 18.0, on
+# 250 of CSL's dev rows); with recall at 1.5 the lengths are alike, and the scores higher (LOG.md).
+RECALL = 1.5
 DECODINGS = ("greedy", "beam", "top_p", "consensus")
 
 
@@ -79,16 +83,19 @@ def decodings(names: str, sampling: SamplingConfig) -> dict[str, SamplingConfig]
 
 
 def consensus(replies: Sequence[str]) -> str:
-    """The reply that is most like the others, by the mean of the three clipped ROUGE.
+    """The reply that is most like the others, by clipped ROUGE-1 and ROUGE-2.
 
     A reply that was drawn several times counts as often. Of equals the first.
     """
-    alike = {
-        (a, b): 0.0 if is_blank(a) or is_blank(b) else sum(clipped_pair(a, b))
-        for a in set(replies)
-        for b in set(replies)
-    }
-    return max(dict.fromkeys(replies), key=lambda one: sum(alike[one, other] for other in replies))
+    drawn = Counter(replies)
+    return max(drawn, key=lambda one: sum(n * alike(one, other) for other, n in drawn.items()))
+
+
+def alike(one: str, other: str) -> float:
+    """How much of another reply one says, 0 to 2."""
+    if is_blank(one) or is_blank(other):
+        return 0.0
+    return sum(clipped_f(one, other, n, RECALL) for n in (1, 2))
 
 
 @lru_cache(maxsize=8)

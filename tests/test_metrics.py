@@ -74,6 +74,9 @@ def test_clipped_measure_equals_the_package_rouge_score():
         wanted = scorer.score(target=reference, prediction=prediction)
         wanted = [wanted[name].fmeasure for name in ("rouge1", "rouge2", "rougeL")]
         assert metrics.clipped_pair(prediction, reference) == pytest.approx(wanted, abs=1e-12)
+        for n in (1, 2):
+            found = metrics.clipped_f(prediction, reference, n, 1.0)
+            assert found == pytest.approx(wanted[n - 1], abs=1e-12)
 
 
 def test_bleu_equals_that_of_nltk():
@@ -237,3 +240,10 @@ def test_loss_becomes_perplexity_accuracy_and_bits():
     assert metrics.bits_per_byte(6 * math.log(2), 3) == pytest.approx(2)
     with pytest.raises(DataError, match="at least one target"):
         metrics.perplexity(0.0, 0)
+
+
+def test_beta_moves_clipped_rouge_towards_recall():
+    """By hand: 2 of 2 characters said, of 4; F_2 = 5 * 2 / (2 + 4 * 4)."""
+    assert metrics.clipped_f("图像", "图像去噪", 1, 2.0) == pytest.approx(10 / 18)
+    assert metrics.clipped_f("图像去噪", "图像", 1, 2.0) == pytest.approx(10 / 12)
+    assert metrics.clipped_f("", "", 1, 2.0) == metrics.clipped_f("图", "像", 1, 2.0) == 0.0
