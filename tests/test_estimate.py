@@ -128,11 +128,12 @@ def test_an_average_of_the_weights_takes_its_memory_and_its_place_on_the_disk(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ten_steps_foretell_the_speed_and_the_memory_of_a_run(
     tmp_path: Path, token_root: Path, tokenizer: Tokenizer
 ) -> None:
     """Within a fifth. By turns and the best of each, for whatever else the machine does."""
-    flags = "--model.dim=384 --model.n_layers=4 --train.eval_every=99 --train.log_every=5"
+    flags = "--model.dim=256 --model.n_layers=4 --train.eval_every=99 --train.log_every=5"
     flags += " --train.batch_size=8 --train.micro_batch_size=8 --train.max_steps=15 --optim.ema=0.9"
     foretold, found, parts = [], [], {}
     for turn in range(2):
