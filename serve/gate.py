@@ -12,6 +12,7 @@ import json
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -35,36 +36,52 @@ SAFETY = [
 
 
 class Protocol(H11Protocol):
-    """Closes a connection whose next request does not begin, or not end its head, in time.
+    """Closes a connection whose first request does not begin, or any head not end, in time.
 
-    head_s: seconds for that; set by who starts the server
+    Between two requests a client may rest longer: pools keep connections, and one that is closed
+    just as the next request is sent looks like a failure.
+
+    head_s: seconds for a head, from the connection's or its own first byte on; set by who starts
+        the server
+    rest_s: seconds from a response to the next request's first byte
     """
 
     head_s = 10.0
+    rest_s = 75.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._expect_head()
+        self._resting = False
+        self._timer = self.loop.call_later(self.head_s, self._give_up)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head.cancel()
+        self._timer.cancel()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._resting:
+            self._resting = False
+            self._wait(self.head_s)
+        super().data_received(data)
 
     def handle_events(self) -> None:
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            self._head.cancel()
+            self._timer.cancel()
 
     def on_response_complete(self) -> None:
         before = self.cycle
-        self._expect_head()
+        # Else the request's body has not ended, or the next head has begun.
+        self._resting = self.conn.their_state is h11.DONE and not self.conn.trailing_data[0]
+        self._wait(self.rest_s if self._resting else self.head_s)
         super().on_response_complete()
         if self.cycle is not before:  # the next request was there already
-            self._head.cancel()
+            self._timer.cancel()
 
-    def _expect_head(self) -> None:
-        self._head = self.loop.call_later(self.head_s, self._give_up)
+    def _wait(self, seconds: float) -> None:
+        self._timer.cancel()
+        self._timer = self.loop.call_later(seconds, self._give_up)
 
     def _give_up(self) -> None:
         if not self.transport.is_closing():

@@ -151,9 +151,8 @@ def make_server(
     names = LOOPBACK if cfg.host in LOOPBACK else ()
     gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
     protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds})
-    # Without proxy_headers=False a client could give itself another address. Idle connections are
-    # closed by Protocol, later than usual clients give them up (5 s): both at the same moment would
-    # lose a request now and then.
+    # Without proxy_headers=False a client could give itself another address. Protocol closes idle
+    # connections.
     server = uvicorn.Server(uvicorn.Config(
         make_app(service, gate), http=protocol, ws="none", lifespan="on", log_level="warning",
         access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS, backlog=256,

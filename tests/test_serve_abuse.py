@@ -214,6 +214,19 @@ def test_slow_clients_are_let_go_and_hinder_nobody(server):
     assert time.monotonic() - started < 15
 
 
+def test_a_used_connection_may_rest_longer_than_a_head_may_take(server):
+    """A pool's next request is not met by a connection that is just being closed."""
+    with socket.create_connection(("127.0.0.1", server.port)) as sock:
+        for _ in range(2):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            sock.settimeout(20)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+            sock.settimeout(2.5)
+            with pytest.raises(TimeoutError):  # neither more to read nor closed
+                while sock.recv(4096):
+                    pass
+
+
 def test_replies_end_when_their_clients_leave(server):
     """S5."""
     for _ in range(50):
