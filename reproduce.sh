@@ -31,12 +31,15 @@ train() {
 }
 
 process text
+# Each release teaches the next: it gives titles to the abstracts that have none.
+run python -m babyllama.own_titles release --rows data/clean/abstracts --out data/raw/own_titles --n 16
 process dialogues
 [ -e "$vocabulary" ] || run python tokenizer.py train --rows data/clean --vocab_size 8000 --out "$vocabulary"
 process text --tokenizer "$vocabulary"
 process dialogues --tokenizer "$vocabulary"
 
 train pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release.yaml
+train pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release_more.yaml
 train sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
 train sft.py --config configs/sft/release_titles.yaml
 if ! compgen -G "$mean/step-*" > /dev/null; then
