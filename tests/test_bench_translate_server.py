@@ -108,7 +108,7 @@ def test_rows_whose_checks_fail_are_left_out_and_a_kill_loses_nothing(server, da
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     before, n_kept = n_replies(server), sum("zh" in answer for answer in kept(tmp_path))
-    assert 9 <= n_kept < N_ROWS // 2, "it was killed on its way"
+    assert 0 < n_kept < N_ROWS // 2, "it was killed on its way"
 
     main(cfg)
     n_numbers, n_long = N_ROWS // 10, 1
