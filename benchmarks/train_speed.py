@@ -3,7 +3,7 @@
     python -m benchmarks.train_speed              about 10 minutes where bfloat16 is emulated
     python -m benchmarks.train_speed --rounds 5 --peers hf_float32
 
-Batch 8 x 512, 65,000 pieces, AdamW; ours in two micro-batches of 4, as `train.micro_batch_size`
+Batch 8 x 512, 65,000 pieces, AdamW; ours in four micro-batches of 2, as `train.micro_batch_size`
 has it (same gradients, less memory). Every contestant runs in a process of its own, in turn, as
 many rounds as asked; medians of tokens/s and peaks of resident memory are printed, last as one
 JSON line. The yardstick is the head-shaped product (4096 x 256 by 256 x 65,000) in the same run;
@@ -28,7 +28,7 @@ from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
 from model import Transformer
 
-BATCH, MICRO, LENGTH = 8, 4, 512
+BATCH, MICRO, LENGTH = 8, 2, 512
 FLOPS_PER_TOKEN = 6 * (43_510_016 - 65_000 * 256)
 
 
