@@ -2,19 +2,21 @@
 # The model in release/, made again: from raw files to int8 weights and figures, one command a stage.
 #
 #   ./reproduce.sh RAW [EVALUATION [SETTINGS]]
+#   ./reproduce.sh data/raw 'kept_out.u64, questions.json'
 #
 # RAW holds the files that configs/release/{text,dialogues}.yaml name; leave out of those files the sets
-# that you do not have. EVALUATION: texts or .u64 lists that must not be trained on, '[a.tsv, b.u64]'.
+# that you do not have. EVALUATION: texts or .u64 lists that must not be trained on, with commas between.
 # SETTINGS: a YAML laid over those of all trainings; with configs/release/rehearsal.yaml and a few
-# hundred rows of each set everything is done in minutes: ./reproduce.sh RAW '[]' configs/release/rehearsal.yaml
+# hundred rows of each set everything is done in minutes: ./reproduce.sh RAW '' configs/release/rehearsal.yaml
 # Each stage may be stopped and started again with the same command; a finished one is not redone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 raw=${1:?"usage: ./reproduce.sh RAW [EVALUATION [SETTINGS]]"}
-evaluation=${2:-[]}
+evaluation=${2:-}
 settings=${3:-}
 vocabulary=data/tokenizers/release.model
 mean=out/release_mean
+papers=data/raw/csl_papers
 
 run() {
     echo "+ $*"
@@ -23,13 +25,14 @@ run() {
 
 process() {
     run python -m data_process.run --config "configs/release/$1.yaml" --raw "$raw" \
-        --evaluation "$evaluation" --engine processes "${@:2}"
+        --evaluation "[$papers/dev.jsonl${evaluation:+, $evaluation}]" --engine processes "${@:2}"
 }
 
 train() {
     run python "$@" ${settings:+--config "$settings"}
 }
 
+run python -m data_process.csl_papers "$raw/csl/benchmark" --out "$papers"
 process text
 # Each release teaches the next: it gives titles to the abstracts that have none.
 run python -m babyllama.own_titles release --rows data/clean/abstracts --out data/raw/own_titles --n 16

@@ -57,14 +57,16 @@ def packed(content: bytes, path: Path) -> bytes:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A raw folder like the one that the release was made from, with a few rows of each set."""
     place = tmp_path_factory.mktemp("raw")
+    sources = ["csl/benchmark"]
     for mixture in ("text", "dialogues"):
-        for one in yaml.safe_load((RELEASE / f"{mixture}.yaml").read_text("utf-8"))["sets"]:
-            source = DATA / one.get("raw", "none")
-            files = source.rglob("*") if source.is_dir() else [source]
-            for path in (path for path in files if path.is_file()):
-                target = place / path.relative_to(DATA)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_bytes(packed(few(path, n_rows(path)), path))
+        sets = yaml.safe_load((RELEASE / f"{mixture}.yaml").read_text("utf-8"))["sets"]
+        sources += [one.get("raw", "none") for one in sets]
+    for source in (DATA / name for name in sources):
+        files = source.rglob("*") if source.is_dir() else [source]
+        for path in (path for path in files if path.is_file()):
+            target = place / path.relative_to(DATA)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(packed(few(path, n_rows(path)), path))
     return place
 
 
@@ -85,7 +87,7 @@ def reproduce(tree: Path, raw: Path, kill_at: str = "") -> tuple[int, str]:
     python = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     lines = []
     with subprocess.Popen(
-        ["./reproduce.sh", str(raw), "[]", "configs/release/rehearsal.yaml"],
+        ["./reproduce.sh", str(raw), "", "configs/release/rehearsal.yaml"],
         cwd=tree, env=os.environ | {"PATH": python}, text=True, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
