@@ -2,24 +2,15 @@
 
 import json
 import re
-import shutil
-import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
+from browsing import ask, launched, needs_browser, ready, texts, until, visitor
 from conftest import TEXTS
 from serving import Running, endless_model, save, serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on this machine; .ci/run installs Debian's"
-)
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -36,68 +27,18 @@ def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, server):
-    """A visitor who has never been there; whatever goes wrong in the page fails the test."""
-    context = browser.new_context(locale="zh-CN", viewport={"width": 1000, "height": 760})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    faults, elsewhere = [], []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda m: faults.append(m.text) if is_fault(m) else None)
-    page.on("dialog", lambda dialog: (faults.append("a dialog opened"), dialog.dismiss()))
-    page.on("request", lambda r: None if r.url.startswith((server.url, "blob:", "data:"))
-            else elsewhere.append(r.url))  # fmt: skip
-    page.goto(server.url)
-    until(page, "document.querySelector('#model').options.length > 0")
-    yield page
-    assert not faults and not elsewhere, (faults, elsewhere)
-    context.close()
-
-
-def is_fault(message) -> bool:
-    """An error in the console, but for the browser's word on an answer that is no 200."""
-    return message.type == "error" and not message.text.startswith("Failed to load resource")
-
-
-def until(page, condition: str, seconds: float = 20) -> None:
-    """Wait for an expression to hold; playwright's own way needs eval, which the page forbids."""
-    limit = time.monotonic() + seconds
-    while not page.evaluate(condition):
-        assert time.monotonic() < limit, condition
-        page.wait_for_timeout(20)
+    with visitor(browser, server.url) as page:
+        yield page
 
 
 def set_length(page, tokens: int) -> None:
     page.evaluate(f"state.sampling.max_tokens = {tokens}")
-
-
-def ask(page, text: str, tokens: int = 12) -> str:
-    """Send a message and wait for the whole reply."""
-    set_length(page, tokens)
-    before = page.locator("#messages li.assistant").count()
-    page.fill("#question", text)
-    page.press("#question", "Enter")
-    until(
-        page, f"!writing && document.querySelectorAll('#messages li.assistant').length > {before}"
-    )
-    return last_text(page)
-
-
-def last_text(page) -> str:
-    return page.locator("#messages li.assistant .text").last.text_content()
-
-
-def texts(page) -> list[str]:
-    return page.locator("#messages .text").all_text_contents()
 
 
 def test_a_conversation_is_shown_as_the_server_wrote_it(page, server):
@@ -124,10 +65,10 @@ def test_a_stop_keeps_what_came_and_frees_the_server(page, server):
     until(page, "document.querySelector('.writing .text')?.textContent.length > 30")
     page.keyboard.press("Escape")
     until(page, "!writing")
-    text = last_text(page)
+    text = texts(page)[-1]
     assert len(text) > 30 and "已停止" in page.locator("#messages li").last.text_content()
     until(page, "fetch('/metrics').then(r => r.text()).then(t => /open_replies 0/.test(t))")
-    assert last_text(page) == text
+    assert texts(page)[-1] == text
     assert page.locator("#send").is_visible() and not page.locator("#stop").is_visible()
 
 
@@ -140,7 +81,7 @@ def test_a_reload_keeps_the_conversation_and_the_settings(page):
     page.select_option("#loop_guard", "end")
     before = texts(page)
     page.reload()
-    until(page, "document.querySelector('#model').options.length > 0")
+    ready(page)
     assert texts(page) == before
     assert page.locator("#reference").input_value() == TEXTS[0]
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
@@ -174,7 +115,7 @@ def test_text_never_becomes_part_of_the_page(page):
     page.evaluate("kept => localStorage.setItem('babyllama.1', kept)",
                   json.dumps({"messages": messages, "reference": PAYLOADS[0]}))  # fmt: skip
     page.reload()
-    until(page, "document.querySelector('#model').options.length > 0")
+    ready(page)
     assert texts(page) == [message["content"] for message in messages]
     assert (
         page.locator("#messages :is(script, img, svg, iframe, a, b, style, form, link)").count()
@@ -198,6 +139,31 @@ def test_a_message_can_be_edited_and_a_reply_written_again(page):
     assert texts(page)[0] == "改过的"
 
 
+def test_what_is_being_edited_cannot_cut_off_a_reply(page):
+    ask(page, "第一")
+    page.get_by_role("button", name="编辑").first.click()
+    page.locator(".editing textarea").fill("改过的")
+    reply = ask(page, "第二")
+    assert page.locator(".editing").count() == 0
+    assert [text for text in texts(page) if text != "改过的"] == texts(page)
+    assert len(texts(page)) == 4 and texts(page)[2:] == ["第二", reply]
+
+
+def test_a_damaged_store_loses_what_is_damaged_and_nothing_else(page):
+    good = {"role": "user", "content": "还在"}
+    bad = [None, 1, {}, {"role": "user"}, {"role": "x", "content": "y"}, good | {"sources": 7}]
+    for kept, wanted in (
+        ({"messages": [*bad, good], "sampling": None, "theme": 1}, ["还在"] * 2),
+        ({"messages": "x"}, []), ([], []), (None, []), ("{", []),
+    ):  # fmt: skip
+        text = kept if isinstance(kept, str) else json.dumps(kept)
+        page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", text)
+        page.reload()
+        ready(page)
+        assert texts(page) == wanted
+        assert page.evaluate("state.sampling.temperature") == 0.8
+
+
 def test_a_conversation_is_exported_whole(page):
     reply = ask(page, "你好")
     page.click("#reference-box summary")
@@ -218,9 +184,16 @@ def test_a_conversation_is_exported_whole(page):
 
 
 def test_strange_text_goes_through_the_page_unharmed(page):
-    strange = "\u202egpj.exe\u202c 👩‍👩‍👧‍👦 𠮷 " + "x" * 3000 + " a\tb"
+    controls = "".join(map(chr, [*range(1, 10), 11, *range(14, 32), 0x7F, 0x80, 0x9F]))
+    strange = f"\u202egpj.exe\u202c 👩‍👩‍👧‍👦 𠮷 {controls} " + "x" * 1000 + " a\tb"
     ask(page, strange, tokens=2)
     assert texts(page)[0] == strange
+    word = "Llanfair" * 2048
+    page.fill("#question", word)
+    page.press("#question", "Enter")
+    page.wait_for_selector("#notice:not([hidden])")  # the model's context is shorter
+    assert re.search(r"prompt has \d+ tokens.* context", page.locator("#notice").text_content())
+    assert texts(page)[-1] == word
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

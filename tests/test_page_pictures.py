@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from browsing import launched, needs_browser, ready, until, visitor
 from serving import Running, as_url, endless_model, save, seeing_model, serving
-from test_page import CHROMIUM, FLAGS, is_fault, until
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on this machine; .ci/run installs Debian's"
-)
+pytestmark = needs_browser
 WHAT = "图片里是什么？"
 
 
@@ -38,28 +36,15 @@ def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(browser, server):
-    context = browser.new_context(locale="zh-CN", viewport={"width": 1000, "height": 760})
-    page = context.new_page()
-    page.set_default_timeout(20_000)
-    faults = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda m: faults.append(m.text) if is_fault(m) else None)
-    page.goto(server.url)
-    until(page, "document.querySelector('#model').options.length > 0")
-    page.evaluate("Object.assign(state.sampling, {temperature: 0, max_tokens: 8})")
-    yield page
-    assert not faults, faults
-    context.close()
+    with visitor(browser, server.url) as page:
+        page.evaluate("Object.assign(state.sampling, {temperature: 0, max_tokens: 8})")
+        yield page
 
 
 def add(page, name: str, data: bytes) -> None:
@@ -97,7 +82,7 @@ def test_a_picture_is_shown_sent_and_answered(page, server):
     assert page.locator("#picture").is_hidden()  # it went with the message
     # The next question is about the same picture, also after a reload.
     page.reload()
-    until(page, "document.querySelector('#model').options.length > 0")
+    ready(page)
     messages, _ = ask(page, "这是动物吗？")
     assert pictures_in(messages) == [as_url(data)] and len(messages) == 3
 
@@ -167,7 +152,7 @@ def test_what_is_kept_is_shown_only_if_it_is_a_picture(page):
     kept = json.dumps({"messages": messages})
     page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", kept)
     page.reload()
-    until(page, "document.querySelector('#model').options.length > 0")
+    ready(page)
     assert page.locator("#messages li").count() == len(bad)
     assert page.locator("#messages img").count() == 0
 
@@ -187,6 +172,6 @@ def test_a_model_of_text_shows_no_button(browser, tokenizer, tmp_path):
     with serving(run, tmp_path / "log") as text:
         page = browser.new_page()
         page.goto(text.url)
-        until(page, "document.querySelector('#model').options.length > 0")
+        ready(page)
         assert page.locator("#add-picture").is_hidden() and page.locator("#picture").is_hidden()
         page.close()

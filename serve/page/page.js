@@ -108,7 +108,8 @@ function recall() {
     const kept = JSON.parse(localStorage.getItem(KEPT) || "{}");
     for (const name of Object.keys(state)) if (typeof kept[name] === typeof state[name]) state[name] = kept[name];
     state.sampling = { ...defaults(), ...state.sampling };
-    if (!Array.isArray(state.messages)) state.messages = [];
+    const isMessage = (found) => ["user", "assistant"].includes(found?.role) && typeof found.content === "string";
+    state.messages = Array.isArray(state.messages) ? state.messages.filter(isMessage) : [];
   } catch {
     // Damaged: begin anew.
   }
@@ -164,7 +165,7 @@ function messageItem(message, number) {
   const text = make("p", "text", message.content);
   text.dir = "auto";
   item.append(text);
-  if (message.sources) item.append(sourcesOf(message.sources));
+  if (Array.isArray(message.sources)) item.append(sourcesOf(message.sources));
   const isWriting = writing && number === state.messages.length - 1;
   item.classList.toggle("writing", Boolean(isWriting));
   const notes = [say(message.end) && message.end !== "eos" && message.end !== "stop" ? say(message.end) : ""];
@@ -311,6 +312,7 @@ async function answer() {
   const body = JSON.stringify(requestBody());
   const reply = { role: "assistant", content: "" };
   const mine = (writing = new AbortController());
+  editing = -1; // else what is typed there would cut off this reply
   state.messages.push(reply);
   complain("");
   setBusy(true);
