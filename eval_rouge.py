@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama import baselines, follow_up, scoring, summaries, wordings
-from babyllama.checkpoint import Loaded, newest_run
+from babyllama.checkpoint import Loaded
+from babyllama.checkpoint_files import newest_run
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError

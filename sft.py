@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from babyllama.checkpoint import load_model, newest_run
+from babyllama.checkpoint import load_model
+from babyllama.checkpoint_files import newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
@@ -59,6 +60,7 @@ class SftConfig:
         objective: next_token: say what the rows say; dpo: prefer one answer to another, from rows
             of two (python -m babyllama.pairs)
         dpo_beta: how dear it is to leave the base; less lets the answers change more
+        dpo_nll: how much the chosen answer's own loss counts beside the preference; keeps it likely
         device: where and in which format to compute
         parallel: how several processes share the work
         dry_run: only print parameters, memory and time
@@ -75,6 +77,7 @@ class SftConfig:
     regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     objective: Literal["next_token", "dpo"] = "next_token"
     dpo_beta: float = 0.1
+    dpo_nll: float = 0.0
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
@@ -129,7 +132,7 @@ def main(cfg: SftConfig) -> int:
 def make_objective(cfg: SftConfig, base: Transformer) -> Objective:
     """What the run makes smaller; dpo keeps a copy of the base to compare with."""
     if cfg.objective == "dpo":
-        return dpo(copy.deepcopy(base), cfg.dpo_beta)
+        return dpo(copy.deepcopy(base), cfg.dpo_beta, cfg.dpo_nll)
     return next_token(cfg.regularise.label_smoothing)
 
 

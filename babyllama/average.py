@@ -17,15 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from babyllama.checkpoint import (
-    Loaded,
-    _info,
-    _write_model,
-    _write_whole,
-    list_checkpoints,
-    load_model,
-    model_weights,
-)
+from babyllama.checkpoint import Loaded, _info, _write_model, load_model, model_weights
+from babyllama.checkpoint_files import list_checkpoints, write_whole
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 
@@ -92,7 +85,7 @@ def save(loaded: Loaded, out: Path) -> Path:
     info = _info(loaded.step, loaded.model, loaded.tokenizer, loaded.kind, shown(loaded.path))
     weights = model_weights(loaded.model)
     final = out / f"step-{loaded.step:06d}"
-    _write_whole(
+    write_whole(
         final, lambda place: _write_model(place, loaded.model, weights, info, loaded.tokenizer)
     )
     return final

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from babyllama.checkpoint import newest_run
+from babyllama.checkpoint_files import newest_run
 from babyllama.cli import REPO, from_repo
 from babyllama.errors import ConfigError, DataError
 from babyllama.passages import trim

@@ -27,7 +27,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama import metrics
-from babyllama.checkpoint import Loaded, find_checkpoint, load_model
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint_files import find_checkpoint
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError

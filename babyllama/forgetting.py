@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from babyllama.checkpoint import Loaded, find_checkpoint, list_checkpoints, load_model
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint_files import find_checkpoint, list_checkpoints
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.data import ValData
 from babyllama.device import Device, Scaler, pick_device

@@ -16,7 +16,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from babyllama.checkpoint import Loaded, load_model, newest_run
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint_files import newest_run
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError

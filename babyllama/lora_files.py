@@ -16,15 +16,14 @@ import yaml
 from torch import Tensor
 
 from babyllama import lora
-from babyllama.checkpoint import (
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint_files import (
     INFO_FILES,
-    Loaded,
-    _read_info,
-    _read_tensors,
-    _write_whole,
     find_checkpoint,
-    load_model,
+    read_info,
+    read_tensors,
     verify,
+    write_whole,
 )
 from babyllama.cli import from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
@@ -37,7 +36,7 @@ def save_adapter(model: Transformer, path: Path) -> Path:
 
     raises: CheckpointError if the disk does not take it
     """
-    _write_whole(path, lambda place: lora.write(model, on_cpu(model), place))
+    write_whole(path, lambda place: lora.write(model, on_cpu(model), place))
     return path
 
 
@@ -64,7 +63,7 @@ def read_adapter(path: Path) -> tuple[LoraConfig, dict, dict[str, Tensor]]:
         raise CheckpointError(
             f"{shown(path)}: wanted the adapter.yaml of an adapter, found {reason}"
         ) from None
-    return cfg, found, _read_tensors(path / "adapter.safetensors")
+    return cfg, found, read_tensors(path / "adapter.safetensors")
 
 
 def find_adapter(path: Path) -> Path:
@@ -126,7 +125,7 @@ def load_adapted(path: Path, device: torch.device | str, dtype: torch.dtype) -> 
         together
     """
     verify(path, (*ADAPTER_FILES, *INFO_FILES))
-    info, (_, found, _) = _read_info(path), read_adapter(path)
+    info, (_, found, _) = read_info(path), read_adapter(path)
     where = from_repo(found["base"] or "")
     if not found["base"] or not where.is_dir():
         raise CheckpointError(

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO, plain, shown, to_yaml
 from babyllama.errors import ConfigError
 from babyllama.log import written_whole

@@ -16,13 +16,8 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
-from babyllama.checkpoint import (
-    list_checkpoints,
-    load_train_state,
-    require_space,
-    save_best,
-    save_checkpoint,
-)
+from babyllama.checkpoint import load_train_state, require_space, save_best, save_checkpoint
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import BAD_NUMBERS, STOPPED, shown, stop_requests
 from babyllama.data import Data, TrainData
 from babyllama.device import DeviceConfig, Scaler, pick_precision, precision_warning

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from babyllama.checkpoint import Loaded, load_model, newest_run
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint_files import newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError

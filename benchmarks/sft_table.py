@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 
 from babyllama import scoring
 from babyllama.average import mean_weights, newest_steps, save
-from babyllama.checkpoint import find_checkpoint, load_model
+from babyllama.checkpoint import load_model
+from babyllama.checkpoint_files import find_checkpoint
 from babyllama.cli import REPO, from_repo, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.forgetting import ForgettingConfig, chosen_sources, measure, open_sources

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from babyllama.checkpoint import newest_run
+from babyllama.checkpoint_files import newest_run
 from babyllama.cli import from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
 

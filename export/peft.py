@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babyllama import lora
-from babyllama.checkpoint import _read_tensors, load_model
+from babyllama.checkpoint import load_model
+from babyllama.checkpoint_files import read_tensors
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.errors import CheckpointError
 from babyllama.lora import LoraConfig
@@ -128,7 +129,7 @@ def import_peft(model: Transformer, path: Path, name: str = "default") -> Transf
         raise CheckpointError(f"{shown(path)}: wanted an adapter of peft, it lacks {missing}")
     cfg = _peft_config(path / PEFT_FILES[1])
     tensors, others = {}, []
-    for key, tensor in _read_tensors(path / PEFT_FILES[0]).items():
+    for key, tensor in read_tensors(path / PEFT_FILES[0]).items():
         ours = _our_name(key)
         if ours is not None:
             tensors[ours] = tensor

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from babyllama import lora
-from babyllama.checkpoint import Loaded, kind_of, load_model
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint_files import kind_of
 from babyllama.cli import from_repo, shown
 from babyllama.device import pick_device
 from babyllama.engine import Engine

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import TEXTS, Outcome, write_run
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.data import open_data
 from babyllama.sets import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter

@@ -24,17 +24,19 @@ from conftest import TEXTS, small_config, write_run
 from safetensors.torch import load_file, save_file
 
 from babyllama.checkpoint import (
-    MODEL_FILES,
-    STATE_FILES,
     checkpoint_bytes,
-    find_checkpoint,
-    list_checkpoints,
     load_model,
     load_train_state,
     load_weights,
-    newest_run,
     require_space,
     save_checkpoint,
+)
+from babyllama.checkpoint_files import (
+    MODEL_FILES,
+    STATE_FILES,
+    find_checkpoint,
+    list_checkpoints,
+    newest_run,
     verify,
 )
 from babyllama.cli import REPO

@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import write_run
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO, from_repo, parse, plain, run, shown, to_yaml
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.log import read_metrics

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_trainer import WORLD, Settings, rows_data, rows_model
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO
 from babyllama.device import DeviceConfig
 from babyllama.errors import ConfigError

@@ -20,7 +20,7 @@ import torch
 from conftest import Outcome, write_run, write_token_files
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO
 from tokenizer import Tokenizer
 

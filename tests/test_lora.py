@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from babyllama import lora
-from babyllama.checkpoint import _sha256
+from babyllama.checkpoint_files import sha256
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import LoraConfig, apply_lora, bake, merge, stored, switch, unmerge
 from babyllama.lora_files import load_adapter, save_adapter
@@ -366,7 +366,7 @@ def test_an_adapter_goes_on_its_own_base_alone(tmp_path):
 
 def seal(path: Path) -> None:
     """Make the checksums anew, as if the files had been written so."""
-    sums = {f.name: _sha256(f) for f in path.iterdir() if f.name != "checksums.json"}
+    sums = {f.name: sha256(f) for f in path.iterdir() if f.name != "checksums.json"}
     (path / "checksums.json").write_text(json.dumps(sums), "utf-8")
 
 

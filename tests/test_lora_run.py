@@ -9,7 +9,8 @@ import yaml
 from conftest import write_run
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import list_checkpoints, load_model, save_checkpoint
+from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.errors import CheckpointError
 from babyllama.lora_files import load_adapter
 from babyllama.optim import OptimConfig, make_optimizer

@@ -20,7 +20,8 @@ import torch
 from conftest import Outcome, small_config, write_run, write_token_files
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import list_checkpoints, save_checkpoint
+from babyllama.checkpoint import save_checkpoint
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO
 from babyllama.log import read_metrics
 from babyllama.optim import OptimConfig, make_optimizer

@@ -12,7 +12,8 @@ from conftest import small_config, write_run
 from safetensors.torch import load_file
 
 from babyllama.average import mean_weights, newest_steps
-from babyllama.checkpoint import list_checkpoints, load_model
+from babyllama.checkpoint import load_model
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.data import open_data
 from babyllama.device import Scaler
 from babyllama.errors import CheckpointError, ConfigError

@@ -9,7 +9,7 @@ import yaml
 from conftest import TEXTS, small_config
 from safetensors.torch import load_file, save_file
 
-from babyllama import checkpoint, int8, native
+from babyllama import checkpoint, checkpoint_files, int8, native
 from babyllama.checkpoint import load_model, save_checkpoint
 from babyllama.cli import REPO
 from babyllama.errors import CheckpointError
@@ -140,7 +140,7 @@ def test_scales_that_do_not_fit_are_refused(fault, released, tmp_path):
     if fault == "short":
         tensors[name] = scales[1:]
     save_file(tensors, tmp_path / "model.safetensors")
-    checkpoint._write_sums(tmp_path)
+    checkpoint_files.write_sums(tmp_path)
     with pytest.raises(CheckpointError, match=r"wanted .*wq.weight.scales with a number for each"):
         load_model(tmp_path)
 

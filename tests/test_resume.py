@@ -18,7 +18,7 @@ import torch
 from conftest import small_config, write_token_files
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.data import Data, Mixture, TrainData, open_data
 from babyllama.device import DeviceConfig
 from babyllama.log import read_metrics

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import write_run
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO, parse, to_yaml
 from babyllama.data import open_data
 from babyllama.errors import ConfigError

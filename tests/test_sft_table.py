@@ -9,7 +9,7 @@ import yaml
 from conftest import TEXTS, write_run
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import list_checkpoints
+from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO, parse, plain
 from babyllama.rows import write_rows
 from benchmarks.sft_table import TableConfig, main

@@ -30,14 +30,8 @@ from safetensors.torch import load_file
 from warm import Keeper, Process
 
 from babyllama import log
-from babyllama.checkpoint import (
-    MODEL_FILES,
-    STATE_FILES,
-    list_checkpoints,
-    load_model,
-    save_checkpoint,
-    verify,
-)
+from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.checkpoint_files import MODEL_FILES, STATE_FILES, list_checkpoints, verify
 from babyllama.cli import BAD_NUMBERS, REPO, STOPPED, stop_requests
 from babyllama.data import Data, Mixture, TrainData, ValData, open_data
 from babyllama.device import DeviceConfig, Scaler

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from babyllama.checkpoint import find_checkpoint, load_weights, read_checkpoint
+from babyllama.checkpoint import load_weights
+from babyllama.checkpoint_files import find_checkpoint, read_checkpoint
 from babyllama.cli import shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.fast import Decoder

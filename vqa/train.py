@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from babyllama.checkpoint import find_checkpoint, load_model, read_checkpoint
+from babyllama.checkpoint import load_model
+from babyllama.checkpoint_files import find_checkpoint, read_checkpoint
 from babyllama.cli import from_repo, parse, run
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.errors import ConfigError
