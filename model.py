@@ -81,6 +81,15 @@ class ModelConfig:
         """Width of the feed-forward layer: two thirds of 4 D, rounded up."""
         return -(-int(2 * 4 * self.dim / 3) // self.multiple_of) * self.multiple_of
 
+    @property
+    def n_parameters(self) -> int:
+        """Number of weights of such a model, without making one; a tied head counts once."""
+        kv_width = self.kv_heads * self.head_dim
+        attention = 2 * self.dim * (self.dim + kv_width)  # wq and wo, wk and wv
+        layer = attention + 3 * self.dim * self.hidden_dim + 2 * self.dim
+        tables = self.vocab_size * self.dim * (1 if self.tied else 2)
+        return tables + self.n_layers * layer + self.dim
+
 
 class Loss(NamedTuple):
     """Sums over the positions that have a target. Divide once, at the end."""

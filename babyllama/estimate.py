@@ -209,8 +209,7 @@ def table(cfg: TableConfig) -> list[str]:
     for name in cfg.shapes:
         shape = yaml.safe_load((REPO / f"configs/model/{name}.yaml").read_text("utf-8"))
         config = replace(ModelConfig(**shape), vocab_size=cfg.vocab_size)
-        with torch.device("meta"):
-            n_parameters = Transformer(config).n_parameters()
+        n_parameters = config.n_parameters
         for card, size, precision in (words.split(":") for words in cfg.cards):
             row = [f"{name}, {n_parameters / 1e6:,.1f} M", f"{card}, {size} GB", precision]
             most, needs = [], []

@@ -139,6 +139,16 @@ def test_a_model_may_be_loaded_in_another_format(tmp_path: Path, tokenizer: Toke
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
 
 
+def test_loading_does_not_wait_for_torchs_compiler(checkpoint: Path) -> None:
+    """Which takes longer to import than all else that `chat.py --prompt` does before its reply."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(REPO)!r})\n"
+        f"from babyllama.checkpoint import load_model; load_model({str(checkpoint)!r})\n"
+        f"sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_nothing_is_pickled(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = save(tmp_path, tokenizer)
     assert sorted(p.name for p in path.iterdir()) == sorted(ALL_FILES)
@@ -367,6 +377,9 @@ MALICE = {
     "a missing weight": change_tensors(WEIGHTS, lambda t: t.pop("norm.weight")),
     "a weight of another shape": change_tensors(
         WEIGHTS, lambda t: t.update({"norm.weight": torch.ones(3)})
+    ),
+    "weights of the same size and another shape": change_tensors(
+        WEIGHTS, lambda t: t.update({"norm.weight": t["norm.weight"].view(2, 16)})
     ),
     "yaml that is a list": write("model.yaml", "- 1"),
     "yaml that is empty": write("model.yaml", ""),

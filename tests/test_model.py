@@ -287,6 +287,12 @@ def test_43m_has_its_published_number_of_parameters():
     assert model.n_parameters() == 43_510_016
 
 
+@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"n_kv_heads": 2}, {"multiple_of": 48}])
+def test_a_shape_knows_its_parameters_without_a_model(changes):
+    config = small_config(n_layers=3, **changes)
+    assert config.n_parameters == Transformer(config).n_parameters()
+
+
 def test_a_tied_head_counts_once():
     untied, tied = Transformer(small_config()), Transformer(small_config(tied=True))
     assert untied.n_parameters() - tied.n_parameters() == 97 * 32
