@@ -24,7 +24,7 @@ from babyllama.objectives import next_token
 from babyllama.optim import OptimConfig
 from babyllama.parallel import ParallelConfig, start
 from babyllama.regularise import RegulariseConfig, regularise
-from babyllama.run_dir import open_run
+from babyllama.run_dir import open_run, require_same
 from babyllama.sets import DataConfig
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
@@ -65,20 +65,30 @@ class PretrainConfig:
     dry_run: bool = False
 
 
-def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
-    """A new model, or the base's weights and shape if there is a base.
+def resolve(cfg: PretrainConfig, tokenizer: Tokenizer) -> PretrainConfig:
+    """The config with the vocabulary's size in its shape.
 
-    raises: ConfigError if the base or model.vocab_size belongs to another tokenizer
+    raises: ConfigError if model.vocab_size belongs to another tokenizer
     """
-    if cfg.base is not None:
-        return load_base(cfg.base, tokenizer).model
-    if cfg.model.vocab_size not in (0, tokenizer.vocab_size):
+    if cfg.base is None and cfg.model.vocab_size not in (0, tokenizer.vocab_size):
         raise ConfigError(
             f"model.vocab_size is {cfg.model.vocab_size}, {shown(tokenizer.path)} has "
             f"{tokenizer.vocab_size} pieces; leave model.vocab_size out"
         )
+    return replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.vocab_size))
+
+
+def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
+    """A new model, or the base's weights and shape if there is a base.
+
+    raises: ConfigError if the base belongs to another tokenizer
+    """
+    if cfg.base is not None:
+        return load_base(cfg.base, tokenizer).model
+    if not cfg.dry_run:
+        require_same(cfg.name, cfg)  # before memory is taken for a shape that may be a mistake
     torch.manual_seed(cfg.train.seed)
-    return Transformer(replace(cfg.model, vocab_size=tokenizer.vocab_size))
+    return Transformer(cfg.model)
 
 
 def load_base(base: Path, tokenizer: Tokenizer) -> Loaded:
@@ -99,6 +109,7 @@ def load_base(base: Path, tokenizer: Tokenizer) -> Loaded:
 def main(cfg: PretrainConfig) -> int:
     """Train; returns the exit code."""
     tokenizer = Tokenizer(from_repo(cfg.tokenizer))
+    cfg = resolve(cfg, tokenizer)
     model = make_model(cfg, tokenizer)
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)

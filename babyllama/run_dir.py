@@ -55,10 +55,10 @@ def open_run(name: str, config: object, world: World) -> Iterator[Path]:
     with contextlib.ExitStack() as held:
 
         def begin() -> None:
-            _require_same(run, config)  # before anything is written
+            require_same(name, config)  # before anything is written
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(run))
-            _require_same(run, config)  # no other run can change it from here on
+            require_same(name, config)  # no other run can change it from here on
             with written_whole(run / "config.yaml") as path:
                 path.write_text(to_yaml(config), "utf-8")
 
@@ -97,7 +97,12 @@ def lock(run: Path) -> Iterator[None]:
         connection.close()
 
 
-def _require_same(run: Path, config: object) -> None:
+def require_same(name: str, config: object) -> None:
+    """Refuse to go on with a run whose config is another; a run that is not there is no fault.
+
+    raises: ConfigError with a line for each setting that differs
+    """
+    run = REPO / "out" / name
     saved = run / "config.yaml"
     if saved.is_file():
         lines = differences(_with_defaults(_read_config(saved), config), plain(config), FREE)

@@ -129,7 +129,7 @@ MUTATIONS = {
 def test_every_setting_that_differs_from_the_run_is_named(
     tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
 ) -> None:
-    """Before any weight is loaded; each alone, then all together with a line for each."""
+    """Before memory is taken for a model; some alone, then all together with a line for each."""
     config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
     assert script("pretrain.py", "--config", config).code == 0
     flags = {name: f"--{name}={str(value).lower()}" for name, value in MUTATIONS.items()}
@@ -139,6 +139,9 @@ def test_every_setting_that_differs_from_the_run_is_named(
     found = script("pretrain.py", "--config", config, *flags.values())
     assert found.code == 2
     assert [line.split(":")[0].strip() for line in found.err.splitlines()[1:]] == list(MUTATIONS)
+    # A width of which one matrix would take four terabytes.
+    found = script("pretrain.py", "--config", config, "--model.dim", 2**20)
+    assert found.code == 2 and "  model.dim: saved 32, now 1048576" in found.err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
