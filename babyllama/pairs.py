@@ -1,22 +1,25 @@
 """Pairs of answers for preference tuning, made of a model's own replies: those that loop and those
-that do not.
+that do not, or titles that are more and less like the true one.
 
     python -m babyllama.pairs out/redgpt --prompts prompts.txt --out data/clean/loops/rows.jsonl
     python -m babyllama.pairs out/csl --data data/clean/csl --loop_length 4 --loop_times 2
+    python -m babyllama.pairs out/csl --data data/clean/csl --by rouge --n 16 --out data/clean/drafts/rows.jsonl
     python -m babyllama.pairs --rows data/clean/mine/rows.jsonl --tokenizer data/tokenizers/x.model
     python sft.py --config configs/sft/dpo.yaml --base out/redgpt
 
 A checkpoint answers each prompt several times, once greedily. Where one reply falls into a loop (as
 sampling.py says, or --loop_length and --loop_times) and others end of themselves without one, the
 one of these most like the others and the looping one are a row: {id, messages, chosen, rejected}.
-Rows are also made into token files, data/tokens/<tokenizer>/<set>, where <set> is the
+With --by rouge the best of the replies by ROUGE-1 and ROUGE-2 and the middle one are: what a
+summariser could have said, and what it usually says. Rows are also made into token files, data/tokens/<tokenizer>/<set>, where <set> is the
 directory that they lie in; --rows does that alone, for pairs of any origin.
-"""
+"""  # noqa: E501
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -24,8 +27,10 @@ from babyllama.checkpoint import Loaded, load_answering
 from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
+from babyllama.fast import make_decoder
 from babyllama.generate import Reply, generate_replies
 from babyllama.loops import PROMPTS, read_prompts
+from babyllama.metrics import clipped_f
 from babyllama.rows import read_rows, row_kind, write_rows
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, repeats, squeeze
 from babyllama.summaries import read_pairs
@@ -34,6 +39,7 @@ from babyllama.token_file import CHOICES, TokenFileWriter
 from tokenizer import Tokenizer
 
 VAL_SHARE = 20  # one row in so many is for validation
+LEAST_GAP = 0.15  # of the sum of ROUGE-1 and ROUGE-2: replies nearer than that are alike
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class PairsConfig(SamplingConfig):
         prompts: a text file with a question on each line; if absent two dozen built-in ones
         data: texts instead whose titles are asked for, in a file as eval_rouge.py takes it or the
             train part of a folder of rows
+        by: loops: a reply without a loop before one that loops; rouge: of replies to --data the one
+            most like the row's title before the middle one
         limit: only so many prompts or texts, the first
         wordings: template file with the question that asks for a title
         loop_length: a reply loops where a run of so many characters stands in it
@@ -63,6 +71,7 @@ class PairsConfig(SamplingConfig):
     checkpoint: Path | None = None
     prompts: Path | None = None
     data: Path | None = None
+    by: Literal["loops", "rouge"] = "loops"
     limit: int | None = None
     wordings: Path = Path("configs/prompts/summary_zh.yaml")
     loop_length: int = LOOP_LENGTH
@@ -92,6 +101,8 @@ class PairsConfig(SamplingConfig):
             )
         if self.prompts is not None and self.data is not None:
             raise ConfigError("wanted --prompts or --data, found both; leave one out")
+        if self.by == "rouge" and self.data is None:
+            raise ConfigError("--by rouge wants --data, texts with their titles, found none")
         if (self.checkpoint is None) == (self.rows is None):
             raise ConfigError(
                 "wanted a checkpoint that answers, or --rows with pairs, and not both: "
@@ -120,11 +131,27 @@ def pair_of(
     return (consensus(good), looping[0]) if good else "no_reply_without_loop"
 
 
-def questions(loaded: Loaded, cfg: PairsConfig) -> tuple[list[str], int]:
-    """What is asked, and how many prompts are left out: with an answer they would take more than
-    half of the context, and a pair is read side by side."""
+def ranked_pair(replies: Sequence[Reply], title: str) -> tuple[str, str] | str:
+    """(chosen, rejected) by likeness to a title, or the reason why there is none.
+
+    Of the different replies that ended the best, and the one in the middle.
+    """
+    ended = dict.fromkeys(r.text for r in replies if r.reason == "eos" and r.text.strip())
+    scores = {text: sum(clipped_f(text, title, n, 1.0) for n in (1, 2)) for text in ended}
+    order = sorted(scores, key=lambda text: -scores[text])
+    if len(order) < 2:
+        return "one_reply_alone"
+    best, middle = order[0], order[len(order) // 2]
+    return (best, middle) if scores[best] - scores[middle] >= LEAST_GAP else "replies_alike"
+
+
+def questions(loaded: Loaded, cfg: PairsConfig) -> tuple[list[tuple[str, str]], int]:
+    """What is asked, each with the title that it wants ("" where none is known), and how many
+    prompts are left out: with an answer they would take more than half of the context, and a pair
+    is read side by side."""
     if cfg.data is None:
         asked = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else list(PROMPTS)
+        titles = [""] * len(asked)
     else:
         place = from_repo(cfg.data)
         files = sorted(place.glob("train-*.jsonl")) if place.is_dir() else [place]
@@ -134,12 +161,13 @@ def questions(loaded: Loaded, cfg: PairsConfig) -> tuple[list[str], int]:
                 f"python -m data_process.run {place.name}"
             )
         question = templates(cfg.wordings, loaded.tokenizer).eval_question
-        texts = [row["text"] for file in files for row in read_pairs(file)]
-        asked = [question.replace("{text}", text) for text in texts[: cfg.limit]]
-    asked = asked[: cfg.limit]
+        rows = [row for file in files for row in read_pairs(file)][: cfg.limit]
+        asked = [question.replace("{text}", row["text"]) for row in rows]
+        titles = [row["summary"] for row in rows]
+    both = list(zip(asked, titles, strict=True))[: cfg.limit]
     room = loaded.config.max_seq_len // 2 - 1
-    fits = [len(loaded.tokenizer.encode(text)) < room for text in asked]
-    return [text for text, fit in zip(asked, fits, strict=True) if fit], fits.count(False)
+    fitting = [one for one in both if len(loaded.tokenizer.encode(one[0])) < room]
+    return fitting, len(both) - len(fitting)
 
 
 def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[list[Reply]]:
@@ -147,13 +175,13 @@ def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[li
     ways = {f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)}
     drawn = SamplingConfig(**ways)
     greedy = replace(drawn, temperature=0.0, n=1)
-    tokenizer = loaded.tokenizer
+    tokenizer, decoder = loaded.tokenizer, make_decoder(loaded.model)
     asked = [tokenizer.render_prompt([{"role": "user", "content": text}]) for text in prompts]
     found: list[list[Reply]] = []
     for start in tqdm(range(0, len(asked), cfg.batch_size), desc="answering", leave=False):
         batch = asked[start : start + cfg.batch_size]
         first, more = (
-            generate_replies(loaded.model, batch, way, tokenizer.eos_id, tokenizer)
+            generate_replies(decoder, batch, way, tokenizer.eos_id, tokenizer)
             for way in (greedy, drawn)
         )
         found += [[first[i], *more[i * cfg.n : (i + 1) * cfg.n]] for i in range(len(batch))]
@@ -161,16 +189,14 @@ def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[li
 
 
 def make_rows(
-    prompts: Sequence[str],
-    replies: Sequence[Sequence[Reply]],
-    name: str,
-    length: int = LOOP_LENGTH,
-    times: int = LOOP_TIMES,
+    prompts: Sequence[str], pairs: Sequence[tuple[str, str] | str], name: str
 ) -> tuple[list[dict], Counter[str]]:
-    """Preference rows, and how many prompts gave none, by reason; arguments as pair_of."""
+    """Preference rows, and how many prompts gave none, by reason.
+
+    pairs: for each prompt what pair_of or ranked_pair found
+    """
     rows, without = [], Counter()
-    for prompt, given in zip(prompts, replies, strict=True):
-        found = pair_of(given, length, times)
+    for prompt, found in zip(prompts, pairs, strict=True):
         if isinstance(found, str):
             without[found] += 1
             continue
@@ -213,10 +239,14 @@ def main(cfg: PairsConfig) -> None:
         path = from_repo(cfg.out)
         loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
         tokenizer = loaded.tokenizer
-        prompts, n_long = questions(loaded, cfg)
+        asked, n_long = questions(loaded, cfg)
+        prompts, titles = [text for text, _ in asked], [title for _, title in asked]
         replies = answers(loaded, prompts, cfg)
-        name, loop = path.parent.name, (cfg.loop_length, cfg.loop_times)
-        rows, without = make_rows(prompts, replies, name, *loop)
+        if cfg.by == "rouge":
+            pairs = list(map(ranked_pair, replies, titles))
+        else:
+            pairs = [pair_of(given, cfg.loop_length, cfg.loop_times) for given in replies]
+        rows, without = make_rows(prompts, pairs, path.parent.name)
         without.update({"longer_than_half_the_context": n_long} if n_long else {})
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))
         print(f"{len(prompts) + n_long} prompts gave {len(rows)} pairs{reasons}")

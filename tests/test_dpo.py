@@ -19,7 +19,14 @@ from babyllama.device import Scaler
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Reply
 from babyllama.objectives import answer_log_probs, dpo
-from babyllama.pairs import PairsConfig, make_rows, pair_of, questions, write_tokens
+from babyllama.pairs import (
+    PairsConfig,
+    make_rows,
+    pair_of,
+    questions,
+    ranked_pair,
+    write_tokens,
+)
 from babyllama.parallel import World
 from babyllama.rows import check_row, read_rows, write_rows
 from babyllama.sources import Pairs, SourceConfig, open_source
@@ -173,7 +180,8 @@ def test_a_pair_is_a_reply_that_loops_and_one_that_ends():
     assert pair_of(replies(good, open_end)) == "no_loop"
     assert pair_of(replies(loop, open_end, (" ", "eos"))) == "no_reply_without_loop"
     assert pair_of(replies((LOOP * 4, "eos"), loop)) == "no_reply_without_loop"
-    found, without = make_rows("甲乙丙", [replies(loop, good), replies(good), replies(loop)], "x")
+    given = [replies(loop, good), replies(good), replies(loop)]
+    found, without = make_rows("甲乙丙", list(map(pair_of, given)), "x")
     assert [row["id"] for row in found] == ["x/0"] and check_row(found[0]) is None
     assert without == {"no_loop": 1, "no_reply_without_loop": 1}
 
@@ -188,6 +196,18 @@ def test_what_a_loop_is_can_be_said_and_of_good_replies_the_usual_one_is_chosen(
     assert pair_of(replies(twice, odd), 4, 3) == "no_loop"
 
 
+def test_by_rouge_the_best_reply_stands_before_the_middle_one():
+    title = "基于小波的图像检索方法"
+    best, middle, worst = ("小波图像检索方法", "eos"), ("图像检索", "eos"), ("天气很好", "eos")
+    unfinished, blank = (title, "length"), (" ", "eos")
+    assert ranked_pair(replies(worst, best, middle, unfinished, blank, best), title) == (
+        best[0], middle[0],
+    )  # fmt: skip
+    assert ranked_pair(replies(best, unfinished, best), title) == "one_reply_alone"
+    near = ("一个小波的图像检索方法", "eos"), ("一类小波的图像检索方法", "eos")
+    assert ranked_pair(replies(*near), "一种小波的图像检索方法") == "replies_alike"
+
+
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_titles_are_asked_for_and_texts_that_leave_no_room_for_two_are_counted(
     as_folder, tmp_path, model, tokenizer
@@ -199,7 +219,8 @@ def test_titles_are_asked_for_and_texts_that_leave_no_room_for_two_are_counted(
     loaded = Loaded(model, tokenizer, 0, tmp_path, "sft")
     wordings = Path(__file__).parent / "small_prompts.yaml"
     cfg = PairsConfig(checkpoint=Path("x"), data=data, limit=3, wordings=wordings)
-    asked, n_long = questions(loaded, cfg)
+    found, n_long = questions(loaded, cfg)
+    asked = [text for text, title in found if title == "题目"]
     assert n_long == 1 and [text in one for text, one in zip(texts[::2], asked, strict=False)] == (
         [True, True]
     )
@@ -287,6 +308,7 @@ def test_pairs_are_made_from_a_checkpoint_or_from_rows(tmp_path, checkpoint, tok
         (("x", "--loop_times", "1"), "loop_times of 2 or more"),
         (("x", "--limit", "0"), "a limit of 1 or more"),
         (("x", "--prompts", "a", "--data", "b"), "found both"),
+        (("x", "--by", "rouge"), "--by rouge wants --data"),
     ],
 )
 def test_wrong_settings_are_one_line(flags, message, script):
