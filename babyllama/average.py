@@ -86,7 +86,9 @@ def save(loaded: Loaded, out: Path) -> Path:
     weights = model_weights(loaded.model)
     final = out / f"step-{loaded.step:06d}"
     write_whole(
-        final, lambda place: _write_model(place, loaded.model, weights, info, loaded.tokenizer)
+        final,
+        lambda place: _write_model(place, loaded.model, weights, info, loaded.tokenizer),
+        weights.values(),
     )
     return final
 

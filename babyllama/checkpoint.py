@@ -85,7 +85,7 @@ def save_checkpoint(
         (place / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
 
     def write() -> None:
-        write_whole(final, fill)
+        write_whole(final, fill, (*weights.values(), *state.values()))
         for old in list_checkpoints(run)[:-keep]:
             delete(old)
 
@@ -127,7 +127,9 @@ def save_best(
     weights = model_weights(model)
     world.on_main(
         lambda: write_whole(
-            run / "best", lambda place: _write_model(place, model, weights, info, tokenizer)
+            run / "best",
+            lambda place: _write_model(place, model, weights, info, tokenizer),
+            weights.values(),
         )
     )
     return run / "best"

@@ -23,7 +23,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 
@@ -46,8 +46,12 @@ STATE_FILES = ("train_state.safetensors", "train_state.json")
 _LONGEST = 2**20
 
 
-def write_whole(final: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a directory under another name, add checksums, flush it to the disk and rename it."""
+def write_whole(final: Path, fill: Callable[[Path], None], tensors: Iterable[Tensor]) -> None:
+    """Fill a directory under another name, add checksums, flush it to the disk and rename it.
+
+    tensors: what `fill` will write, all but small files: says what was wanted where it fails
+    raises: CheckpointError with path, bytes wanted, written and free, and the last good checkpoint
+    """
     run, temporary = final.parent, final.with_name(f"tmp-{final.name}")
     for left_over in (*run.glob("tmp-*step-*"), *run.glob("tmp-*best")):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -62,9 +66,10 @@ def write_whole(final: Path, fill: Callable[[Path], None]) -> None:
         os.replace(temporary, final)
         _flush(run)
     except (OSError, SafetensorError) as error:
-        wanted = sum(path.stat().st_size for path in temporary.glob("*"))
+        wanted = sum(tensor.nbytes for tensor in tensors)
+        written = sum(path.stat().st_size for path in temporary.glob("*"))
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_cannot_save(final, wanted, error)) from None
+        raise CheckpointError(_cannot_save(final, wanted, written, error)) from None
 
 
 def write_sums(place: Path) -> None:
@@ -79,15 +84,16 @@ def delete(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _cannot_save(final: Path, written: int, error: Exception) -> str:
+def _cannot_save(final: Path, wanted: int, written: int, error: Exception) -> str:
     run = final.parent
     there = next(place for place in (run, *run.parents) if place.exists())
     free = shutil.disk_usage(there).free / 1e6
     older = list_checkpoints(run)
     last = f"{older[-1].name} is intact" if older else "no earlier checkpoint exists"
     return (
-        f"could not save {shown(final)}: {error}; of what it takes {written / 1e6:.1f} MB were "
-        f"written, {free:.1f} MB are free; {last}; free some space and start the same command again"
+        f"could not save {shown(final)}: {error}; it takes {wanted / 1e6:.1f} MB, "
+        f"{written / 1e6:.1f} MB were written, {free:.1f} MB are free now; {last}; free some space "
+        f"and start the same command again"
     )
 
 

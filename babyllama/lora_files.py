@@ -36,7 +36,8 @@ def save_adapter(model: Transformer, path: Path) -> Path:
 
     raises: CheckpointError if the disk does not take it
     """
-    write_whole(path, lambda place: lora.write(model, on_cpu(model), place))
+    weights = on_cpu(model)
+    write_whole(path, lambda place: lora.write(model, weights, place), weights.values())
     return path
 
 
