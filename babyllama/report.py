@@ -207,8 +207,18 @@ font-variant-numeric:tabular-nums}
 td.a .score i{color:var(--a)}td.b .score i{color:var(--b)}
 details{font-size:13px;color:var(--dim)}summary{cursor:pointer}
 details p{margin:4px 0;white-space:pre-wrap}
-@media (max-width:700px){th.n:first-child,td.n:first-child{display:none}th.n{width:78px}
-td,th button{padding:6px}body{font-size:14px}}
+tr[hidden]{display:none!important}
+@media (max-width:700px){header,main{padding:0 10px}body{font-size:14px}
+.card{min-width:0;flex:1 1 130px;overflow-wrap:anywhere}.tools{flex-wrap:wrap;gap:8px 14px}
+table,tbody{display:block}thead{display:block;position:sticky;top:0;z-index:1;
+background:var(--card);border-bottom:2px solid var(--line)}
+thead tr{display:flex;flex-wrap:wrap}th,th.n{position:static;width:auto;border:0}
+th.n:first-child,td.n:first-child{display:none}th button{padding:6px}
+tbody tr{display:grid;grid-template-columns:minmax(0,1fr) auto;padding:8px 10px;
+border-bottom:1px solid var(--line)}
+td{border:0;padding:4px 0}td.ref{grid-area:1/1}td.gain{grid-area:1/2;padding-left:10px}
+td.a,td.b{grid-column:1/-1;padding-left:10px;border-left:3px solid var(--a);margin-top:4px}
+td.b{border-left-color:var(--b)}}
 """
 
 _SCRIPT = """

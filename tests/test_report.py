@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from browsing import launched, needs_browser
 
 from babyllama.cli import REPO
 from babyllama.report import Compared, coloured, page, visible, write_report
@@ -111,3 +112,60 @@ def test_systems_have_names_as_short_as_can_be(tmp_path):
     assert labelled([REPO / "release"]) == ["release"]
     assert labelled([tmp_path / "a/b/best", REPO / "out/b/best"]) == ["a/b/best", "out/b/best"]
     assert labelled([tmp_path / "a/best", REPO / "out/b/best"]) == ["a/best", "b/best"]
+
+
+# As a reader meets it.
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture(params=[390, 1280])
+def opened(request, browser, tmp_path):
+    """The page as wide as a phone and as a desk's screen."""
+    long = Compared("a/4", "文" * 400, "考" * 40, ("长题" * 30, "x" * 90), (20.0, 15.0))
+    write_report(tmp_path / "r.html", ("甲" * 20, "b" * 40), "ROUGE-1", [*ROWS, long], ["长" * 200])
+    page = browser.new_page(viewport={"width": request.param, "height": 800})
+    faults = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("dialog", lambda dialog: (faults.append("a dialog opened"), dialog.dismiss()))
+    page.goto((tmp_path / "r.html").as_uri())
+    yield page
+    assert not faults
+    page.close()
+
+
+def shown_rows(page) -> list[str]:
+    rows = page.locator("tbody tr").all()
+    return [row.get_attribute("data-n") for row in rows if row.is_visible()]
+
+
+@needs_browser
+def test_titles_have_room_on_a_phone_and_stand_beside_each_other_on_a_desk(opened):
+    width = opened.viewport_size["width"]
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    reference, a, b = (
+        opened.locator(f"td.{side}").last.bounding_box() for side in ("ref", "a", "b")
+    )
+    if width < 700:
+        assert a["width"] > 0.85 * width and b["width"] > 0.85 * width
+        assert reference["y"] < a["y"] < a["y"] + a["height"] <= b["y"]
+    else:
+        assert a["y"] == b["y"] == reference["y"] and a["x"] + a["width"] <= b["x"]
+
+
+@needs_browser
+def test_rows_are_sorted_and_searched_in_the_page(opened):
+    assert shown_rows(opened) == ["1", "2", "3", "4"]
+    head = opened.get_by_role("button", name="A − B")
+    head.click()
+    assert shown_rows(opened) == ["1", "4", "2", "3"]
+    head.click()
+    assert shown_rows(opened) == ["3", "2", "4", "1"]
+    opened.fill("input[type=search]", "图像")
+    assert shown_rows(opened) == ["1"] and opened.inner_text("output") == "1"
+    opened.fill("input[type=search]", "没有这个")
+    assert shown_rows(opened) == []
