@@ -97,8 +97,8 @@ def seconds_per_step(recipe: dict, shape: ModelConfig, n_steps: int = 5) -> floa
     return (time.process_time() - began) / n_steps
 
 
-def compare(cfg: VocabulariesConfig, path: Path) -> str:
-    """Train with a vocabulary; its line of the table."""
+def compare(cfg: VocabulariesConfig, path: Path) -> dict:
+    """Train with a vocabulary; its figures."""
     root = from_repo(cfg.root).resolve()
     tokenizer = Tokenizer(path)
     n_tokens = token_files(cfg, tokenizer)
@@ -129,11 +129,21 @@ def compare(cfg: VocabulariesConfig, path: Path) -> str:
         for row in read_rows(rows)
         for text in texts_of(row)
     )
+    return {
+        "vocabulary": path.stem, "pieces": tokenizer.vocab_size, "parameters": found.parameters,
+        "bytes_a_token": n_bytes / n_tokens, "tokens": found.tokens,
+        "tokens_per_s": found.tokens / cfg.seconds, "share_read": found.tokens / n_tokens,
+        "loss": found.loss, "bits_per_byte": found.bits,
+    }  # fmt: skip
+
+
+def line(row: dict) -> str:
+    """A vocabulary's cells."""
     return (
-        f"| {path.stem} | {tokenizer.vocab_size:,} | {found.parameters / 1e6:.2f} M | "
-        f"{n_bytes / n_tokens:.2f} | {found.tokens / cfg.seconds:,.0f} | "
-        f"{found.tokens / 1e6:.3f} M = {found.tokens / n_tokens:.0%} | {found.loss:.3f} | "
-        f"{found.bits:.3f} |"
+        f"| {row['vocabulary']} | {row['pieces']:,} | {row['parameters'] / 1e6:.2f} M | "
+        f"{row['bytes_a_token']:.2f} | {row['tokens_per_s']:,.0f} | "
+        f"{row['tokens'] / 1e6:.3f} M = {row['share_read']:.0%} | {row['loss']:.3f} | "
+        f"{row['bits_per_byte']:.3f} |"
     )
 
 
@@ -142,11 +152,12 @@ def main(cfg: VocabulariesConfig) -> None:
     if not cfg.seconds > 0 or not cfg.sets or not (cfg.pieces or cfg.also):
         raise ConfigError("wanted --seconds above 0, --sets, and one of --pieces and --also")
     paths = [vocabulary(cfg, n) for n in cfg.pieces] + [from_repo(path) for path in cfg.also]
-    lines = [compare(cfg, path) for path in paths]
+    rows = [compare(cfg, path) for path in paths]
     print("| vocabulary | pieces | parameters | bytes a token | tokens/s | read | loss | "
           "bits per byte |")  # fmt: skip
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    print("\n".join(lines))
+    print("\n".join(map(line, rows)))
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":
