@@ -26,7 +26,8 @@ def markdown(card: dict) -> str:
         _row(HEAD),
         _row(["---"] * len(HEAD)),
     ]
-    lines += [_row(cells(report)) for report in card["tasks"]]
+    is_whole = not card["training"]["missing"]
+    lines += [_row(cells(report, is_whole)) for report in card["tasks"]]
     return "\n".join([*lines, "", *notes(card), ""])
 
 
@@ -43,8 +44,11 @@ def _about(card: dict) -> list[str]:
     ]
 
 
-def cells(report: dict) -> list[str]:
-    """One line of the table."""
+def cells(report: dict, is_whole: bool = True) -> list[str]:
+    """One line of the table.
+
+    is_whole: all training rows were looked through; else the count of leaks is a lower bound
+    """
     p = "{:.1%}".format
     n = f"{report['n']:,}" + (f" / {report['n_all']:,}" if report["n"] < report["n_all"] else "")
     shots = str(report["shots"])
@@ -60,7 +64,7 @@ def cells(report: dict) -> list[str]:
         n,
         shots,
         f"{report['language']} / {report['prompt_language']}",
-        "?" if leaked is None else f"{leaked:,}",
+        "?" if leaked is None else f"{leaked:,}" if is_whole else f"≥ {leaked:,}",
         report["verdict"],
     ]
 
@@ -82,6 +86,9 @@ def notes(card: dict) -> list[str]:
         name, own = report["title"], []
         if report["n_cut"]:
             own.append(f"{report['n_cut']:,} questions are longer than the context and were cut")
+        if report["metric"] == "acc_norm":
+            raw = report["other_metrics"]["acc"]
+            own.append(f"by length; acc, the likelihood as it is: {raw:.1%}")
         if report["left_out"]:
             counts = ", ".join(f"{n:,} {why}" for why, n in report["left_out"].items())
             own.append(f"entries that make no question: {counts}")

@@ -52,8 +52,12 @@ def boolq(files: Iterable[File]) -> Iterator[dict | str]:
 
 
 def mmlu(files: Iterable[File]) -> Iterator[dict | str]:
-    """CSV without a head: question, A, B, C, D, letter."""
+    """CSV without a head: question, A, B, C, D, letter; or the parquet form: choices, answer."""
     for name, text in files:
+        if not name.endswith(".csv"):
+            for _, data in json_lines([(name, text)]):
+                yield row(data["question"], options=data["choices"], gold=[data["answer"]], **data)
+            continue
         subject = re.sub(r"_(dev|val|test)$", "", PurePosixPath(name).stem)
         for cells in csv.reader(lines(text)):
             question, *options, letter = cells
@@ -63,7 +67,8 @@ def mmlu(files: Iterable[File]) -> Iterator[dict | str]:
 
 
 def lettered_csv(files: Iterable[File]) -> Iterator[dict | str]:
-    """CMMLU (Question, Answer) and C-Eval (question, answer): CSV with a head and A, B, C, D."""
+    """CMMLU (Question, Answer), C-Eval (question, answer), MMMLU (Question, Answer, Subject):
+    CSV with a head and A, B, C, D."""
     for name, text in files:
         subject = re.sub(r"_(dev|val|test)$", "", PurePosixPath(name).stem)
         for cells in csv.DictReader(lines(text)):
@@ -74,7 +79,7 @@ def lettered_csv(files: Iterable[File]) -> Iterator[dict | str]:
                 continue
             gold = LETTERS.index(low["answer"].strip())
             yield row(low["question"], options=[columns[x] for x in "ABCD"], gold=[gold],
-                      subject=subject, **columns)  # fmt: skip
+                      subject=columns.get("Subject") or subject, **columns)  # fmt: skip
 
 
 def agieval(files: Iterable[File]) -> Iterator[dict | str]:

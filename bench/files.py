@@ -1,11 +1,14 @@
 """The files of a benchmark as their publisher packed them: plain, .xz, .gz, in a tar or a zip.
 
+A parquet file is seen as JSON lines, a row each.
+
 A folder is seen through its archives: `mmlu/mmlu.tar.xz` and an unpacked `mmlu/dev/…` both hold
 "dev/anatomy_dev.csv". Names are compared from the end, so an outer folder more does no harm.
 """
 
 import gzip
 import io
+import json
 import lzma
 import tarfile
 import zipfile
@@ -15,10 +18,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from babyllama.cli import shown
-from babyllama.errors import DataError
+from babyllama.errors import ConfigError, DataError
 
 DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile,
            UnicodeDecodeError)  # fmt: skip
+
+
+OWN = ("translated.jsonl", "failed.jsonl")  # what translate.py keeps beside its files
 
 
 def find(folder: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
@@ -29,6 +35,8 @@ def find(folder: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
     for pattern in patterns:
         found = []
         for name, read in _inside(folder):
+            if name in OWN:
+                continue
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}"):
                 found.append((name, _text(folder, name, read)))
         if found:
@@ -71,8 +79,27 @@ def _entries(name: str, path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]
         yield name[:-3], lambda: lzma.decompress(path.read_bytes())
     elif name.endswith(".gz"):
         yield name[:-3], lambda: gzip.decompress(path.read_bytes())
+    elif name.endswith(".parquet"):
+        yield name, lambda: _json_lines(path)
     else:
         yield name, path.read_bytes
+
+
+def _json_lines(path: Path) -> bytes:
+    """The rows of a parquet file."""
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ConfigError(
+            f"wanted pyarrow to read {shown(path)}, found it not installed; "
+            f"pip install -c constraints.txt -r requirements/bench.txt"
+        ) from None
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise OSError(" ".join(str(error).split())[:200]) from None
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def lines(text: str) -> io.StringIO:

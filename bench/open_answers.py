@@ -19,6 +19,16 @@ def gsm8k(files: Iterable[File]) -> Iterator[dict | str]:
                   steps=_CALCULATOR.sub("", steps).strip(), **data)  # fmt: skip
 
 
+def gsm8k_zh(files: Iterable[File]) -> Iterator[dict | str]:
+    """question_zh or question_zh-cn, answer_only; where both parts share a file, its test part."""
+    for _, data in json_lines(files):
+        if data.get("split", "test") != "test":
+            yield "of the training part"
+            continue
+        question = data.get("question_zh") or data["question_zh-cn"]
+        yield row(question, answers=[str(data["answer_only"]).replace(",", "")])
+
+
 def math(files: Iterable[File]) -> Iterator[dict | str]:
     r"""problem, solution, type, level; the result is the last \boxed{…} of the solution."""
     for _, data in json_lines(files):

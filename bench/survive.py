@@ -17,6 +17,11 @@ _WORDS = {
 LONGER = 4  # a translation is at most so many times as long: more is an explanation
 
 
+def is_chinese(text: str) -> bool:
+    """Whether a text of a mixed set (AGIEval) needs no translation."""
+    return bool(_HAN.search(text))
+
+
 def lost(text: str, translation: str) -> str:
     """What is wrong with a translation, in words; "" if nothing."""
     faults = []

@@ -4,9 +4,10 @@
         --endpoint http://127.0.0.1:8000/v1 --model NAME --key_env MY_KEY
     python -m bench.run out/my_run --tasks gsm8k --data data/benchmarks_zh
 
-The files keep their layout, so that the same tasks read them; labels and letters are not sent. A
-translation must hold the numbers, formulas and option letters of its text, and Han characters. One
-that does not is asked for again, then its row is left out and listed in <out>/<set>/failed.jsonl.
+The files keep their layout, so that the same tasks read them; labels, letters and what is Chinese
+already are not sent. A translation must hold the numbers, formulas and option letters of its text,
+and Han characters. One that does not is asked for again, then its row is left out and listed in
+<out>/<set>/failed.jsonl.
 Texts that were translated are kept in translated.jsonl beside it: a second call asks for the rest.
 The key is read from the environment variable that --key_env names, and is not written anywhere.
 """
@@ -28,7 +29,7 @@ from babyllama.errors import ConfigError, DataError
 from bench.endpoint import Endpoint, TooLong
 from bench.files import find, lines
 from bench.store import Store
-from bench.survive import lost
+from bench.survive import is_chinese, lost
 from bench.tasks import load, names
 
 # Where the texts stand in an entry: "*" goes through a list. All else is kept as it is.
@@ -114,10 +115,14 @@ def read_entries(reader: str, files: list[tuple[str, str]], limit: int | None) -
             found = [json.loads(text)]
         else:
             found = [json.loads(line) for line in lines(text) if line.strip()]
+        name = name.removesuffix(".parquet") + ".jsonl" * name.endswith(".parquet")
         for data in found[:limit]:
             places = [p for path in TEXTS[reader] for p in _places(data, path.split("."))]
             texts = [_get(data, place) for place in places]
-            wanted = [n for n, t in enumerate(texts) if t.strip() and t not in UNSENT]
+            wanted = [
+                n for n, t in enumerate(texts)
+                if t.strip() and t not in UNSENT and not is_chinese(t)
+            ]  # fmt: skip
             yield Entry(name, data, [places[n] for n in wanted], [texts[n] for n in wanted])
 
 

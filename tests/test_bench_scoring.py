@@ -39,8 +39,13 @@ FIXTURES = Path(__file__).parent / "fixtures" / "bench"
 PUBLISHED = {
     "gsm8k": 1319, "math": 5000, "humaneval": 164, "commonsenseqa": 1221, "naturalquestions": 3610,
     "triviaqa": 3000, "quac": 12, "boolq": 3270, "mmlu": 14042, "bbh": 6511, "cmmlu": 11582,
-    "mgsm_zh": 250, "cmath": 600, "ape210k": 5000, "c3": 3816, "cmrc2018": 3219,
+    "mgsm_zh": 250, "cmath": 600, "ape210k": 5000, "c3": 3816, "cmrc2018": 3219, "xquad_zh": 1190,
+    "agieval": 7148, "agieval_cloze_math": 1118, "gaokao": 2944,
 }  # fmt: skip
+LEFT_OUT: dict[str, dict] = {
+    "agieval": {"no options": 1119, "empty option": 2},
+    "agieval_cloze_math": {"has options": 7151},
+}
 
 
 @pytest.mark.parametrize(
@@ -154,10 +159,11 @@ def test_an_answer_that_must_be_found_is_compared_with_a_constant_one():
 
 def test_the_card_names_what_makes_a_number_doubtful():
     report = {
-        "title": "甲", "metric": "acc", "score": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25,
+        "title": "甲", "metric": "acc_norm", "score": 0.5, "low": 0.4, "high": 0.6, "chance": 0.25,
         "constant": 0.3, "n": 20, "n_all": 100, "shots": 5, "mean_shots": 1.5, "language": "en",
         "prompt_language": "zh", "leaked": 3, "verdict": "above chance", "n_cut": 7,
         "left_out": {"no label": 2}, "own_shots": True, "chosen": {"0": 19, "1": 1},
+        "other_metrics": {"acc": 0.444},
     }  # fmt: skip
     card = {
         "checkpoint": "out/x", "tasks": [report], "skipped": {"quac": "no files"},
@@ -166,9 +172,11 @@ def test_the_card_names_what_makes_a_number_doubtful():
         "training": {"files": ["a"], "missing": ["b"]},
     }  # fmt: skip
     assert cells(report)[5:9] == ["20 / 100", "5 (1.5 fit)", "en / zh", "3"]
+    assert "| ≥ 3 |" in markdown(card), "the rows of b were not looked through"
+    assert "| 3 |" in markdown(card | {"training": {"files": ["a", "b"], "missing": []}})
     text = markdown(card)
     wanted = ("7 questions are longer", "2 no label", "option 1 is chosen in 19", "not known for b",
-              "for lack of another", "quac was not run: no files")  # fmt: skip
+              "for lack of another", "quac was not run: no files", "as it is: 44.4%")  # fmt: skip
     for words in wanted:
         assert words in text
 
@@ -195,6 +203,43 @@ def test_files_are_found_however_they_are_packed(tmp_path):
     (tmp_path / "b.txt.xz").write_bytes(lzma.compress(text)[:-9])
     with pytest.raises(DataError, match=r"b.txt.*get it again"):
         find(tmp_path, ["b.txt"])
+
+
+PARQUET = {
+    "gsm8k/main/test-00000-of-00001": {"question": "3+4？", "answer": "<<3+4=7>>7\n#### 7"},
+    "gsm8k_zh/data/test-00000-of-00001": {"question_zh-cn": "3+4？", "answer_only": 7},
+    "commonsense_qa/data/validation-0": {
+        "question": "哪里有鱼？", "answerKey": "B",
+        "choices": {"label": ["A", "B"], "text": ["天上", "水里"]},
+    },
+    "trivia_qa/rc.nocontext/validation-0": {
+        "question": "Who?", "answer": {"value": "Tom", "aliases": ["Tom", "T."]},
+    },
+    "mmlu/all/test-0": {
+        "question": "哪里？", "subject": "birds", "choices": ["甲", "乙", "丙", "丁"], "answer": 2,
+    },
+    "boolq/data/validation-0": {"question": "is it", "passage": "It is.", "answer": True},
+    "natural_questions/nq_open/validation-0": {"question": "who", "answer": ["Tom", "T."]},
+}  # fmt: skip
+RIGHT = {"gsm8k": ["7"], "gsm8k_zh": ["7"], "commonsense_qa": [1], "trivia_qa": ["Tom", "T."],
+         "mmlu": [2], "boolq": [1], "natural_questions": ["Tom", "T."]}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PARQUET)
+def test_the_parquet_form_is_read_and_scored_too(place, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / f"{place}.parquet"
+    path.parent.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist([PARQUET[place]] * 2), path)
+    folder = place.split("/")[0]
+    (task,) = (t for t in map(load, names()) if t.folder == folder and t.name[-6:] != "_cloze")
+    found = rows_of(task, tmp_path, None)
+    assert [r["gold"] or r["answers"] for r in found.every] == [RIGHT[folder]] * 2
+    assert found.every[0]["subject"] == ("birds" if folder == "mmlu" else "")
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(DataError, match=r"0.*\.parquet.*get it again"):
+        rows_of(task, tmp_path, None)
 
 
 def test_what_makes_no_row_is_counted_by_reason():
@@ -238,5 +283,5 @@ def test_every_task_file_says_what_it_is():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_files_give_the_published_number_of_rows(name):
     rows = rows_of(load(name), DATA, None)
-    assert len(rows.every) == PUBLISHED[name] and not rows.left_out
+    assert (len(rows.every), dict(rows.left_out)) == (PUBLISHED[name], LEFT_OUT.get(name, {}))
     assert json.dumps(rows.scored[:3])

@@ -90,12 +90,12 @@ def server(monkeypatch):
 
 def config(server: Translator, out: Path, task: str, **changes: object) -> TranslateConfig:
     settings = {"endpoint": server.url, "model": "zh", "key_env": "TRANSLATOR_KEY", "workers": 2}
-    return TranslateConfig(task, FIXTURES, out, **(settings | changes))
+    return TranslateConfig(task, out=out, **({"data": FIXTURES} | settings | changes))
 
 
 @pytest.mark.parametrize(
     "task", ["gsm8k", "math", "commonsenseqa", "boolq", "naturalquestions", "triviaqa", "quac",
-             "mmlu", "bbh"],
+             "mmlu", "bbh", "agieval"],
 )  # fmt: skip
 def test_a_set_keeps_its_layout_its_labels_and_its_numbers(task, server, tmp_path):
     assert load(task).reader in TEXTS
@@ -112,6 +112,19 @@ def test_a_set_keeps_its_layout_its_labels_and_its_numbers(task, server, tmp_pat
             assert before["answers"] == after["answers"], "what is scored is no text"
     assert (tmp_path / load(task).folder / "failed.jsonl").read_text("utf-8") == ""
     assert KEY not in "".join(p.read_text("utf-8") for p in tmp_path.rglob("*") if p.is_file())
+
+
+def test_what_is_chinese_already_is_not_sent_and_lies_flat_as_well(server, tmp_path):
+    flat = tmp_path / "flat/agieval"
+    flat.mkdir(parents=True)
+    for path in (FIXTURES / "agieval/v1").iterdir():
+        (flat / path.name).write_bytes(path.read_bytes())
+    main(config(server, tmp_path / "zh", "agieval", data=flat.parent))
+    assert set(server.asked) == {"If $x+1=3$, what is $x$?", *(f"({x}){n}" for n, x in
+                                                               enumerate("ABCD", 1))}  # fmt: skip
+    before, after = (rows_of(load("agieval"), place, None) for place in (FIXTURES, tmp_path / "zh"))
+    assert after.left_out == before.left_out
+    assert sum(a["ask"] != b["ask"] for a, b in zip(before.every, after.every, strict=True)) == 1
 
 
 def test_a_second_call_asks_only_for_what_is_missing(server, tmp_path):
