@@ -55,6 +55,8 @@ STEPS = (
     Step("chat", "对话 / talk to it", "python chat.py out/sample_sft"),
 )  # fmt: skip
 
+FLAGS = ("--tests", "--slow")
+
 NEXT = """
 接下来 / where to go next
   激活环境 / activate        {activate}
@@ -244,7 +246,7 @@ def move_aside(folder: Path, to: Path) -> None:
 
 
 def explain(code: int, command: str) -> int:
-    again = "python quickstart.py" + (" --tests" if "--tests" in sys.argv else "")
+    again = " ".join(["python quickstart.py", *(w for w in sys.argv[1:] if w in FLAGS)])
     if code in (75, 130):
         text = f"已停止；再运行 {again} 从这里继续 / stopped; run it again to go on from here"
     else:

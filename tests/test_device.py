@@ -24,6 +24,8 @@ CARDS = [
     ("Tesla T4", (7, 5), "float16"),
     ("Tesla V100-SXM2-16GB", (7, 0), "float16"),
     ("NVIDIA GeForce RTX 3090", (8, 6), "bfloat16"),
+    ("NVIDIA GeForce RTX 4060 Laptop GPU", (8, 9), "bfloat16"),
+    ("NVIDIA GeForce RTX 5090", (12, 0), "bfloat16"),
     ("NVIDIA A100-SXM4-40GB", (8, 0), "bfloat16"),
     ("NVIDIA H100 80GB HBM3", (9, 0), "bfloat16"),
 ]
@@ -122,6 +124,16 @@ def test_a_step_is_made_in_every_format_and_a_bad_one_is_not(precision: str) -> 
         norm, changed = one_step(scaler, factor)
         assert not changed and not math.isfinite(norm)
     assert one_step(scaler, 0.01)[1]
+
+
+def test_a_long_gradient_is_cut_to_the_longest_and_a_short_one_is_left() -> None:
+    for most, moves in ((1.0, 1.0), (5.0, 5.0), (1e3, 10.0)):
+        weight = torch.nn.Parameter(torch.zeros(4))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        scaler = Scaler(torch.device("cpu"), "float32")
+        scaler.backward((weight * torch.full((4,), 5.0)).sum())  # a gradient of length 10
+        assert scaler.step(optimizer, [weight], most) == pytest.approx(10.0)  # before it is cut
+        assert weight.detach().norm().item() == pytest.approx(moves, rel=1e-5)
 
 
 def test_an_overflow_halves_the_scale_of_float16_which_survives_a_restart() -> None:

@@ -67,6 +67,7 @@ def test_an_update_is_adamw_as_published() -> None:
     cfg = OptimConfig(lr=0.1, weight_decay=0.2, beta1=0.7, beta2=0.8)
     model = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(model, cfg)
+    assert all(group["fused"] for group in optimizer.param_groups)
     set_lr(optimizer, 0.05)
     wanted = {
         name: (w.detach().double(), 0.0, 0.0, 0.2 if w.dim() == 2 else 0.0)

@@ -198,7 +198,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("bad_step", [1, 3])
+@pytest.mark.parametrize("bad_step", [1, 2, 3, 4])
 def test_a_step_with_bad_numbers_changes_no_weight(
     fault: str, bad_step: int, tmp_path: Path, tokenizer: Tokenizer,
     capfd: pytest.CaptureFixture[str],
