@@ -188,6 +188,7 @@ def main(cfg: TableConfig) -> None:
     out = first.parent / "table.json"
     write_rows(out, [{"settings": settings, "rows": rows, "table": table}])
     print(f"\nfigures: {shown(out)}")
+    print(json.dumps(rows, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ One launch of torchrun makes every run of two processes (gloo, CPU); those of on
 here. Masks are uneven, a process may have none at all, and a step takes several micro-batches.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_trainer import WORLD, Settings, rows_data, rows_model
+from test_trainer import FAULTS, WORLD, Settings, rows_data, rows_model
 
 from babyllama.checkpoint_files import list_checkpoints
 from babyllama.cli import REPO
@@ -23,7 +24,7 @@ from babyllama.device import DeviceConfig
 from babyllama.errors import ConfigError
 from babyllama.log import read_metrics
 from babyllama.optim import OptimConfig
-from babyllama.parallel import ParallelConfig, World, start
+from babyllama.parallel import ParallelConfig, World, no_sync, start, whole
 from babyllama.run_dir import open_run
 from babyllama.trainer import TrainConfig, forward_backward, train
 from model import Loss
@@ -52,7 +53,6 @@ def double_steps(world: World, n_steps: int = 10) -> dict[str, torch.Tensor]:
     """The weights after some steps in float64, and the norms of the gradients."""
     from babyllama.device import Scaler
     from babyllama.optim import make_optimizer
-    from babyllama.parallel import whole
 
     def loss_function(model: torch.nn.Module, batch: dict) -> Loss:
         logits = model(batch["tokens"], segments=batch.get("segments"))
@@ -88,6 +88,8 @@ def worker(root: Path, tokenizer: Tokenizer) -> None:
             world.on_main(lambda engine=engine, name=name: half_of(root / engine, root / name))
             make(root, name, settings(), tokenizer, worlds[other])
             bad_rank(root / f"bad-{engine}", tokenizer, worlds[engine])
+            found = json.dumps(exchanges(worlds[engine]))
+            (root / f"exchanges-{engine}-{world.rank}.json").write_text(found)
         held_lock(root / "held", world)
 
 
@@ -97,19 +99,47 @@ def half_of(run: Path, copy: Path) -> None:
     shutil.rmtree(copy / f"step-{STEPS:06d}")
 
 
+# The steps in which one process has a number that is none, and where.
+BAD = {1: "loss alone", 3: "gradient alone", 4: "loss and gradient", 7: "gradient alone",
+       9: "loss alone"}  # fmt: skip
+
+
 def bad_rank(run: Path, tokenizer: Tokenizer, world: World) -> None:
-    """In the second micro-batch of the third step one process has a loss that is no number."""
+    """In the second of a step's two micro-batches, in one process alone."""
     calls = 0
 
     def loss_function(model: torch.nn.Module, batch: dict) -> Loss:
         nonlocal calls
         calls += 1
-        loss = model(**batch)
-        is_bad = world.rank == 1 and calls == 6
-        return loss._replace(loss_sum=loss.loss_sum * torch.nan) if is_bad else loss
+        loss, step = model(**batch), calls // 2
+        if world.rank == 0 or calls % 2 or step not in BAD:
+            return loss
+        return loss._replace(loss_sum=FAULTS[BAD[step]](loss.loss_sum))
 
-    data, cfg = rows_data(), settings(steps=6)
+    data, cfg = rows_data(), settings(steps=10)
     assert train(rows_model(), data, tokenizer, cfg, world, run, "sft", loss_function) == 0
+
+
+def exchanges(world: World) -> list[bool]:
+    """After each of three micro-batches: whether the processes hold the same gradient by then.
+
+    Each has a batch of its own. Of a share (fsdp2) there is no gradient before the exchange.
+    """
+    model = rows_model()
+    wrapped, found = world.wrap(model), []
+    for number in range(3):
+        tokens = torch.randint(3, 90, (1, 16), generator=torch.manual_seed(9 * world.rank + number))
+        with no_sync(wrapped, is_last=number == 2):
+            wrapped(tokens=tokens, targets=tokens).loss_sum.backward()
+        grad = model.layers[0].attention.wq.weight.grad
+        if grad is None:
+            found.append(False)
+            continue
+        mine = whole(grad).detach().clone()
+        total = mine.clone()
+        torch.distributed.all_reduce(total)
+        found.append(bool(torch.allclose(total, world.size * mine, rtol=1e-5)))
+    return found
 
 
 def held_lock(run: Path, world: World) -> None:
@@ -208,10 +238,18 @@ def test_float16_trains_alike_with_both_engines(root: Path) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bad_numbers_of_one_process_change_no_weight_of_any(engine: str, root: Path) -> None:
     run = root / f"bad-{engine}"
-    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == [1, 2, 4, 5, 6]
+    good = [step for step in range(1, 11) if step not in BAD]
+    assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == good
     assert all(
         torch.isfinite(tensor).all() for tensor in final(run).values() if tensor.is_floating_point()
     )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_gradients_are_exchanged_after_the_last_micro_batch_alone(engine: str, root: Path) -> None:
+    for rank in range(2):
+        found = json.loads((root / f"exchanges-{engine}-{rank}.json").read_text())
+        assert found == [False, False, True]
 
 
 def test_a_held_run_is_refused_in_every_process(root: Path) -> None:
