@@ -42,8 +42,9 @@ INFO_FILES = ("model.yaml", "tokenizer.model")
 MODEL_FILES = ("model.safetensors", *INFO_FILES)
 STATE_FILES = ("train_state.safetensors", "train_state.json")
 
-# A longer context than this is a mistake or malice: its rotary table would take the memory.
-_LONGEST = 2**20
+# Places of the context times width of a head: a larger rotary table than this (1 GB) is a mistake
+# or malice. It is not among the weights, so their size does not bound it.
+_LARGEST_TABLE = 2**27
 
 
 def write_whole(final: Path, fill: Callable[[Path], None], tensors: Iterable[Tensor]) -> None:
@@ -209,8 +210,9 @@ def read_info(path: Path) -> dict:
         for name, value, kind in typed
         if not isinstance(value, (int | float) if kind is float else kind)
     ]
-    if wrong or config.max_seq_len > _LONGEST:
-        found = ", ".join(wrong) or f"model.max_seq_len {config.max_seq_len}"
+    if wrong or config.max_seq_len * config.head_dim > _LARGEST_TABLE:
+        table = f"model.max_seq_len {config.max_seq_len} with heads {config.head_dim} wide"
+        found = ", ".join(wrong) or table
         raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {found}")
     return {**info, "model": config}
 

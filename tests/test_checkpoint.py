@@ -443,6 +443,14 @@ def test_a_malicious_checkpoint_is_refused_and_runs_nothing(
     assert not (tmp_path / "exploded").exists()
 
 
+def test_a_context_that_would_take_the_memory_is_refused(checkpoint: Path) -> None:
+    """Whatever the width of a head, and before the weights are compared."""
+    for width, length in ((32, 2**23), (8192, 2**15)):
+        set_shape(dim=width, n_heads=1, max_seq_len=length)(checkpoint)
+        with pytest.raises(CheckpointError, match=f"max_seq_len {length} with heads {width} wide"):
+            load_model(seal(checkpoint))
+
+
 def test_a_link_to_a_checkpoint_may_be_used_and_is_all_that_is_deleted(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
