@@ -112,7 +112,7 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            return await self.app(scope, _to_the_end(receive), send)
         path = scope["path"] if scope["path"] in self.paths else "other"
         reply = _Reply(send, path, self.metrics)
         try:
@@ -129,6 +129,10 @@ class Gate:
             if not reply.is_slow:
                 raise
             # The server closes a connection whose answer was not finished.
+        except asyncio.CancelledError:
+            # The server stops and waits no longer. Raised, it would be logged as a fault of ours.
+            if not reply.has_begun:
+                await reply.refuse(Refused(503, "the server was stopped", code="stopped"))
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
@@ -188,6 +192,18 @@ def _too_large(found: int, most: int) -> Refused:
     return Refused(413, text, code="body_too_large")
 
 
+def _to_the_end(receive: Receive) -> Receive:
+    """The server's life: one that is cut off by a second Ctrl-C ends as any other."""
+
+    async def next_turn() -> Message:
+        try:
+            return await receive()
+        except asyncio.CancelledError:
+            return {"type": "lifespan.shutdown"}
+
+    return next_turn
+
+
 def _replay(body: bytes, receive: Receive) -> Receive:
     """The body once more, then what really comes: the end of the connection."""
     first = True
@@ -207,10 +223,11 @@ class _Reply:
 
     def __init__(self, send: Send, path: str, metrics: Metrics) -> None:
         self._send, self.path, self.metrics = send, path, metrics
-        self.is_slow = False
+        self.is_slow = self.has_begun = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.has_begun = True
             message = {**message, "headers": [*message.get("headers", []), *SAFETY]}
             self.metrics.requests.labels(self.path, str(message["status"])).inc()
         try:
