@@ -81,6 +81,20 @@ class HuggingFaceFolder(TransformersModel):
         )
 
 
+class PeftFolder(TransformersModel):
+    """An adapter that peft has put on a base."""
+
+    def __init__(self, place: Path, config: dict, weights: dict[str, Tensor]) -> None:
+        """config, weights: of the base, as transformers names them"""
+        transformers, peft = package("transformers"), package("peft")
+        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        missing, _ = base.load_state_dict(weights, strict=False)
+        assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
+        base.tie_weights()
+        base.generation_config.pad_token_id = base.generation_config.eos_token_id
+        super().__init__(peft.PeftModel.from_pretrained(base, place))
+
+
 class GgufInTransformers(TransformersModel):
     """A GGUF file read by transformers, which knows shapes and the order of rows by itself."""
 

@@ -2,11 +2,14 @@
 
     python -m export.peft out/csl_lora --out out/csl_lora-peft      ours to theirs
     python -m export.peft out/wiki --from DIR --out out/title       theirs, for the base out/wiki
+    python -m export.peft DIR --base out/wiki --out out/csl-peft    the base lies elsewhere now
 
 Theirs is a folder with adapter_config.json and adapter_model.safetensors (peft 0.10 and later),
 named as for the LlamaForCausalLM that python -m export.hf makes of the base:
-PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER). It is a renaming. The
-folder knows nothing of the base's weights; theirs becomes an adapter of exactly the base named.
+PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER). It is a renaming, and
+parity.json tells what peft was compared on (logits, greedy replies); if anything differs, nothing
+is written and the exit code is 2. The folder knows nothing of the base's weights; theirs becomes an
+adapter of exactly the base named.
 """
 
 import json
@@ -18,14 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babyllama import lora
-from babyllama.checkpoint import load_model
+from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.checkpoint_files import read_tensors
 from babyllama.cli import from_repo, parse, run, shown
-from babyllama.errors import CheckpointError
+from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import LoraConfig
-from babyllama.lora_files import attach, find_adapter, on_cpu, read_adapter, save_adapter
-from export.folder import check_out, new_folder, source_of
-from export.hf import LAYER_NAMES, OUTER_NAMES
+from babyllama.lora_files import (
+    attach,
+    find_adapter,
+    load_adapter,
+    on_cpu,
+    read_adapter,
+    save_adapter,
+)
+from export.folder import check_out, new_folder, settle, show, source_of
+from export.hf import LAYER_NAMES, OUTER_NAMES, hf_names, model_config
+from export.parity import Material, compare_logits, compare_replies, origin_of, read_material
+from export.peers import PeftFolder, package
 from model import Transformer
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -57,11 +69,15 @@ class PeftConfig:
             --from the base that the adapter is for; if absent the newest run in out/
         out: directory to make
         from_: a folder of peft to read
+        base: the base of an adapter of ours, if it is no longer where the adapter was trained
+        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
     """
 
     checkpoint: Path | None = None
     out: Path | None = None
     from_: Path | None = None
+    base: Path | None = None
+    text: Path | None = None
 
 
 def renamed(name: str, parts: dict[str, str]) -> str:
@@ -69,11 +85,10 @@ def renamed(name: str, parts: dict[str, str]) -> str:
     return ".".join(parts.get(part, part) for part in name.split("."))
 
 
-def write_peft(found: dict, tensors: dict[str, Tensor], out: Path) -> Path:
-    """Write an adapter as PeftModel.from_pretrained reads it.
+def write_peft(found: dict, tensors: dict[str, Tensor], place: Path) -> None:
+    """Write an adapter into a directory as PeftModel.from_pretrained reads it.
 
     found: what adapter.yaml says of it
-    raises: ConfigError if the disk does not take it
     """
     config = {
         "peft_type": "LORA",
@@ -88,15 +103,43 @@ def write_peft(found: dict, tensors: dict[str, Tensor], out: Path) -> Path:
         "inference_mode": True,
     }
     renamed_tensors = {_peft_name(name): tensor for name, tensor in tensors.items()}
-    with new_folder(out, sum(tensor.nbytes for tensor in tensors.values())) as place:
-        save_file(renamed_tensors, place / PEFT_FILES[0], metadata={"format": "pt"})
-        (place / PEFT_FILES[1]).write_text(json.dumps(config, indent=1), "utf-8")
-    return out
+    save_file(renamed_tensors, place / PEFT_FILES[0], metadata={"format": "pt"})
+    (place / PEFT_FILES[1]).write_text(json.dumps(config, indent=1), "utf-8")
 
 
 def export_peft(model: Transformer, out: Path) -> Path:
-    """Write the active adapter of a model; errors as write_peft."""
-    return write_peft(lora.settings(model), on_cpu(model), out)
+    """Write the active adapter of a model, unproven.
+
+    raises: ConfigError if the disk does not take it
+    """
+    tensors = on_cpu(model)
+    with new_folder(out, _n_bytes(tensors)) as place:
+        write_peft(lora.settings(model), tensors, place)
+    return out
+
+
+def _n_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def prove(base: Loaded, adapter: Path, place: Path, material: Material) -> dict:
+    """Compare the folder, as peft puts it on the base in transformers, with the adapter on ours.
+
+    base: gets the adapter on the way
+    """
+    config, tokenizer, context = base.config, base.tokenizer, base.config.max_seq_len
+    names = hf_names(config)
+    weights = {names[name]: weight for name, weight in model_weights(base.model).items()}
+    peer = PeftFolder(place, model_config(config, tokenizer), weights)
+    model = load_adapter(base.model, adapter)
+    adapted = Loaded(model, tokenizer, base.step, adapter, base.kind)
+    return {
+        **origin_of(adapted, material, ["transformers", "peft"]),
+        "logits": compare_logits(model, peer.logits, material.finished(tokenizer, context)),
+        "replies": compare_replies(
+            model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
+        ),
+    }
 
 
 def _peft_name(name: str) -> str:
@@ -184,20 +227,40 @@ def _peft_config(path: Path) -> LoraConfig:
         raise CheckpointError(f"{shown(path)}: wanted peft's settings, found {error!r}") from None
 
 
-def main(cfg: PeftConfig) -> None:
-    """Turn one layout into the other."""
-    source = source_of(cfg.checkpoint)
-    out = check_out(cfg.out, False, source)
-    if cfg.from_ is None:
-        _, found, tensors = read_adapter(find_adapter(source))
-        write_peft(found, tensors, out)
-        print(f"{shown(out)}: {len(tensors)} tensors for peft")
-        return
+def to_peft(cfg: PeftConfig, source: Path, out: Path) -> None:
+    """Ours to theirs, proven."""
+    adapter = find_adapter(source)
+    _, found, tensors = read_adapter(adapter)
+    package("peft")
+    where = from_repo(cfg.base or found["base"] or "")
+    if not (cfg.base or (found["base"] and where.is_dir())):
+        raise ConfigError(
+            f"{shown(adapter)}: wanted its base to compare with peft, found none in "
+            f"{found['base']!r}; name it with --base"
+        )
+    base, material = load_model(where), read_material(cfg.text)
+    with new_folder(out, _n_bytes(tensors)) as place:
+        write_peft(found, tensors, place)
+        report = prove(base, adapter, place, material)
+        settle(report, place, out)
+    print(f"{shown(out)}: {len(tensors)} tensors for peft")
+    show(report, out)
+
+
+def to_ours(cfg: PeftConfig, source: Path, out: Path) -> None:
+    """Theirs to ours, for the base that is named."""
     base = load_model(source)
     model = import_peft(base.model, from_repo(cfg.from_))
     model.lora.base = shown(base.path)
     save_adapter(model, out)
     print(f"{shown(out)}: an adapter for {shown(base.path)}\n{lora.describe(model)}")
+
+
+def main(cfg: PeftConfig) -> None:
+    """Turn one layout into the other."""
+    source = source_of(cfg.checkpoint)
+    out = check_out(cfg.out, False, source)
+    (to_peft if cfg.from_ is None else to_ours)(cfg, source, out)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Adapters and peft: what one of them computes, the other does after the files have gone over."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 from test_lora import ALL, LAYERS, TOKENS, adapted, make
 from torch import nn
@@ -12,9 +14,18 @@ from torch import nn
 from babyllama.checkpoint import load_model
 from babyllama.errors import CheckpointError
 from babyllama.lora import LoraConfig, apply_lora, fingerprint, stored
-from babyllama.lora_files import load_adapter, save_adapter
+from babyllama.lora_files import load_adapter, read_adapter, save_adapter
 from benchmarks.peers import hf_copy, hf_name
-from export.peft import HF_PARTS, OUR_PARTS, export_peft, import_peft, renamed
+from export.parity import Material
+from export.peft import (
+    HF_PARTS,
+    OUR_PARTS,
+    export_peft,
+    import_peft,
+    prove,
+    renamed,
+    write_peft,
+)
 
 PEFT_TARGETS = [("wq", "wv"), LAYERS, ALL, ("layers.1.attention.wo", "w2")]
 
@@ -99,21 +110,69 @@ def test_a_foreign_tensor_and_a_missing_file_are_refused(tmp_path):
         import_peft(make(), path)
 
 
-def test_the_command_turns_a_saved_adapter_into_peft_and_back(tmp_path, checkpoint, script):
+@pytest.fixture
+def saved(tmp_path, checkpoint) -> Path:
+    """An adapter of the small checkpoint."""
     base = load_model(checkpoint)
     cfg = LoraConfig(rank=2, alpha=3.0, targets=("wq", "w2"))
     model = apply_lora(base.model, cfg, base=str(checkpoint), seed=5)
     with torch.no_grad():
         for weight in stored(model).values():
             weight.normal_(std=0.1)
-    ours = save_adapter(model, tmp_path / "ours")
-    assert script("export/peft.py", ours, "--out", tmp_path / "peft").code == 0
+    return save_adapter(model, tmp_path / "ours")
+
+
+@pytest.fixture
+def lines(tmp_path) -> Path:
+    """Text to compare on."""
+    path = tmp_path / "lines.txt"
+    path.write_text(
+        "".join(f"{text[n:]}第{n}行\n" for n in range(25) for text in TEXTS[:4]), "utf-8"
+    )
+    return path
+
+
+def test_the_command_turns_a_saved_adapter_into_peft_and_back(
+    tmp_path, checkpoint, saved, lines, script
+):
+    pytest.importorskip("peft")
+    done = script("export/peft.py", saved, "--out", tmp_path / "peft", "--text", lines)
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "peft/parity.json").read_text("utf-8"))
+    assert report["passed"] and report["versions"]["peft"]
+    assert report["logits"]["prompts"] == 100 and report["logits"]["largest_difference"] < 1e-5
+    assert report["replies"]["equal"] == report["replies"]["prompts"] == 50
     words = ("export/peft.py", checkpoint, "--from", tmp_path / "peft", "--out", tmp_path / "back")
     assert script(*words).code == 0
     assert "exists; name another" in script(*words).error
+    model = load_adapter(load_model(checkpoint).model, saved)
     again = load_adapter(load_model(checkpoint).model, tmp_path / "back")
     assert torch.equal(again(TOKENS), model(TOKENS))
     assert again.lora.fingerprint == fingerprint(model) and again.lora.base == str(checkpoint)
     found = script("export/peft.py", checkpoint, "--out", tmp_path / "x")
     assert "wanted an adapter, found whole weights" in found.error
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_that_peft_sees_otherwise_is_noticed(tmp_path, checkpoint, saved, lines):
+    pytest.importorskip("peft")
+    material = Material(lines.read_text("utf-8").splitlines(), "")
+    (tmp_path / "theirs").mkdir()
+    write_peft(*read_adapter(saved)[1:], tmp_path / "theirs")
+    for alpha, is_equal in ((3.0, True), (9.0, False)):
+        edit_json(tmp_path / "theirs", lora_alpha=alpha)
+        report = prove(load_model(checkpoint), saved, tmp_path / "theirs", material)
+        assert report["logits"]["passed"] == is_equal
+
+
+def test_an_adapter_whose_base_was_moved_needs_its_new_place(
+    tmp_path, checkpoint, saved, lines, script
+):
+    pytest.importorskip("peft")
+    moved = checkpoint.rename(tmp_path / "step-000009")
+    words = ("export/peft.py", saved, "--out", tmp_path / "peft", "--text", lines)
+    assert re.search(
+        r"wanted its base .* found none in .*; name it with --base", script(*words).error
+    )
+    assert not (tmp_path / "peft").exists()
+    assert script(*words, "--base", moved).code == 0
