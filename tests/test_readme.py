@@ -1,0 +1,104 @@
+"""The commands of both READMEs are accepted as they stand, and what they name is there.
+
+Each command is read by its own script, which prints its settings instead of acting on them; what
+the commands do is tested with the scripts.
+"""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from babyllama.cli import REPO
+
+READMES = ("README.md", "README_en.md")
+# Shown by the README, made by the user.
+MADE = ("data/", "out/")
+
+
+def blocks_and_spans(text: str) -> list[str]:
+    """Lines of code blocks, and code inside sentences."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line.strip() for block in blocks for line in block.splitlines()] + re.findall(
+        r"`([^`\n]+)`", rest
+    )
+
+
+def commands(name: str) -> list[list[str]]:
+    """The words of each command that starts a script of ours, the launcher in front taken off."""
+    found = []
+    for line in blocks_and_spans((REPO / name).read_text("utf-8")):
+        if re.match(r"([A-Z_]+=\w+ )?(python|torchrun|sbatch) ", line):
+            words = shlex.split(line, comments=True)
+            while words[-1] != words[0] and "torchrun" in words[1:]:
+                words = words[words.index("torchrun", 1) :]  # behind the supervisor
+            start = next((i for i, w in enumerate(words) if w == "-m" or w.endswith(".py")), None)
+            if start is not None:
+                found.append(words[start:])
+    return found
+
+
+ALL = sorted({tuple(words) for name in READMES for words in commands(name)})
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    """The same scripts with the same flags; values may be words of the language."""
+    shown = [
+        {(*words[: 1 + (words[0] == "-m")], *(w for w in words if w.startswith("--")))
+         for words in commands(name)}
+        for name in READMES
+    ]  # fmt: skip
+    only = [shown[0] - shown[1], shown[1] - shown[0]]
+    assert not any(only), only
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_a_command_is_accepted(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    is_module = words[0] == "-m"
+    name, *arguments = words[is_module:]
+    arguments = [word.split("|")[0] for word in arguments]  # one of several
+    if name == "quickstart.py":
+        assert all(word in ("--tests", "--slow") for word in arguments)
+        return
+    if any(word.startswith(MADE) and word.endswith(".yaml") for word in arguments):
+        return  # a config that an earlier command makes
+    monkeypatch.chdir(REPO)
+    more = ["--help"] if name == "tokenizer.py" else ["--print_config"]
+    monkeypatch.setattr(sys, "argv", [name, *arguments, *more])
+    with pytest.raises(SystemExit) as end:
+        if is_module:
+            monkeypatch.delitem(sys.modules, name, raising=False)  # else runpy warns
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    assert end.value.code in (0, None), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_links_pictures_and_files_that_are_named_exist(name: str) -> None:
+    text = (REPO / name).read_text("utf-8")
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    named = re.findall(r"`((?:configs|requirements|babyllama|tests)/[\w./-]+)`", text)
+    assert len(linked) > 10
+    missing = [path for path in {*linked, *named} if not (REPO / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_script_and_folder_stands_in_the_layout(name: str) -> None:
+    layout = "\n".join(blocks_and_spans((REPO / name).read_text("utf-8")))
+    at_root = [path.name for path in REPO.glob("*.py")]
+    folders = [f"{path.parent.name}/" for path in REPO.glob("*/__init__.py")]
+    assert not [path for path in (*at_root, *folders) if path not in layout]
+
+
+def test_the_words_for_a_launcher_are_taken_off() -> None:
+    assert ("pretrain.py",) in ALL
+    assert ("pretrain.py", "--config", "configs/pretrain/wiki.yaml") in ALL
+    assert len(ALL) > 50 and not [w for w in ALL if Path(w[0]).suffix != ".py" and w[0] != "-m"]
