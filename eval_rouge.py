@@ -14,6 +14,7 @@ to make them again. The measures and their traps: babyllama/metrics.py; publishe
 babyllama/published.py.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -163,6 +164,7 @@ def about(
         "weights": cfg.weights,
         "batch_size": cfg.batch_size,
         "prompts": str(cfg.prompts),
+        "prompts_sha256": hashlib.sha256(from_repo(cfg.prompts).read_bytes()).hexdigest(),
         "n_cut": {name: each.n_cut for name, each in made.items()},
         "n_framed": {name: each.n_framed for name, each in made.items()},
         "seconds": {name: each.seconds for name, each in made.items()},

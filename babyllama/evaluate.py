@@ -37,6 +37,7 @@ from babyllama.held_out import Document, HeldOut, fingerprint, open_held_out
 from babyllama.log import written_whole
 from babyllama.packing import best_fit, collate
 from babyllama.parallel import World, start
+from babyllama.run_dir import beside, checksums
 from babyllama.sources import Row
 from model import IGNORED, Transformer
 
@@ -191,6 +192,7 @@ def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world:
         found[held_out.name] = figures(sums, [d.n_bytes for d in held_out.documents]) | rest
     about = {
         "step": loaded.step,
+        "sha256": checksums(loaded.path),
         "tokenizer": loaded.tokenizer.fingerprint,
         "vocab_size": loaded.tokenizer.vocab_size,
         "max_seq_len": length,
@@ -245,7 +247,7 @@ def main(cfg: EvaluateConfig) -> None:
         )
     steps = [find_checkpoint(from_repo(path).resolve()) for path in cfg.checkpoints]
     names = chosen_sources(cfg.data, steps[0], flag="--data")
-    out = from_repo(cfg.out) if cfg.out else steps[0].parent / "evaluate.json"
+    out = from_repo(cfg.out) if cfg.out else beside(steps[0]) / "evaluate.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(cfg).items()}
     settings["checkpoints"] = [shown(step) for step in steps]

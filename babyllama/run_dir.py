@@ -10,6 +10,7 @@ process that holds it, whatever kills that, on Linux, macOS and Windows alike.
 
 import contextlib
 import errno
+import json
 import os
 import socket
 import sqlite3
@@ -40,6 +41,11 @@ def beside(checkpoint: Path) -> Path:
     """Where reports on a checkpoint go: to its run; for one without a run (release/) to out/."""
     run = checkpoint.resolve().parent
     return REPO / "out" if run == REPO.resolve() else run
+
+
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint: says in a report which one was measured."""
+    return json.loads((checkpoint / "checksums.json").read_text("utf-8"))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The systems that are compared: checkpoints, and files of titles that an earlier run wrote."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from babyllama.cli import REPO, shown
 from babyllama.errors import ConfigError
 from babyllama.report import Compared, write_report
 from babyllama.rows import write_rows
+from babyllama.run_dir import checksums
 from babyllama.scoring import Measured
 from babyllama.summaries import PREDICTION_KEYS, SummarySet, is_predictions, predictions_for
 from babyllama.titles import Asking, Titles, summarise
@@ -44,11 +46,11 @@ def labelled(paths: Sequence[Path]) -> list[str]:
 
 
 def describe(systems: dict[str, System]) -> dict[str, dict]:
-    """Where each system lies."""
+    """Where each system lies, and the checksums by which it is known again."""
     return {
-        name: {"file": shown(one)}
+        name: {"file": shown(one), "sha256": hashlib.sha256(one.read_bytes()).hexdigest()}
         if isinstance(one, Path)
-        else {"path": shown(one.path), "step": one.step}
+        else {"path": shown(one.path), "step": one.step, "sha256": checksums(one.path)}
         for name, one in systems.items()
     }
 

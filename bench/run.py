@@ -27,7 +27,7 @@ from babyllama.checkpoint_files import newest_run
 from babyllama.cli import REPO, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.run_dir import beside
+from babyllama.run_dir import beside, checksums
 from bench import card as cards
 from bench import contamination, sandbox
 from bench.ask import ask
@@ -135,10 +135,9 @@ def read_tasks(cfg: BenchConfig) -> tuple[dict[str, tuple[Task, Rows]], dict[str
 
 def about(cfg: BenchConfig, loaded: Loaded) -> dict:
     """What every answer depends on beside its question."""
-    sums = json.loads((loaded.path / "checksums.json").read_text("utf-8"))
     is_chat = loaded.kind != "pretrain" if cfg.form == "auto" else cfg.form == "dialogue"
     return {
-        "checkpoint_sha256": sums,
+        "checkpoint_sha256": checksums(loaded.path),
         "harness": HARNESS,
         "prompts": cfg.prompts,
         "form": "dialogue" if is_chat else "text",

@@ -77,7 +77,12 @@ def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path, s
     name = "small/step-000007"
     assert result["data_sha256"] == hashlib.sha256(rows_file.read_bytes()).hexdigest()
     assert (result["n"], result["n_cut"]) == (5, {name: 1})
-    assert result["models"][name] == {"path": str(checkpoint), "step": 7}
+    model = result["models"][name]
+    assert (model["path"], model["step"]) == (str(checkpoint), 7)
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert model["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    asked = hashlib.sha256((REPO / "tests/small_prompts.yaml").read_bytes()).hexdigest()
+    assert result["prompts_sha256"] == asked
     decoding = result["decoding"]["settings"]
     assert (decoding["temperature"], decoding["max_new_tokens"]) == (0, 8)
     assert result["seconds"][name] > 0
@@ -132,6 +137,8 @@ def test_titles_on_file_are_scored_without_a_model_or_the_data(tmp_path, script)
     assert means[0] == pytest.approx(100) and means[1] < 30
     assert not (tmp_path / "good-compared.jsonl").exists()
     assert theirs["percent_empty"] == 40
+    (first, _) = result["models"].values()
+    assert first["sha256"] == hashlib.sha256(good.read_bytes()).hexdigest()
 
 
 def test_titles_for_other_texts_are_refused(tmp_path, rows_file, script):

@@ -1,5 +1,6 @@
 """Perplexity, bits per byte and accuracy: what they are, and what they do not depend on."""
 
+import hashlib
 import json
 import math
 import os
@@ -289,3 +290,5 @@ def test_load_model_and_the_script_agree_on_the_checkpoint(checkpoint, rows_root
     (about,) = found["checkpoints"].values()
     loaded = load_model(checkpoint)
     assert about["tokenizer"] == loaded.tokenizer.fingerprint and about["step"] == 7
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert about["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
