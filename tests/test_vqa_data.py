@@ -25,7 +25,7 @@ from data_process.raw import Skip
 from model import IGNORED
 from vqa.data import PictureRows, VqaDataConfig, open_vqa_data
 from vqa.encoder import EncoderConfig, make_encoder
-from vqa.evaluate import Asked, score, shuffled
+from vqa.evaluate import Asked, score, shuffled, table
 from vqa.features import features_of
 from vqa.loader import Loader, Wanted, prepared
 from vqa.pack import PackConfig, pack
@@ -380,7 +380,12 @@ def test_scores_know_the_majority_and_open_questions():
     asked = [*asked_of(8), Asked(9, [{"role": "user", "content": "叫什么？"}], "小花")]
     true = ["是。", "是", "不是", "不是", "是", "是", "是", "不是", "小草"]
     found = score(asked, {"true": true, "blank": ["是"] * 9}, 20)
+    low, high = (found["closed"].pop(key) for key in ("low", "high"))
     assert found["closed"] == {"majority": 0.5, "true": 7 / 8, "blank": 0.5}
+    assert low < 7 / 8 < high == 1 and found["questions"][QUESTION]["low"] == low
+    everything = found | {"closed": {"majority": 0, "true": 0, "shuffled": 0, "blank": 0},
+                          "questions": {}}  # fmt: skip
+    assert table(everything).splitlines()[-3].endswith(" -"), "no closed question, no interval"
     assert found["rows"] == {"closed": 8, "open": 1}
     assert 0 < found["open"]["true"]["rouge-1"] < 1 and found["open"]["blank"]["rouge-1"] == 0
 

@@ -24,7 +24,7 @@ from babyllama.cli import from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError
 from babyllama.images import normalise
-from babyllama.metrics import rouge_clipped
+from babyllama.metrics import bootstrap_interval, rouge_clipped
 from babyllama.sets import SourceConfig
 from vqa.answer import greedy
 from vqa.data import PictureRows
@@ -170,7 +170,7 @@ def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> d
     by_question = defaultdict(list)
     for number, one in enumerate(asked):
         by_question[one.question].append(number)
-    closed, open_rows = {}, []
+    closed, closed_rows, open_rows = {}, [], []
     for question, rows in by_question.items():
         counts = Counter(asked[n].answer for n in rows)
         if len(counts) <= max_answers and len(rows) >= 2 * len(counts):
@@ -178,13 +178,15 @@ def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> d
                                 "majority": max(counts.values()) / len(rows)} | {
                 mode: share([is_right(texts[n], asked[n].answer) for n in rows])
                 for mode, texts in said.items()
-            }  # fmt: skip
+            } | _interval(asked, said["true"], rows)  # fmt: skip
+            closed_rows += rows
         else:
             open_rows += rows
     total = sum(c["rows"] for c in closed.values())
     keys = ("majority", *said)
     found = {
-        "closed": {k: sum(c[k] * c["rows"] for c in closed.values()) / max(1, total) for k in keys},
+        "closed": {k: sum(c[k] * c["rows"] for c in closed.values()) / max(1, total) for k in keys}
+        | _interval(asked, said["true"], closed_rows),
         "questions": closed,
         "rows": {"closed": total, "open": len(open_rows)},
     }
@@ -198,6 +200,14 @@ def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> d
             for mode, texts in said.items()
         }
     return found
+
+
+def _interval(asked: list[Asked], texts: list[str], rows: list[int]) -> dict[str, float]:
+    """The 95 % interval of the share of right answers; {} without rows."""
+    if not rows:
+        return {}
+    flags = np.array([is_right(texts[n], asked[n].answer) for n in rows], np.float64)
+    return dict(zip(("low", "high"), bootstrap_interval(flags), strict=True))
 
 
 def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
@@ -216,12 +226,14 @@ def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
 
 def table(found: dict, limit: int = 12) -> str:
     """Figures as the user sees them."""
-    lines = [f"{'question':<24} {'rows':>6} {'majority':>9} " + " ".join(f"{m:>9}" for m in MODES)]
+    head = [f"{mode:>9}" for mode in ("majority", *MODES)]
+    lines = [f"{'question':<24} {'rows':>6} {' '.join(head)}   95 % of true"]
     largest = sorted(found["questions"].items(), key=lambda item: -item[1]["rows"])
     rows = [*largest[:limit], ("all closed", found["closed"] | {"rows": found["rows"]["closed"]})]
     for question, figures in rows:
         cells = " ".join(f"{figures[m]:>9.1%}" for m in ("majority", *MODES))
-        lines.append(f"{question:<24} {figures['rows']:>6} {cells}")
+        interval = f"{figures['low']:.1%} - {figures['high']:.1%}" if "low" in figures else "-"
+        lines.append(f"{question:<24} {figures['rows']:>6} {cells}   {interval}")
     for mode, scores in found.get("open", {}).items():
         lines.append(f"open, {mode}: {scores}")
     if "probe" in found:
