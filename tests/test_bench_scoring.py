@@ -267,6 +267,8 @@ def test_a_limit_takes_rows_from_everywhere():
     some = rows_of(task, FIXTURES, 2)
     assert len(some.every) == len(whole.scored) == 4
     assert [r["subject"] for r in some.scored] == ["agronomy", "arts"]
+    in_one_file = rows_of(load("mmmlu_zh"), FIXTURES, None)
+    assert {r["subject"] for r in in_one_file.every} == {"agronomy", "arts"}
 
 
 def test_every_task_file_says_what_it_is():
