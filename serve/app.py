@@ -130,6 +130,10 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(refusal(500, "a fault of the server; see its log"), 500)
 
 
+# A reply is one JSON object, or with "stream" events that each hold one (see answers.py).
+REPLY = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+
 def _add_replies(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict:
@@ -140,7 +144,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> dict:
         return _model(service, _choose(service, name)[0])
 
-    @app.post("/v1/chat/completions", response_model=Answer)
+    @app.post("/v1/chat/completions", response_model=Answer, responses=REPLY)
     async def chat(body: ChatRequest, request: HttpRequest) -> object:
         """Continue a dialogue."""
         name, engine = _choose(service, body.model)
@@ -161,7 +165,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
                           _wants_usage(body))  # fmt: skip
             return await _answer(asked, body, request, places.pop_all())
 
-    @app.post("/v1/completions", response_model=Answer)
+    @app.post("/v1/completions", response_model=Answer, responses=REPLY)
     async def complete(body: CompletionRequest, request: HttpRequest) -> object:
         """Continue a text."""
         name, engine = _choose(service, body.model)

@@ -123,6 +123,14 @@ def test_a_stream_ends_with_done(server):
     assert found.text.endswith("data: [DONE]\n\n")
 
 
+def test_the_description_knows_both_forms_of_a_reply(server):
+    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        content = paths[path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
+        assert content["application/json"]["schema"]
+
+
 def test_a_stop_text_ends_a_reply_and_is_not_shown(client):
     text = client.chat.completions.create(messages=HELLO, **QUICK).choices[0].message.content
     for stop in (text[5], [text[8:10], "没有的话"]):
