@@ -69,7 +69,7 @@ def spoilt(chance: random.Random) -> tuple[str, bytes]:
         if fault == 0:
             inner.pop(last, None) if isinstance(inner, dict) else inner.pop(last)
         elif fault == 1 and isinstance(inner, dict):
-            name = chance.choice(["tools", "Messages", "", *FIELDS, *OF_CHAT])
+            name = chance.choice(["tools", "\ud800", "", *FIELDS, *OF_CHAT])
             inner[name] = deepcopy(chance.choice(HOSTILE))
         else:
             inner[last] = deepcopy(chance.choice(HOSTILE))
