@@ -6,6 +6,7 @@
     python eval_rouge.py out/csl --dataset csl --decoding greedy,beam,top_p,consensus
     python eval_rouge.py out/csl --dataset csl --wordings --follow-up
     python eval_rouge.py out/chat out/csl_titles.jsonl --dataset csl --report report.html
+    python eval_rouge.py out/a out/b out/c --pool true --decoding consensus --n 64
 
 A system is a checkpoint, or a file of titles that an earlier run has written. Greedy unless a
 temperature or --decoding is given. --out gets the titles as JSON lines with the keys id, text,
@@ -63,6 +64,7 @@ class EvalConfig(SamplingConfig):
         decoding: ways to decode, each a line of the table: greedy, beam, top_p, consensus (of n
             replies the one most like the others); if absent the one that the settings describe
         wordings: also ask in the wordings that training never shows, first system only
+        pool: all checkpoints are one system: the consensus of the replies of all, n of each
         follow_up: also ask about keywords, discipline and category, where the rows know them
         batch_size: replies written at once
         prompts: wordings; the `eval` question is asked
@@ -82,6 +84,7 @@ class EvalConfig(SamplingConfig):
     limit: int | None = None
     decoding: str = ""
     wordings: bool = False
+    pool: bool = False
     follow_up: bool = False
     batch_size: int = 32
     prompts: Path = Path("configs/prompts/summary_zh.yaml")
@@ -161,6 +164,7 @@ def about(
         "n": len(found.rows),
         "models": describe(systems),
         "decoding": {way or "settings": asdict(sampling) for way, sampling in cfg.ways().items()},
+        "pool": cfg.pool,
         "weights": cfg.weights,
         "batch_size": cfg.batch_size,
         "prompts": str(cfg.prompts),
@@ -191,7 +195,16 @@ def require_sense(cfg: EvalConfig, paths: Sequence[Path], files: Sequence[Path])
 
     raises: ConfigError
     """
-    n_systems = len(files) + (len(paths) - len(files)) * len(cfg.ways())
+    n_checkpoints = len(paths) - len(files)
+    if cfg.pool and (n_checkpoints < 2 or any(way.n < 2 for way in cfg.ways().values())):
+        raise ConfigError(
+            f"--pool takes the consensus of several checkpoints: wanted two or more, and several "
+            f"replies of each, found {n_checkpoints} and {', '.join(cfg.ways()) or 'the settings'};"
+            f" add --decoding consensus --n 64"
+        )
+    if cfg.pool and (cfg.wordings or cfg.follow_up):
+        raise ConfigError("--wordings and --follow-up ask one checkpoint; leave out --pool")
+    n_systems = len(files) + (1 if cfg.pool else n_checkpoints) * len(cfg.ways())
     if cfg.report and n_systems < 2:
         raise ConfigError(
             "--report sets two systems side by side, found one; name a second checkpoint or file "
@@ -217,7 +230,8 @@ def main(cfg: EvalConfig) -> None:
     systems = open_systems(paths, pick_device(cfg.device))
     opened = list(systems.values())
     out = choose_out(cfg, [getattr(each, "path", each) for each in opened], found)
-    made = all_titles(systems, found, {w: cfg.asking(how) for w, how in cfg.ways().items()})
+    made = all_titles(systems, found, {w: cfg.asking(how) for w, how in cfg.ways().items()},
+                      cfg.pool)  # fmt: skip
 
     result = about(cfg, found, systems, made) | {"published": published}
     texts, references = found.column("text"), found.column("summary")

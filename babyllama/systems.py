@@ -14,7 +14,7 @@ from babyllama.rows import write_rows
 from babyllama.run_dir import checksums
 from babyllama.scoring import Measured
 from babyllama.summaries import PREDICTION_KEYS, SummarySet, is_predictions, predictions_for
-from babyllama.titles import Asking, Titles, summarise
+from babyllama.titles import Asking, Titles, summarise, summarise_together
 
 System = Loaded | Path
 
@@ -56,16 +56,26 @@ def describe(systems: dict[str, System]) -> dict[str, dict]:
 
 
 def all_titles(
-    systems: dict[str, System], found: SummarySet, ways: dict[str, Asking]
+    systems: dict[str, System], found: SummarySet, ways: dict[str, Asking], pool: bool = False
 ) -> dict[str, Titles]:
-    """The titles of each file, and of each checkpoint in each way to decode."""
-    titles = {}
+    """The titles of each file, and of each checkpoint in each way to decode.
+
+    pool: the checkpoints are one system, in the place of the first
+    """
+    titles, texts = {}, found.column("text")
+    if pool:
+        together = {name: one for name, one in systems.items() if not isinstance(one, Path)}
+        label = " + ".join(together)
+        for way, how in ways.items():
+            made = summarise_together(list(together.values()), texts, how)
+            titles[f"{label} {way}".rstrip()] = made
+        systems = {name: one for name, one in systems.items() if name not in together}
     for label, system in systems.items():
         if isinstance(system, Path):
             titles[label] = Titles(predictions_for(system, found), 0, 0, 0.0)
             continue
         for way, how in ways.items():
-            titles[f"{label} {way}".rstrip()] = summarise(system, found.column("text"), how)
+            titles[f"{label} {way}".rstrip()] = summarise(system, texts, how)
     return titles
 
 

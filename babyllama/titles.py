@@ -121,20 +121,28 @@ def reply(
     loaded: Loaded, prompts: Sequence[list[int]], how: Asking, decoder: Decoder | None = None
 ) -> list[str]:
     """The answer to each prompt, in the order given; of several drawn the consensus."""
+    drawn = replies(loaded, prompts, how, decoder)
+    return [consensus(mine) if len(mine) > 1 else mine[0] for mine in drawn]
+
+
+def replies(
+    loaded: Loaded, prompts: Sequence[list[int]], how: Asking, decoder: Decoder | None = None
+) -> list[list[str]]:
+    """All answers to each prompt, as many as the settings ask for, in the order given."""
     # Like lengths together need little padding; the longest first show at once whether they fit.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    answers, n = [""] * len(prompts), how.sampling.n
+    answers: list[list[str]] = [[]] * len(prompts)
+    n = how.sampling.n
     decoder = decoder or make_decoder(loaded.model, how.weights)
     tokenizer, size = loaded.tokenizer, max(1, how.batch_size // n)
     with tqdm(total=len(prompts), desc=shown(loaded.path), unit=" texts") as bar:
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             asked = [prompts[i] for i in batch]
-            replies = generate_replies(decoder, asked, how.sampling, tokenizer.eos_id, tokenizer)
-            texts = [one.text.strip() for one in replies]
+            found = generate_replies(decoder, asked, how.sampling, tokenizer.eos_id, tokenizer)
+            texts = [one.text.strip() for one in found]
             for place, i in enumerate(batch):
-                mine = texts[place * n : place * n + n]
-                answers[i] = consensus(mine) if n > 1 else mine[0]
+                answers[i] = texts[place * n : place * n + n]
             bar.update(len(batch))
     return answers
 
@@ -154,3 +162,19 @@ def summarise(
     began = perf_counter()
     titles, n_framed = unframed(loaded, reply(loaded, prompts, how), how.prompts)
     return Titles(titles, n_cut, n_framed, perf_counter() - began)
+
+
+def summarise_together(
+    systems: Sequence[Loaded], texts: Sequence[str], how: Asking, question: str | None = None
+) -> Titles:
+    """A title for each text: the consensus of the replies of all checkpoints, each as many.
+
+    What one alone would say wrongly the others seldom say too.
+    """
+    began, n_cut, drawn = perf_counter(), 0, [[] for _ in texts]
+    for loaded in systems:
+        prompts, cut = ask(loaded, texts, how, question)
+        n_cut = max(n_cut, cut)
+        for mine, more in zip(drawn, replies(loaded, prompts, how), strict=True):
+            mine += unframed(loaded, more, how.prompts)[0]
+    return Titles(list(map(consensus, drawn)), n_cut, 0, perf_counter() - began)

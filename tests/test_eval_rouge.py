@@ -164,6 +164,25 @@ def test_each_way_to_decode_is_a_line_with_its_time(checkpoint, rows_file, tmp_p
     assert "wanted some of" in script("eval_rouge.py", checkpoint, "--decoding", "best").error
 
 
+def test_pooled_checkpoints_are_one_system(checkpoint, other, rows_file, tmp_path, script):
+    out = tmp_path / "o.jsonl"
+    titles = write_titles(tmp_path / "t.jsonl", TITLES)
+    words = ("--data", rows_file, "--out", out, "--pool", "true", "--n", 2, *FEW)
+    done = script("eval_rouge.py", checkpoint, other, titles, *words, "--decoding", "consensus")
+    assert done.code == 0, done.err
+    result = json.loads(out.with_suffix(".scores.json").read_text("utf-8"))
+    pooled = "small/step-000007 + other/step-000003 consensus"
+    assert result["seconds"][pooled] > 0
+    assert [n for n in result["scores_x100"] if "step-" in n] == [pooled] and result["pool"]
+    assert len(rows_of(out)) == 5 and not out.with_name("o-2.jsonl").exists()
+    for bad in ((checkpoint, *words, "--decoding", "consensus"),
+                (checkpoint, titles, *words, "--decoding", "consensus"),
+                (checkpoint, other, *words, "--decoding", "consensus,greedy")):  # fmt: skip
+        assert "--pool takes the consensus of several" in script("eval_rouge.py", *bad).error
+    asked = (checkpoint, other, *words, "--decoding", "consensus", "--wordings", "true")
+    assert "leave out --pool" in script("eval_rouge.py", *asked).error
+
+
 def test_wordings_and_follow_ups_are_tables_of_their_own(checkpoint, tmp_path, script):
     rows = [
         {"id": f"csl/{i}", "text": text, "summary": title,

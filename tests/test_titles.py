@@ -12,7 +12,17 @@ from babyllama.cli import REPO
 from babyllama.errors import ConfigError
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
-from babyllama.titles import Asking, ask, consensus, decodings, reply, summarise, unframed
+from babyllama.titles import (
+    Asking,
+    ask,
+    consensus,
+    decodings,
+    replies,
+    reply,
+    summarise,
+    summarise_together,
+    unframed,
+)
 
 PROMPTS = REPO / "tests/small_prompts.yaml"
 REAL_PROMPTS = REPO / "configs/prompts/summary_zh.yaml"
@@ -98,6 +108,23 @@ def test_of_several_replies_the_consensus_is_given(checkpoint):
     every = [one.text.strip() for one in every]
     assert len(set(every)) > 1 and chosen == [consensus(every)]
     assert len(reply(loaded, prompts, how)) == 3
+
+
+def test_together_the_consensus_is_that_of_the_replies_of_all(checkpoint):
+    systems = [wide_awake(checkpoint), wide_awake(checkpoint)]
+    with torch.no_grad():
+        systems[1].model.output.weight.copy_(systems[1].model.output.weight.flip(1))
+    drawn = SamplingConfig(max_new_tokens=8, temperature=1.0, top_p=1.0, n=3, seed=3)
+    how = Asking(drawn, PROMPTS, batch_size=8)
+    each = []
+    for loaded in systems:
+        drafts = replies(loaded, ask(loaded, TEXTS, how)[0], how)
+        assert [len(mine) for mine in drafts] == [3] * len(TEXTS)
+        each.append([unframed(loaded, mine, PROMPTS)[0] for mine in drafts])
+    wanted = [consensus([*a, *b]) for a, b in zip(*each, strict=True)]
+    found = summarise_together(systems, TEXTS, how)
+    assert found.titles == wanted and found.n_cut == summarise(systems[0], TEXTS, how).n_cut
+    assert wanted != summarise(systems[0], TEXTS, how).titles
 
 
 def test_another_wording_asks_another_question(checkpoint):
