@@ -15,7 +15,6 @@ raw=${1:?"usage: ./reproduce.sh RAW [EVALUATION [SETTINGS]]"}
 evaluation=${2:-}
 settings=${3:-}
 vocabulary=data/tokenizers/release.model
-mean=out/release_mean
 papers=data/raw/csl_papers
 
 run() {
@@ -45,15 +44,28 @@ train pretrain.py --config data/mixtures/release_text.yaml --config configs/pret
 train pretrain.py --config data/mixtures/release_text.yaml --config configs/pretrain/release_more.yaml
 train sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
 train sft.py --config configs/sft/release_titles.yaml
-if ! compgen -G "$mean/step-*" > /dev/null; then
-    rm -rf "$mean"
-    run python -m babyllama.average out/release out/release_titles --out "$mean"
-fi
-[ -e "$mean/predictions.scores.json" ] || run python eval_rouge.py "$mean" \
-    --data "$raw/csl/csl_title_public" --split dev --decoding greedy,consensus \
-    --out "$mean/predictions.jsonl"
+train sft.py --config configs/sft/release_direct.yaml
+mean() {
+    compgen -G "$1/step-*" > /dev/null || { rm -rf "$1"; run python -m babyllama.average "${@:2}" --out "$1"; }
+}
+mean out/release_mean out/release out/release_titles out/release_direct
+mean out/release_two out/release out/release_titles
 
+publish() {
+    run python -m export.release "$1" --out "$2" --force --source csl_computing
+}
 # The model card is written by hand; the rest of the directory is made anew.
 [ ! -e release/README.md ] || cp release/README.md out/release_card.md
-run python -m export.release "$mean" --out release --force --source csl_computing
+publish out/release_mean release
+publish out/release_direct release/second
+publish out/release_two release/third
 cp out/release_card.md release/README.md
+
+score() {
+    local name=$1
+    [ -e "out/release_scores/$name.scores.json" ] || run python eval_rouge.py "${@:2}" \
+        --data "$raw/csl/csl_title_public" --split dev --no_repeat_ngram 3 --weights int8 \
+        --out "out/release_scores/$name.jsonl"
+}
+score one release --decoding greedy,consensus
+score all release release/second release/third --pool true --decoding consensus --n 64

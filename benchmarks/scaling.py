@@ -7,10 +7,10 @@
 
 Every run is `pretrain.py` with the released model's recipe, its own shape and its own schedule to
 the end, out/<name>_<size>_<tokens>; a finished one is not made again, a stopped one is continued.
-With --titles the run of most tokens of each size, and those of --also, are fine-tuned on a summary
-set for a moment and asked for titles. Prints a Markdown table and draws validation bits per byte
-over tokens and over computation. A power law is fitted in the range of the runs and no further:
-the floor of bits under it cannot be seen from small runs.
+With --titles every run is fine-tuned on a summary set for a moment and asked for titles. Prints a
+Markdown table and draws validation bits per byte over tokens and over computation, and ROUGE-1 over
+tokens. A power law is fitted in the range of the runs and no further: the floor of bits under it
+cannot be seen from small runs.
 """
 
 import json
@@ -213,27 +213,28 @@ def draw(points: Sequence[Point], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True, sharey=True)
+    titled = any(p.rouge is not None for p in points)
+    figure, axes = pyplot.subplots(
+        1, 2 + titled, figsize=(10 + 5 * titled, 4.2), constrained_layout=True
+    )
     for shape in dict.fromkeys(p.shape for p in points):
         line = sorted((p for p in points if p.shape == shape), key=lambda p: p.tokens)
         label = f"{shape}: {line[0].parameters / 1e6:.2f} M parameters"
-        for axis, sizes in zip(
-            axes, ([p.tokens / 1e6 for p in line], [p.flops / 1e12 for p in line]), strict=True
-        ):
-            axis.plot(sizes, [p.bits for p in line], marker="o", label=label)
-            for p, size in zip(line, sizes, strict=True):
-                if p.rouge is not None:
-                    axis.annotate(
-                        f"ROUGE-1 {p.rouge:.0f}", (size, p.bits), textcoords="offset points",
-                        xytext=(5, 6), fontsize=8, color=axis.lines[-1].get_color(),
-                    )  # fmt: skip
-    for axis, label in zip(axes, ("million tokens read", "10^12 operations"), strict=True):
+        tokens, bits = [p.tokens / 1e6 for p in line], [p.bits for p in line]
+        axes[0].plot(tokens, bits, marker="o", label=label)
+        axes[1].plot([p.flops / 1e12 for p in line], bits, marker="o", label=label)
+        if titled:
+            asked = [(p.tokens / 1e6, p.rouge) for p in line if p.rouge is not None]
+            axes[2].plot(*np.array(asked).T, marker="o", label=label)
+    labels = ("million tokens read", "10^12 operations", "million tokens read")
+    for axis, label in zip(axes, labels, strict=False):
         axis.set_xscale("log")
         axis.margins(x=0.16)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set(xlabel=label)
+        axis.set(xlabel=label, ylabel="validation bits per byte")
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("validation bits per byte")
+    if titled:
+        axes[2].set(ylabel="ROUGE-1 of titles after the same fine-tuning")
     axes[0].legend()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +251,7 @@ def main(cfg: ScalingConfig) -> None:
     made = {(s, n): pretrain(cfg, s, n) for n in sorted(cfg.tokens) for s in cfg.sizes}
     others = [from_repo(place) for place in cfg.also]
     require_same_data([*made.values(), *others])
-    asked = [made[size, max(cfg.tokens)] for size in cfg.sizes] + others if cfg.titles else []
+    asked = [*made.values(), *others] if cfg.titles else []
     rouge = {place: titles(cfg, place) for place in asked}
     points = [
         Point(**asdict(read(place)) | {"rouge": rouge.get(place)})

@@ -114,12 +114,18 @@ def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
     assert "tokenizer.py train" not in said, "the vocabulary was made already"
     ends = list((tree / "out").glob(f"*/step-{limits['max_steps']:06d}"))
     assert {path.parent.name for path in ends} >= {"release_base", "release", "release_mean"}
-    assert len(ends) == n_trainings + 1 >= 4
-    scores = json.loads((tree / "out/release_mean/predictions.scores.json").read_text("utf-8"))
-    assert scores["n"] == 16 and {"greedy", "consensus"} <= scores["decoding"].keys()
+    assert len(ends) == n_trainings + 2 >= 6
+    one, pool = (
+        json.loads((tree / f"out/release_scores/{name}.scores.json").read_text("utf-8"))
+        for name in ("one", "all")
+    )
+    assert one["n"] == pool["n"] == 16
+    assert {"greedy", "consensus"} <= one["decoding"].keys() and len(pool["models"]) == 3
 
     assert (tree / "release/README.md").read_bytes() == card
     assert (tree / "release/parity.json").read_bytes() != report
     released, mean = load_model(tree / "release"), load_model(tree / "out/release_mean")
     assert released.tokenizer.fingerprint == mean.tokenizer.fingerprint
     assert released.model.n_parameters() == mean.model.n_parameters()
+    for name in ("second", "third"):
+        assert load_model(tree / "release" / name).step == limits["max_steps"]
