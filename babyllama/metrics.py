@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 
 import numpy as np
 
@@ -128,6 +129,24 @@ def clipped_f(prediction: str, reference: str, n: int, beta: float) -> float:
     a, b = (_counts("".join(text.lower().split()), n) for text in (prediction, reference))
     weighted = a.total() + beta**2 * b.total()
     return (1 + beta**2) * (a & b).total() / weighted if weighted else 0.0
+
+
+def clipped_f_of_all(texts: Sequence[str], n: int, beta: float) -> np.ndarray:
+    """`clipped_f` of each text as the prediction of each other, (N, N) float64.
+
+    What two texts share, min(a, b) of each n-gram, is the number of k with a >= k and b >= k: a
+    product of matrices for each k.
+    """
+    counts = [_counts("".join(text.lower().split()), n) for text in texts]
+    places = {gram: i for i, gram in enumerate(dict.fromkeys(chain.from_iterable(counts)))}
+    table = np.zeros((len(texts), len(places)), dtype=np.float32)  # whole numbers below 2**24
+    for row, mine in zip(table, counts, strict=True):
+        row[[places[gram] for gram in mine]] = list(mine.values())
+    levels = ((table >= k).astype(np.float32) for k in range(1, int(table.max(initial=0)) + 1))
+    shared = sum((level @ level.T for level in levels), np.zeros((len(texts), len(texts))))
+    totals = table.sum(1, dtype=np.float64)
+    weighted = totals[:, None] + beta**2 * totals
+    return (1 + beta**2) * shared / np.where(weighted, weighted, 1.0)
 
 
 def _counts(tokens: Sequence[str], n: int) -> Counter:

@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded
@@ -20,7 +21,7 @@ from babyllama.cli import from_repo, shown
 from babyllama.errors import ConfigError
 from babyllama.fast import Decoder, Weights, make_decoder
 from babyllama.generate import generate_replies
-from babyllama.metrics import clipped_f, is_blank
+from babyllama.metrics import clipped_f_of_all, is_blank
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
 from tokenizer import Tokenizer
@@ -88,14 +89,9 @@ def consensus(replies: Sequence[str]) -> str:
     A reply that was drawn several times counts as often. Of equals the first.
     """
     drawn = Counter(replies)
-    return max(drawn, key=lambda one: sum(n * alike(one, other) for other, n in drawn.items()))
-
-
-def alike(one: str, other: str) -> float:
-    """How much of another reply one says, 0 to 2."""
-    if is_blank(one) or is_blank(other):
-        return 0.0
-    return sum(clipped_f(one, other, n, RECALL) for n in (1, 2))
+    alike = sum(clipped_f_of_all(list(drawn), n, RECALL) for n in (1, 2))
+    said = [not is_blank(one) for one in drawn]  # "..." is like nothing
+    return list(drawn)[int(np.argmax(alike * said @ list(drawn.values()) * said))]
 
 
 @lru_cache(maxsize=8)

@@ -247,3 +247,13 @@ def test_beta_moves_clipped_rouge_towards_recall():
     assert metrics.clipped_f("图像", "图像去噪", 1, 2.0) == pytest.approx(10 / 18)
     assert metrics.clipped_f("图像去噪", "图像", 1, 2.0) == pytest.approx(10 / 12)
     assert metrics.clipped_f("", "", 1, 2.0) == metrics.clipped_f("图", "像", 1, 2.0) == 0.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+@pytest.mark.parametrize("beta", [1.0, 1.5])
+def test_of_many_texts_each_pair_is_scored_as_one_pair_is(n, beta):
+    texts = [*random_texts(9, 40, 60), "", " ", "图 图图图图", "图图图图"]
+    wanted = [[metrics.clipped_f(one, other, n, beta) for other in texts] for one in texts]
+    assert metrics.clipped_f_of_all(texts, n, beta) == pytest.approx(np.array(wanted), abs=1e-12)
+    assert metrics.clipped_f_of_all([], n, beta).shape == (0, 0)
+    assert metrics.clipped_f_of_all([""], n, beta) == np.zeros((1, 1))
