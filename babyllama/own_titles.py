@@ -1,6 +1,7 @@
-"""Titles of a checkpoint's own for texts that have none, to fine-tune on.
+"""Titles of checkpoints' own for texts that have none, to fine-tune on.
 
     python -m babyllama.own_titles out/release --rows data/clean/abstracts --out data/raw/own_titles
+    python -m babyllama.own_titles release release/second --n 16        both vote, 16 drafts of each
     python -m data_process.run csl --name own_titles --raw data/raw/own_titles --tokenizer FILE
 
 Of many drawn replies the one most like the others is better than the greedy one, and costs as many
@@ -22,7 +23,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.fast import Weights
 from babyllama.rows import read_rows, write_rows
 from babyllama.sampling import SamplingConfig, repeats, squeeze
-from babyllama.titles import Asking, summarise
+from babyllama.titles import Asking, summarise_together
 
 TEXTS_A_FILE = 500
 LOOP_LENGTH, LOOP_TIMES = 4, 2  # four characters that stand twice: no title needs that
@@ -30,10 +31,10 @@ LOOP_LENGTH, LOOP_TIMES = 4, 2  # four characters that stand twice: no title nee
 
 @dataclass(frozen=True)
 class OwnTitlesConfig(SamplingConfig):
-    """Which checkpoint reads which texts.
+    """Which checkpoints read which texts.
 
     Args:
-        checkpoint: a fine-tuned run (its newest step) or one of its steps
+        checkpoints: fine-tuned runs (their newest steps) or single steps
         rows: a set's folder, whose train-*.jsonl are read, or one file; rows need a "text"
         out: folder for the titles
         min_chars: shorter texts are left out
@@ -43,10 +44,10 @@ class OwnTitlesConfig(SamplingConfig):
         batch_size: replies written at once
         weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
         device: auto, cpu, cuda or mps
-        n: replies to each text, of which the consensus is taken
+        n: replies of each checkpoint to each text, of which the consensus is taken
     """
 
-    checkpoint: Path = Path("release")
+    checkpoints: tuple[Path, ...] = (Path("release"),)
     rows: Path = Path("data/clean/abstracts")
     out: Path = Path("data/raw/own_titles")
     min_chars: int = 80
@@ -64,6 +65,8 @@ class OwnTitlesConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.checkpoints:
+            raise ConfigError("wanted a checkpoint or several, found none; name one, as in release")
         if self.n < 2 or self.temperature == 0:
             raise ConfigError(
                 f"wanted several drawn replies to choose from, found n {self.n} at temperature "
@@ -132,7 +135,8 @@ def main(cfg: OwnTitlesConfig) -> None:
     """Read, ask file by file, write."""
     texts, n_left = read_texts(from_repo(cfg.rows), cfg.min_chars, cfg.max_chars)
     texts = texts[: cfg.limit]
-    loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
+    device = pick_device(cfg.device)
+    systems = [load_answering(from_repo(path), device) for path in cfg.checkpoints]
     ways = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
     how = Asking(ways, cfg.prompts, cfg.batch_size, cfg.weights)
     out, left_out = from_repo(cfg.out), Counter()
@@ -144,7 +148,7 @@ def main(cfg: OwnTitlesConfig) -> None:
             print(f"{shown(path)} is there")
             continue
         some = texts[start : start + TEXTS_A_FILE]
-        rows, without = keep_good(some, summarise(loaded, some, how).titles)
+        rows, without = keep_good(some, summarise_together(systems, some, how).titles)
         left_out.update(without)
         write_rows(path, rows)
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))
@@ -153,4 +157,4 @@ def main(cfg: OwnTitlesConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse(OwnTitlesConfig, __doc__, positional=["checkpoint"]))
+    run(main, parse(OwnTitlesConfig, __doc__, positional=["checkpoints"]))

@@ -74,6 +74,16 @@ def test_the_released_model_titles_abstracts_and_finished_files_are_kept(
     assert again.code == 0 and "is there" in again.out and path.read_text("utf-8") == "kept"
 
 
+def test_several_checkpoints_vote(abstracts, tmp_path, script):
+    out = tmp_path / "own"
+    done = script(
+        "babyllama/own_titles.py", "release", "release/second", "--rows", abstracts, "--out", out,
+        "--n", 2, "--limit", 2,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "release/second: 100%" in done.err and data_files(out)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
