@@ -22,13 +22,30 @@ run() {
     "$@"
 }
 
+without="[$papers/dev.jsonl${evaluation:+, $evaluation}]"
+
 process() {
     run python -m data_process.run --config "configs/release/$1.yaml" --raw "$raw" \
-        --evaluation "[$papers/dev.jsonl${evaluation:+, $evaluation}]" --engine processes "${@:2}"
+        --evaluation "$without" --engine processes "${@:2}"
 }
 
 train() {
     run python "$@" ${settings:+--config "$settings"}
+}
+
+mean() {
+    compgen -G "$1/step-*" > /dev/null || { rm -rf "$1"; run python -m babyllama.average "${@:2}" --out "$1"; }
+}
+
+publish() {
+    run python -m export.release "$1" --out "$2" --force --source csl_computing
+}
+
+score() {
+    local name=$1
+    [ -e "out/release_scores/$name.scores.json" ] || run python eval_rouge.py "${@:2}" \
+        --data "$raw/csl/csl_title_public" --split dev --no_repeat_ngram 3 --weights int8 \
+        --out "out/release_scores/$name.jsonl"
 }
 
 run python -m data_process.csl_papers "$raw/csl/benchmark" --out "$papers"
@@ -45,27 +62,22 @@ train pretrain.py --config data/mixtures/release_text.yaml --config configs/pret
 train sft.py --config data/mixtures/release_dialogues.yaml --config configs/sft/release.yaml
 train sft.py --config configs/sft/release_titles.yaml
 train sft.py --config configs/sft/release_direct.yaml
-mean() {
-    compgen -G "$1/step-*" > /dev/null || { rm -rf "$1"; run python -m babyllama.average "${@:2}" --out "$1"; }
-}
 mean out/release_mean out/release out/release_titles out/release_direct
 mean out/release_two out/release out/release_titles
 
-publish() {
-    run python -m export.release "$1" --out "$2" --force --source csl_computing
-}
+# What three know together the last training teaches one: it learns the titles that they voted for.
+run python -m babyllama.own_titles out/release_mean out/release_direct out/release_two \
+    --rows data/clean/abstracts --out data/raw/voted_titles --n 16 --limit 4000
+run python -m data_process.run csl --name voted_titles --raw data/raw/voted_titles --official false \
+    --evaluation "$without" --tokenizer "$vocabulary"
+train sft.py --config configs/sft/release_last.yaml
+
 # The model card is written by hand; the rest of the directory is made anew.
 [ ! -e release/README.md ] || cp release/README.md out/release_card.md
-publish out/release_mean release
+publish out/release_last release
 publish out/release_direct release/second
 publish out/release_two release/third
 cp out/release_card.md release/README.md
 
-score() {
-    local name=$1
-    [ -e "out/release_scores/$name.scores.json" ] || run python eval_rouge.py "${@:2}" \
-        --data "$raw/csl/csl_title_public" --split dev --no_repeat_ngram 3 --weights int8 \
-        --out "out/release_scores/$name.jsonl"
-}
 score one release --decoding greedy,consensus
 score all release release/second release/third --pool true --decoding consensus --n 64

@@ -130,8 +130,9 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(refusal(500, "a fault of the server; see its log"), 500)
 
 
-# A reply is one JSON object, or with "stream" events that each hold one (see answers.py).
-REPLY = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+# A reply is one JSON object; with "stream" it is events that each hold one, then [DONE].
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+REPLY = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
 
 
 def _add_replies(app: FastAPI, service: Service) -> None:

@@ -124,8 +124,8 @@ def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
 
     assert (tree / "release/README.md").read_bytes() == card
     assert (tree / "release/parity.json").read_bytes() != report
-    released, mean = load_model(tree / "release"), load_model(tree / "out/release_mean")
-    assert released.tokenizer.fingerprint == mean.tokenizer.fingerprint
-    assert released.model.n_parameters() == mean.model.n_parameters()
+    released, last = load_model(tree / "release"), load_model(tree / "out/release_last")
+    assert released.tokenizer.fingerprint == last.tokenizer.fingerprint
+    assert released.model.n_parameters() == last.model.n_parameters()
     for name in ("second", "third"):
         assert load_model(tree / "release" / name).step == limits["max_steps"]

@@ -122,7 +122,7 @@ def test_vocabularies_are_trained_for_the_same_time(recipe, tmp_path, capfd):
         tmp_path / "root", ("text",), (400, 450), (), 1.0, recipe, str(tmp_path / "v")
     )
     vocabularies.main(cfg)
-    *_, small, large = capfd.readouterr().out.strip().split("\n")
+    *_, small, large, figures = capfd.readouterr().out.strip().split("\n")
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in (small, large)]
     assert [row[1] for row in cells] == ["400", "450"]
     assert float(cells[0][3]) < float(cells[1][3]), "more pieces, more bytes a token"
@@ -130,5 +130,5 @@ def test_vocabularies_are_trained_for_the_same_time(recipe, tmp_path, capfd):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.model")}
     vocabularies.main(cfg)
     said = capfd.readouterr()
-    assert said.err.count("is finished") == 2 and said.out.strip().endswith(large)
+    assert said.err.count("is finished") == 2 and said.out.strip().endswith(f"{large}\n{figures}")
     assert {path: path.stat().st_mtime_ns for path in before} == before
