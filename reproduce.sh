@@ -70,6 +70,10 @@ run python -m babyllama.own_titles out/release_mean out/release_direct out/relea
     --rows data/clean/abstracts --out data/raw/voted_titles --n 16 --limit 4000
 run python -m data_process.run csl --name voted_titles --raw data/raw/voted_titles --official false \
     --evaluation "$without" --tokenizer "$vocabulary"
+# Averaging forgets small talk, and single questions do not teach to answer a second one.
+run python -m data_process.join_turns data/clean/identity --out data/raw/several_turns
+run python -m data_process.run conversations --name several_turns --raw data/raw/several_turns \
+    --official false --tokenizer "$vocabulary"
 train sft.py --config configs/sft/release_last.yaml
 
 # The model card is written by hand; the rest of the directory is made anew.

@@ -8,7 +8,8 @@ The directory is a checkpoint like any other (load_model checks its SHA-256s and
 training state. Each row of a matrix, the embedding included, is held as int8 with one float32
 scale; norms stay float32. It is run as float32 or, where there is a C compiler, as int8: the values
 are the same. parity.json tells what rounding does: to logits, to greedy replies, to perplexity
-(bounded); where that fails, or the files are too large, nothing is written and the exit code is 2.
+(bounded: of the val set that is named, else of the lines); where that fails, or the files are too
+large, nothing is written and the exit code is 2.
 """
 
 from collections.abc import Sequence
@@ -107,6 +108,8 @@ def prove(loaded: Loaded, place: Path, material: Material, source: str) -> dict:
         before, after = (measure(one, sources, cfg.batch_size)[source] for one in (loaded, rounded))
         report["perplexity_of_source"] = {"source": source, "tokens": before["n_targets"]}
         report["perplexity_of_source"] |= compare_perplexity(before["ppl"], after["ppl"])
+        # What it was made for says more than lines that it never answers with (perplexity 500).
+        report["perplexity_of_text"] |= {"bound": None, "passed": None}
     return report
 
 

@@ -120,7 +120,8 @@ def test_perplexity_of_a_source_is_measured_too(source, root, token_root, tmp_pa
     release.main(cfg)
     report = json.loads((tmp_path / "r/parity.json").read_text("utf-8"))
     assert report["perplexity_of_source"]["tokens"] > 50
-    assert report["perplexity_of_source"]["passed"]
+    assert report["perplexity_of_source"]["passed"] and report["perplexity_of_source"]["bound"]
+    assert report["perplexity_of_text"]["ratio"] and report["perplexity_of_text"]["bound"] is None
 
 
 def test_what_is_too_large_is_not_written(source, root, tmp_path, script):
