@@ -151,10 +151,14 @@ def read(place: Path) -> Point:
             f"{shown(place)}: wanted a run that ended with an evaluation, found "
             f"{len(records)} lines in metrics.jsonl; train it to its end"
         )
-    config = yaml.safe_load((place / "config.yaml").read_text("utf-8"))["model"]
+    whole = yaml.safe_load((place / "config.yaml").read_text("utf-8"))
+    config = whole["model"]
     with torch.device("meta"):
         model = Transformer(ModelConfig(**config))
     tokens = [record for record in records if record["kind"] == "train"][-1]["tokens"]
+    if whole.get("base"):  # trained on from another run, or a step of it, whose tokens count, too
+        base = from_repo(Path(whole["base"]))
+        tokens += read(base if (base / "metrics.jsonl").is_file() else base.parent).tokens
     return Point(
         place.name, f"{config['dim']}x{config['n_layers']}", model.n_parameters(), tokens,
         tokens * flops_per_token(model), records[-1]["loss"], records[-1]["bpb"],

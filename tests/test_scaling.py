@@ -56,6 +56,26 @@ def test_a_run_that_has_not_ended_is_refused(place, last):
         read(place)
 
 
+def finished(place: Path, tokens: int, base: Path | None = None) -> Path:
+    """A run directory as pretrain.py leaves it, as far as `read` looks."""
+    place.mkdir()
+    shape = {"dim": 32, "n_layers": 1, "n_heads": 1, "vocab_size": 64, "max_seq_len": 16}
+    config = {"base": str(base) if base else None, "model": shape, "data": {"sources": ["a"]}}
+    (place / "config.yaml").write_text(yaml.safe_dump(config), "utf-8")
+    records = [{"kind": "train", "step": 5, "tokens": tokens},
+               {"kind": "val", "step": 5, "loss": 3.0, "bpb": 1.5}]  # fmt: skip
+    (place / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)), "utf-8")
+    return place
+
+
+def test_the_tokens_of_a_base_count_too(tmp_path):
+    first = finished(tmp_path / "first", 1000)
+    (first / "step-000005").mkdir()
+    for name, base in (("on", first), ("on_from_a_step", first / "step-000005")):
+        found = read(finished(tmp_path / name, 500, base))
+        assert found.tokens == 1500 and found.flops == pytest.approx(1.5 * read(first).flops)
+
+
 def test_runs_on_other_data_are_refused(place, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
