@@ -18,12 +18,12 @@ from babyllama.lora import switch
 from babyllama.lora_files import load_adapter
 from babyllama.retrieval import API_URL, Context, Retriever
 from babyllama.sampling import SamplingConfig
-from babyllama.titles import consensus, templates
+from babyllama.titles import templates
 
 PROMPTS = Path("configs/prompts/summary_zh.yaml")
-# Titles: of 16 drawn ones the most like the others. Over the likeliest, 8 gained 1.8 points of
-# ROUGE-1 and 24 gained 3.3 (LOG.md, the released model). The same text has the same title always.
-TITLES = SamplingConfig(max_new_tokens=48, temperature=0.8, no_repeat_ngram=3, n=16, seed=0)
+# Titles: the likeliest of 4 beams, 1.9 points of ROUGE-1 above the greedy one and as good as the
+# consensus of 64 drawn ones (LOG.md, the released model). The same text has the same title always.
+TITLES = SamplingConfig(max_new_tokens=48, temperature=0.0, no_repeat_ngram=3, beams=4)
 INTERRUPTED, FULL = "interrupted", "context"
 
 
@@ -132,13 +132,13 @@ class Session:
         return FULL if is_full else end.reason or INTERRUPTED
 
     def summarise(self, text: str) -> tuple[str, bool]:
-        """The title of an abstract, asked for as scoring asks (eval_rouge.py --decoding consensus),
+        """The title of an abstract, asked for as scoring asks (eval_rouge.py --decoding beam),
         without a lead-in; and whether the text was cut to fit."""
         tokenizer = self.loaded.tokenizer
         prompts = templates(PROMPTS, tokenizer)
         ids, cut = prompts.eval_prompt(text, self.loaded.config.max_seq_len - TITLES.max_new_tokens)
-        found = generate_replies(self.decoder, [ids], TITLES, tokenizer.eos_id, tokenizer)
-        return prompts.strip_frame(consensus([one.text.strip() for one in found])).strip(), cut
+        (found,) = generate_replies(self.decoder, [ids], TITLES, tokenizer.eos_id, tokenizer)
+        return prompts.strip_frame(found.text.strip()).strip(), cut
 
     def record(self, asked: Asked) -> dict:
         """A finished reply as an object for JSON."""
