@@ -24,7 +24,7 @@ from babyllama.errors import ConfigError
 from babyllama.retrieval import Choices, Retriever, WikiError, look_up
 from serve.answers import Asked, EventStream, gone, whole
 from serve.desk import Desk
-from serve.errors import Refused, refusal
+from serve.errors import Refused, invalid, refusal
 from serve.gate import Gate, GateConfig
 from serve.metrics import Metrics
 from serve.prompt import Prompt, chat_prompt, text_prompts
@@ -110,24 +110,40 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
-        first, *others = error.errors()
-        is_json = not first["type"].startswith("json")
-        place = ".".join(str(part) for part in first["loc"][1:]) if is_json else ""
-        text = f"{place or 'body'}: {first['msg']}"
-        text += f" (and {len(others)} more faults)" if others else ""
-        code = "invalid_value" if is_json else "invalid_json"
-        return JSONResponse(refusal(400, text, place or None, code), 400)
+    async def not_valid(request: HttpRequest, error: RequestValidationError) -> Response:
+        refused = invalid(error.errors(), error.body)
+        kind = request.headers.get("content-type", "")
+        if request.method == "POST" and "json" not in kind:
+            text = f"wanted the header Content-Type: application/json, found {kind or 'none'}"
+            refused = Refused(400, text, code="wrong_content_type")
+        return JSONResponse(refused.body, refused.status)
 
     @app.exception_handler(HTTPException)
-    async def http(_: HttpRequest, error: HTTPException) -> Response:
+    async def http(request: HttpRequest, error: HTTPException) -> Response:
+        text, code = _no_route(request.method, request.url.path, app), "unknown_url"
+        if error.status_code not in (404, 405):
+            text, code = str(error.detail), None
         return JSONResponse(
-            refusal(error.status_code, str(error.detail)), error.status_code, error.headers
+            refusal(error.status_code, text, None, code), error.status_code, error.headers
         )
 
     @app.exception_handler(Exception)
     async def bug(request: HttpRequest, error: Exception) -> Response:
         return JSONResponse(refusal(500, "a fault of the server; see its log"), 500)
+
+
+def _no_route(method: str, path: str, app: FastAPI) -> str:
+    """What there is instead of a path that is not there."""
+    ways = {
+        route.path: route.methods for route in app.routes if getattr(route, "include_in_schema", 0)
+    }
+    if path in ways:
+        return f"{method} {path}: wanted {' or '.join(sorted(ways[path]))}"
+    meant = f"/v1/{path.rsplit('/v1/', 1)[-1].strip('/')}"
+    if meant in ways:
+        return f"no such path {path}; the base URL ends with /v1: {meant}"
+    known = ", ".join(f"{' '.join(ways[path])} {path}" for path in sorted(ways) if "/v1/" in path)
+    return f"no such path {method} {path}; this server has {known}"
 
 
 # A reply is one JSON object; with "stream" it is events that each hold one, then [DONE].
@@ -173,7 +189,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
         if service.eyes:
             text = "this model answers questions about pictures; ask it by /v1/chat/completions"
             raise Refused(400, text, "prompt")
-        n = (body.n or 1) * len(body.prompts)
+        n = (body.n or 1) * len(body.prompt)
         with ExitStack() as places:
             places.enter_context(service.desk.places(_client(request), n))
             prompts = await asyncio.to_thread(text_prompts, body, engine.tokenizer, engine.context)

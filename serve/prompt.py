@@ -69,9 +69,9 @@ def chat_prompt(
 
 def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int) -> list[Prompt]:
     """The texts to continue, as documents begin in pretraining."""
-    if sum(map(len, request.prompts)) > MOST_CHARACTERS:
+    if sum(map(len, request.prompt)) > MOST_CHARACTERS:
         raise Refused(400, f"prompt: at most {MOST_CHARACTERS} characters", "prompt")
-    prompts = [Prompt(tokenizer.encode(text, bos=True)) for text in request.prompts]
+    prompts = [Prompt(tokenizer.encode(text, bos=True)) for text in request.prompt]
     for prompt in prompts:
         _require_fit(prompt.ids, context, "prompt")
     return prompts

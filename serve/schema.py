@@ -1,19 +1,39 @@
 """What a request may say: the OpenAI interface's fields that we have, and a few of our own.
 
 An unknown field, a wrong type, a number out of range: each is refused with the field's name, never
-passed over. Null means the server's choice, as if the field were absent. Fields of our own come
-after the comment that says so; OpenAI's client sends them by `extra_body`.
+passed over. Null means the server's choice, as if the field were absent; of OpenAI's fields that we
+lack, the values that change nothing pass (NEUTRAL). Fields of our own come after the comment that
+says so; OpenAI's client sends them by `extra_body`.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from babyllama.sampling import SamplingConfig
 
 MOST_MESSAGES = 500
 MOST_CHARACTERS = 32_000  # of all messages together
 MOST_REPLIES = 8
+
+# OpenAI's fields that this server lacks, with their values that ask for nothing.
+NEUTRAL: dict[str, tuple] = {
+    "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "store": (False,), "service_tier": ("auto", "default"),
+    "reasoning_effort": ("none",), "verbosity": ("medium",), "best_of": (1,), "echo": (False,),
+    "suffix": ("",), "include_obfuscation": (True, False), "tool_calls": ([],),
+    "annotations": ([],), "prediction": (), "audio": (), "refusal": ("",),
+    "web_search_options": (), "thinking": (), "tool_call_id": (),
+}  # fmt: skip
 
 
 def well_formed(text: str) -> str:
@@ -31,6 +51,51 @@ class Strict(BaseModel):
     """No unknown field, no number in quotes, neither NaN nor infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_neutral(cls, data: object) -> object:
+        """The fields that ask for something."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            name: value
+            for name, value in data.items()
+            if value is not None and (name in cls.model_fields or not is_neutral(name, value))
+        }
+
+
+def is_neutral(name: str, value: object) -> bool:
+    """Whether a field of OpenAI's that we lack asks for nothing; true is no 1, nor false a 0."""
+    return any(
+        value == other and isinstance(value, bool) == isinstance(other, bool)
+        for other in NEUTRAL.get(name, ())
+    )
+
+
+def _one_or_several(most: int, longest: int) -> BeforeValidator:
+    """A text or a list of texts, as a list. A fault is the field's, not that of one of two types.
+
+    longest: characters of each
+    """
+
+    def check(value: object) -> object:
+        texts = [value] if isinstance(value, str) else value
+        if (
+            not isinstance(texts, list)
+            or len(texts) > most
+            or not all(isinstance(text, str) and 0 < len(text) <= longest for text in texts)
+        ):
+            raise ValueError(
+                f"wanted a text of 1 to {longest} characters, or a list of at most {most} of them"
+            )
+        return texts
+
+    return BeforeValidator(check, json_schema_input_type=str | list[str])
+
+
+def _as_address(value: object) -> object:
+    return {"url": value} if isinstance(value, str) else value
 
 
 class StreamOptions(Strict):
@@ -51,16 +116,25 @@ class ImagePart(Strict):
     """A picture inside the message, as a data URL; nothing is ever fetched."""
 
     type: Literal["image_url"]
-    image_url: ImageAddress
+    image_url: Annotated[
+        ImageAddress, BeforeValidator(_as_address, json_schema_input_type=ImageAddress | str)
+    ]
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Stop = Annotated[Text, Field(min_length=1, max_length=100)]
+
+
+# The newer name of the same.
+Role = Annotated[
+    Literal["system", "developer", "user", "assistant"],
+    AfterValidator(lambda role: "system" if role == "developer" else role),
+]
 
 
 class Message(Strict):
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: Text | Annotated[list[Part], Field(max_length=50)]
+    name: Name | None = Field(None, description="accepted and not used")
 
     @property
     def text(self) -> str:
@@ -87,9 +161,12 @@ class Request(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Annotated[list[Text], _one_or_several(16, 100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    user: Name | None = Field(None, description="accepted and not used")
+    user: Name | None = Field(None, description="accepted and not used, as the next three")
+    metadata: dict | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
     # Our own.
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -111,10 +188,8 @@ class Request(Strict):
             for name in SamplingConfig.__dataclass_fields__
             if (value := getattr(self, name, None)) is not None
         }
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-        return SamplingConfig(
-            **asked | {"n": 1, "stop": stop, "max_new_tokens": self.longest or most}
-        )
+        asked |= {"n": 1, "stop": self.stop or [], "max_new_tokens": self.longest or most}
+        return SamplingConfig(**asked)
 
 
 class ChatRequest(Request):
@@ -143,17 +218,9 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A text to continue, as in pretraining."""
 
-    prompt: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[
-            list[Annotated[Text, Field(min_length=1)]], Field(min_length=1, max_length=MOST_REPLIES)
-        ]
-    )
+    prompt: Annotated[list[Text], _one_or_several(MOST_REPLIES, MOST_CHARACTERS),
+                      Field(min_length=1)]  # fmt: skip
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-
-    @property
-    def prompts(self) -> list[str]:
-        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
 
 
 class Fault(BaseModel):

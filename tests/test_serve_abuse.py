@@ -88,7 +88,31 @@ BAD = {
     "empty_stop": (body(stop=""), "stop"),
     "ten_thousand_stops": (body(stop=[str(n) for n in range(10_000)]), "stop"),
     "long_stop": (body(stop="长" * 5000), "stop"),
-    "unknown_field": (body(tools=[]), "tools"),
+    "unknown_field": (body(colour="red"), "colour"),
+    "tools": (body(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+    "presence_penalty": (body(presence_penalty=0.5), "presence_penalty"),
+    "penalty_is_false": (body(presence_penalty=False), "presence_penalty"),
+    "json_wanted": (body(response_format={"type": "json_object"}), "response_format"),
+    "stored": (body(store=True), "store"),
+    "token_ids_as_stop": (body(stop=[5, 6]), "stop"),
+    "tool_role": (body(messages=[*ASK, {"role": "tool", "content": "x"}]), "messages.1.role"),
+    "tool_calls": (
+        body(messages=[{"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}, *ASK]),
+        "messages.0.tool_calls",
+    ),
+    "field_of_a_part": (
+        body(messages=[{"role": "user", "content": [
+            {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]}]),
+        "messages.0.content.0.cache_control",
+    ),
+    "no_text_in_a_part": (
+        body(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+        "messages.0.content.0.text",
+    ),
+    "unknown_part": (
+        body(messages=[{"role": "user", "content": [{"type": "file", "file": {}}]}]),
+        "messages.0.content.0",
+    ),
     "picture": (
         body(messages=[{"role": "user", "content": [
             {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]),
@@ -111,6 +135,8 @@ def test_what_cannot_be_meant_is_refused_with_the_field(server, name):
     error = found.json()["error"]
     assert error["param"].startswith(param) and error["type"] == "invalid_request_error"
     assert error["message"].count("\n") == 0
+    said = json.dumps(error)
+    assert not re.search(r"function|0x|pydantic|validator|dictionary|Extra|Value error", said), said
 
 
 @pytest.mark.parametrize(
