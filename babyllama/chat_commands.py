@@ -103,8 +103,9 @@ def do_summary(session: Session, value: str, user: User) -> str:
     text = read_reference(value).strip()
     if not text:
         return "已取消"
-    title, cut = session.summarise(text)
-    return f"标题：{title or '（空）'}" + "\n（原文太长，只读了开头）" * cut
+    titles, n_read = session.summarise(text)
+    cut = f"\n（原文太长，只读了前 {n_read} 字）" * (n_read < len(text))
+    return f"标题：{titles[0] if titles else '（空）'}{cut}"
 
 
 def do_lora(session: Session, value: str, user: User) -> str:

@@ -257,8 +257,8 @@ class SummaryPrompts:
 
     def eval_prompt(
         self, text: str, max_ids: int, question: str | None = None
-    ) -> tuple[list[int], bool]:
-        """The rendered question about a text, and whether the text was cut to fit.
+    ) -> tuple[list[int], int]:
+        """The rendered question about a text, and how many ids the text lost at its end to fit.
 
         max_ids: most ids of the whole prompt
         question: one of `unseen`, else the one that scoring asks
@@ -273,7 +273,7 @@ class SummaryPrompts:
                 f"ask for fewer new tokens or use a model with a longer context"
             )
         asked = self.eval_messages(ids, room, question)
-        return self.tokenizer.render_prompt(asked), len(ids) > room
+        return self.tokenizer.render_prompt(asked), max(0, len(ids) - room)
 
     def strip_frame(self, reply: str) -> str:
         """A reply without what an answer template adds to a summary; any other reply as it is.

@@ -18,12 +18,8 @@ from babyllama.lora import switch
 from babyllama.lora_files import load_adapter
 from babyllama.retrieval import API_URL, Context, Retriever
 from babyllama.sampling import SamplingConfig
-from babyllama.titles import templates
+from babyllama.titles import Suggested, suggest
 
-PROMPTS = Path("configs/prompts/summary_zh.yaml")
-# Titles: the likeliest of 4 beams, 1.9 points of ROUGE-1 above the greedy one and as good as the
-# consensus of 64 drawn ones (LOG.md, the released model). The same text has the same title always.
-TITLES = SamplingConfig(max_new_tokens=48, temperature=0.0, no_repeat_ngram=3, beams=4)
 INTERRUPTED, FULL = "interrupted", "context"
 
 
@@ -131,14 +127,9 @@ class Session:
         is_full = end.reason == "length" and len(end.ids) < self.sampling.max_new_tokens
         return FULL if is_full else end.reason or INTERRUPTED
 
-    def summarise(self, text: str) -> tuple[str, bool]:
-        """The title of an abstract, asked for as scoring asks (eval_rouge.py --decoding beam),
-        without a lead-in; and whether the text was cut to fit."""
-        tokenizer = self.loaded.tokenizer
-        prompts = templates(PROMPTS, tokenizer)
-        ids, cut = prompts.eval_prompt(text, self.loaded.config.max_seq_len - TITLES.max_new_tokens)
-        (found,) = generate_replies(self.decoder, [ids], TITLES, tokenizer.eos_id, tokenizer)
-        return prompts.strip_frame(found.text.strip()).strip(), cut
+    def summarise(self, text: str, n: int = 1) -> Suggested:
+        """At most n titles of an abstract."""
+        return suggest(self.decoder, self.loaded.tokenizer, text, n)
 
     def record(self, asked: Asked) -> dict:
         """A finished reply as an object for JSON."""

@@ -31,6 +31,11 @@ from tokenizer import Tokenizer
 RECALL = 1.5
 DECODINGS = ("greedy", "beam", "top_p", "consensus")
 
+PROMPTS = Path("configs/prompts/summary_zh.yaml")
+# For people: the likeliest of 4 beams, 1.9 points of ROUGE-1 above the greedy one and as good as
+# the consensus of 64 drawn ones (LOG.md, the released model). A text has the same titles always.
+TITLES = SamplingConfig(max_new_tokens=48, temperature=0.0, no_repeat_ngram=3, beams=4)
+
 
 @dataclass(frozen=True)
 class Asking:
@@ -55,6 +60,30 @@ class Titles(NamedTuple):
     n_cut: int
     n_framed: int
     seconds: float
+
+
+class Suggested(NamedTuple):
+    """Titles of one text, the best first, and how many of its characters the model could read."""
+
+    titles: list[str]
+    n_read: int
+
+
+def suggest(decoder: Decoder, tokenizer: Tokenizer, text: str, n: int = 1) -> Suggested:
+    """At most n titles of a text, all different: what the terminal, the page and the API give.
+
+    Asked for as scoring asks, without a lead-in; a text that does not fit loses its end.
+
+    raises: ConfigError if the context has no room for a text
+    """
+    prompts, room = templates(PROMPTS, tokenizer), decoder.model.config.max_seq_len
+    ids, n_cut = prompts.eval_prompt(text, room - TITLES.max_new_tokens)
+    sampling = replace(TITLES, n=TITLES.beams)
+    found = generate_replies(decoder, [ids], sampling, tokenizer.eos_id, tokenizer)
+    titles = dict.fromkeys(prompts.strip_frame(one.text.strip()).strip() for one in found)
+    read = tokenizer.encode(text)
+    n_read = len(tokenizer.decode(read[: len(read) - n_cut])) if n_cut else len(text)
+    return Suggested([title for title in titles if title][:n], n_read)
 
 
 def decodings(names: str, sampling: SamplingConfig) -> dict[str, SamplingConfig]:
@@ -110,7 +139,7 @@ def ask(
     prompts = templates(how.prompts, loaded.tokenizer)
     room = loaded.config.max_seq_len - how.sampling.max_new_tokens
     asked = [prompts.eval_prompt(text, room, question) for text in texts]
-    return [ids for ids, _ in asked], sum(is_cut for _, is_cut in asked)
+    return [ids for ids, _ in asked], sum(n_cut > 0 for _, n_cut in asked)
 
 
 def reply(

@@ -512,7 +512,7 @@ def test_a_title_is_asked_for_as_scoring_does_and_its_lead_in_comes_off(tmp_path
     user = User(lambda question: next(lines), print)
     assert obey(session, "/总结 银杏是乔木，叶子像扇子。", user) == "标题：银杏"
     assert obey(session, "/sum", user) == "标题：银杏" and next(lines, None) is None
-    assert "只读了开头" in obey(session, "/总结 " + "今天天气好。" * 500, user)
+    assert "只读了前 " in obey(session, "/总结 " + "今天天气好。" * 500, user)
     assert session.talk.turns == []  # a title is no part of the talk
 
 

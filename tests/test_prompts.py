@@ -174,13 +174,13 @@ def test_the_scored_question_fits_and_reports_the_cut(prompts, tokenizer, max_id
     n_cut = 0
     for n in range(0, 120):
         text = (TEXTS[0] * 4)[:n]
-        ids, is_cut = prompts.eval_prompt(text, max_ids)
+        ids, lost = prompts.eval_prompt(text, max_ids)
         assert len(ids) <= max_ids
         whole = tokenizer.render_prompt(prompts.eval_messages(tokenizer.encode(text)))
-        assert is_cut == (len(whole) > max_ids)
-        assert is_cut or ids == whole
-        assert not is_cut or len(ids) == max_ids
-        n_cut += is_cut
+        assert lost == max(0, len(whole) - max_ids)
+        assert lost or ids == whole
+        assert not lost or len(ids) == max_ids
+        n_cut += lost > 0
     assert 0 < n_cut < 120
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from serving import endless_model, save
 
-from babyllama import follow_up
+from babyllama import follow_up, titles
 from babyllama.checkpoint import load_model
 from babyllama.cli import REPO
 from babyllama.errors import ConfigError
+from babyllama.fast import make_decoder
+from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
 from babyllama.titles import (
@@ -19,8 +22,10 @@ from babyllama.titles import (
     decodings,
     replies,
     reply,
+    suggest,
     summarise,
     summarise_together,
+    templates,
     unframed,
 )
 
@@ -53,6 +58,23 @@ def test_titles_come_in_the_order_of_the_texts_whatever_the_batches(checkpoint):
     assert len(set(one_by_one)) == 5 and n_cut == 1
     assert reply(loaded, prompts, HOW) == one_by_one
     assert reply(loaded, prompts, replace(HOW, batch_size=32)) == one_by_one
+
+
+def test_a_reader_is_given_the_best_titles_that_a_search_finds(tmp_path, tokenizer):
+    """All different, the same in every company, and how much of the text was read is told."""
+    loaded = load_model(save(endless_model(tokenizer, 256), tokenizer, tmp_path / "small"))
+    decoder = make_decoder(loaded.model, "float32")
+    three, n_read = suggest(decoder, tokenizer, TEXTS[0], 3)
+    assert len(set(three)) == 3 and n_read == len(TEXTS[0])
+    assert suggest(decoder, tokenizer, TEXTS[0]).titles == three[:1]
+    long = TEXTS[1] * 9
+    found = suggest(decoder, tokenizer, long)
+    assert 0 < found.n_read < len(long)
+    assert suggest(decoder, tokenizer, long[: found.n_read]) == found
+    prompts = templates(titles.PROMPTS, tokenizer)
+    ids, _ = prompts.eval_prompt(TEXTS[0], 200)
+    (wanted,) = generate_replies(decoder, [ids], titles.TITLES, tokenizer.eos_id, tokenizer)
+    assert three[0] == prompts.strip_frame(wanted.text.strip()).strip()
 
 
 def test_every_prompt_leaves_room_for_the_title(checkpoint):
