@@ -14,7 +14,7 @@ In the conversation /help lists the commands: /资料 gives the model a text to 
 finds one in the local index (python -m data_process.run wiki --index), /总结 writes a title. Tab
 completes them, the arrow keys bring back what was typed, in former sessions too (Windows: the
 console's own editing, this session's lines, no Tab). Ctrl-C stops a reply, Ctrl-D leaves. Without
-a terminal three short exchanges are shown. The session is babyllama/session.py's, the terminal
+a terminal three short exchanges are shown. The session is babyllama/chat/session.py's, the terminal
 terminal.py's; this file owns what the user sees when.
 """
 
@@ -25,18 +25,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from babyllama.chat_commands import Again, User, completions, obey
-from babyllama.checkpoint import load_model
-from babyllama.cli import BAD_INPUT, INTERRUPTED, parse, run, shown
-from babyllama.conversation import choose_checkpoint, read_reference, whole
+from babyllama.chat.commands import Again, User, completions, obey
+from babyllama.chat.session import Asked, Session, choose_checkpoint, named, read_reference, whole
+from babyllama.chat.terminal import Lines, paint, say, state_dir, visible
+from babyllama.checkpoint import find_adapter, load_model, read_adapter
+from babyllama.config import BAD_INPUT, INTERRUPTED, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.fast import Weights
-from babyllama.lora_files import find_adapter, read_adapter
-from babyllama.retrieval import API_URL, INDEX, Retriever, WikiError
+from babyllama.generate import Weights
+from babyllama.retrieval.retriever import API_URL, INDEX, Retriever, WikiError
 from babyllama.sampling import SamplingConfig
-from babyllama.session import Asked, Session, named
-from babyllama.terminal import Lines, paint, say, state_dir, visible
 from tokenizer import LABELS
 
 EXAMPLES = ("你好", "你是谁？", "你喜欢什么？")

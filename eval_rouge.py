@@ -11,8 +11,8 @@
 A system is a checkpoint, or a file of titles that an earlier run has written. Greedy unless a
 temperature or --decoding is given. --out gets the titles as JSON lines with the keys id, text,
 reference and prediction; the scores stand beside it in <out>.scores.json, with all that is needed
-to make them again. The measures and their traps: babyllama/metrics.py; published figures:
-babyllama/published.py.
+to make them again. The measures and their traps: babyllama/scoring/rouge.py; published figures:
+babyllama/scoring/tables.py.
 """
 
 import hashlib
@@ -21,27 +21,28 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from babyllama import baselines, follow_up, scoring, summaries, wordings
 from babyllama.checkpoint import Loaded
-from babyllama.checkpoint_files import newest_run
-from babyllama.cli import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.fast import Weights
-from babyllama.published import SETS
+from babyllama.generate import Weights
 from babyllama.rows import write_rows
-from babyllama.run_dir import beside
+from babyllama.run_dir import beside, newest_run
 from babyllama.sampling import SamplingConfig
-from babyllama.summaries import SummarySet
-from babyllama.systems import (
+from babyllama.scoring import probes, rouge, tables, test_sets
+from babyllama.scoring.summarise import (
+    Asking,
     System,
+    Titles,
     all_titles,
+    decodings,
     describe,
     open_systems,
     write_page,
     write_titles,
 )
-from babyllama.titles import Asking, Titles, decodings
+from babyllama.scoring.tables import SETS
+from babyllama.scoring.test_sets import SummarySet
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def choose_out(cfg: EvalConfig, places: Sequence[Path], found: SummarySet) -> Pa
     name += f"-{cfg.limit}" if cfg.limit else ""
     first = places[0]
     usual = beside(first) / f"rouge-{name}-{first.name}.jsonl"
-    if summaries.is_predictions(first):
+    if test_sets.is_predictions(first):
         usual = first.with_name(f"{first.stem}-compared.jsonl")
     out = from_repo(cfg.out or usual)
     taken = [path.resolve() for path in (*found.files, *places)]
@@ -182,12 +183,12 @@ def more_questions(
     how = cfg.asking(next(iter(cfg.ways().values())))
     if cfg.wordings:
         texts, references = found.column("text"), found.column("summary")
-        result["by_wording"] = wordings.by_wording(loaded, texts, references, how, usual)
-        yield wordings.table(result["by_wording"])
+        result["by_wording"] = probes.by_wording(loaded, texts, references, how, usual)
+        yield probes.wording_table(result["by_wording"])
     if cfg.follow_up:
-        asked = follow_up.ask_follow_ups(loaded, found.rows, usual.titles, how)
-        result["follow_up"] = {each.name: follow_up.scores(each, found.rows) for each in asked}
-        yield follow_up.table(asked, found.rows)
+        asked = probes.ask_follow_ups(loaded, found.rows, usual.titles, how)
+        result["follow_up"] = {each.name: probes.scores(each, found.rows) for each in asked}
+        yield probes.follow_up_table(asked, found.rows)
 
 
 def require_sense(cfg: EvalConfig, paths: Sequence[Path], files: Sequence[Path]) -> None:
@@ -220,13 +221,13 @@ def require_sense(cfg: EvalConfig, paths: Sequence[Path], files: Sequence[Path])
 def main(cfg: EvalConfig) -> None:
     """Read, summarise, score, compare, print, write."""
     paths = system_paths(cfg)
-    files = [path for path in paths if summaries.is_predictions(path)]
+    files = [path for path in paths if test_sets.is_predictions(path)]
     require_sense(cfg, paths, files)
     if len(files) == len(paths) and not (cfg.data or cfg.dataset):
-        found = summaries.set_of_predictions(files[0], cfg.limit)
+        found = test_sets.set_of_predictions(files[0], cfg.limit)
     else:
-        found = summaries.open_set(cfg.data, cfg.dataset or "inews_title", cfg.split, cfg.limit)
-    published = summaries.choose_published(cfg.published, found, list(SETS))
+        found = test_sets.open_set(cfg.data, cfg.dataset or "inews_title", cfg.split, cfg.limit)
+    published = test_sets.choose_published(cfg.published, found, list(SETS))
     systems = open_systems(paths, pick_device(cfg.device))
     opened = list(systems.values())
     out = choose_out(cfg, [getattr(each, "path", each) for each in opened], found)
@@ -236,23 +237,23 @@ def main(cfg: EvalConfig) -> None:
     result = about(cfg, found, systems, made) | {"published": published}
     texts, references = found.column("text"), found.column("summary")
     titles = {name: each.titles for name, each in made.items()}
-    others = baselines.copies(texts, references) | summaries.stored_outputs(found)
-    measured = {n: scoring.measure(each, references) for n, each in (titles | others).items()}
-    natures = {n: scoring.nature(each, texts) for n, each in (titles | others).items()}
-    scores = {name: scoring.summary(each) | natures[name] for name, each in measured.items()}
-    natures["the references"] = scoring.nature(references, texts)
+    others = rouge.copies(texts, references) | test_sets.stored_outputs(found)
+    measured = {n: tables.measure(each, references) for n, each in (titles | others).items()}
+    natures = {n: tables.nature(each, texts) for n, each in (titles | others).items()}
+    scores = {name: tables.summary(each) | natures[name] for name, each in measured.items()}
+    natures["the references"] = tables.nature(references, texts)
     result |= {"scores_x100": scores, "references": natures["the references"]}
     timed = {name: each.seconds for name, each in made.items() if each.seconds}
     for name in timed:
         print(f"{name}: {made[name].n_cut} of {len(texts)} texts cut to fit, "
               f"{made[name].n_framed} answers with a lead-in, which was taken off")  # fmt: skip
-    print(f"{found.name}: {len(texts)} texts; {summaries.known_as(published)}\n")
-    print(scoring.score_table(scores, SETS.get(published, ())), end="\n\n")
-    print(scoring.nature_table(natures, timed), end="\n\n")
+    print(f"{found.name}: {len(texts)} texts; {test_sets.known_as(published)}\n")
+    print(tables.score_table(scores, SETS.get(published, ())), end="\n\n")
+    print(tables.nature_table(natures, timed), end="\n\n")
     if len(titles) > 1:
         a, b = list(titles)[:2]
-        result["differences"] = scoring.differences(measured[a], measured[b])
-        compared = scoring.difference_table(result["differences"], (a, b))
+        result["differences"] = tables.differences(measured[a], measured[b])
+        compared = tables.difference_table(result["differences"], (a, b))
         print(compared, end="\n\n")
     if isinstance(opened[0], Loaded):
         first = next(iter(made.values()))

@@ -14,19 +14,18 @@ from pathlib import Path
 
 import torch
 
+from babyllama.analysis.estimate import dry_run
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.cli import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
+from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
-from babyllama.estimate import dry_run
-from babyllama.objectives import next_token
 from babyllama.optim import OptimConfig
-from babyllama.parallel import ParallelConfig, start
-from babyllama.regularise import RegulariseConfig, regularise
 from babyllama.run_dir import open_run, require_same
-from babyllama.sets import DataConfig
-from babyllama.trainer import TrainConfig, train
+from babyllama.sources import DataConfig
+from babyllama.trainer import TrainConfig, next_token, train
+from babyllama.tuning.regularise import RegulariseConfig, regularise
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 

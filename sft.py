@@ -20,23 +20,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from babyllama.analysis.estimate import dry_run
+from babyllama.analysis.inspect_batch import shown_batch
+from babyllama.analysis.terminal_text import painter_of
 from babyllama.checkpoint import load_model
-from babyllama.checkpoint_files import newest_run
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
+from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
-from babyllama.estimate import dry_run
 from babyllama.lora import LoraConfig, apply_lora, describe
-from babyllama.objectives import Objective, dpo, next_token
 from babyllama.optim import OptimConfig
-from babyllama.painter import painter_of
-from babyllama.parallel import ParallelConfig, start
-from babyllama.regularise import RegulariseConfig, regularise
-from babyllama.run_dir import open_run
-from babyllama.sets import DataConfig, named_sources
-from babyllama.show_batch import shown_batch
-from babyllama.trainer import TrainConfig, train
+from babyllama.run_dir import newest_run, open_run
+from babyllama.sources import DataConfig, named_sources
+from babyllama.trainer import Objective, TrainConfig, next_token, train
+from babyllama.tuning.preference import dpo
+from babyllama.tuning.regularise import RegulariseConfig, regularise
 from model import Transformer
 
 # What a run shows of itself at each evaluation.
@@ -58,7 +57,7 @@ class SftConfig:
         train: the loop; a batch is a number of dialogues
         regularise: against learning a small set by heart
         objective: next_token: say what the rows say; dpo: prefer one answer to another, from rows
-            of two (python -m babyllama.pairs)
+            of two (python -m babyllama.tuning.preference)
         dpo_beta: how dear it is to leave the base; less lets the answers change more
         dpo_nll: how much the chosen answer's own loss counts beside the preference; keeps it likely
         device: where and in which format to compute

@@ -254,7 +254,7 @@ def _texts(rows: Path, split: str) -> Iterator[str]:
     """Every text of a canonical file, or of <split>-*.jsonl in a directory or those inside it."""
     from tqdm import tqdm
 
-    from babyllama.cli import from_repo
+    from babyllama.config import from_repo
     from babyllama.errors import DataError
     from babyllama.rows import read_rows, texts_of
 
@@ -335,6 +335,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from babyllama.cli import run
+    from babyllama.config import run
 
     run(main)

@@ -1,39 +1,64 @@
 """Checkpoints: what a run leaves behind and what everything else starts from.
 
 Saves a model with its training state, and loads it again: strictly, and only where shape, weights,
-tokenizer and state belong together. `load_model` is the only way in. The files themselves, how
-they are written, found and checked: checkpoint_files.py.
+tokenizer and state belong together. `load_model` is the only way in. How
+checkpoints are found and checked: run_dir.py.
+
+    out/<run>/config.yaml                 the resolved config
+              step-000500/model.safetensors       full weights
+                          model.yaml              shape, step, tokenizer name and fingerprint
+                          tokenizer.model         a copy
+                          train_state.safetensors optimizer and random state, to resume only
+                          train_state.json        step, scaler
+                          checksums.json          SHA-256 of the files above, checked on load
+              best/                 the step of the lowest validation loss, without training state
+
+A released model (export.release) has int8 matrices in model.safetensors and no training state.
+A run that trains an adapter stores it alone, adapter.safetensors and adapter.yaml in place of
+model.safetensors.
+
+A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and
+renamed. No pickle is read or written. Format of the weights: safetensors 0.4 and later.
+
+An adapter alone:
+
+    adapter.safetensors   "layers.0.attention.wq.a" (rank, in) and ".b" (out, rank) of each layer
+    adapter.yaml          rank, alpha, dropout, targets, rslora; base and its fingerprint
+    checksums.json        SHA-256 of the files above, checked on load
+
+A checkpoint of a fine-tuning run holds these in place of model.safetensors; load_model finds the
+base by its name and knows it by its fingerprint. The layout of peft: export/peft.py.
 """
 
 import json
+import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from babyllama import int8, lora
-from babyllama.checkpoint_files import (
+from babyllama import lora
+from babyllama.config import from_repo, shown
+from babyllama.distributed import World, share_of, whole
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.lora import ADAPTER_FILES, LoraConfig
+from babyllama.optim import n_kept, state_shapes
+from babyllama.run_dir import (
     INFO_FILES,
     MODEL_FILES,
     STATE_FILES,
-    delete,
     find_checkpoint,
     list_checkpoints,
-    read_checkpoint,
     read_info,
-    read_tensors,
+    sha256,
     verify,
-    write_sums,
-    write_whole,
 )
-from babyllama.cli import shown
-from babyllama.errors import CheckpointError
-from babyllama.optim import n_kept, state_shapes
-from babyllama.parallel import World, share_of, whole
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -164,7 +189,7 @@ def write_int8(place: Path, loaded: Loaded) -> None:
     """Fill an empty directory with a checkpoint for use, whose matrices are int8."""
     parent = shown(loaded.path)
     info = _info(loaded.step, loaded.model, loaded.tokenizer, loaded.kind, parent)
-    weights = int8.narrow(model_weights(loaded.model))
+    weights = narrow(model_weights(loaded.model))
     _write_model(place, loaded.model, weights, info | {"weights": "int8"}, loaded.tokenizer)
     write_sums(place)
 
@@ -195,8 +220,6 @@ def load_model(
     """
     path = find_checkpoint(Path(path))
     if (path / lora.ADAPTER_FILES[1]).is_file():
-        from babyllama.lora_files import load_adapted  # which loads the base with this function
-
         return load_adapted(path, device, dtype)
     info, tokenizer, weights = read_checkpoint(path)
     if info["kind"] == "vqa":
@@ -284,8 +307,6 @@ def load_train_state(
             f"({tokenizer.fingerprint[:12]}…); set the file back or take another --name"
         )
     if is_adapted:
-        from babyllama.lora_files import read_adapter  # which reads with this file's functions
-
         _, found, weights = read_adapter(path)
         lora.require_base(model, found, shown(path))
     else:
@@ -322,3 +343,263 @@ def _put_optimizer_state(
             field: share_of(weight, t) if t.dim() else t.to(weight.device)
             for field, t in state.items()
         }
+
+
+def write_whole(final: Path, fill: Callable[[Path], None], tensors: Iterable[Tensor]) -> None:
+    """Fill a directory under another name, add checksums, flush it to the disk and rename it.
+
+    tensors: what `fill` will write, all but small files: says what was wanted where it fails
+    raises: CheckpointError with path, bytes wanted, written and free, and the last good checkpoint
+    """
+    run, temporary = final.parent, final.with_name(f"tmp-{final.name}")
+    for left_over in (*run.glob("tmp-*step-*"), *run.glob("tmp-*best")):
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        write_sums(temporary)
+        for path in (*temporary.iterdir(), temporary):
+            _flush(path)
+        if final.exists():
+            delete(final)
+        os.replace(temporary, final)
+        _flush(run)
+    except (OSError, SafetensorError) as error:
+        wanted = sum(tensor.nbytes for tensor in tensors)
+        written = sum(path.stat().st_size for path in temporary.glob("*"))
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(_cannot_save(final, wanted, written, error)) from None
+
+
+def write_sums(place: Path) -> None:
+    sums = {path.name: sha256(path) for path in sorted(place.iterdir())}
+    (place / "checksums.json").write_text(json.dumps(sums, indent=1), "utf-8")
+
+
+def delete(path: Path) -> None:
+    """Delete a checkpoint; killed on the way, this leaves nothing that looks like one."""
+    doomed = path.with_name(f"tmp-old-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _cannot_save(final: Path, wanted: int, written: int, error: Exception) -> str:
+    run = final.parent
+    there = next(place for place in (run, *run.parents) if place.exists())
+    free = shutil.disk_usage(there).free / 1e6
+    older = list_checkpoints(run)
+    last = f"{older[-1].name} is intact" if older else "no earlier checkpoint exists"
+    return (
+        f"could not save {shown(final)}: {error}; it takes {wanted / 1e6:.1f} MB, "
+        f"{written / 1e6:.1f} MB were written, {free:.1f} MB are free now; {last}; free some space "
+        f"and start the same command again"
+    )
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file or a directory has reached the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a directory to flush
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{shown(path)}: wanted safetensors, found {error}") from None
+
+
+def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
+    """What model.yaml says, with the shape as a ModelConfig; the tokenizer; the full weights.
+
+    path: a checkpoint
+    raises: CheckpointError if it is missing, damaged, or its parts are of different ones
+    """
+    verify(path, MODEL_FILES)
+    info = read_info(path)
+    tokenizer = Tokenizer(path / "tokenizer.model")
+    if (tokenizer.fingerprint, tokenizer.vocab_size) != (
+        info["fingerprint"],
+        info["model"].vocab_size,
+    ):
+        raise CheckpointError(
+            f"{shown(path)}: its tokenizer.model ({tokenizer.vocab_size} pieces, "
+            f"{tokenizer.fingerprint[:12]}…) is not the one it was trained with "
+            f"({info['model'].vocab_size} pieces, {info['fingerprint'][:12]}…)"
+        )
+    # The copy keeps the name of the original, by which token files are found.
+    tokenizer.path = Path("data/tokenizers") / f"{info['tokenizer']}.model"
+    return info, tokenizer, widen(read_tensors(path / "model.safetensors"), shown(path))
+
+
+# In a file, what stands behind the name of an int8 matrix in the name of its scales.
+_SCALES = ".scales"
+
+
+def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a small file holds them: each matrix as int8, with its scales beside it."""
+    found = {}
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            found[name], found[name + _SCALES] = quantise(weight.float())
+        else:
+            found[name] = weight.float()
+    return found
+
+
+def widen(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights that `narrow` wrote, in float32; others as they are.
+
+    quantise gives the same int8 values again, so both ways to run such a file are one model.
+
+    raises: CheckpointError if the scales of a matrix are missing or not one an output
+    """
+    held = {name for name, weight in weights.items() if weight.dtype == torch.int8}
+    found = {}
+    for name in weights.keys() - {name + _SCALES for name in held}:
+        weight, scales = weights[name], weights.get(name + _SCALES)
+        if name not in held:
+            found[name] = weight
+        elif scales is None or weight.dim() != 2 or scales.shape != weight.shape[:1]:
+            raise CheckpointError(
+                f"{where}: wanted {name}{_SCALES} with a number for each row of "
+                f"{tuple(weight.shape)}, found {None if scales is None else tuple(scales.shape)}; "
+                f"the file is no int8 checkpoint of ours, get it again"
+            )
+        else:
+            found[name] = weight.float() * scales.float()[:, None]
+    return found
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (n, d) as int8 values and one float32 scale an output (n,).
+
+    raises: CheckpointError if a weight is not finite
+    """
+    largest = weight.abs().amax(dim=1)
+    if not bool(torch.isfinite(largest).all()):
+        raise CheckpointError(
+            "wanted weights to hold in int8, found some that are not finite numbers; the "
+            "checkpoint is damaged, use an earlier one"
+        )
+    scales = (largest / 127).clamp(min=1e-30)
+    values = (weight / scales[:, None]).round_().to(torch.int8)
+    return values.contiguous(), scales.float().contiguous()
+
+
+def save_adapter(model: Transformer, path: Path) -> Path:
+    """Write the active adapter alone, whole or not at all.
+
+    raises: CheckpointError if the disk does not take it
+    """
+    weights = on_cpu(model)
+    write_whole(path, lambda place: lora.write(model, weights, place), weights.values())
+    return path
+
+
+def on_cpu(model: Transformer) -> dict[str, Tensor]:
+    """Copies of the active adapter's tensors."""
+    weights = lora.stored(model).items()
+    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights}
+
+
+def read_adapter(path: Path) -> tuple[LoraConfig, dict, dict[str, Tensor]]:
+    """A stored adapter: its config, all that adapter.yaml says, and its tensors.
+
+    raises: CheckpointError if it is missing, damaged or altered
+    """
+    verify(path, ADAPTER_FILES)
+    try:
+        found = yaml.safe_load((path / "adapter.yaml").read_text("utf-8"))
+        values = {f.name: found[f.name] for f in fields(LoraConfig)}
+        cfg = LoraConfig(**values | {"targets": tuple(values["targets"])})
+        if not isinstance(found["fingerprint"], str) or not isinstance(found["base"], str | None):
+            raise TypeError(f"fingerprint {found['fingerprint']!r}, base {found['base']!r}")
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise CheckpointError(
+            f"{shown(path)}: wanted the adapter.yaml of an adapter, found {reason}"
+        ) from None
+    return cfg, found, read_tensors(path / "adapter.safetensors")
+
+
+def find_adapter(path: Path) -> Path:
+    """A directory with an adapter, given itself or a fine-tuning run (its newest step).
+
+    raises: CheckpointError if there is none
+    """
+    place = path if (path / ADAPTER_FILES[1]).is_file() else find_checkpoint(path)
+    if not (place / ADAPTER_FILES[1]).is_file():
+        raise CheckpointError(
+            f"{shown(place)}: wanted an adapter, found whole weights; name a run of "
+            f"`python sft.py` with a lora section"
+        )
+    return place
+
+
+def load_adapter(model: Transformer, path: Path, name: str = "default") -> Transformer:
+    """The model with a stored adapter more, which is active.
+
+    path: an adapter, or a fine-tuning run or checkpoint that holds one
+    raises: CheckpointError if it is damaged, or the model is not the base that it belongs to
+    """
+    path = find_adapter(path)
+    cfg, found, tensors = read_adapter(path)
+    lora.require_base(model, found, shown(path))
+    return attach(model, cfg, tensors, path, name, found["base"])
+
+
+def attach(
+    model: Transformer,
+    cfg: LoraConfig,
+    tensors: dict[str, Tensor],
+    where: Path,
+    name: str,
+    base: str | None = None,
+) -> Transformer:
+    """Put on an adapter with these values; a misfit is found before the model is touched."""
+    wanted = lora.shapes(model, cfg)
+    got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    faults = [
+        f"{key}: wanted {wanted.get(key)}, found {got.get(key)}"
+        for key in sorted(wanted.keys() | got.keys())
+        if wanted.get(key) != got.get(key)
+    ]
+    if faults:
+        raise CheckpointError(f"{shown(where)} does not fit the model: {'; '.join(faults[:10])}")
+    lora.apply_lora(model, cfg, name, base)
+    with torch.no_grad():
+        for key, weight in lora.stored(model).items():
+            weight.copy_(tensors[key])
+    return model
+
+
+def load_adapted(path: Path, device: torch.device | str, dtype: torch.dtype) -> Loaded:
+    """A checkpoint that holds an adapter, as load_model gives it: its base with the adapter in
+    its weights, a plain model.
+
+    raises: CheckpointError if checkpoint or base is missing or damaged or they do not belong
+        together
+    """
+    verify(path, (*ADAPTER_FILES, *INFO_FILES))
+    info, (_, found, _) = read_info(path), read_adapter(path)
+    where = from_repo(found["base"] or "")
+    if not found["base"] or not where.is_dir():
+        raise CheckpointError(
+            f"{shown(path)} holds an adapter alone, and its base {found['base']!r} (weights "
+            f"{found['fingerprint'][:12]}…) is not there; put the base back in that place"
+        )
+    base = load_model(where)
+    if info["fingerprint"] != base.tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{shown(path)} was trained with another tokenizer ({info['tokenizer']}, "
+            f"{info['fingerprint'][:12]}…) than its base {found['base']} "
+            f"({base.tokenizer.fingerprint[:12]}…); put the base back in that place"
+        )
+    model = lora.bake(load_adapter(base.model, path)).to(device, dtype).eval()
+    return Loaded(model, base.tokenizer, info["step"], path, info["kind"])

@@ -1,20 +1,24 @@
 """Writing replies: one as a stream, or many at once with a shared KV cache; beams.
 
-The model is a Transformer or a faster Decoder made from one (fast.py); how a token is chosen is
+A Decoder is a model with a way to continue by one token: plain_decoder's here, or a faster one
+(cpu/decoder.py). Prompts are filled up on the left and read at once; each further token is a step.
+Logits that are no finite numbers are computed again in float32. How a token is chosen is
 sampling.py's. The number of a reply in its batch and the seed give it random numbers of its own,
 so it does not depend on which other replies are written beside it.
 """
 
+import copy
 import random
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from babyllama.batch import Batch
-from babyllama.fast import Decoder
+from babyllama.errors import CheckpointError, ConfigError
 from babyllama.sampling import (
     N_CHANCES,
     SamplingConfig,
@@ -22,12 +26,141 @@ from babyllama.sampling import (
     extend_beams,
     loops,
     n_showable,
+    penalise,
     repeats,
     squeeze,
     until_stop,
 )
-from model import Transformer
+from model import KVCache, Transformer
 from tokenizer import Tokenizer
+
+Weights = Literal["auto", "float32", "int8"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model with a way to continue by one token.
+
+    step: takes the newest token of each row (B,) and the cache of all before them, to which it
+        adds; returns logits (B, V) float32
+    kind: how the weights are held, for people
+    reason: why it was chosen, for people
+    reader: a faster way than the model's to take several tokens of each row (B, T) at once
+    cache_dtype: of the keys and values in the cache; null: that of the weights
+    """
+
+    model: Transformer
+    step: Callable[[Tensor, KVCache], Tensor]
+    kind: str
+    reason: str = ""
+    reader: Callable[[Tensor, KVCache], Tensor] | None = None
+    cache_dtype: torch.dtype | None = None
+
+    def new_cache(self, start: Tensor, size: int) -> KVCache:
+        """An empty cache; arguments as KVCache."""
+        dtype = self.cache_dtype or self.model.output.weight.dtype
+        return KVCache(self.model.config, start, size, dtype)
+
+    def are_finite(self, logits: Tensor) -> bool:
+        """Whether logits (B, V) of this decoder are numbers to go on with."""
+        # int8.c makes a row NaN as a whole; so one look at each row spares reading all.
+        seen = logits[:, 0] if self.kind == "int8" else logits.amax(dim=1)
+        return bool(torch.isfinite(seen).all())
+
+    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Add tokens (B, T) to the cache; returns the logits after the last ones (B, V) float32."""
+        if self.reader is not None:
+            return self.reader(tokens, cache)
+        return self.model.output(self.model.hidden(tokens, cache=cache)[:, -1]).float()
+
+
+def plain_decoder(model: Transformer) -> Decoder:
+    """Steps by the model itself: on any device, in any format."""
+    return Decoder(model, partial(_plain_step, model), str(model.output.weight.dtype)[6:])
+
+
+def _plain_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    return model.output(model.hidden(tokens[:, None], cache=cache)[:, -1]).float()
+
+
+class Batch:
+    """Prompts that were read, and the logits of what follows each.
+
+    said: (B, S) ids of prompt and reply; filler repeats a token of its row, so that who asks what
+        was said need not know of it
+    """
+
+    def __init__(
+        self,
+        model: Transformer | Decoder,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        copies: int,
+    ) -> None:
+        self.decoder = model if isinstance(model, Decoder) else plain_decoder(model)
+        net = self.decoder.model
+        lengths = [len(prompt) for prompt in prompts]
+        longest, context = max(lengths), net.config.max_seq_len
+        if min(lengths) < 1 or longest >= context:
+            raise ConfigError(
+                f"a prompt of {longest} tokens leaves no room for a reply in the model's context "
+                f"of {context}, or a prompt is empty; shorten it"
+            )
+        self.limits = [min(n_new, context - n) for n in lengths for _ in range(copies)]
+        self.width, self.size = longest, longest + max(self.limits)
+        device = net.rope.device
+        filled = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self.said = torch.tensor(filled, device=device)
+        self.start = torch.tensor([longest - n for n in lengths], device=device)
+        self.read()
+        if copies > 1:
+            self.keep([row for row in range(len(prompts)) for _ in range(copies)])
+
+    def read(self) -> None:
+        """Compute the cache and the logits from all that was said."""
+        self.cache = self.decoder.new_cache(self.start, self.size)
+        self.logits = self._finite(self.decoder.read(self.said, self.cache))
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only; a row may come several times."""
+        kept = torch.tensor(rows, device=self.said.device)
+        self.cache.keep(kept)
+        self.said, self.logits, self.start = self.said[kept], self.logits[kept], self.start[kept]
+
+    def add(self, ids: list[int]) -> None:
+        """Continue each row by a token."""
+        tokens = torch.tensor(ids, device=self.said.device)
+        self.said = torch.cat((self.said, tokens[:, None]), dim=1)
+        self.logits = self._finite(self.decoder.step(tokens, self.cache))
+
+    def penalised(self, sampling: SamplingConfig, eos_id: int) -> Tensor:
+        """The logits after the penalties for what was said."""
+        if not sampling.penalises:
+            return self.logits
+        return penalise(self.logits, sampling, self.said, self.width, eos_id)
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        """The logits, computed again in float32 where they are no finite numbers.
+
+        raises: CheckpointError if that does not help
+        """
+        if self.decoder.are_finite(logits):
+            return logits
+        net = self.decoder.model
+        if net.output.weight.dtype == torch.float32 and self.decoder.kind == "float32":
+            raise CheckpointError(
+                "wanted finite logits, found some that are not, in float32 too; the checkpoint is "
+                "damaged or its training diverged; use an earlier one"
+            )
+        warnings.warn(
+            f"logits in {self.decoder.kind} were not finite; going on in float32",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        self.decoder = plain_decoder(copy.deepcopy(net).float())
+        self.read()
+        return self.logits
+
 
 # A reply whose rules refuse so many tokens at one place has nothing left to say.
 _MOST_REFUSED = 50

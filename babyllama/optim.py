@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from babyllama.distributed import share_of, whole
 from babyllama.errors import ConfigError
-from babyllama.parallel import share_of, whole
 
 
 @dataclass(frozen=True)

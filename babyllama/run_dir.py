@@ -5,27 +5,30 @@
                lock.txt      who holds it, for the message to whoever comes second
 
 The lock is that of an SQLite transaction on an empty database: the system itself ends it with the
-process that holds it, whatever kills that, on Linux, macOS and Windows alike.
+process that holds it, whatever kills that, on Linux, macOS and Windows alike. Finds the checkpoints
+of a run (checkpoint.py) and compares them with their checksums.
 """
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+import re
 import socket
 import sqlite3
 import time
 from collections.abc import Iterator
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import yaml
 
-from babyllama.checkpoint_files import list_checkpoints
-from babyllama.cli import REPO, plain, shown, to_yaml
-from babyllama.errors import ConfigError
+from babyllama.config import REPO, plain, shown, to_yaml
+from babyllama.distributed import World
+from babyllama.errors import CheckpointError, ConfigError
 from babyllama.log import written_whole
-from babyllama.parallel import World
+from model import ModelConfig
 
 # Settings that a run may be continued with although they differ: they change no weight beyond
 # rounding.
@@ -158,3 +161,120 @@ def _with_defaults(found: dict, config: object) -> dict:
         elif field.default is not MISSING:
             complete.setdefault(name, plain(field.default))
     return complete
+
+
+INFO_FILES = ("model.yaml", "tokenizer.model")
+MODEL_FILES = ("model.safetensors", *INFO_FILES)
+STATE_FILES = ("train_state.safetensors", "train_state.json")
+
+# Places of the context times width of a head: a larger rotary table than this (1 GB) is a mistake
+# or malice. It is not among the weights, so their size does not bound it.
+_LARGEST_TABLE = 2**27
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        path
+        for path in run.glob("step-*")
+        if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()
+    ]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def newest_run(out: Path | None = None, kind: str | None = None) -> Path | None:
+    """The run whose newest checkpoint is the youngest, or None.
+
+    kind: only runs of this kind, "pretrain" or "sft"
+    """
+    newest = {}
+    for run in (out or REPO / "out").glob("*"):
+        steps = list_checkpoints(run)
+        if steps and (kind is None or read_info(steps[-1])["kind"] == kind):
+            newest[steps[-1].stat().st_mtime] = run
+    return newest[max(newest)] if newest else None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint's directory, given itself or its run (whose newest step is taken).
+
+    raises: CheckpointError if there is none
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{shown(path)}: no such checkpoint; wanted a run (out/<name>) or one of its steps"
+        )
+    if (path / "model.yaml").is_file():
+        return path
+    steps = list_checkpoints(path)
+    if not steps:
+        raise CheckpointError(f"{shown(path)}: no complete checkpoint in this directory")
+    return steps[-1]
+
+
+def kind_of(path: Path) -> str:
+    """What made a checkpoint, or a run's newest one: pretrain, sft, vqa …; errors as load_model."""
+    return read_info(find_checkpoint(Path(path)))["kind"]
+
+
+def verify(path: Path, names: tuple[str, ...]) -> None:
+    """Compare files of a checkpoint with their checksums.
+
+    raises: CheckpointError that names the file, and an older checkpoint where there is one
+    """
+    # is_file() also keeps pipes and devices out, which might be read for ever.
+    missing = [name for name in ("checksums.json", *names) if not (path / name).is_file()]
+    if missing:
+        fault = f"lacks {', '.join(missing)}"
+    else:
+        try:
+            sums = json.loads((path / "checksums.json").read_text("utf-8"))
+            bad = [name for name in names if sha256(path / name) != sums[name]]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            bad = [f"checksums.json ({error})"]
+        if not bad:
+            return
+        fault = f"fails its checksum in {', '.join(bad)}"
+    steps = list_checkpoints(path.parent)
+    older = steps[: steps.index(path)] if path in steps else []
+    advice = f"use {shown(older[-1])}" if older else "there is no older one in this run"
+    raise CheckpointError(f"{shown(path)} {fault}: it was cut or altered; delete it; {advice}")
+
+
+def read_info(path: Path) -> dict:
+    """model.yaml with the shape as a ModelConfig.
+
+    raises: CheckpointError if a key is missing, unknown, or of a wrong type
+    """
+    try:
+        info = yaml.safe_load((path / "model.yaml").read_text("utf-8"))
+        config = ModelConfig(**info["model"])
+        typed = [(key, info[key], str) for key in ("kind", "tokenizer", "fingerprint")]
+        typed += [("step", info["step"], int)]
+        typed += [
+            (f"model.{field.name}", getattr(config, field.name), field.type)
+            for field in fields(config)
+        ]
+    except (
+        OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, RecursionError,
+        ConfigError,
+    ) as error:  # fmt: skip
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        raise CheckpointError(
+            f"{shown(path)}: wanted the model.yaml of a babyllama checkpoint, found {reason}"
+        ) from None
+    wrong = [
+        f"{name} {value!r}"
+        for name, value, kind in typed
+        if not isinstance(value, (int | float) if kind is float else kind)
+    ]
+    if wrong or config.max_seq_len * config.head_dim > _LARGEST_TABLE:
+        table = f"model.max_seq_len {config.max_seq_len} with heads {config.head_dim} wide"
+        found = ", ".join(wrong) or table
+        raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {found}")
+    return {**info, "model": config}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama import native
+from babyllama.cpu import compile
 from babyllama.errors import ConfigError
 
 # Of choose.c: numbers that are summed together.
@@ -138,7 +138,7 @@ def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
     chances: (B, N_CHANCES) uniform random numbers above 0, at most 1
     returns: (B,)
     """
-    if logits.device.type == "cpu" and native.library() and not sampling.top_k:
+    if logits.device.type == "cpu" and compile.library() and not sampling.top_k:
         return _choose_in_c(logits, sampling, chances)
     return choose_in_torch(logits, sampling, chances)
 
@@ -151,7 +151,7 @@ def _choose_in_c(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> T
     room = torch.empty(n_threads, V + V // _RUN + 1)
     tokens = torch.empty(B, dtype=torch.int64)
     temperature = 0 if sampling.temperature < _COLDEST else sampling.temperature
-    native.library().choose(
+    compile.library().choose(
         c_void_p(logits.data_ptr()), B, V,
         *map(c_float, (temperature, sampling.top_p, sampling.min_p)),
         c_void_p(chances.data_ptr()), n, c_void_p(room.data_ptr()), c_void_p(tokens.data_ptr()),

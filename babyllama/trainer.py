@@ -4,10 +4,14 @@ A step either happens whole or not at all. Its supervised tokens are counted fir
 micro-batches and ranks; each backward then divides its sum of losses by that count, so the update
 is the same for any split into micro-batches and processes. Numbers that are not finite change no
 weight. Ctrl-C and SIGTERM end the loop after the running step, with everything saved.
+
+The loop knows an Objective, a loss and what it is divided by, and nothing of its kind: next_token
+is the language model's own; another, for pairs of answers: tuning/preference.py.
 """
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,13 +21,20 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from babyllama.checkpoint import load_train_state, require_space, save_best, save_checkpoint
-from babyllama.checkpoint_files import list_checkpoints
-from babyllama.cli import BAD_NUMBERS, STOPPED, shown, stop_requests
-from babyllama.data import Data, TrainData
-from babyllama.device import DeviceConfig, Scaler, pick_precision, precision_warning
+from babyllama.config import BAD_NUMBERS, STOPPED, shown, stop_requests
+from babyllama.data import Data, TrainData, ValData
+from babyllama.device import (
+    DeviceConfig,
+    Scaler,
+    memory_gb,
+    mfu_per_rate,
+    pick_precision,
+    precision_warning,
+)
+from babyllama.distributed import World, inner, no_sync, whole_model
 from babyllama.errors import ConfigError, DataError
+from babyllama.generate import SamplingConfig, generate
 from babyllama.log import Log
-from babyllama.objectives import Batch, LossFunction, Objective, n_targets, next_token_loss
 from babyllama.optim import (
     OptimConfig,
     averaged,
@@ -33,11 +44,192 @@ from babyllama.optim import (
     set_lr,
     swap_averages,
 )
-from babyllama.parallel import World, no_sync
-from babyllama.speed import mfu_per_rate
-from babyllama.validation import Window, evaluate, means, on_cpu, over_ranks, samples
-from model import Transformer
+from babyllama.run_dir import list_checkpoints
+from model import IGNORED, Loss, Transformer
 from tokenizer import Tokenizer
+
+Batch = dict[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Loss]
+
+
+def next_token_loss(model: nn.Module, batch: Batch) -> Loss:
+    """The language model's own loss."""
+    return model(**batch)
+
+
+def n_targets(batch: Batch) -> Tensor:
+    """How many tokens are learnt."""
+    return (batch["targets"] >= 0).sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss and what belongs to it.
+
+    loss: of a micro-batch in training; its `loss_sum` is what gradients are computed of
+    count: what the sum over a whole step is divided by
+    measure: the loss in validation
+    is_of_tokens: whether `measure` counts tokens, so that bits per byte mean something
+    """
+
+    loss: LossFunction = next_token_loss
+    count: Callable[[Batch], Tensor] = n_targets
+    measure: LossFunction = next_token_loss
+    is_of_tokens: bool = True
+
+
+def next_token(label_smoothing: float = 0.0) -> Objective:
+    """The language model's own objective; validation is never smoothed."""
+    if not label_smoothing:
+        return Objective()
+    return Objective(lambda model, batch: model(**batch, label_smoothing=label_smoothing))
+
+
+def perplexity(loss_sum: float, n_targets: int) -> float:
+    """exp of the mean loss in nats; comparable only within one tokenizer."""
+    mean = _ratio(loss_sum, n_targets, "target")
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def accuracy(n_correct: int, n_targets: int) -> float:
+    """The share of targets that were the most probable token."""
+    return _ratio(n_correct, n_targets, "target")
+
+
+def bits_per_byte(loss_sum: float, n_bytes: int) -> float:
+    """Bits per UTF-8 byte of the text predicted; comparable across tokenizers."""
+    return _ratio(loss_sum, n_bytes, "byte") / math.log(2)
+
+
+def _ratio(part: float, whole: int, unit: str) -> float:
+    if whole <= 0:
+        raise DataError(f"a mean needs at least one {unit}, found {whole}; is the set empty?")
+    return part / whole
+
+
+def on_cpu(loss: Loss) -> Tensor:
+    """Its three sums; (3,) float64, which Apple's GPUs do not have."""
+    return torch.stack([part.detach().float() for part in loss]).cpu().double()
+
+
+def over_ranks(sums: Tensor, world: World) -> Tensor:
+    """Sums of this process added to those of the others."""
+    return world.sum(sums.float().to(world.device)).cpu().double() if world.size > 1 else sums
+
+
+def means(sums: Sequence[float]) -> dict:
+    """Loss, perplexity and accuracy from (loss_sum, n_targets, n_correct, ...)."""
+    loss_sum, n_correct = sums[0], sums[2]
+    n_targets = max(1.0, sums[1])
+    return {
+        "loss": loss_sum / n_targets,
+        "ppl": perplexity(loss_sum, n_targets),
+        "accuracy": accuracy(n_correct, n_targets),
+        "n_targets": int(sums[1]),
+    }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: ValData,
+    micro_batch_size: int,
+    scaler: Scaler,
+    world: World,
+    tokenizer: Tokenizer | None = None,
+    measure: LossFunction = next_token_loss,
+) -> dict:
+    """Loss, perplexity and accuracy over the validation rows, in all and per source.
+
+    tokenizer: gives bits per byte too, which compares models of different vocabularies
+    measure: the loss; of another kind than the model's own, the figures are what it counts
+    """
+    model = inner(model)
+    model.eval()
+    total = torch.zeros(4, dtype=torch.float64)
+    losses = {}
+    for name in data.names:
+        sums = torch.zeros(4, dtype=torch.float64)
+        for batch in data.batches(name, micro_batch_size, world.rank, world.size):
+            if tokenizer is not None:
+                targets = batch["targets"]
+                sums[3] += tokenizer.n_bytes(targets[targets != IGNORED].tolist())
+            batch = {key: value.to(world.device) for key, value in batch.items()}
+            with scaler.autocast():
+                sums[:3] += on_cpu(measure(model, batch))
+        sums = over_ranks(sums, world)
+        losses[name] = float(sums[0] / sums[1].clamp(min=1))
+        total += sums
+    model.train()
+    figures = {**means(total.tolist()), "sources": losses}
+    if total[3]:
+        figures["bpb"] = float(total[0] / math.log(2) / total[3])
+    return figures
+
+
+def samples(
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], kind: str, n_tokens: int = 48
+) -> list[tuple[str, str]]:
+    """(prompt, reply) for each prompt that fits the context; the same draws every time.
+
+    All processes call it. kind: "sft" asks in a dialogue, "pretrain" continues a text
+    """
+    ids = {
+        prompt: tokenizer.render_prompt([{"role": "user", "content": prompt}])
+        if kind == "sft"
+        else tokenizer.encode(prompt, bos=True)
+        for prompt in prompts
+    }
+    ids = {prompt: tokens for prompt, tokens in ids.items()
+           if len(tokens) < model.config.max_seq_len}  # fmt: skip
+    if not ids:
+        return []
+    plain = whole_model(model).eval()
+    choice = SamplingConfig(max_new_tokens=n_tokens, seed=0)
+    with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+        replies = generate(plain, list(ids.values()), choice, tokenizer.eos_id)
+    plain.train()
+    return [(prompt, tokenizer.decode(reply)) for prompt, reply in zip(ids, replies, strict=True)]
+
+
+class Window:
+    """Sums and time since the last logged step."""
+
+    def __init__(
+        self, device: torch.device, mfu_per_rate: float = 0.0, sums: list[float] | None = None
+    ) -> None:
+        """mfu_per_rate: the share of the device's rate that one token a second uses
+        sums: those of steps before the run was stopped"""
+        self._device, self._mfu_per_rate = device, mfu_per_rate
+        self.sums = torch.tensor(sums or [0.0] * 4, dtype=torch.float64)
+        self.seconds, self._tokens = 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out the time that has passed since the last step (evaluation, saving)."""
+        self._clock = time.perf_counter()
+
+    def add(self, sums: Tensor) -> None:
+        """One step has ended."""
+        self.sums += sums
+        self._tokens += float(sums[3])
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def figures(self, tokens_seen: int) -> dict:
+        """Means since the last call; starts anew."""
+        rate = self._tokens / max(self.seconds, 1e-9)
+        figures = {
+            **means(self.sums.tolist()),
+            "tokens": tokens_seen,
+            "tokens_per_s": rate,
+            "mfu": rate * self._mfu_per_rate,
+            "mem_gb": memory_gb(self._device),
+        }
+        self.sums.zero_()
+        self.seconds, self._tokens = 0.0, 0.0
+        return figures
 
 
 @dataclass(frozen=True)

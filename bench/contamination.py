@@ -1,7 +1,8 @@
 """How many rows of a benchmark stand in what a checkpoint was trained on.
 
 The checkpoint's run names its training sets, and so does the run that it started from, down to
-the first. Their rows lie in data/clean/<set>; data_process.overlap looks the benchmark up in them.
+the first. Their rows lie in data/clean/<set>; data_process.decontaminate looks the benchmark up in
+them.
 """
 
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.cli import REPO, from_repo, shown
+from babyllama.config import REPO, from_repo, shown
 from babyllama.errors import DataError
 
 
@@ -96,7 +97,8 @@ def count(rows: dict[str, list[dict]], training: Training) -> dict[str, int]:
                     line = {"group": task, "text": "\0".join(filter(None, texts))}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         done = subprocess.run(
-            [sys.executable, "-m", "data_process.overlap", asked, *training.files, "--out", found],
+            [sys.executable, "-m", "data_process.decontaminate", asked, *training.files,
+             "--out", found],
             cwd=REPO, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:

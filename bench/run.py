@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.checkpoint_files import newest_run
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.run_dir import beside, checksums
-from bench import card as cards
-from bench import contamination, sandbox
-from bench.ask import ask
-from bench.lm import for_harness
-from bench.statistics import verdict
-from bench.store import Store
+from babyllama.run_dir import beside, checksums, newest_run
+from bench import contamination
+from bench import report as cards
+from bench.cache import Store
+from bench.harness import for_harness
+from bench.run_task import ask
+from bench.sandbox import run as sandbox
+from bench.scoring import verdict
 from bench.tasks import Rows, Task, choose, load, names, rows_of
 
 HARNESS = "0.4.13"

@@ -1,7 +1,7 @@
 """The task files in configs/bench, and what they make of the rows for the harness.
 
 title, groups      what the report calls the task, and the names that choose it
-reader, folder, files   how its rows are read (choices.py, open_answers.py), and from where
+reader, folder, files   how its rows are read (readers.py, readers.py), and from where
 language           of the rows; the prompts are Chinese
 score              "choice", "code", or one of scoring.SCORES
 form               "text": never asked as a dialogue
@@ -23,11 +23,10 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.cli import REPO, shown
+from babyllama.config import REPO, shown
 from babyllama.errors import ConfigError, DataError
-from bench import choices, open_answers
-from bench.files import find
-from bench.rows import read_rows
+from bench import readers
+from bench.readers import find, read_rows
 from bench.scoring import METRICS, SCORES
 
 CONFIGS = REPO / "configs" / "bench"
@@ -132,7 +131,7 @@ def rows_of(task: Task, data: Path, limit: int | None) -> Rows:
 
     raises: DataError that names the files that are wanted
     """
-    read = getattr(choices, task.reader, None) or getattr(open_answers, task.reader)
+    read = getattr(readers, task.reader)
     left_out: Counter[str] = Counter()
     parts, digest = {}, hashlib.sha256()
     for part, patterns in task.files.items():

@@ -16,21 +16,161 @@ import csv
 import io
 import json
 import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 from tqdm import tqdm
 
-from babyllama.cli import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
-from bench.endpoint import Endpoint, TooLong
-from bench.files import find, lines
-from bench.store import Store
-from bench.survive import is_chinese, lost
+from bench.cache import Store
+from bench.readers import find, lines
 from bench.tasks import load, names
+
+_NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
+_LETTER = re.compile(r"\(([A-R])\)|^([A-R])[.)](?=\s)", re.MULTILINE)
+_FORMULA = re.compile(r"\$[^$]+\$")
+_COMMAND = re.compile(r"\\boxed|\\frac|<<[^>]*>>|####|Passage:|Question:|Answer:|Options:")
+_HAN = re.compile(r"[\u3400-\u9fff]")
+_WORD = re.compile(r"[A-Za-z]{3,}")
+_WORDS = {
+    "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+    "seven": "7", "eight": "8", "nine": "9", "ten": "10", "eleven": "11", "twelve": "12",
+    "half": "2", "dozen": "12",
+}  # fmt: skip
+LONGER = 4  # a translation is at most so many times as long: more is an explanation
+
+
+def is_chinese(text: str) -> bool:
+    """Whether a text of a mixed set (AGIEval) needs no translation."""
+    return bool(_HAN.search(text))
+
+
+def lost(text: str, translation: str) -> str:
+    """What is wrong with a translation, in words; "" if nothing."""
+    faults = []
+    if not translation.strip():
+        return "没有译文"
+    for name, pattern in (("字母选项", _LETTER), ("公式", _FORMULA), ("标记", _COMMAND)):
+        faults += _missing(name, _found(pattern, text), _found(pattern, translation))
+    faults += _numbers(text, translation)
+    # A name or a formula may stay as it is; a sentence may not.
+    if len(_WORD.findall(_FORMULA.sub("", text))) >= 2 and not _HAN.search(translation):
+        faults.append("没有译成中文")
+    if len(translation) > LONGER * len(text) + 20:
+        faults.append("译文过长，像是解释")
+    return "；".join(faults)
+
+
+def _numbers(text: str, translation: str) -> list[str]:
+    """Every number must be there again; a new one only where a word said it."""
+    wanted, found = (_values(t) for t in (text, translation))
+    faults = _missing("数字", wanted, found)
+    words = Counter(_WORDS[w] for w in re.findall(r"[a-z]+", text.lower()) if w in _WORDS)
+    new = found - wanted - words
+    return faults + ([f"多出数字 {'、'.join(sorted(new))}"] if new else [])
+
+
+def _values(text: str) -> Counter[str]:
+    return Counter(n.replace(",", "").rstrip(".") for n in _NUMBER.findall(text))
+
+
+def _found(pattern: re.Pattern[str], text: str) -> Counter[str]:
+    return Counter(match.group(0).strip() for match in pattern.finditer(text))
+
+
+def _missing(name: str, wanted: Counter[str], found: Counter[str]) -> list[str]:
+    gone = wanted - found
+    return [f"缺少{name} {'、'.join(sorted(gone))}"] if gone else []
+
+
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_TRIES = 6
+
+
+class TooLong(Exception):
+    """The text and its answer do not fit into the context of the endpoint's model."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where to ask.
+
+    url: up to and with /v1
+    key: sent as a bearer token; shown nowhere
+    pause_s: wait after the first refusal; doubled each time
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    timeout_s: float = 120.0
+    pause_s: float = 1.0
+
+    def ask(self, messages: list[dict[str, str]]) -> str:
+        """The answer to a dialogue, at temperature 0.
+
+        raises: ConfigError if the endpoint refuses, is not there, or says something else;
+            TooLong if another text may do better
+        """
+        body = {"model": self.model, "messages": messages, "temperature": 0, "stream": False}
+        head = {"Content-Type": "application/json"}
+        if self.key:
+            head["Authorization"] = f"Bearer {self.key}"
+        address = self.url.rstrip("/") + "/chat/completions"
+        if not address.startswith(("http://", "https://")):
+            raise ConfigError(f"--endpoint: wanted http://… or https://…, found {self.url!r}")
+        asked = urllib.request.Request(address, json.dumps(body).encode(), head)
+        for number in range(_TRIES):
+            try:
+                with urllib.request.urlopen(asked, timeout=self.timeout_s) as answer:
+                    return self._text(answer.read(1 << 24))
+            except urllib.error.HTTPError as error:
+                said = error.read(2000).decode("utf-8", "replace")
+                if "context_length_exceeded" in said:
+                    raise TooLong from None
+                if error.code not in _BUSY:
+                    said = " ".join(said.split())[:300]
+                    raise ConfigError(
+                        f"{self.url}: refused with {error.code}: {said}; look at --endpoint, "
+                        f"--model and --key_env"
+                    ) from None
+                reason = f"{error.code}"
+                pause = _seconds(error.headers.get("Retry-After"))
+            except (OSError, HTTPException) as error:
+                reason, pause = str(error), None
+            if number + 1 < _TRIES:
+                time.sleep(self.pause_s * 2**number if pause is None else pause)
+        raise ConfigError(
+            f"{self.url}: no answer after {_TRIES} tries ({reason}); is it running? Start the same "
+            f"command again later: what was translated is kept"
+        )
+
+    def _text(self, body: bytes) -> str:
+        try:
+            text = json.loads(body)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"{self.url}: wanted a chat completion, found {body[:100]!r}; the address must end "
+                f"with /v1"
+            )
+        return text.strip()
+
+
+def _seconds(text: str | None) -> float | None:
+    return min(float(text), 60.0) if text and text.replace(".", "", 1).isdigit() else None
+
 
 # Where the texts stand in an entry: "*" goes through a list. All else is kept as it is.
 TEXTS: dict[str, tuple[str, ...]] = {

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from babyllama.cli import REPO, from_repo, parse, run
+from babyllama.config import REPO, from_repo, parse, run
 from babyllama.rows import read_rows
 from data_process.run import ProcessConfig
 from data_process.run import main as make

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import torch
 
-from babyllama.cli import parse, run
-from babyllama.fast import Decoder, make_decoder
-from babyllama.generate import generate
+from babyllama.config import parse, run
+from babyllama.cpu.decoder import make_decoder
+from babyllama.generate import Decoder, generate
 from babyllama.sampling import N_CHANCES, SamplingConfig, choose
 from benchmarks.llama import LlamaCpp, write_gguf
 from benchmarks.peers import SHAPE_43M, hf_copy

@@ -25,13 +25,12 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-from babyllama.cli import from_repo, parse, run
+from babyllama.config import from_repo, parse, run
 from babyllama.errors import DataError
 from data_process.datasets import inews
 from data_process.decontaminate import strings
-from data_process.minhash import bare
-from data_process.near_duplicates import DedupConfig, find_duplicates, pairs, sign_shard
-from data_process.packages import package_dir
+from data_process.dedup import DedupConfig, bare, find_duplicates, pairs, sign_shard
+from data_process.registry import package_dir
 
 REPEATS = 3
 BINS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from babyllama.cli import parse, run
-from babyllama.images import normalise
-from vqa.encoder import EncoderConfig, make_encoder
+from babyllama.config import parse, run
+from vqa.encoders import EncoderConfig, make_encoder
+from vqa.images import normalise
 
 NAMES = ("efficientvit_b0", "efficientnet_lite0")
 SIZES = (128, 192)

@@ -20,12 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.cli import from_repo, parse, run
+from babyllama.config import from_repo, parse, run
 from babyllama.errors import ConfigError
-from babyllama.index import QUESTION_WORDS, Index, normal, terms
-from babyllama.index_build import build
-from babyllama.passages import Passage, sentences
-from babyllama.retrieval import INDEX, Retriever
+from babyllama.retrieval.build import build
+from babyllama.retrieval.index import QUESTION_WORDS, Index, Passage, normal, sentences, terms
+from babyllama.retrieval.retriever import INDEX, Retriever
 from babyllama.rows import write_rows
 from benchmarks.questions import Question, find_rows, read_questions
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from babyllama.errors import ConfigError
-from export.gguf_file import GgufType, add_shape, add_weights, finish
-from export.peers import package
+from export.gguf import GgufType, add_shape, add_weights, finish
+from export.tools import package
 from model import Transformer
 
 _SPECIAL = ["<unk>", "<s>", "</s>"]

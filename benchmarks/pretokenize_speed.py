@@ -26,7 +26,7 @@ from time import perf_counter
 import sentencepiece
 from tqdm import tqdm
 
-from babyllama.cli import REPO, from_repo, parse, run
+from babyllama.config import REPO, from_repo, parse, run
 from babyllama.errors import ConfigError
 from babyllama.rows import read_rows, texts_of
 from data_process.run import ProcessConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.errors import DataError
-from babyllama.retrieval import Retriever
+from babyllama.retrieval.retriever import Retriever
 
 
 @dataclass(frozen=True)

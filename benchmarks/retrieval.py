@@ -19,15 +19,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from babyllama.chat.session import Conversation
 from babyllama.checkpoint import load_model
-from babyllama.cli import from_repo, parse, run, shown
-from babyllama.conversation import Conversation
+from babyllama.config import from_repo, parse, run, shown
+from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
 from babyllama.errors import DataError
-from babyllama.fast import make_decoder
 from babyllama.generate import generate_replies
-from babyllama.passages import Passage
-from babyllama.retrieval import INDEX, MIN_COVERAGE, Retriever, fill
+from babyllama.retrieval.index import Passage
+from babyllama.retrieval.retriever import INDEX, MIN_COVERAGE, Retriever, fill
 from babyllama.rows import read_rows
 from babyllama.sampling import SamplingConfig
 from benchmarks.questions import Question, find_rows, read_questions, squeeze

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 import yaml
 
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.device import flops_per_token
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.log import read_metrics, written_whole
 from babyllama.run_dir import differences
-from babyllama.speed import flops_per_token
 from model import ModelConfig, Transformer
 
 CONTEXT = 512
@@ -54,7 +54,7 @@ class ScalingConfig:
     """
 
     data: Path = Path("data/mixtures/release_text.yaml")
-    recipe: Path = Path("configs/pretrain/release.yaml")
+    recipe: Path = Path("release/recipe/pretrain/release.yaml")
     sizes: tuple[str, ...] = ("64x2", "96x3", "160x4")
     tokens: tuple[int, ...] = (250_000, 500_000, 1_000_000)
     name: str = "scaling"
@@ -126,7 +126,7 @@ def titles(cfg: ScalingConfig, base: Path) -> float:
     scores = place / "titles.scores.json"
     if not scores.is_file():
         command(
-            "sft.py", "--config", "configs/sft/release.yaml", "--dataset", cfg.titles,
+            "sft.py", "--config", "release/recipe/sft/release.yaml", "--dataset", cfg.titles,
             "--name", place, "--base", base, "--train.max_steps", cfg.titles_steps,
             "--train.eval_every", cfg.titles_steps, "--train.save_every", cfg.titles_steps,
             "--optim.warmup_steps", cfg.titles_steps // 10, "--data.max_val_rows", 64,

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 
 import torch
 
-from babyllama.cli import parse, run
-from babyllama.engine import Engine, Job, Piece
-from babyllama.fast import Decoder, Weights, make_decoder
+from babyllama.config import parse, run
+from babyllama.cpu.decoder import make_decoder
+from babyllama.generate import Decoder, Weights
 from babyllama.sampling import SamplingConfig
 from benchmarks.peers import SHAPE_43M
 from model import Transformer
+from serve.engine import Engine, Job, Piece
 
 SHARPNESS = 11  # as in decode_speed.py
 

@@ -21,15 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.cli import from_repo, parse, run
-from babyllama.data import Data, TrainData, open_data
+from babyllama.config import from_repo, parse, run
+from babyllama.data import Data, TrainData, open_data, share
 from babyllama.device import Scaler, pick_precision
+from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
-from babyllama.packing import share
-from babyllama.parallel import World
-from babyllama.sets import DataConfig, SourceConfig
-from babyllama.trainer import forward_backward, next_token_loss
-from babyllama.validation import evaluate
+from babyllama.sources import DataConfig, SourceConfig
+from babyllama.trainer import evaluate, forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
 from model import IGNORED, Transformer
 from tokenizer import Tokenizer

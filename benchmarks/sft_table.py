@@ -23,18 +23,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from babyllama import scoring
-from babyllama.average import mean_weights, newest_steps, save
+from babyllama.analysis.forgetting import ForgettingConfig, chosen_sources, measure, open_sources
 from babyllama.checkpoint import load_model
-from babyllama.checkpoint_files import find_checkpoint
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.forgetting import ForgettingConfig, chosen_sources, measure, open_sources
-from babyllama.metrics import ROUGE
 from babyllama.rows import write_rows
+from babyllama.run_dir import find_checkpoint
 from babyllama.sampling import SamplingConfig
-from babyllama.summaries import PREDICTION_KEYS, SummarySet, open_set
-from babyllama.titles import Asking, summarise
+from babyllama.scoring import tables
+from babyllama.scoring.rouge import ROUGE
+from babyllama.scoring.summarise import Asking, summarise
+from babyllama.scoring.test_sets import PREDICTION_KEYS, SummarySet, open_set
+from babyllama.tuning.average import mean_weights, newest_steps, save
 
 HEAD = [
     "", "parameters that train", "stored, KB", "peak, GB", "minutes", "tokens/s",
@@ -121,7 +121,7 @@ def mean_of(run: Path, last: int) -> Path:
 
 def scored(
     step: Path, names: Sequence[str], found: SummarySet, cfg: TableConfig
-) -> tuple[dict, scoring.Measured]:
+) -> tuple[dict, tables.Measured]:
     """Validation figures of a checkpoint and the scores of its titles, which are kept beside it."""
     loaded, texts = load_model(step), found.column("text")
     with torch.inference_mode():
@@ -137,9 +137,9 @@ def scored(
         key: sum(one[key] * one["n_targets"] for one in each.values()) / n_targets
         for key in ("loss", "accuracy")
     }
-    scores = scoring.measure(titles, found.column("summary"))
-    nature = scoring.nature(titles, texts)
-    return {**both, "sources": each, "scores": scoring.summary(scores), "nature": nature}, scores
+    scores = tables.measure(titles, found.column("summary"))
+    nature = tables.nature(titles, texts)
+    return {**both, "sources": each, "scores": tables.summary(scores), "nature": nature}, scores
 
 
 def line(name: str, row: dict) -> list[str]:
@@ -173,12 +173,12 @@ def main(cfg: TableConfig) -> None:
     if cfg.mean_of_last:
         runs[f"mean of its last {cfg.mean_of_last}"] = mean_of(first, cfg.mean_of_last)
     names = chosen_sources(cfg.held_out, find_checkpoint(first), flag="--held_out")
-    base: scoring.Measured | None = None
+    base: tables.Measured | None = None
     for name, place in runs.items():
         figures, scores = scored(find_checkpoint(place), names, found, cfg)
         rows[name] = rows.get(name, {}) | figures
         if base is not None:
-            differences = scoring.differences(scores, base)
+            differences = tables.differences(scores, base)
             rows[name]["difference"] = next(iter(differences.values()))
         base = base or scores
     table = markdown([HEAD, *(line(name, row) for name, row in rows.items())])

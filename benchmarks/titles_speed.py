@@ -15,12 +15,12 @@ from time import process_time
 
 import torch
 
-from babyllama import summaries
 from babyllama.checkpoint import Loaded
-from babyllama.cli import from_repo, parse, run
-from babyllama.fast import Weights
+from babyllama.config import from_repo, parse, run
+from babyllama.generate import Weights
 from babyllama.sampling import SamplingConfig
-from babyllama.titles import Asking, decodings, summarise
+from babyllama.scoring import test_sets
+from babyllama.scoring.summarise import Asking, decodings, summarise
 from benchmarks.peers import SHAPE_43M
 from model import Transformer
 from tokenizer import Tokenizer
@@ -60,7 +60,7 @@ def main(cfg: TitlesConfig) -> None:
     torch.manual_seed(0)
     model = Transformer(replace(SHAPE_43M, vocab_size=tokenizer.vocab_size)).eval()
     loaded = Loaded(model, tokenizer, 0, Path("random weights"), "sft")
-    texts = summaries.open_set(cfg.data, "", cfg.split, cfg.limit).column("text")
+    texts = test_sets.open_set(cfg.data, "", cfg.split, cfg.limit).column("text")
     prompts = Path("configs/prompts/summary_zh.yaml")
     found = {}
     sampling = SamplingConfig(max_new_tokens=cfg.new_tokens, temperature=0.0, seed=0)

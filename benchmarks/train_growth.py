@@ -21,14 +21,13 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from babyllama.cli import REPO, from_repo, parse, run, shown
-from babyllama.device import Scaler, memory_gb, pick_precision
+from babyllama.analysis.estimate import memory_by_part
+from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.device import Scaler, flops_per_token, memory_gb, pick_precision
+from babyllama.distributed import World
 from babyllama.errors import ConfigError
-from babyllama.estimate import memory_by_part
 from babyllama.log import written_whole
 from babyllama.optim import OptimConfig, make_optimizer
-from babyllama.parallel import World
-from babyllama.speed import flops_per_token
 from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
 from model import ModelConfig, Transformer

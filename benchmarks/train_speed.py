@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from babyllama.cli import REPO, parse, run
+from babyllama.config import REPO, parse, run
 from babyllama.device import Scaler, memory_gb, pick_precision
+from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
-from babyllama.parallel import World
 from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
 from model import Transformer

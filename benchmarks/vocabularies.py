@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.device import Scaler
+from babyllama.distributed import World
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig, make_optimizer
-from babyllama.parallel import World
 from babyllama.rows import read_rows, texts_of
 from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.scaling import command, read
@@ -53,7 +53,7 @@ class VocabulariesConfig:
     pieces: tuple[int, ...] = (6_000, 8_000, 16_000, 32_000)
     also: tuple[Path, ...] = ()
     seconds: float = 150.0
-    recipe: Path = Path("configs/pretrain/release.yaml")
+    recipe: Path = Path("release/recipe/pretrain/release.yaml")
     name: str = "vocabulary"
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from babyllama.cli import REPO
+from babyllama.config import REPO
 from babyllama.errors import ConfigError, DataError
 
 Engine = Literal["serial", "processes", "ray"]

@@ -8,24 +8,247 @@ document (LONGEST).
 
 A line that cannot be used becomes a Skip, which the caller counts. A file that is wrong as a
 whole (missing, another encoding, damaged archive) is a DataError. What the records mean is left
-to `datasets/`; how the work is divided, to `parts.py`.
+to `datasets/`.
+
+A layout (JSON lines, a JSON list, one object, CSV, plain lines, and Markdown, whose files are one
+document each) is a function (name, text) -> Iterator[(place, dict | list | line | Skip)] that
+streams; damage costs the line or element it stands in.
+
+`divide` makes jobs of about the same size: a long file of lines is cut into pieces that end with a
+line, short files are put together. The division depends on the files alone, never on the number of
+workers.
 """
 
 import bz2
+import csv
 import gzip
 import io
+import json
 import lzma
 import re
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from babyllama.cli import shown
+from babyllama.config import shown
 from babyllama.errors import DataError
-from data_process.layouts import HEAD, LAYOUTS, SURROGATE, Skip, layout_of
+from data_process.registry import DataSet
+
+HEAD = 1 << 20  # bytes from which encoding and layout are guessed, and by which lists are read
+LONGEST = 1 << 25  # characters of a line or of a list's element
+WRAPPERS = ("data", "examples", "rows")  # {"data": [...]}: the rows are inside
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Skip(NamedTuple):
+    """A row that is left out before cleaning: why, where it stood and how it began.
+
+    broken: the line itself is damaged, which counts against --max_bad
+    """
+
+    reason: str
+    where: str
+    sample: str
+    broken: bool = True
+
+
+def layout_of(head: bytes, encoding: str, name: str = "") -> str:
+    """Which of LAYOUTS a file has: Markdown by its name, else from its first lines with text."""
+    if name.lower().endswith(".md"):
+        return "document"
+    lines = (line.strip() for line in io.StringIO(head.decode(encoding, "replace"), newline="\n"))
+    first = list(islice(filter(None, lines), 5))
+    values = [_parse(line) for line in first]
+    if any(isinstance(value, dict) for value in values):
+        alone = len(first) == 1 and any(isinstance(values[0].get(key), list) for key in WRAPPERS)
+        return "object" if alone else "lines"
+    if first and re.match(r'\[\s*([{\[]|$)|\{\s*("|$)', first[0]):
+        return "list" if first[0][0] == "[" else "object"
+    return "text"
+
+
+def _parse(text: str) -> Any:
+    """The JSON value of a text; a Skip's reason (str) if it has none that can be used."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        return "too_deep"
+    except ValueError:  # broken JSON, and numbers of more than 4,300 digits
+        return "broken_json"
+    return _usable(value, text, dict)
+
+
+def _usable(value: Any, text: str, kinds: Any) -> Any:
+    if not isinstance(value, kinds):
+        return "not_an_object"
+    # Half a character, as the escape "\ud83d" leaves it, can be neither written nor encoded.
+    if HALF.search(text) and SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        return "lone_surrogate"
+    return value
+
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _lines(name: str, text: io.TextIOBase, parse: bool = True) -> Iterator[tuple[str, Any]]:
+    number = 0
+    while line := text.readline(LONGEST):
+        number += 1
+        place = f"{name}:{number}"
+        if len(line) == LONGEST and line[-1] != "\n":
+            while (rest := text.readline(LONGEST)) and rest[-1] != "\n":
+                pass
+            yield place, Skip("line_too_long", place, line[:200])
+            continue
+        line = line.rstrip("\r\n")
+        if SURROGATE.search(line):
+            yield place, Skip("bad_bytes", place, line)
+        elif line.strip():
+            yield place, _or_skip(_parse(line), place, line) if parse else line
+
+
+def _or_skip(value: Any, place: str, text: str) -> Any:
+    return Skip(value, place, text) if isinstance(value, str) else value
+
+
+BETWEEN = re.compile(r"[\s,]*")
+NEXT = {"{": re.compile(r"[}\]]\s*,\s*(?={)"), "[": re.compile(r"\]\s*,\s*(?=\[)")}
+
+
+def _list(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
+    """The elements of one JSON list, read piece by piece.
+
+    After a broken element, reading goes on where the next one seems to begin.
+    """
+    decode = json.JSONDecoder().raw_decode
+    window = _Window(text)
+    window.at = window.text.index("[") + 1
+    number, first = 0, ""
+    while True:
+        place = f"{name}[{number}]"
+        window.at = BETWEEN.match(window.text, window.at).end()
+        start = window.at
+        if window.text[start : start + 1] == "]":
+            return
+        first = first or window.text[start : start + 1]
+        try:
+            value, window.at = decode(window.text, start)
+        except (ValueError, RecursionError):
+            # Cut by the window's end, or broken.
+            if window.size < LONGEST and window.grow():
+                continue
+            yield place, Skip("broken_json", place, window.text[start : start + 200])
+            if not window.find(NEXT.get(first, NEXT["{"])):
+                return
+        else:
+            element = window.text[start : window.at]
+            bad = bool(SURROGATE.search(element))
+            value = "bad_bytes" if bad else _usable(value, element, (dict, list))
+            yield place, _or_skip(value, place, element)
+        number += 1
+
+
+class _Window:
+    """The part of a long text round the place `at`."""
+
+    def __init__(self, text: io.TextIOBase) -> None:
+        self._source = text
+        self.text, self.at = text.read(HEAD), 0
+
+    @property
+    def size(self) -> int:
+        return len(self.text) - self.at
+
+    def grow(self) -> bool:
+        """Read on, and forget what lies before `at`; False at the end."""
+        piece = self._source.read(min(max(HEAD, self.size), LONGEST))
+        self.text, self.at = self.text[self.at :] + piece, 0
+        return bool(piece)
+
+    def find(self, pattern: re.Pattern[str]) -> bool:
+        """Move behind the pattern's next match; False if there is none to the end."""
+        self.at += 1
+        while not (found := pattern.search(self.text, self.at)):
+            self.at = max(self.at, len(self.text) - 100)
+            if not self.grow():
+                return False
+        self.at = found.end()
+        return True
+
+
+def _object(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
+    """One object over several lines: a row, or a wrapper round the rows."""
+    whole = text.read(16 * LONGEST)
+    if len(whole) == 16 * LONGEST:
+        raise DataError(f"{name}: wanted JSON lines or a JSON list, found one object of more than "
+                        f"{len(whole):,} characters; convert it to JSON lines")  # fmt: skip
+    value = _parse(whole)
+    if isinstance(value, str):
+        yield from _lines(name, io.StringIO(whole, newline="\n"))
+        return
+    inner = next((value[key] for key in WRAPPERS if isinstance(value.get(key), list)), [value])
+    for number, element in enumerate(inner):
+        place = f"{name}[{number}]"
+        written = json.dumps(element, ensure_ascii=False)
+        if not isinstance(element, dict | list):
+            yield place, Skip("not_an_object", place, written)
+        else:
+            yield place, Skip("bad_bytes", place, written) if SURROGATE.search(written) else element
+
+
+def _table(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
+    """The rows of a CSV file, as column -> text; its first line names the columns."""
+    csv.field_size_limit(LONGEST)
+    rows = csv.reader(text)
+    try:
+        columns, number = next(rows, []), 0
+    except csv.Error as error:
+        raise DataError(f"{name}: wanted CSV whose first line names the columns, found a line that "
+                        f"cannot be read ({error}); choose another reader") from None  # fmt: skip
+    while True:
+        number += 1
+        place = f"{name}[{number}]"
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield place, Skip("broken_csv", place, str(error))
+            continue
+        if row is None:
+            return
+        if len(row) != len(columns):
+            yield place, Skip("wrong_columns", place, str(row))
+        elif SURROGATE.search("".join(row)):
+            yield place, Skip("bad_bytes", place, str(row))
+        else:
+            yield place, dict(zip(columns, row, strict=True))
+
+
+def _text(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
+    return _lines(name, text, parse=False)
+
+
+def _document(name: str, text: io.TextIOBase) -> Iterator[tuple[str, Any]]:
+    whole = text.read(LONGEST)
+    if len(whole) == LONGEST:
+        yield name, Skip("document_too_long", name, whole[:200])
+    elif SURROGATE.search(whole):
+        yield name, Skip("bad_bytes", name, whole)
+    elif whole.strip():
+        yield name, {"path": name, "text": whole}
+
+
+LAYOUTS = {
+    "lines": _lines,
+    "list": _list,
+    "object": _object,
+    "csv": _table,
+    "text": _text,
+    "document": _document,
+}
 
 WIDE_BYTES = bytes(range(128, 256))
 DEPTH = 3  # archives inside archives
@@ -234,3 +457,76 @@ class _Slice(io.RawIOBase):
         n_read = self._file.readinto(memoryview(buffer)[: self._left])
         self._left -= n_read
         return n_read
+
+
+JOB_BYTES = 64 << 20  # some ten seconds of work for one process
+PACKED = (*UNPACK, b"PK\x03\x04", b"PAR1")
+WIDE = ("utf16", "utf32")  # encodings in which the byte \n may be half a character
+
+
+def divide(
+    place: Path, data_set: DataSet, encoding: str, job_bytes: int = JOB_BYTES
+) -> list[list[Part]]:
+    """The jobs of a set, each a list of parts in their fixed order."""
+    if data_set.read_dir:
+        return [[]]
+    files = whole_files(place)
+    if data_set.whole:
+        return [files]
+    if data_set.split_files and not encoding.lower().replace("-", "").startswith(WIDE):
+        pieces = [
+            piece for file in files for piece in _cut(file, data_set.layout, encoding, job_bytes)
+        ]
+    else:
+        pieces = files
+    return list(_packed(pieces, job_bytes))
+
+
+def _cut(part: Part, layout: str, encoding: str, job_bytes: int) -> Iterator[Part]:
+    size = part.path.stat().st_size
+    with open(part.path, "rb") as file:
+        head = file.read(HEAD)
+        layout = layout or layout_of(head, encoding, part.name)
+        packed = head.startswith(PACKED) or head[257:262] == b"ustar"
+        if size <= 1.5 * job_bytes or packed or layout not in ("lines", "text"):
+            yield part
+            return
+        start = 0
+        while start < size:
+            end = min(start + job_bytes, size)
+            if end < size:
+                file.seek(end)
+                end = _line_end(file)
+            yield part._replace(start=start, end=end, layout=layout)
+            start = end
+
+
+def _line_end(file) -> int:
+    """Where the line ends that holds the byte at which the file stands."""
+    while block := file.read(HEAD):
+        if (at := block.find(b"\n")) >= 0:
+            return file.tell() - len(block) + at + 1
+    return file.tell()
+
+
+def _packed(parts: Iterable[Part], job_bytes: int) -> Iterator[list[Part]]:
+    job, room = [], job_bytes
+    for part in parts:
+        size = (part.end or part.path.stat().st_size) - part.start
+        if job and size > room:
+            yield job
+            job, room = [], job_bytes
+        job.append(part)
+        room -= size
+    if job:
+        yield job
+
+
+def to_json(parts: list[Part]) -> str:
+    """A job's parts as the text of its plan file."""
+    return json.dumps([part._replace(path=str(part.path)) for part in parts], ensure_ascii=False)
+
+
+def from_json(text: str) -> list[Part]:
+    """The parts in a plan file."""
+    return [Part(Path(path), *rest) for path, *rest in json.loads(text)]

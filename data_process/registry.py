@@ -1,15 +1,50 @@
-"""The table of data sets: each file in datasets/ is one."""
+"""The table of data sets: each file in datasets/ is one.
+
+What a reader says of its source, for fetch.py and tools/list.py; and raw data inside installed
+packages, found without importing, read without running code.
+"""
 
 import importlib
+import importlib.util
+import pickle
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from babyllama.errors import ConfigError
+from babyllama.config import shown
+from babyllama.errors import ConfigError, DataError
 from data_process import datasets
-from data_process.source import Source
+
+
+@dataclass(frozen=True)
+class Source:
+    """The publisher's places and figures of a data set. Empty fields are not known.
+
+    home: page that describes the set
+    rows, size: as published
+    huggingface, modelscope: "owner/name" of the data set there
+    files: which files of the hub are wanted, as glob patterns; empty: all
+    urls: direct addresses of files
+    sha256: of files, by name
+    manual: what the user must do where there is no open download
+    """
+
+    home: str
+    rows: str = ""
+    size: str = ""
+    huggingface: str = ""
+    modelscope: str = ""
+    files: tuple[str, ...] = ()
+    urls: tuple[str, ...] = ()
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    manual: str = ""
+
+    def __str__(self) -> str:
+        return self.home
+
 
 MODULES = tuple(sorted(module.name for module in pkgutil.iter_modules(datasets.__path__)))
 GROUPS = {"sample": ("inews", "inews_title", "smalltalk")}
@@ -91,3 +126,35 @@ def _data_set(reader: str, name: str) -> DataSet:
         read_dir=read_dir,
         finish=getattr(module, "finish", lambda row: row),
     )
+
+
+def package_dir(requirement: str, module: str, folder: str) -> Path:
+    """The data directory of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            f"wanted the data of the package {requirement}, found it not installed; "
+            f"pip install {requirement}"
+        )
+    return Path(spec.submodule_search_locations[0]) / folder
+
+
+class _NoGlobals(pickle.Unpickler):
+    """Reads lists, strings and numbers; a pickle that names a function or class is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+
+
+def read_pickle(path: Path) -> Any:
+    """The plain value in a pickle file."""
+    try:
+        with open(path, "rb") as file:
+            return _NoGlobals(file).load()
+    # A damaged pickle fails in as many ways as it has opcodes.
+    except (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError,
+            LookupError, MemoryError, TypeError, ValueError) as error:  # fmt: skip
+        raise DataError(
+            f"{shown(path)}: wanted a pickle of plain lists, found one that is refused "
+            f"({error}); install the package again"
+        ) from None

@@ -21,16 +21,15 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from babyllama.cli import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.index_build import build
+from babyllama.retrieval.build import build
 from data_process.clean import check_names
+from data_process.dedup import DedupConfig
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
-from data_process.near_duplicates import DedupConfig
-from data_process.pipeline import PipelineConfig, RawSet, make_clean, raw_place
+from data_process.pipeline import SPLITS, PipelineConfig, RawSet, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from data_process.registry import GROUPS, DataSet, data_sets
-from data_process.split import SPLITS
 from tokenizer import Tokenizer
 
 
@@ -39,7 +38,7 @@ class SetConfig:
     """One set of a mixture.
 
     Args:
-        reader: name of the reader, see python -m data_process.list
+        reader: name of the reader, see python -m data_process.tools.list
         name: what the set is called, if not as its reader
         raw: directory or file with its raw data, below --raw, else below the repository
         weight: how often each row is seen in an epoch of the mixture
@@ -58,12 +57,12 @@ class ProcessConfig:
     """Settings of data_process.run.
 
     Args:
-        dataset: name of a set or a group (sample); python -m data_process.list shows all
+        dataset: name of a set or a group (sample); python -m data_process.tools.list shows all
         name: what the set is called, if not as its reader
         raw: directory or file with the raw data (default data/raw/<set>)
         out: root of clean/, tokens/, mixtures/, index/ and work/
         tokenizer: a SentencePiece .model; with it token files are made too
-        index: make a full-text index of each set too (babyllama/index.py), for sets of texts
+        index: make a full-text index of each set too (babyllama/retrieval), for sets of texts
         official: keep the publisher's train, validation and test parts; else split by hash
         sets: several sets that are made together and become a mixture
         mixture: name of the mixture's file in mixtures/
@@ -108,7 +107,7 @@ def check(cfg: ProcessConfig) -> None:
     if bool(cfg.dataset) == bool(cfg.sets):
         raise ConfigError(
             "wanted the name of a data set, or a --config with `sets`, and not both; "
-            "python -m data_process.list shows the names"
+            "python -m data_process.tools.list shows the names"
         )
     check_names(cfg.skip_rules)
     for path in cfg.evaluation:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from babyllama.checkpoint_files import newest_run
-from babyllama.cli import from_repo, shown
+from babyllama.config import from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
+from babyllama.run_dir import newest_run
 
 # Every export holds it, and nothing without it is ever replaced.
 REPORT = "parity.json"

@@ -22,9 +22,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from babyllama.checkpoint import Loaded, load_model, model_weights
-from babyllama.cli import parse, run
+from babyllama.config import parse, run
 from babyllama.sampling import SamplingConfig
-from export.dialogue import chat_template
 from export.folder import check_out, new_folder, settle, show, source_of, write_json
 from export.parity import (
     Material,
@@ -35,8 +34,15 @@ from export.parity import (
     origin_of,
     read_material,
 )
-from export.peers import HuggingFaceFolder, package
-from export.vocabulary import fast_tokenizer, piece_of, probes, require_convertible
+from export.tools import (
+    HuggingFaceFolder,
+    chat_template,
+    fast_tokenizer,
+    package,
+    piece_of,
+    probes,
+    require_convertible,
+)
 from model import ModelConfig
 from tokenizer import Tokenizer
 

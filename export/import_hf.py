@@ -23,13 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_model, load_weights, save_checkpoint
-from babyllama.cli import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.optim import OptimConfig, make_optimizer
 from export.folder import check_out, new_folder, settle, show
 from export.hf import hf_names
 from export.parity import compare_logits, compare_replies, origin_of, read_material
-from export.peers import TransformersModel, package
+from export.tools import TransformersModel, package
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 

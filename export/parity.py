@@ -5,7 +5,7 @@
     token_ids  of 5,000 lines of real Chinese, and of strings that look for trouble
     template   the text of 1,000 dialogues and of their prompts, character for character
 
-The other side is given as functions (peers.py). Our prompts are encoded label by label and content
+The other side is given as functions (tools.py). Our prompts are encoded label by label and content
 by content; a tool that encodes the rendered string in one go gets other ids now and then, because
 a token may there reach over a border. How often is counted, not bounded.
 """
@@ -21,14 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded
-from babyllama.cli import REPO, from_repo, shown
+from babyllama.config import REPO, from_repo, shown
 from babyllama.errors import DataError
 from babyllama.generate import generate
 from babyllama.rows import numbered_lines, read_rows, texts_of
 from babyllama.sampling import SamplingConfig
-from export.dialogue import TextFormat, dialogues
-from export.peers import package
-from export.vocabulary import piece_of
+from export.tools import TextFormat, dialogues, package, piece_of
 from model import Transformer
 from tokenizer import Tokenizer
 

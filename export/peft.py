@@ -21,23 +21,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babyllama import lora
-from babyllama.checkpoint import Loaded, load_model, model_weights
-from babyllama.checkpoint_files import read_tensors
-from babyllama.cli import from_repo, parse, run, shown
-from babyllama.errors import CheckpointError, ConfigError
-from babyllama.lora import LoraConfig
-from babyllama.lora_files import (
+from babyllama.checkpoint import (
+    Loaded,
     attach,
     find_adapter,
     load_adapter,
+    load_model,
+    model_weights,
     on_cpu,
     read_adapter,
+    read_tensors,
     save_adapter,
 )
+from babyllama.config import from_repo, parse, run, shown
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.lora import LoraConfig
 from export.folder import check_out, new_folder, settle, show, source_of
 from export.hf import LAYER_NAMES, OUTER_NAMES, hf_names, model_config
 from export.parity import Material, compare_logits, compare_replies, origin_of, read_material
-from export.peers import PeftFolder, package
+from export.tools import PeftFolder, package
 from model import Transformer
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")

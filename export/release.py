@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from babyllama.analysis.forgetting import ForgettingConfig, measure, open_sources
 from babyllama.checkpoint import Loaded, load_model, write_int8
-from babyllama.cli import parse, run
+from babyllama.config import parse, run
 from babyllama.errors import ConfigError
-from babyllama.forgetting import ForgettingConfig, measure, open_sources
-from babyllama.metrics import perplexity
+from babyllama.trainer import perplexity
 from export.folder import check_out, new_folder, settle, show, source_of
 from export.gguf import drift
 from export.parity import Material, compare_logits, origin_of, read_material

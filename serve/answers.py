@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from babyllama.engine import Engine, Job, Piece, TokenScore
-from serve.desk import Desk, Mailbox
+from serve.engine import Engine, Job, Piece, TokenScore
 from serve.errors import Refused, refusal
 from serve.metrics import Metrics
+from serve.scheduler import Desk, Mailbox
 
 # What OpenAI's clients know of the ways a reply ends; the exact one is in `end`.
 FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "time": "length"}

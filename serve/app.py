@@ -19,19 +19,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from babyllama.engine import Engine, Job
 from babyllama.errors import ConfigError
-from babyllama.retrieval import Choices, Retriever, WikiError, look_up
+from babyllama.retrieval.retriever import Choices, Retriever, WikiError, look_up
 from serve.answers import Asked, EventStream, gone, whole
-from serve.desk import Desk
+from serve.engine import Engine, Job
 from serve.errors import Refused, invalid, refusal
-from serve.gate import Gate, GateConfig
+from serve.guard import Gate, GateConfig
 from serve.metrics import Metrics
 from serve.prompt import Prompt, chat_prompt, text_prompts
+from serve.scheduler import Desk
 from serve.schema import Answer, ChatRequest, CompletionRequest, Refusal, Request
 
 if TYPE_CHECKING:
-    from vqa.engine import Eyes
+    from serve.pictures import Eyes
 
 logger = logging.getLogger("babyllama.serve")
 

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from babyllama import lora
-from babyllama.checkpoint import Loaded, load_model
-from babyllama.checkpoint_files import kind_of
-from babyllama.cli import from_repo, shown
+from babyllama.checkpoint import Loaded, load_adapter, load_model
+from babyllama.config import from_repo, shown
+from babyllama.cpu.decoder import make_decoder
 from babyllama.device import pick_device
-from babyllama.engine import Engine
 from babyllama.errors import ConfigError
-from babyllama.fast import make_decoder
-from babyllama.lora_files import load_adapter
+from babyllama.run_dir import kind_of
+from serve.engine import Engine
 
 if TYPE_CHECKING:
+    from serve.pictures import Eyes
     from serve.server import ServerConfig
-    from vqa.engine import Eyes
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def serve_from(cfg: "ServerConfig", path: Path) -> Served:
 
 def _with_eyes(cfg: "ServerConfig", path: Path, device: str | torch.device) -> Served:
     # Of all that is served, only this needs the folder vqa/.
-    from vqa.engine import Eyes, PictureEngine
+    from serve.pictures import Eyes, PictureEngine
     from vqa.model import load
 
     if cfg.adapters or cfg.weights == "int8":

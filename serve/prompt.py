@@ -6,9 +6,9 @@ Everything here may take a while (a long text, a search), so it runs outside of 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from babyllama.conversation import Conversation
+from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
-from babyllama.retrieval import Retriever
+from babyllama.retrieval.retriever import Retriever
 from serve.errors import Refused
 from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest
 from tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from tokenizer import Tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vqa.engine import Eyes
+    from serve.pictures import Eyes
 
 
 @dataclass(frozen=True)

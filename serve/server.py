@@ -19,18 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.cli import from_repo, parse, run, shown
-from babyllama.conversation import choose_checkpoint
+from babyllama.chat.session import choose_checkpoint
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device
 from babyllama.errors import ConfigError
-from babyllama.fast import Weights
-from babyllama.retrieval import API_URL, INDEX, Retriever
+from babyllama.generate import Weights
+from babyllama.retrieval.retriever import API_URL, INDEX, Retriever
 from serve.models import Served, serve_from
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from serve.desk import Desk
+    from serve.scheduler import Desk
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -140,9 +140,9 @@ def make_server(
     import uvicorn
 
     from serve.app import OPEN, Service, make_app
-    from serve.desk import Desk
-    from serve.gate import GateConfig, Protocol
+    from serve.guard import GateConfig, Protocol
     from serve.metrics import Metrics
+    from serve.scheduler import Desk
 
     metrics = Metrics()
     desk = Desk(served.engines, cfg.slots + cfg.queue, cfg.per_client, metrics)

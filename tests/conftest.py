@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from babyllama.checkpoint import save_checkpoint
-from babyllama.cli import REPO
+from babyllama.config import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.token_file import TokenFileWriter
 from model import ModelConfig, Transformer

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import httpx
 import torch
-from conftest import small_config
 
 from babyllama.checkpoint import save_checkpoint
-from babyllama.cli import REPO
+from babyllama.config import REPO
 from babyllama.optim import OptimConfig, make_optimizer
+from conftest import small_config
 from model import Transformer
 from tokenizer import Tokenizer
-from vqa.encoder import EncoderConfig, make_encoder
+from vqa.encoders import EncoderConfig, make_encoder
 from vqa.fusion import FusionConfig
 from vqa.model import VqaModel
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import TEXTS, Outcome, write_run
 
-from babyllama.checkpoint_files import list_checkpoints
 from babyllama.data import open_data
-from babyllama.sets import DataConfig, SourceConfig
+from babyllama.run_dir import list_checkpoints
+from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig
+from conftest import TEXTS, Outcome, write_run
 from tokenizer import Tokenizer, train_vocabulary
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from babyllama.cli import REPO
+from babyllama.config import REPO
 
 READMES = ("README.md", "README_en.md")
 # Shown by the README, made by the user.

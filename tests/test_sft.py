@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import write_run
 
-from babyllama.checkpoint_files import list_checkpoints
-from babyllama.cli import REPO, parse, to_yaml
+from babyllama.analysis.inspect_batch import read_of, shown_batch
+from babyllama.analysis.terminal_text import GREEN, RESET, Painter
+from babyllama.config import REPO, parse, to_yaml
 from babyllama.data import open_data
 from babyllama.errors import ConfigError
-from babyllama.painter import GREEN, RESET, Painter
-from babyllama.sets import DataConfig, SourceConfig, named_sources
-from babyllama.show_batch import read_of, shown_batch
+from babyllama.run_dir import list_checkpoints
+from babyllama.sources import DataConfig, SourceConfig, named_sources
 from babyllama.trainer import TrainConfig
+from conftest import write_run
 from sft import SftConfig, config_of, resolve
 from tokenizer import Tokenizer
 

@@ -112,9 +112,9 @@ def keep(socket_number: int) -> None:
     """Fork for each order that comes through a socket, until it is closed."""
     for name in LOADED:
         __import__(name)
-    from babyllama import native
+    from babyllama.cpu import compile
 
-    native.library()
+    compile.library()
     gc.collect()
     gc.freeze()  # so that a fork's collector leaves the keeper's pages alone
     assert "readline" not in sys.modules, "it would know the keeper's terminal"

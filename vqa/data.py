@@ -2,29 +2,129 @@
 
 A row is a dialogue of a token file of kind "vqa", whose first piece is the name of its picture.
 Pictures come from packed sets (pictures.py), decoded by threads a step ahead; or, where the
-encoder is frozen, as features that it gave once (features.py). Rows do not share sequences.
+encoder is frozen, as features that it gave once. Rows do not share sequences.
+
+Pillow lets other threads run while it decodes and resizes, so threads are workers enough.
+
+What a frozen encoder sees in each picture of a set is kept on the disk:
+
+    data/pictures/<set>/features-<key>.npy    (pictures, places, sum of widths) float16
+
+The key stands for the encoder's weights and settings and for the set's pictures.
 """
 
-from dataclasses import dataclass
+import hashlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from babyllama.cli import from_repo, shown
-from babyllama.data import Data, Mixture, Order, TrainData, ValData
+from babyllama.config import from_repo, shown
+from babyllama.data import Data, Mixture, Order, TrainData, ValData, collate
 from babyllama.errors import ConfigError, DataError
-from babyllama.packing import collate
-from babyllama.sets import SourceConfig
+from babyllama.sources import SourceConfig
 from babyllama.token_file import TokenFile
 from model import IGNORED
 from tokenizer import Tokenizer
-from vqa.encoder import EncoderConfig
-from vqa.loader import Loader, Wanted, prepared
+from vqa import images
+from vqa.encoders import Encoder, EncoderConfig
+from vqa.images import normalise
 from vqa.model import with_picture
 from vqa.pictures import Pictures
+
+
+class Wanted(NamedTuple):
+    """A picture as a row wants it: of which set, which one, with which random changes (0: none)."""
+
+    source: int
+    number: int
+    chance: int = 0
+
+
+def prepared(data: bytes, name: str, config: EncoderConfig, chance: int = 0) -> Tensor:
+    """The squares (squares, 3, S, S) uint8 of a picture, with random changes of this seed."""
+    image = images.decode(data, name, least=config.size * config.tiles)
+    if chance:
+        rng = np.random.default_rng(chance)
+        if rng.random() < 0.5:
+            image = image.transpose(0)  # left and right change places
+        width, height = image.size
+        share = rng.uniform(0.75, 1.0)
+        left, top = (int(rng.integers(0, side - int(side * share) + 1)) for side in image.size)
+        image = image.crop((left, top, left + max(1, int(width * share)),
+                            top + max(1, int(height * share))))  # fmt: skip
+    return images.squares(image, config.size, config.tiles)
+
+
+class Loader:
+    """Gives the tensor of each wanted picture; those asked for early are ready in time."""
+
+    def __init__(self, read: Callable[[Wanted], Tensor], n_workers: int) -> None:
+        self._read = read
+        self._pool = ThreadPoolExecutor(n_workers)
+        self._coming: dict[Wanted, Future] = {}
+
+    def ask(self, wanted: Sequence[Wanted]) -> None:
+        for one in wanted:
+            if one not in self._coming:
+                self._coming[one] = self._pool.submit(self._read, one)
+
+    def take(self, wanted: Sequence[Wanted]) -> Tensor:
+        """(N, …): one tensor a picture, in order."""
+        self.ask(wanted)
+        return torch.stack([self._coming[one].result() for one in wanted])
+
+    def forget(self, wanted: Sequence[Wanted]) -> None:
+        for one in wanted:
+            self._coming.pop(one, None)
+
+
+BATCH = 16
+
+
+def key_of(encoder: Encoder, pictures: Pictures) -> str:
+    """Another one where weights, settings or pictures are others."""
+    digest = hashlib.sha256(repr(replace(encoder.config, weights=None)).encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    for path in sorted(pictures.place.glob("pictures-*.tar")):
+        digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]
+
+
+def features_of(encoder: Encoder, pictures: Pictures, device: torch.device) -> np.ndarray:
+    """The features of all pictures, read from the disk; computed first where they are not there."""
+    path = pictures.place / f"features-{key_of(encoder, pictures)}.npy"
+    if not path.is_file():
+        _compute(encoder, pictures, path, device)
+    return np.load(path, mmap_mode="r")
+
+
+@torch.inference_mode()
+def _compute(encoder: Encoder, pictures: Pictures, path: Path, device: torch.device) -> None:
+    config, encoder = encoder.config, encoder.eval().to(device)
+    shape = (len(pictures), config.n_places, sum(encoder.widths))
+    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
+    out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+    start = time.perf_counter()
+    for first in tqdm(range(0, len(pictures), BATCH), f"see {pictures.place.name}", disable=None):
+        part = range(first, min(first + BATCH, len(pictures)))
+        squares = torch.stack([prepared(pictures.read(n), pictures.names[n], config)
+                               for n in part])  # fmt: skip
+        seen = encoder(normalise(squares.to(device), config.normalisation))
+        out[part.start : part.stop] = seen.float().cpu().numpy().astype(np.float16)
+    out.flush()
+    os.replace(temporary, path)
+    rate = len(pictures) / (time.perf_counter() - start)
+    print(f"{shown(path)}: {len(pictures):,} pictures at {rate:.1f} a second")
 
 
 @dataclass(frozen=True)

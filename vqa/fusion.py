@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from babyllama.errors import ConfigError
 from model import ModelConfig
-from vqa.encoder import EncoderConfig
+from vqa.encoders import EncoderConfig
 
 
 @dataclass(frozen=True)

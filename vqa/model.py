@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from babyllama.checkpoint import load_weights
-from babyllama.checkpoint_files import find_checkpoint, read_checkpoint
-from babyllama.cli import shown
+from babyllama.checkpoint import load_weights, read_checkpoint
+from babyllama.config import shown
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.fast import Decoder
-from babyllama.images import normalise
+from babyllama.generate import Decoder
+from babyllama.run_dir import find_checkpoint
 from model import KVCache, Loss, ModelConfig, Transformer
 from tokenizer import Tokenizer
-from vqa.encoder import Encoder, EncoderConfig, make_encoder
+from vqa.encoders import Encoder, EncoderConfig, make_encoder
 from vqa.fusion import Connector, FusionConfig, n_positions
+from vqa.images import normalise
 
 PARTS = ("encoder", "connector", "language")
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from babyllama import images
-from babyllama.cli import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows
+from vqa import images
 from vqa.pictures import SHARD_BYTES, Finder, write_index
 
 N_EXAMPLES = 5

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from babyllama.cli import from_repo, shown
+from babyllama.config import from_repo, shown
 from babyllama.errors import ConfigError, DataError
 
 SHARD_BYTES = 1 << 30

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from babyllama import images
-from babyllama.cli import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.fonts import cjk_font, writable
-from babyllama.log import written_whole
+from babyllama.log import cjk_font, writable, written_whole
+from vqa import images
 from vqa.evaluate import Asked, answers, features_for, is_right, questions
 from vqa.model import load
 from vqa.pictures import Pictures

@@ -15,20 +15,18 @@ from pathlib import Path
 
 import torch
 
-from babyllama.checkpoint import load_model
-from babyllama.checkpoint_files import find_checkpoint, read_checkpoint
-from babyllama.cli import from_repo, parse, run
+from babyllama.checkpoint import load_model, read_checkpoint
+from babyllama.config import from_repo, parse, run
 from babyllama.device import DeviceConfig, pick_device
+from babyllama.distributed import ParallelConfig, World, start
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
-from babyllama.parallel import ParallelConfig, World, start
-from babyllama.run_dir import open_run
+from babyllama.run_dir import find_checkpoint, open_run
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from vqa.data import VqaDataConfig, open_pictures, open_vqa_data
-from vqa.encoder import EncoderConfig, make_encoder
-from vqa.features import features_of
+from vqa.data import VqaDataConfig, features_of, open_pictures, open_vqa_data
+from vqa.encoders import EncoderConfig, make_encoder
 from vqa.fusion import FusionConfig
 from vqa.model import PARTS, VqaModel, load
 

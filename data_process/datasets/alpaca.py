@@ -5,7 +5,7 @@ that there is none ("无输入"), which the reader of instructions takes as empt
 """
 
 from data_process.datasets.instruction import read
-from data_process.source import Source
+from data_process.registry import Source
 
 __all__ = ["read"]
 

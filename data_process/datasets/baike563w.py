@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_process.raw import Record, Skip, as_row
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "text"
 SOURCE = Source(

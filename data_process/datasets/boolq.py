@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from data_process.datasets.conversations import dialogue, in_turns, refuse
 from data_process.datasets.gsm8k import scored
 from data_process.raw import Record, Skip
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "chat"
 RULES = "exam"

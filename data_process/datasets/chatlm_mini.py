@@ -1,7 +1,7 @@
 """ChatLM-mini-Chinese: short questions from the web with their answers, {"prompt", "response"}."""
 
 from data_process.datasets.instruction import read
-from data_process.source import Source
+from data_process.registry import Source
 
 __all__ = ["read"]
 

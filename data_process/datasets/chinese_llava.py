@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_process.datasets.vqa import about_picture, row_files
 from data_process.raw import Skip, records
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "vqa"
 SOURCE = Source(

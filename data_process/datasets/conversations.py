@@ -14,7 +14,7 @@ from itertools import cycle
 
 from babyllama.rows import check_messages
 from data_process.raw import Record, Skip, as_row
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "chat"
 SOURCE = Source(

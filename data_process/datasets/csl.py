@@ -13,7 +13,7 @@ the full set and share their papers: clear the full set of the benchmark's dev a
 from collections.abc import Iterable, Iterator
 
 from data_process.raw import Record, Skip, as_row
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "summary"
 SOURCE = Source(

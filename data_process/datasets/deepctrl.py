@@ -9,7 +9,7 @@ identities, refusals and rows that are not Chinese are left to clean.py.
 """
 
 from data_process.datasets.instruction import read
-from data_process.source import Source
+from data_process.registry import Source
 
 __all__ = ["read"]
 

@@ -6,7 +6,7 @@ are not read.
 """
 
 from data_process.datasets.conversations import read
-from data_process.source import Source
+from data_process.registry import Source
 
 __all__ = ["read"]
 

@@ -5,7 +5,7 @@ JSON lines of {"kind", "input", "target"} (firefly-train-1.1M) or of
 """
 
 from data_process.datasets.instruction import read
-from data_process.source import Source
+from data_process.registry import Source
 
 __all__ = ["read"]
 

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from babyllama.errors import DataError
-from data_process.packages import read_pickle
 from data_process.raw import Skip
-from data_process.source import Source
+from data_process.registry import Source, read_pickle
 
 KIND = "text"
 RULES = "article"

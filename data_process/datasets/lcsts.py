@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_process.raw import Record, Skip, as_row
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "summary"
 SPLIT_FILES = False  # a block has several lines

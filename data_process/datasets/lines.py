@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from data_process.raw import Record, Skip, as_row
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "text"
 LAYOUT = "text"  # a line that happens to be JSON is a document all the same

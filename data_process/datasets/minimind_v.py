@@ -15,7 +15,7 @@ from babyllama.errors import ConfigError
 from data_process.datasets.conversations import refuse
 from data_process.datasets.vqa import ROWS, about_picture, row_files
 from data_process.raw import Part, Record, Skip, records
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "vqa"
 SOURCE = Source(

@@ -8,7 +8,7 @@ have the same ids and the same held-out articles.
 from collections.abc import Iterable, Iterator
 
 from data_process.raw import Record, Skip, as_row
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "text"
 RULES = "article"

@@ -10,7 +10,7 @@ from data_process.datasets.conversations import refuse
 from data_process.datasets.gsm8k import asked, scored
 from data_process.datasets.squad import first_answer
 from data_process.raw import Record, Skip
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "chat"
 RULES = "exam"

@@ -11,7 +11,7 @@ from data_process.datasets.conversations import refuse, with_ids
 from data_process.datasets.gsm8k import scored
 from data_process.datasets.squad import reference_rows
 from data_process.raw import Record, Skip
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "chat"
 RULES = "exam"

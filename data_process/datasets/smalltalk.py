@@ -8,7 +8,7 @@ import yaml
 
 from babyllama.errors import DataError
 from data_process.raw import Skip
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "chat"
 RULES = "smalltalk"

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from data_process.datasets.conversations import refuse, with_ids
 from data_process.datasets.gsm8k import asked, scored
 from data_process.raw import Record, Skip
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "chat"
 RULES = "exam"

@@ -10,11 +10,11 @@ they are; python -m vqa.pack looks for them. A file whose name says test or dev 
 from collections.abc import Iterator
 from pathlib import Path
 
-from babyllama.cli import shown
+from babyllama.config import shown
 from babyllama.errors import DataError
 from data_process.datasets.conversations import LISTS, conversation, dialogue, in_turns, refuse
 from data_process.raw import Part, Record, Skip, data_files, records
-from data_process.source import Source
+from data_process.registry import Source
 
 KIND = "vqa"
 SOURCE = Source(

@@ -1,0 +1,243 @@
+"""What a run will take, before it is started: parameters, memory and time.
+
+python pretrain.py --dry-run         of a run, with ten probing steps
+python -m babyllama.analysis.estimate         a table: the largest batches on usual cards, computed
+"""
+
+import time
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+import yaml
+
+from babyllama.checkpoint import checkpoint_bytes
+from babyllama.config import REPO, parse, run
+from babyllama.data import TrainData
+from babyllama.device import (
+    Scaler,
+    memory_gb,
+    mfu_per_rate,
+    pick_precision,
+    precision_warning,
+    synchronize,
+)
+from babyllama.distributed import World
+from babyllama.optim import make_optimizer, move_averages, n_kept
+from babyllama.trainer import Objective, RunConfig, forward_backward, total_steps
+from model import SLICE, ModelConfig, Transformer
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+PROBES = 10
+# Of the memory that there is; the rest is for the allocator's gaps and everybody else.
+_USABLE = 0.9
+# What the driver takes of a card for a process, before the first tensor.
+_CONTEXT_GB = 0.5
+
+
+def parameters_by_part(model: Transformer) -> dict[str, int]:
+    """Number of parameters of each part; a tied head has none of its own."""
+    layers = sum(weight.numel() for weight in model.layers.parameters())
+    table = model.tok_embeddings.weight.numel()
+    return {
+        "embedding": table,
+        "layers": layers,
+        "head": 0 if model.config.tied else table,
+        "norm": model.norm.weight.numel(),
+    }
+
+
+def memory_by_part(
+    config: ModelConfig,
+    n_parameters: int,
+    sequences: int,
+    precision: str,
+    recompute: bool = False,
+    shares: int = 1,
+    n_trained: int | None = None,
+    n_state: int | None = None,
+) -> dict[str, float]:
+    """Gigabytes that training takes, computed: `sequences` of full length at a time.
+
+    Activations: what autograd keeps of a layer, counted in widths D and feed-forward widths F a
+    token. In float32: the two inputs and what their norms made of them, twice; q, k, v, the
+    attention's output, twice; four F-wide tensors; 2 D for what the way back takes besides. In a
+    narrow format the residual stream, four widths, stays float32. With recompute: the inputs of
+    all layers and the whole of one.
+
+    shares: processes that each keep a part of weights, gradients and optimizer state
+    n_trained: parameters with gradients; all, where not said
+    n_state: numbers that the optimizer keeps; two for each of those, where not said
+    """
+    n_trained = n_parameters if n_trained is None else n_trained
+    n_state = 2 * n_trained if n_state is None else n_state
+    table = config.vocab_size * config.dim
+    # Autocast keeps a copy of every matrix until the way back has ended.
+    narrow = 0 if precision == "float32" else _BYTES[precision]
+    tokens = sequences * config.max_seq_len
+    one = (12 * config.dim + 4 * config.hidden_dim) * _BYTES[precision]
+    one += 4 * config.dim * (4 - _BYTES[precision])
+    kept = 4 * config.dim * config.n_layers + one if recompute else config.n_layers * one
+    parts = {
+        "weights": 4 * n_parameters / shares + narrow * (n_parameters - table),
+        "gradients": 4 * n_trained / shares,
+        "optimizer": 4 * n_state / shares,
+        "activations": tokens * kept,
+        "loss slice": SLICE * config.vocab_size * 8 + 4 * table,
+    }
+    return {name: size / 1e9 for name, size in parts.items()}
+
+
+def largest_batch(one: dict[str, float], two: dict[str, float], available_gb: float) -> int:
+    """How many sequences fit at a time, from the memory by part of one and of two of them."""
+    first, each = sum(one.values()), sum(two.values()) - sum(one.values())
+    return max(0, 1 + int((available_gb * _USABLE - first) / each))
+
+
+def available_gb(device: torch.device) -> float:
+    """Memory that a run could have: the card's, or what the machine has free now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1] / 1e9
+    return psutil.virtual_memory().available / 1e9
+
+
+def dry_run(
+    model: Transformer,
+    data: TrainData,
+    cfg: RunConfig,
+    world: World,
+    objective: Objective,
+) -> int:
+    """Print parameters, memory, disk and time on the chosen device. Nothing is kept."""
+    device, config, train = world.device, model.config, cfg.train
+    precision = pick_precision(device, cfg.device.precision, cfg.device.force)
+    shares = world.size if world.engine == "fsdp2" else 1
+    n_parameters, by_part = model.n_parameters(), parameters_by_part(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = make_optimizer(model, cfg.optim)
+    counts = {
+        "n_trained": sum(weight.numel() for weight in trained),
+        "n_state": n_kept(optimizer),
+    }
+    disk = (train.keep + 1) * checkpoint_bytes(model, optimizer) / 1e9
+    sizes = {
+        n: memory_by_part(config, n_parameters, n, precision, train.recompute, shares, **counts)
+        for n in (1, 2, train.micro_batch_size)
+    }
+    program = max(0.0, memory_gb(device) - 4 * n_parameters / 1e9)
+    seconds, tokens = _probe(model, data, cfg, world, precision, objective)
+    rate = tokens / seconds
+    if not world.is_main:
+        return 0
+    warning = precision_warning(device, cfg.device.precision, cfg.device.force)
+    if warning:
+        print(f"warning: {warning}")
+    for name, count in (*by_part.items(), ("together", n_parameters)):
+        print(f"{name:<12} {count:>14,} parameters")
+    parts = sizes[train.micro_batch_size]
+    for name, size in parts.items():
+        print(f"{name:<12} {size:>14.3f} GB, computed")
+    print(f"{'program':<12} {program:>14.3f} GB, measured: all else that was in use")
+    print(f"{'together':<12} {sum(parts.values()) + program:>14.3f} GB at most")
+    print(f"{'peak':<12} {memory_gb(device):>14.3f} GB, measured over the probing steps")
+    print(f"{'disk':<12} {disk:>14.3f} GB at most, computed: {train.keep + 1} checkpoints")
+    there = available_gb(device)
+    most = largest_batch(sizes[1], sizes[2], there)
+    print(
+        f"{'largest':<12} {most:>14,} sequences of {config.max_seq_len} at a time "
+        f"(train.micro_batch_size) fit {there:.1f} GB, computed"
+    )
+    steps = total_steps(train, data)
+    print(
+        f"{steps} steps of {tokens:.0f} tokens on {world.size} x {device} in {precision}: "
+        f"{rate:,.0f} tokens/s over {PROBES} probing steps, "
+        f"MFU {rate * mfu_per_rate(model, world, precision):.1%}, "
+        f"about {steps * seconds / 3600:.2f} hours"
+    )
+    return 0
+
+
+def _probe(
+    model: Transformer,
+    data: TrainData,
+    cfg: RunConfig,
+    world: World,
+    precision: str,
+    objective: Objective,
+) -> tuple[float, float]:
+    """Seconds and tokens of a step, the mean of ten after one that warms up."""
+    wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute, cfg.train.blocks)
+    optimizer, scaler = make_optimizer(model, cfg.optim), Scaler(world.device, precision)
+    parameters = list(model.parameters())
+    tokens, started = 0, 0.0
+    for step in range(PROBES + 1):
+        if step == 1:
+            synchronize(world.device)
+            tokens, started = 0, time.perf_counter()
+        batches = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
+        sums = forward_backward(wrapped, batches, world, scaler, objective.loss, objective.count)
+        scaler.step(optimizer, parameters, cfg.optim.max_grad_norm, float(sums[0]))
+        move_averages(optimizer)
+        tokens += int(sums[3])
+    synchronize(world.device)
+    return (time.perf_counter() - started) / PROBES, tokens / PROBES
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """What the table shows.
+
+    Args:
+        shapes: of models, configs/model/<name>.yaml
+        vocab_size: pieces
+        cards: as "name:gigabytes:precision"
+        batch: the batch whose memory is shown too
+    """
+
+    shapes: tuple[str, ...] = ("43m", "400m")
+    vocab_size: int = 65_000
+    cards: tuple[str, ...] = (
+        "GTX 1660 Ti:6:float32", "RTX 2080:8:float16", "RTX 3060:12:bfloat16",
+        "RTX 3090:24:bfloat16",
+    )  # fmt: skip
+    batch: int = 32
+
+
+def table(cfg: TableConfig) -> list[str]:
+    """Markdown: for each shape and card, what fits, without and with train.recompute."""
+    lines = [
+        f"| shape | card | format | largest micro-batch | with recompute | {cfg.batch} at once | "
+        f"with recompute |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in cfg.shapes:
+        shape = yaml.safe_load((REPO / f"configs/model/{name}.yaml").read_text("utf-8"))
+        config = replace(ModelConfig(**shape), vocab_size=cfg.vocab_size)
+        n_parameters = config.n_parameters
+        for card, size, precision in (words.split(":") for words in cfg.cards):
+            row = [f"{name}, {n_parameters / 1e6:,.1f} M", f"{card}, {size} GB", precision]
+            most, needs = [], []
+            for recompute in (False, True):
+                one, two, wanted = (
+                    memory_by_part(config, n_parameters, n, precision, recompute)
+                    for n in (1, 2, cfg.batch)
+                )
+                fits = largest_batch(one, two, float(size) - _CONTEXT_GB / _USABLE)
+                most.append(f"{fits} x {config.max_seq_len}")
+                needs.append(f"{sum(wanted.values()) + _CONTEXT_GB:.1f} GB")
+            lines.append(f"| {' | '.join([*row, *most, *needs])} |")
+    return lines
+
+
+def main(cfg: TableConfig) -> None:
+    """Print the table."""
+    print("\n".join(table(cfg)))
+    print(
+        f"Computed, not measured; {_CONTEXT_GB} GB are for the driver, a tenth of the card is left "
+        f"for the allocator's gaps."
+    )
+
+
+if __name__ == "__main__":
+    run(main, parse(TableConfig, __doc__))

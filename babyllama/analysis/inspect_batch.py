@@ -1,0 +1,79 @@
+"""What the first step of a run reads, for people: `python sft.py --dataset csl --inspect`.
+
+The sequences of the first micro-batch, each with its segments: source, row, and the text with what
+is learnt in green (in ⟦ ⟧ where there are no colours). Nothing is computed or written.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from babyllama.analysis.terminal_text import BOLD, DIM, Painter, width_of
+from babyllama.data import TrainData, pack, targets_per_row
+from babyllama.sources import Pair, Row
+from model import IGNORED
+
+
+def shown_batch(data: TrainData, n_sequences: int, painter: Painter) -> Iterator[str]:
+    """The lines that show the first `n_sequences` of step 0."""
+    rows = data.rows(0)
+    labels = _labels(data, rows)
+    sequences = pack(rows, data.max_seq_len)
+    yield painter.ink(BOLD, _summary(data, labels, sequences))
+    for number, sequence in enumerate(sequences[:n_sequences], 1):
+        n_used = sum(len(tokens) for tokens, _ in sequence)
+        title = (
+            f"sequence {number} · {n_used} of {data.max_seq_len} positions · "
+            f"{len(sequence)} segments"
+        )
+        rule = "─" * max(0, painter.width - width_of(title) - 1)
+        yield f"\n{painter.ink(BOLD, title)} {painter.ink(DIM, rule)}"
+        for segment, row in enumerate(sequence, 1):
+            n_learnt = int((row[1] != IGNORED).sum())
+            weight = ""
+            if data.weight_by == "row":
+                weight = f", weight {targets_per_row(sequences) / max(1, n_learnt):.2f} each"
+            head = f"[{segment}] {labels[id(row[0])]}: {len(row[0])} tokens, {n_learnt} learnt"
+            yield painter.ink(DIM, head + weight)
+            yield painter.dialogue(read_of(row))
+    left = len(sequences) - n_sequences
+    if left > 0:
+        yield painter.ink(DIM, f"\n{left} more sequences in this step")
+
+
+def _labels(data: TrainData, rows: list[Row | Pair]) -> dict[int, str]:
+    """Source and number of each row, by the identity of its tokens."""
+    found = {}
+    for position, row in enumerate(rows):
+        _, source, number, copy = data.mixture.place(position)
+        again = f" copy {copy + 1}" if copy else ""
+        name = f"{data.mixture.sources[source].name} row {number}{again}"
+        if isinstance(row, Pair):
+            found[id(row.chosen[0])] = f"{name} chosen"
+            found[id(row.rejected[0])] = f"{name} rejected"
+        else:
+            found[id(row[0])] = name
+    return found
+
+
+def _summary(data: TrainData, labels: dict[int, str], sequences: list[list[Row]]) -> str:
+    """Rows by source, fill, and the share of positions that are learnt."""
+    sources = Counter(label.partition(" row ")[0] for label in labels.values())
+    tokens = [row for sequence in sequences for row in sequence]
+    n_tokens = sum(len(ids) for ids, _ in tokens)
+    n_learnt = sum(int((targets != IGNORED).sum()) for _, targets in tokens)
+    room = len(sequences) * data.max_seq_len
+    return (
+        f"step 1: {', '.join(f'{name} {n}' for name, n in sources.items())}; {len(sequences)} "
+        f"sequences of {data.max_seq_len} positions, {n_tokens / room:.1%} filled; {n_learnt:,} of "
+        f"{n_tokens:,} tokens learnt"
+    )
+
+
+def read_of(row: Row) -> tuple[list[int], list[int]]:
+    """A row as (ids, mask), where 1 marks what is learnt."""
+    tokens, targets = row
+    last = [] if targets[-1] == IGNORED else [int(targets[-1])]
+    mask = np.where(targets == IGNORED, 0, 1)
+    return tokens.tolist() + last, [0, *mask.tolist()][: len(tokens) + len(last)]

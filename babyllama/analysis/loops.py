@@ -1,0 +1,206 @@
+"""How often a checkpoint's replies fall into loops, and what the guard does about it.
+
+    python -m babyllama.analysis.loops out/redgpt                     two dozen built-in questions
+    python -m babyllama.analysis.loops out/wiki --prompts prompts.txt --loop_guard end
+
+A chat checkpoint answers each prompt, a base checkpoint continues it. One line of the table for
+each way of decoding: greedy and drawn, without the guard and with it. Characters are counted
+without white space. Sources: rep-n (Welleck et al. 2020, arXiv:1908.04319), distinct-n (Li et al.
+2016, arXiv:1510.03055); what a loop is, sampling.py says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.config import from_repo, parse, run, shown
+from babyllama.cpu.decoder import make_decoder
+from babyllama.device import Device, pick_device
+from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.generate import Reply, Weights, generate_replies
+from babyllama.rows import write_rows
+from babyllama.run_dir import newest_run
+from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
+
+PROMPTS = (
+    "你好",
+    "你是谁？",
+    "请介绍一下北京。",
+    "银杏的叶子为什么会变黄？",
+    "写一首关于春天的短诗。",
+    "请给一家面馆写一句广告词。",
+    "怎样才能睡得好？",
+    "鲁迅写过哪些作品？",
+    "请用三句话解释什么是光合作用。",
+    "长江有多长？",
+    "帮我列出五种常见的水果。",
+    "学习一门外语有什么好办法？",
+    "讲一个关于狐狸和乌鸦的故事。",
+    "为什么天空是蓝色的？",
+    "请写一封感谢老师的信。",
+    "中秋节有哪些习俗？",
+    "怎么做西红柿炒鸡蛋？",
+    "请比较一下自行车和汽车。",
+    "什么是人工智能？",
+    "下雨天可以做什么？",
+    "请写一段天气预报。",
+    "围棋是怎么下的？",
+    "请推荐一本书，并说明理由。",
+    "我今天心情不好，怎么办？",
+)
+
+
+@dataclass(frozen=True)
+class LoopsConfig(SamplingConfig):
+    """What is asked of which checkpoint.
+
+    Args:
+        checkpoint: run directory (its newest step) or step directory; if absent the newest run
+        prompts: a text file with a prompt on each line; if absent the built-in ones
+        out: file for the replies, as JSON lines
+        batch_size: prompts answered at once
+        device: auto, cpu, cuda or mps
+        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
+        loop_guard: what the guarded lines of the table do
+        seed: of the drawn replies
+    """
+
+    checkpoint: Path | None = None
+    prompts: Path | None = None
+    out: Path | None = None
+    batch_size: int = 8
+    device: Device = "auto"
+    weights: Weights = "float32"
+    loop_guard: Literal["end", "redraw"] = "redraw"
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loop_guard == "off" or self.batch_size < 1 or self.temperature == 0:
+            raise ConfigError(
+                f"wanted a loop_guard (end, redraw), a batch_size of at least 1, and a temperature "
+                f"above 0 for the drawn replies, found {self.loop_guard}, {self.batch_size}, "
+                f"{self.temperature:g}; leave them out, or correct them"
+            )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    raises: DataError if there is none, or the file is missing or no UTF-8
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        found = "an empty file"
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        lines, found = [], f"{type(error).__name__}"
+    if not lines:
+        raise DataError(
+            f"{shown(path)}: wanted UTF-8 text with a prompt on each line, found {found}; correct "
+            f"the name or the file, or leave --prompts out"
+        )
+    return lines
+
+
+def ask(loaded: Loaded, text: str) -> list[int]:
+    """The ids to continue: a question to a chat checkpoint, a beginning for a base one."""
+    if loaded.kind == "pretrain":
+        return loaded.tokenizer.encode(text, bos=True)
+    return loaded.tokenizer.render_prompt([{"role": "user", "content": text}])
+
+
+def ways(cfg: LoopsConfig) -> dict[str, SamplingConfig]:
+    """The lines of the table: greedy and drawn, without the guard and with it."""
+    fields = {name: getattr(cfg, name) for name in SamplingConfig.__dataclass_fields__}
+    drawn = SamplingConfig(**fields | {"loop_guard": "off"})
+    free = {"greedy": replace(drawn, temperature=0.0), f"top-p {cfg.top_p:g}": drawn}
+    guarded = {
+        f"{name}, {cfg.loop_guard}": replace(way, loop_guard=cfg.loop_guard)
+        for name, way in free.items()
+    }
+    return free | guarded
+
+
+def statistics(replies: Sequence[Reply]) -> dict[str, float]:
+    """Percentages but for the length: loops, repeated and distinct n-grams, ends by <eos>."""
+    texts = [squeeze(reply.text) for reply in replies]
+
+    def share(flags: Sequence[bool]) -> float:
+        return 100 * sum(flags) / len(flags)
+
+    return {
+        "% loops": share([loops(text) for text in texts]),
+        "rep-2": 100 * sum(repeated_share(text, 2) for text in texts) / len(texts),
+        "rep-4": 100 * sum(repeated_share(text, 4) for text in texts) / len(texts),
+        "distinct-1": distinct_share(texts, 1),
+        "distinct-2": distinct_share(texts, 2),
+        "length": sum(map(len, texts)) / len(texts),
+        "% ended": share([reply.reason == "eos" for reply in replies]),
+        "% cut": share([reply.reason == "loop" for reply in replies]),
+    }
+
+
+def ngrams(text: str, n: int) -> list[str]:
+    return [text[i : i + n] for i in range(len(text) - n + 1)]
+
+
+def repeated_share(text: str, n: int) -> float:
+    """The share of a text's runs of `n` characters that stood there before; 0 if it has none."""
+    runs = ngrams(text, n)
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def distinct_share(texts: Sequence[str], n: int) -> float:
+    """How many per cent of all runs of `n` characters in all texts are different ones."""
+    runs = [run for text in texts for run in ngrams(text, n)]
+    return 100 * len(set(runs)) / len(runs) if runs else 0.0
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """One line a way of decoding."""
+    names = list(next(iter(rows.values())))
+    lines = [["", *names]]
+    lines += [[way, *(f"{row[name]:.1f}" for name in names)] for way, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def main(cfg: LoopsConfig) -> None:
+    """Answer every prompt in every way, count, print."""
+    path = from_repo(cfg.checkpoint) if cfg.checkpoint else newest_run()
+    if path is None:
+        raise CheckpointError(
+            "wanted a checkpoint, found no run in out/; make one with `python quickstart.py`, or "
+            "name one: python -m babyllama.analysis.loops CHECKPOINT"
+        )
+    prompts = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else PROMPTS
+    loaded = load_model(path, pick_device(cfg.device))
+    decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer
+    asked = [ask(loaded, prompt) for prompt in prompts]
+    starts = range(0, len(asked), cfg.batch_size)
+    rows, saved = {}, []
+    for name, way in ways(cfg).items():
+        replies: list[Reply] = []
+        for i in tqdm(starts, desc=name, leave=False):
+            batch = asked[i : i + cfg.batch_size]
+            replies += generate_replies(decoder, batch, way, tokenizer.eos_id, tokenizer)
+        rows[name] = statistics(replies)
+        of_prompts = [prompt for prompt in prompts for _ in range(way.n)]
+        saved += [
+            {"way": name, "prompt": prompt, "reply": reply.text, "end": reply.reason}
+            for prompt, reply in zip(of_prompts, replies, strict=True)
+        ]
+    print(f"{shown(loaded.path)}: {len(asked)} prompts, at most {cfg.max_new_tokens} tokens")
+    print(table(rows))
+    print(f"a loop: some {LOOP_LENGTH} characters in a row come {LOOP_TIMES} times in a reply")
+    if cfg.out:
+        write_rows(from_repo(cfg.out), saved)
+        print(f"replies: {shown(from_repo(cfg.out))}")
+
+
+if __name__ == "__main__":
+    run(main, parse(LoopsConfig, __doc__, positional=["checkpoint"]))

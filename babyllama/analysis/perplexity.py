@@ -1,0 +1,470 @@
+"""What a model knows of held-out text: perplexity, bits per byte, token accuracy.
+
+    python -m babyllama.analysis.perplexity out/csl         the sets of its training
+    python -m babyllama.analysis.perplexity out/a out/b --data wiki,data/clean/csl,held_out.jsonl
+    torchrun --nproc_per_node 2 -m babyllama.analysis.perplexity out/a --data wiki
+
+Bits per byte compare models of different tokenizers, perplexity and accuracy only those of one.
+The figures depend neither on batch size nor on packing nor on the number of processes. A document
+longer than the context is read in windows that overlap: each token is predicted once, with at
+least `context - stride` tokens before it, or all there are. Beside the models stands what xz makes
+of the same text, and beside each figure of bits its 95 % interval, by resampling documents.
+
+Held-out sets for language modelling: documents with their targets, from rows or token files.
+
+A document of text is predicted whole, its <eos> included, after the <eos> that stands before it in
+training. Of a dialogue the assistant's tokens are targets, of a summary row the summary, after the
+one question that scoring asks (prompts.py). Bytes are those of the targets' text: of the original
+for rows, of what the ids stand for in token files, which is the same for a tokenizer that changes
+nothing.
+"""
+
+import hashlib
+import json
+import lzma
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from babyllama import trainer
+from babyllama.analysis.forgetting import chosen_sources
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.config import from_repo, parse, run, shown
+from babyllama.data import best_fit, collate
+from babyllama.device import Device, pick_device
+from babyllama.distributed import World, start
+from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.log import written_whole
+from babyllama.prompts import SummaryPrompts
+from babyllama.rows import read_rows, row_kind
+from babyllama.run_dir import beside, checksums, find_checkpoint
+from babyllama.scoring import rouge
+from babyllama.sources import Row
+from babyllama.token_file import TokenFile
+from model import IGNORED, Transformer
+from tokenizer import Tokenizer
+
+# A summary row whose text would keep less than this is left out.
+_LEAST_TEXT = 16
+
+Pieces = list[tuple[str, Sequence[int]]]
+
+
+class Document(NamedTuple):
+    """What a model reads of one document, and what of it is predicted.
+
+    ids: (N,) int64; is_target: (N,) bool, the first is False
+    text: the targets' text
+    """
+
+    ids: np.ndarray
+    is_target: np.ndarray
+    n_bytes: int
+    text: str
+
+
+@dataclass
+class HeldOut:
+    """One set.
+
+    sha256: of its files; with n_rows it says which documents these are
+    counts: what was cut, left out or changed, by reason
+    """
+
+    name: str
+    files: list[str]
+    sha256: str
+    documents: list[Document]
+    counts: dict[str, int]
+
+
+def find_files(item: str, split: str, tokenizer: Tokenizer) -> list[Path]:
+    """The files of one set: rows where there are some, for their bytes are the original's.
+
+    item: a file of rows, one of a pair of token files, a folder with either, or a set's name
+    raises: DataError if there is nothing
+    """
+    path = from_repo(item)
+    if path.is_file():
+        return [path.with_suffix(".idx") if path.suffix == ".bin" else path]
+    folders = [path] if path.is_dir() else []
+    if "/" not in item and "\\" not in item:
+        tokens = Path("data/tokens") / tokenizer.path.stem
+        folders += [from_repo(root / item) for root in (Path("data/clean"), tokens)]
+    for folder in folders:
+        for ending in ("jsonl", "idx"):
+            files = sorted(folder.glob(f"{split}-*.{ending}"))
+            if files:
+                return files
+    raise DataError(
+        f"wanted {split}-*.jsonl or {split}-*.idx of {item!r}, found none in "
+        f"{', '.join(map(shown, folders)) or shown(path)}; name a file or folder, or make the set: "
+        f"python -m data_process.run {Path(item).name}"
+    )
+
+
+def open_held_out(
+    item: str,
+    split: str,
+    max_rows: int | None,
+    tokenizer: Tokenizer,
+    prompts: Path,
+    max_seq_len: int,
+) -> HeldOut:
+    """The first rows of a set as documents.
+
+    raises: DataError if it is missing, damaged or of another tokenizer, or holds no target
+    """
+    files = find_files(item, split, tokenizer)
+    reader = _Reader(tokenizer, prompts, max_seq_len)
+    documents = list(reader.documents(files, max_rows))
+    if not documents:
+        raise DataError(
+            f"{item}: no row of {split} can be scored in {max_seq_len} tokens {reader.counts}; "
+            f"name another set or a model with a longer context"
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    counts = {reason: n for reason, n in reader.counts.items() if n}
+    return HeldOut(item, [shown(f) for f in files], digest.hexdigest(), documents, counts)
+
+
+class _Reader:
+    """Turns rows and the contents of token files into documents, and counts what it changes."""
+
+    def __init__(self, tokenizer: Tokenizer, prompts: Path, max_seq_len: int) -> None:
+        self.tokenizer, self._path, self._length = tokenizer, prompts, max_seq_len
+        self.counts = {"text_cut": 0, "summary_does_not_fit": 0, "changed_by_tokenizer": 0}
+        self._prompts: SummaryPrompts | None = None
+        self._lossy = False
+
+    def documents(self, files: Sequence[Path], max_rows: int | None) -> Iterator[Document]:
+        n_rows = 0
+        for path in files:
+            rows = self._token_rows(path) if path.suffix == ".idx" else self._text_rows(path)
+            for kind, pieces, text, n_bytes in rows:
+                if n_rows == max_rows:
+                    return
+                n_rows += 1
+                ids, mask = self._laid_out(kind, pieces)
+                if ids is None:
+                    self.counts["summary_does_not_fit"] += 1
+                    continue
+                self.counts["changed_by_tokenizer"] += self._lossy
+                yield Document(np.array(ids, np.int64), np.array(mask, bool), n_bytes, text)
+
+    def _text_rows(self, path: Path) -> Iterator[tuple[str, Pieces, str, int]]:
+        for row in read_rows(path):
+            kind = row_kind(row)
+            if kind == "chat":
+                contents = [(m["role"], m["content"]) for m in row["messages"]]
+            else:
+                contents = [(key, row[key]) for key in ("text", "summary") if key in row]
+            pieces = [(role, self.tokenizer.encode(content)) for role, content in contents]
+            targets = [i for i, (role, _) in enumerate(contents) if role in _TARGETS[kind]]
+            self._lossy = any(
+                self.tokenizer.decode(pieces[i][1]) != contents[i][1] for i in targets
+            )
+            text = "".join(contents[i][1] for i in targets)
+            yield kind, pieces, text, len(text.encode())
+
+    def _token_rows(self, path: Path) -> Iterator[tuple[str, Pieces, str, int]]:
+        file, self._lossy = TokenFile(path, self.tokenizer.fingerprint), False
+        for number in range(file.n_docs):
+            if file.kind == "text":
+                ids = file.doc(number).tolist()
+                # The document's own <eos> is laid round it again.
+                pieces = [("text", ids[:-1] if ids[-1:] == [self.tokenizer.eos_id] else ids)]
+            else:
+                pieces = [(role, ids.tolist()) for role, ids in file.pieces(number)]
+            said = [ids for role, ids in pieces if role in _TARGETS[file.kind]]
+            text = "".join(map(self.tokenizer.decode, said))
+            yield file.kind, pieces, text, sum(map(self.tokenizer.n_bytes, said))
+
+    def _laid_out(self, kind: str, pieces: Pieces) -> tuple[list[int] | None, list[int]]:
+        """The ids of a document, and which of them are targets; no ids if it cannot fit."""
+        if kind == "text":
+            ids = [self.tokenizer.eos_id, *pieces[0][1], self.tokenizer.eos_id]
+            return ids, [0] + [1] * (len(ids) - 1)
+        self.tokenizer.require_dialogue()
+        if kind == "chat":
+            return self._chat([(role, ids) for role, ids in pieces])
+        if self._prompts is None:
+            self._prompts = SummaryPrompts.load(from_repo(self._path), self.tokenizer)
+        (_, text), (_, summary) = pieces[:2]
+        frame = self._asked([], None, summary)[0]
+        room = self._length + 1 - len(frame)
+        if room < min(len(text), _LEAST_TEXT):
+            return None, []
+        self.counts["text_cut"] += len(text) > room
+        return self._asked(text, room, summary)
+
+    def _asked(self, text: Sequence[int], room: int | None, summary: Sequence[int]):
+        answer = {"role": "assistant", "content": [summary]}
+        question = self._prompts.eval_messages(text, room)
+        return self.tokenizer.render_chat([*question, answer])
+
+    def _chat(self, pieces: Pieces) -> tuple[list[int], list[int]]:
+        messages = [{"role": role, "content": [ids]} for role, ids in pieces]
+        return self.tokenizer.render_chat(messages)
+
+
+_TARGETS = {"text": ("text",), "chat": ("assistant",), "summary": ("summary",)}
+
+
+def fingerprint(documents: Sequence[Document]) -> str:
+    """SHA-256 of the targets' texts: the same documents for any tokenizer have the same."""
+    texts = json.dumps([document.text for document in documents], ensure_ascii=False)
+    return hashlib.sha256(texts.encode()).hexdigest()
+
+
+# Positions whose logits exist at once: 256 x 65,000 pieces are 67 MB.
+_SLICE = 256
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which checkpoints are measured, on what, and how.
+
+    Args:
+        checkpoints: runs (their newest steps) or steps
+        data: sets, separated by commas: files of rows, token files, folders with either, or names
+            of sets; if absent the sets that the first checkpoint's run was trained on
+        split: the part of a folder or set
+        max_rows: the first rows of each set, at most this many; if absent all
+        stride: new targets of each further window of a long document; if absent half the context
+        prompts: wordings; summary rows are asked for with the `eval` question
+        batch_size: sequences computed at a time
+        pack: lay short documents into one sequence, kept apart by the attention mask
+        out: the figures as JSON; if absent evaluate.json in the first checkpoint's run
+        device: auto, cpu, cuda or mps
+    """
+
+    checkpoints: tuple[Path, ...] = ()
+    data: str = ""
+    split: Literal["val", "test"] = "val"
+    max_rows: int | None = None
+    stride: int | None = None
+    prompts: Path = Path("configs/prompts/summary_zh.yaml")
+    batch_size: int = 16
+    pack: bool = True
+    out: Path | None = None
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "stride", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} wants 1 or more, found {value}")
+
+
+def windows(document: Document, length: int, stride: int) -> Iterator[Row]:
+    """A document as inputs and targets of at most `length` positions; each target comes once.
+
+    stride: 1 to length; further windows have so many new positions
+    """
+    tokens = document.ids[:-1]
+    targets = np.where(document.is_target[1:], document.ids[1:], IGNORED)
+    end = 0
+    while end < len(tokens):
+        done, end = end, min(len(tokens), end + stride if end else length)
+        first = max(0, end - length)
+        new = targets[first:end].copy()
+        new[: done - first] = IGNORED
+        if (new != IGNORED).any():
+            yield tokens[first:end], new
+
+
+@torch.inference_mode()
+def document_sums(
+    model: Transformer,
+    documents: Sequence[Document],
+    stride: int,
+    batch_size: int,
+    pack: bool,
+    world: World,
+    name: str = "",
+) -> np.ndarray:
+    """Loss in nats, targets and hits of each document: (n_documents, 3) float64."""
+    length = model.config.max_seq_len
+    pairs = [(n, row) for n, d in enumerate(documents) for row in windows(d, length, stride)]
+    owners, rows = [n for n, _ in pairs], [row for _, row in pairs]
+    sizes = [len(tokens) for tokens, _ in rows]
+    # Longest first: whether a batch fits in memory shows at once.
+    lines = best_fit(sizes, length) if pack else [[i] for i in np.argsort(sizes)[::-1].tolist()]
+    sums = np.zeros((len(documents), 3))
+    starts = range(0, len(lines), batch_size)[world.rank :: world.size]
+    for first in tqdm(starts, desc=name, unit=" batches", disable=not world.is_main, leave=False):
+        part = lines[first : first + batch_size]
+        batch = collate([[rows[i] for i in line] for line in part], pad_id=0)
+        losses, hits = _losses(model, batch)
+        # Targets come line by line, and in a line row by row, as the rows were laid.
+        laid = [i for line in part for i in line]
+        counts = [int((rows[i][1] != IGNORED).sum()) for i in laid]
+        owner = np.repeat([owners[i] for i in laid], counts)
+        for column, values in enumerate((losses, np.ones(len(owner)), hits)):
+            np.add.at(sums[:, column], owner, values)
+    if world.size > 1:
+        sums = world.sum(torch.from_numpy(sums).to(world.device)).cpu().numpy()
+    return sums
+
+
+def _losses(model: Transformer, batch: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and hit of each target, in the order of the batch."""
+    device = model.rope.device
+    targets = batch.pop("targets").to(device)
+    hidden = model.hidden(**{key: value.to(device) for key, value in batch.items()})
+    chosen = targets != IGNORED
+    hidden, goals, losses, hits = hidden[chosen], targets[chosen], [], []
+    for part, goal in zip(hidden.split(_SLICE), goals.split(_SLICE), strict=True):
+        logits = model.output(part).float()
+        losses.append(F.cross_entropy(logits, goal, reduction="none"))
+        hits.append(logits.argmax(dim=1) == goal)
+    return tuple(torch.cat(each).double().cpu().numpy() for each in (losses, hits))
+
+
+def figures(sums: np.ndarray, n_bytes: Sequence[int]) -> dict:
+    """The figures of one set from the sums of its documents."""
+    loss, n_targets, hits = sums.sum(axis=0).tolist()
+    total = sum(n_bytes)
+    low, high = rouge.bootstrap_ratio(sums[:, 0] / math.log(2), np.array(n_bytes))
+    return {
+        "ppl": trainer.perplexity(loss, n_targets),
+        "bpb": trainer.bits_per_byte(loss, total),
+        "bpb_low": low,
+        "bpb_high": high,
+        "accuracy": trainer.accuracy(hits, n_targets),
+        "loss_nats": loss,
+        "n_targets": int(n_targets),
+        "n_bytes": total,
+    }
+
+
+def xz_bits_per_byte(documents: Sequence[Document]) -> float:
+    """What a general compressor needs for the targets' text, all documents in one stream."""
+    data = "\n".join(document.text for document in documents).encode()
+    return 8 * len(lzma.compress(data, preset=9)) / max(1, len(data))
+
+
+def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world: World) -> dict:
+    """Figures of one checkpoint by set."""
+    length = loaded.config.max_seq_len
+    stride = cfg.stride or max(1, length // 2)
+    if stride > length:
+        raise ConfigError(
+            f"--stride {stride} is longer than the context of {length}: tokens between two windows "
+            f"would not be predicted; name at most {length}"
+        )
+    found = {}
+    for held_out in sets:
+        began = perf_counter()
+        sums = document_sums(
+            loaded.model, held_out.documents, stride, cfg.batch_size, cfg.pack, world, held_out.name
+        )
+        rest = {
+            "n_long": sum(len(d.ids) - 1 > length for d in held_out.documents),
+            "counts": held_out.counts,
+            "seconds": perf_counter() - began,
+        }
+        found[held_out.name] = figures(sums, [d.n_bytes for d in held_out.documents]) | rest
+    about = {
+        "step": loaded.step,
+        "sha256": checksums(loaded.path),
+        "tokenizer": loaded.tokenizer.fingerprint,
+        "vocab_size": loaded.tokenizer.vocab_size,
+        "max_seq_len": length,
+        "stride": stride,
+    }
+    return about | {"sets": found}
+
+
+def table(found: dict) -> str:
+    """One block a set: the models and the compressor."""
+    lines = []
+    for name, about in found["sets"].items():
+        lines += [
+            f"{name} ({about['n_documents']:,} documents, sha256 {about['sha256'][:12]})",
+            "   bits/byte     95 % interval        ppl  accuracy     targets       bytes",
+        ]
+        for checkpoint, measured in found["checkpoints"].items():
+            row = measured["sets"][name]
+            notes = dict(row["counts"])
+            notes |= {"longer than the context": row["n_long"]} if row["n_long"] else {}
+            rest = "; ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in notes.items())
+            lines.append(
+                f"  {row['bpb']:10.4f}  {row['bpb_low']:7.4f} - {row['bpb_high']:7.4f} "
+                f"{row['ppl']:10.2f}  {row['accuracy']:7.2%}  {row['n_targets']:10,}  "
+                f"{row['n_bytes']:10,}  {checkpoint}{f' ({rest})' if rest else ''}"
+            )
+        lines += [f"  {about['xz_bpb']:10.4f}{' ' * 65}xz", ""]
+    sizes = sorted({each["vocab_size"] for each in found["checkpoints"].values()})
+    lines.append(f"ppl of guessing: {' or '.join(f'{n:,}' for n in sizes)}, the vocabulary's size")
+    return "\n".join(lines)
+
+
+def require_same_documents(seen: dict[str, dict], held_out: HeldOut, about: dict) -> None:
+    """Checkpoints can only be compared on the same documents.
+
+    raises: ConfigError if one of them has lost or gained some
+    """
+    before = seen.setdefault(held_out.name, about)
+    if before["texts_sha256"] != about["texts_sha256"]:
+        raise ConfigError(
+            f"{held_out.name}: the checkpoints do not score the same texts "
+            f"({before['n_documents']} and {about['n_documents']} documents); their contexts or "
+            f"their token files differ; name rows (.jsonl), or measure them one by one"
+        )
+
+
+def main(cfg: EvaluateConfig) -> None:
+    """Measure every checkpoint on every set, print, write."""
+    if not cfg.checkpoints:
+        raise CheckpointError(
+            "wanted a checkpoint, found none: python -m babyllama.analysis.perplexity out/NAME"
+        )
+    steps = [find_checkpoint(from_repo(path).resolve()) for path in cfg.checkpoints]
+    names = chosen_sources(cfg.data, steps[0], flag="--data")
+    out = from_repo(cfg.out) if cfg.out else beside(steps[0]) / "evaluate.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(cfg).items()}
+    settings["checkpoints"] = [shown(step) for step in steps]
+    found: dict = {"settings": settings, "sets": {}, "checkpoints": {}}
+    with start(pick_device(cfg.device)) as world:
+        for step in steps:
+            loaded = load_model(step, world.device)
+            length = loaded.config.max_seq_len
+            sets = [
+                open_held_out(name, cfg.split, cfg.max_rows, loaded.tokenizer, cfg.prompts, length)
+                for name in names
+            ]
+            for held_out in sets:
+                about = {
+                    "files": held_out.files,
+                    "sha256": held_out.sha256,
+                    "texts_sha256": fingerprint(held_out.documents),
+                    "n_documents": len(held_out.documents),
+                    "xz_bpb": xz_bits_per_byte(held_out.documents),
+                }
+                require_same_documents(found["sets"], held_out, about)
+            found["checkpoints"][shown(step)] = measure(loaded, sets, cfg, world)
+        if world.is_main:
+            with written_whole(out) as temporary:
+                temporary.write_text(
+                    json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8"
+                )
+            print(f"{table(found)}\n\nfigures: {shown(out)}")
+
+
+if __name__ == "__main__":
+    run(main, parse(EvaluateConfig, __doc__, positional=["checkpoints"]))

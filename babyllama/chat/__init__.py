@@ -1,0 +1,1 @@
+"""A dialogue with a checkpoint: the session, its commands, the terminal."""

@@ -1,0 +1,266 @@
+"""One talk with one model: what was said and what of it the model still sees, adapters, replies.
+
+What the terminal shows is terminal.py's; commands that change a session are commands.py's. The chat
+format is the tokenizer's. Nothing here prints.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from babyllama.checkpoint import Loaded, load_adapter
+from babyllama.config import REPO, from_repo, shown
+from babyllama.cpu.decoder import make_decoder
+from babyllama.errors import ConfigError, DataError
+from babyllama.generate import Decoder, Reply, Weights, generate_replies, stream_text
+from babyllama.lora import switch
+from babyllama.retrieval.index import trim
+from babyllama.retrieval.retriever import API_URL, Context, Retriever
+from babyllama.run_dir import newest_run
+from babyllama.sampling import SamplingConfig
+from babyllama.scoring.summarise import Suggested, suggest
+from tokenizer import Tokenizer
+
+MOST_CHARACTERS = 100_000  # read from a reference file; far more than any context holds
+
+
+@dataclass
+class Conversation:
+    """What was said so far, and how much of it the model still sees.
+
+    room: tokens a prompt may take; a quarter of the context, or less, is kept for the reply
+    first: the turns before this one no longer fit; they stay in `turns` for saving
+    """
+
+    tokenizer: Tokenizer
+    room: int
+    reference: str = ""
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    first: int = 0
+
+    def messages(self, first: int = 0, found: str = "") -> list[dict]:
+        """The 资料, if there is one, and the turns from `first` on.
+
+        found: stands in for the 资料 where there is none
+        """
+        reference = self.reference or found
+        messages = [{"role": "system", "content": reference}] if reference else []
+        for user, assistant in self.turns[first:]:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": assistant})
+        return messages
+
+    def prompt_for(self, question: str, found: str = "") -> list[int]:
+        """The ids to continue; whole oldest turns are let go until they fit, never the 资料.
+
+        found: 资料 for this question alone
+        raises: ConfigError if the question does not fit even alone; nothing is let go then
+        """
+        for first in range(self.first, len(self.turns) + 1):
+            asked = [*self.messages(first, found), {"role": "user", "content": question}]
+            ids = self.tokenizer.render_prompt(asked)
+            if len(ids) <= self.room:
+                self.first = first
+                return ids
+        raise ConfigError(
+            f"这条消息太长：连同资料共 {len(ids)} 个 token，上限 {self.room}；请缩短消息或资料"
+        )
+
+    def reference_room(self, question: str) -> int:
+        """The tokens that passages found for a question may take: at most half of all, so that
+        the last turns stay too, and never so many that the question does not fit."""
+        alone = [{"role": "system", "content": ""}, {"role": "user", "content": question}]
+        left = self.room - len(self.tokenizer.render_prompt(alone))
+        return max(min(self.room // 2, left - 4), 0)  # pieces are encoded apart: a few ids more
+
+    def n_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode(text))
+
+    def set_reference(self, text: str) -> str:
+        """Make `text` the 资料; returns what there is to say about it.
+
+        A third of the room stays free for the question, so a long text is cut after a sentence.
+        """
+        text, limit = text.strip(), self.room * 2 // 3
+        self.reference = trim(text, limit, self.n_tokens)
+        cut = f"（太长，只留开头 {len(self.reference)} 字）" * (len(self.reference) < len(text))
+        return f"资料{cut}：{self.reference or '无'}"
+
+
+def choose_checkpoint(wanted: Path | None, repo: Path = REPO) -> Path:
+    """The checkpoint the user named, else the newest run in out/, else the released model.
+
+    raises: ConfigError if there is none at all
+    """
+    if wanted:
+        return from_repo(wanted)
+    release = repo / "release"
+    found = newest_run(repo / "out") or newest_run(release)
+    if found is None and not release.is_dir():
+        raise ConfigError(
+            "wanted a checkpoint, found none in out/ or release/; make one with python "
+            "quickstart.py, or with pretrain.py and sft.py, or name one: python chat.py CHECKPOINT"
+        )
+    return found or release
+
+
+def whole(text: str) -> str:
+    """Text that can be encoded: half characters from a broken terminal become "?"."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def read_reference(value: str) -> str:
+    """The beginning of the file that `value` names, else `value` itself.
+
+    raises: DataError if the file is no text, or if only the name of one that is missing was given
+    """
+    path = os.path.expanduser(value.strip())
+    if "\0" in path or not os.path.isfile(path):
+        if path.endswith((".txt", ".md")) and "\n" not in path:
+            raise DataError(f"没有文件 {path!r}；请检查路径，或直接写出资料的文字")
+        return whole(value)
+    for encoding in ("utf-8-sig", "gb18030"):
+        try:
+            with open(path, encoding=encoding) as file:
+                return file.read(MOST_CHARACTERS)
+        except UnicodeDecodeError:
+            continue
+    raise DataError(f"{path}：应为 UTF-8 或 GB18030 编码的文本，此文件不是；请换一个")
+
+
+INTERRUPTED, FULL = "interrupted", "context"
+
+
+@dataclass
+class Asked:
+    """A question on its way.
+
+    found: the passages that were looked up for it; None where nothing was looked up
+    lets_go: the first turns leave what the model sees, and none has before
+    text: what was replied so far
+    reason: how the reply ended, see generate.Reply; interrupted: by the user; context: it is full
+    """
+
+    question: str
+    prompt: list[int]
+    found: Context | None = None
+    lets_go: bool = False
+    text: str = ""
+    reason: str = ""
+    n_tokens: int = 0
+
+
+class Session:
+    """A conversation with a checkpoint."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        sampling: SamplingConfig,
+        weights: Weights = "auto",
+        adapters: Sequence[str] = (),
+        retriever: Retriever | None = None,
+        retrieve: bool = False,
+        wiki_url: str = API_URL,
+    ) -> None:
+        """adapters: NAME=PLACE each, all on this model; the first one works at the beginning
+
+        raises: CheckpointError if an adapter belongs to another base
+        """
+        loaded.tokenizer.require_dialogue()
+        self.loaded, self.sampling, self.weights = loaded, sampling, weights
+        self.retriever, self.retrieve, self.wiki_url = retriever, retrieve, wiki_url
+        self.adapters = dict(map(named, adapters))
+        if len(self.adapters) < len(adapters):
+            raise ConfigError(f"--lora wants different names, found {', '.join(adapters)}")
+        for name, place in self.adapters.items():
+            load_adapter(loaded.model, place, name)
+        context = loaded.config.max_seq_len
+        room = context - min(sampling.max_new_tokens, context // 4)
+        self.talk = Conversation(loaded.tokenizer, room)
+        self.decoder: Decoder
+        self.use_adapter(next(iter(self.adapters), None))
+
+    def use_adapter(self, name: str | None) -> None:
+        """Talk with an adapter, or with None to the base alone.
+
+        raises: ConfigError if there is none of this name
+        """
+        if name is not None and name not in self.adapters:
+            there = "、".join(self.adapters) or "启动时没有给 --lora"
+            raise ConfigError(f"没有 LoRA {name!r}；有：{there}；- 为只用基座")
+        if self.adapters:
+            switch(self.loaded.model, name)
+        self.adapter = name
+        self.decoder = make_decoder(self.loaded.model, self.weights)
+
+    def ask(self, question: str) -> Asked:
+        """A question made ready: what is looked up for it, and the prompt.
+
+        raises: ConfigError if it is too long
+        """
+        found = None
+        if self.retrieve and self.retriever and not self.talk.reference:
+            room = self.talk.reference_room(question)
+            found = self.retriever.context(question, room, self.talk.n_tokens)
+        before = self.talk.first
+        prompt = self.talk.prompt_for(question, found.text if found else "")
+        return Asked(question, prompt, found, lets_go=before == 0 < self.talk.first)
+
+    def answer(self, asked: Asked) -> Iterator[str]:
+        """The reply as it comes; when it ends, by itself or by Ctrl-C, it is part of the talk,
+        unless it is blank."""
+        end = Reply()
+        try:
+            tokenizer = self.loaded.tokenizer
+            for piece in stream_text(self.decoder, asked.prompt, self.sampling, tokenizer, end):
+                asked.text += piece
+                yield piece
+        finally:
+            # Ctrl-C while the caller prints closes the generator: nothing says so but this.
+            asked.reason, asked.n_tokens = self._reason(end), len(end.ids)
+            if asked.text.strip():
+                self.talk.turns.append((asked.question, asked.text))
+
+    def answers(self, asked: Asked) -> Iterator[Asked]:
+        """sampling.n replies to one question, which are not part of the talk."""
+        tokenizer = self.loaded.tokenizer
+        for reply in generate_replies(
+            self.decoder, [asked.prompt], self.sampling, tokenizer.eos_id, tokenizer
+        ):
+            reason = self._reason(reply)
+            yield replace(asked, text=reply.text, reason=reason, n_tokens=len(reply.ids))
+
+    def _reason(self, end: Reply) -> str:
+        is_full = end.reason == "length" and len(end.ids) < self.sampling.max_new_tokens
+        return FULL if is_full else end.reason or INTERRUPTED
+
+    def summarise(self, text: str, n: int = 1) -> Suggested:
+        """At most n titles of an abstract."""
+        return suggest(self.decoder, self.loaded.tokenizer, text, n)
+
+    def record(self, asked: Asked) -> dict:
+        """A finished reply as an object for JSON."""
+        found = asked.found.passages if asked.found else []
+        return {
+            "prompt": asked.question,
+            "reply": asked.text,
+            "finish_reason": asked.reason,
+            "n_prompt_tokens": len(asked.prompt),
+            "n_reply_tokens": asked.n_tokens,
+            "checkpoint": shown(self.loaded.path),
+            "lora": self.adapter,
+            "reference": self.talk.reference or (asked.found.text if asked.found else ""),
+            "passages": None if asked.found is None else [asdict(passage) for passage in found],
+        }
+
+
+def named(word: str) -> tuple[str, Path]:
+    """NAME=PLACE; without a name the place's own name is taken."""
+    name, equals, place = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+", name):
+        path = Path(word)
+        name, place = re.sub(r"\W", "_", path.name), word
+    return name, from_repo(place)

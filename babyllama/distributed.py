@@ -1,0 +1,195 @@
+"""One process or many: start, wrap, sum. The training loop holds a World and no `if` about it.
+
+A launcher (torchrun, Slurm) is recognised by the environment that it sets; without one there is
+one process. Engines are branches of `wrap`: DDP (Li et al. 2020, arXiv:2006.15704) keeps a copy
+of everything in each process; FSDP2 (torch's fully_shard) keeps a share of weights, gradients and
+optimizer state in each. Names and checkpoints are the same for all of them.
+"""
+
+import contextlib
+import datetime
+import functools
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from babyllama.config import BAD_INPUT
+from babyllama.errors import ConfigError
+from babyllama.lora import adapt_like
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes, started by torchrun or Slurm.
+
+    Args:
+        engine: ddp: everything in each process; fsdp2: a share in each, for models that do not
+            fit one card; auto: ddp
+        timeout_s: a process that waits longer than this for the others ends the job
+    """
+
+    engine: Literal["auto", "ddp", "fsdp2"] = "auto"
+    timeout_s: int = 50  # torch's own is 30 minutes
+
+    def __post_init__(self) -> None:
+        if self.timeout_s < 1:
+            raise ConfigError(f"parallel.timeout_s wants 1 or more, found {self.timeout_s}")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its fellows."""
+
+    rank: int
+    size: int
+    device: torch.device
+    engine: str = "auto"
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def on_main(self, act: Callable[[], object]) -> None:
+        """Act in the main process while the others wait; where it fails, all of them end."""
+        error = None
+        if self.is_main:
+            try:
+                act()
+            except Exception as caught:
+                error = caught
+        if self.any(error is not None):
+            raise error or SystemExit(BAD_INPUT)  # the main process alone says what it was
+
+    def wrap(
+        self,
+        model: nn.Module,
+        compiled: bool = False,
+        recompute: bool = False,
+        blocks: bool = True,
+    ) -> nn.Module:
+        """The model as the loop calls it; the names of its parameters stay the model's own.
+
+        With fsdp2 its parameters become shares: the optimizer is made afterwards.
+
+        compiled: each layer runs as torch.compile makes it
+        recompute: a layer keeps its input alone for the way back, and computes the rest again
+        blocks: packed documents are attended to block by block, on cards that can
+        """
+        if blocks and self.device.type == "cuda":
+            from babyllama.block_attention import (
+                by_blocks,
+                suits,  # takes its time, for cards alone
+            )
+
+            if suits(self.device):
+                by_blocks(model)
+        for layer in model.layers if compiled else ():
+            _require_compiler(self.device)
+            layer.forward = torch.compile(layer.forward)
+        # Outside of the compiled function: torch.compile leaves one alone that checkpoints.
+        for layer in model.layers if recompute else ():
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        if self.size == 1:
+            return model
+        if self.engine != "fsdp2":
+            return DistributedDataParallel(model)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+
+def _require_compiler(device: torch.device) -> None:
+    """raises: ConfigError where torch.compile would find no C++ compiler"""
+    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(shutil.which(name) for name in names if name):
+        raise ConfigError(
+            "train.compile needs a C++ compiler on a CPU, found neither g++, clang++ nor cl; "
+            "install one, or leave the setting out"
+        )
+
+
+@contextlib.contextmanager
+def start(device: torch.device, config: ParallelConfig | None = None) -> Iterator[World]:
+    """Join the launcher's process group, if there is one, for as long as the block runs."""
+    config = config or ParallelConfig()
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=config.timeout_s)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        yield World(dist.get_rank(), size, device, config.engine)
+        dist.barrier()  # nobody leaves while another still listens
+    finally:
+        gc.collect()  # wrapped models hold on to the group that ends here
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module, is_last: bool) -> Iterator[None]:
+    """Exchange gradients in the last micro-batch of a step only."""
+    if hasattr(model, "set_requires_gradient_sync"):  # fsdp2
+        model.set_requires_gradient_sync(is_last)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not is_last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model itself, to be called by all processes together, without exchange of gradients."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The model with all its weights in this process: itself, or a copy where it has a share."""
+    if not hasattr(model, "set_requires_gradient_sync"):
+        return inner(model)
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
+        copy = adapt_like(type(model)(model.config), model)
+    weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    copy.load_state_dict({name: tensor.to("cpu") for name, tensor in weights.items()})
+    return copy.to(next(iter(weights.values())).device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process may hold a share. All processes must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def share_of(like: Tensor, full: Tensor) -> Tensor:
+    """This process's share of a whole tensor, cut as `like` is, on its device."""
+    full = full.to(like.device)
+    if not hasattr(like, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,1 @@
+"""Texts to answer from: a full-text index, Wikipedia, and who looks them up."""

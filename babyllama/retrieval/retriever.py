@@ -1,0 +1,262 @@
+"""Reference text (资料) for a dialogue: from an index on the disk, or from Wikipedia's own server.
+
+    retriever = Retriever.open(Path("data/index/wiki"))
+    found = retriever.context("马祖列岛有多少个岛屿？", budget=300, size=n_tokens)
+    found.text, [passage.citation for passage in found.passages]
+
+Without an index, or when asked to, `look_up` goes to the Chinese Wikipedia: it gives an Article, or
+Choices when the word is ambiguous or has no page of its own. Every failure, from a missing network
+to a broken answer, is a WikiError whose text can be shown to the user. Nothing here prints.
+
+The `wikipedia` package (1.4.0) keeps address and user agent in module globals and sends its
+requests without a time limit. `_configure` is the one place that sets the globals, and the limit
+is kept from outside: the look-up runs in a thread that is no longer waited for when time is up.
+API: https://www.mediawiki.org/wiki/API:Query and Extension:TextExtracts.
+"""
+
+import re
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Overdue
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from babyllama.config import REPO, from_repo, shown
+from babyllama.retrieval.index import Index, Passage, asked, normal, sentences, terms, trim
+
+INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
+
+# A passage is about a question if it holds this share of its weight, and as much as two terms that
+# stand nowhere else, or the question names its title: 93 % of real questions find something so,
+# 21 % of small talk (benchmarks/retrieval.py).
+MIN_COVERAGE = 0.3
+MIN_RARE = 2.0
+
+API_URL = "https://zh.wikipedia.org/w/api.php"
+USER_AGENT = "babyllama/1.0 (a small language model for study; python-wikipedia/1.4.0)"
+
+# Sent with every request: text in simplified characters, titles found in either script.
+VARIANT = "variant=zh-cn&converttitles=1"
+MAX_CHOICES = 9
+
+
+@dataclass(frozen=True)
+class Context:
+    """Reference text made of passages, best first; both are empty where nothing fits the question.
+
+    passages: what stands in the text, each cut to the part that does
+    """
+
+    text: str = ""
+    passages: list[Passage] = field(default_factory=list)
+
+    @property
+    def citation(self) -> str:
+        """Titles and paragraphs, each once."""
+        return "、".join(dict.fromkeys(passage.citation for passage in self.passages))
+
+
+class Retriever:
+    """Passages and reference text out of an index; for any number of threads."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    @classmethod
+    def open(cls, path: Path | str, corpus: str | None = None) -> "Retriever":
+        """The index in a directory.
+
+        corpus: the name of the rows that it must be made of, if that matters
+        raises: DataError if it is none, damaged, or of another corpus or version
+        """
+        return cls(Index(from_repo(path), corpus))
+
+    def describe(self) -> str:
+        info = self.index.info
+        return (f"{shown(self.index.place)}：{info['corpus']}，{info['n_rows']:,} 篇 "
+                f"{info['n_passages']:,} 段")  # fmt: skip
+
+    def search(self, query: str, k: int = 5) -> list[Passage]:
+        """The k best passages for a question or some words, best first, good or not."""
+        return self.index.search(query, k)
+
+    def context(
+        self, question: str, budget: int, size: Callable[[str], int] = len, k: int = 5
+    ) -> Context:
+        """Reference text for a question: as many of the k best passages as fit, best first.
+
+        Passages about something else are left out; one that does not fit is cut to the sentences
+        that hold most of the question.
+
+        budget: the most that size(text) may be
+        size: characters unless told; tokens, usually
+        """
+        found = [p for p in self.search(question, k) if is_about(p, question)]
+        return fill(found, question, budget, size)
+
+    def article(self, title: str, budget: int, size: Callable[[str], int] = len) -> Context:
+        """The beginning of what is called so, or the passages that a search for it brings."""
+        found = self.index.titled(title)
+        if found:
+            return fill(found, "", budget, size)
+        found = [p for p in self.search(title, 5) if p.coverage >= MIN_COVERAGE]
+        return fill(found, title, budget, size)
+
+
+def is_about(passage: Passage, question: str) -> bool:
+    """Whether a passage that a question brought is about it."""
+    is_named = bool(passage.title) and normal(passage.title) in normal(question)
+    return passage.coverage >= MIN_COVERAGE and (passage.n_rare >= MIN_RARE or is_named)
+
+
+def fill(found: list[Passage], question: str, budget: int, size: Callable[[str], int]) -> Context:
+    """The passages one after the other, the last one that fits in part cut."""
+    text, kept = "", []
+    for passage in found:
+        named = "" if not passage.title or passage.title in passage.text else f"{passage.title}："
+        before = f"{text}\n{named}" if text else named
+
+        def fits(part: str, before: str = before) -> int:
+            return size(before + part)
+
+        part = best_part(passage.text, question, budget, fits)
+        if not part:
+            break
+        text += before[len(text) :] + part
+        kept.append(replace(passage, text=part))
+        if part != passage.text:
+            break
+    return Context(text, kept)
+
+
+def best_part(text: str, question: str, budget: int, size: Callable[[str], int] = len) -> str:
+    """The whole text if it fits, else the run of sentences that holds most terms of a question,
+    and begins first; "" if not even the beginning of a sentence fits."""
+    if size(text) <= budget:
+        return text
+    wanted, best, most = set(asked(question)[0]), "", -1
+    rest = text
+    for sentence in sentences(text):
+        part = trim(rest, budget, size)
+        held = len(wanted & set(terms(normal(part))[0].tolist()))
+        if held > most and part:
+            best, most = part, held
+        rest = rest[len(sentence) :]
+    return best
+
+
+class WikiError(ValueError):
+    """A look-up that brought no text; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Article:
+    """The introduction of one page, paragraphs separated by one newline."""
+
+    title: str
+    text: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Titles to choose from.
+
+    ambiguous: the word has several meanings; otherwise there is no such page, and these are
+        the nearest search hits
+    """
+
+    term: str
+    titles: list[str]
+    ambiguous: bool
+
+
+def look_up(term: str, api_url: str = API_URL, timeout_s: float = 10.0) -> Article | Choices:
+    """The page called `term`, redirects followed, or what the user may choose from.
+
+    timeout_s: for the whole look-up, however many requests it takes
+    raises: WikiError
+    """
+    # These signs have a meaning in titles, and "|" would ask for two pages at once.
+    if not term.strip() or len(term.encode()) > 255 or re.search(r"[#<>\[\]|{}\x00-\x1f]", term):
+        raise WikiError(f"{term[:40]!r} 不能作词条名：应为 1 到 255 字节，不含 # < > [ ] | {{ }}")
+    _configure(api_url)
+    import requests
+    from bs4 import GuessedAtParserWarning
+    from wikipedia import WikipediaException
+
+    try:
+        with warnings.catch_warnings():
+            # The package calls BeautifulSoup without naming a parser; html.parser will do.
+            warnings.simplefilter("ignore", GuessedAtParserWarning)
+            return _within(timeout_s, lambda: _fetch(term.strip()))
+    except Overdue:
+        reason = f"{timeout_s:g} 秒内没有答复"
+    except requests.exceptions.JSONDecodeError:
+        reason = "答复不是 JSON（服务器出错，或被代理、登录页面拦截）"
+    except requests.exceptions.RequestException as error:
+        reason = f"无法连接（{type(error).__name__}）"
+    except (WikipediaException, LookupError, TypeError, AttributeError) as error:
+        # The package reads answers without checking their shape.
+        reason = f"答复不像 MediaWiki 的（{type(error).__name__}: {error}）"
+    raise WikiError(f"维基百科 {api_url}：{reason}；请检查网络后重试，或用 /资料 给出文本")
+
+
+def _configure(api_url: str) -> None:
+    """Point the `wikipedia` package at an address, as its own set_lang does."""
+    try:
+        import wikipedia
+    except ImportError:
+        raise WikiError("缺少 wikipedia 包；请运行 pip install -r requirements.txt") from None
+    wikipedia.set_lang("zh")  # empties its caches as well
+    wikipedia.set_user_agent(USER_AGENT)
+    wikipedia.wikipedia.API_URL = f"{api_url}{'&' if '?' in api_url else '?'}{VARIANT}"
+
+
+def _within(timeout_s: float, job: Callable[[], Article | Choices]) -> Article | Choices:
+    """What `job` returns or raises, or Overdue after `timeout_s`.
+
+    A daemon thread does not keep the program from ending. This also bounds what no time limit
+    of a socket bounds: name look-up, and a server that sends one byte now and then.
+    """
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(job())
+        except Exception as error:  # handed over to the caller, who waits for the result
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future.result(timeout_s)
+
+
+def _fetch(term: str) -> Article | Choices:
+    import wikipedia
+
+    try:
+        page = wikipedia.page(term, auto_suggest=False)
+        text = _tidy(page.summary) or _tidy(page.content)
+    except wikipedia.DisambiguationError as error:
+        return Choices(term, _distinct(error.options), ambiguous=True)
+    except (wikipedia.PageError, AssertionError):
+        # Its assertion does not know titles that were converted and then redirected.
+        titles = _distinct(wikipedia.search(term, results=MAX_CHOICES))
+        if not titles:
+            raise WikiError(f"维基百科没有“{term}”这个词条，也没有相近的；请换一个词") from None
+        return Choices(term, titles, ambiguous=False)
+    if not text:
+        raise WikiError(f"维基百科的“{page.title}”没有正文；请换一个词")
+    return Article(page.title, text, page.url)
+
+
+def _distinct(titles: list[str]) -> list[str]:
+    return list(dict.fromkeys(title.strip() for title in titles if title.strip()))[:MAX_CHOICES]
+
+
+def _tidy(text: str) -> str:
+    """Paragraphs one newline apart (an empty line ends the reference in a dialogue)."""
+    text = re.sub(r"^=+ *(.*?) *=+$", r"\1", text, flags=re.MULTILINE)
+    return re.sub(r"\s*\n\s*", "\n", text).strip()

@@ -1,0 +1,1 @@
+"""Other ways to a better model: preferences, regularisation, mean weights, pseudo-labels."""

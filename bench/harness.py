@@ -1,0 +1,284 @@
+"""A checkpoint as lm-evaluation-harness wants a model: likelihoods and greedy replies.
+
+`for_harness` returns the subclass of the harness' LM; all that it does is done by Scorer. The
+context of a question is read once, whatever the number of its options: they continue its KV cache.
+A text is cut as the harness' own Hugging Face model cuts it, so scores of an exported checkpoint
+are the same. A dialogue is rendered by tokenizer.py, by ids; when it is too long its head stays.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from babyllama.checkpoint import Loaded
+from babyllama.cpu.decoder import make_decoder
+from babyllama.errors import ConfigError
+from babyllama.generate import generate_replies
+from babyllama.sampling import SamplingConfig
+from bench.cache import Store
+from model import IGNORED, SLICE, KVCache
+from tokenizer import LABELS, SEPARATOR
+
+# End the question in a plain text; in a dialogue the assistant's label does.
+ANSWER = re.compile(r"\s*(?:答案|解答)：\s*$")
+MAX_NEW = 128  # tokens of a reply where a task does not say
+
+
+class Dialogue(str):
+    """A dialogue on its way through the harness, which takes it for a text."""
+
+    messages: list[dict]
+
+
+class Group(NamedTuple):
+    """One context and what may follow it, as ids.
+
+    numbers: of the questions that the continuations belong to
+    """
+
+    context: list[int]
+    continuations: list[list[int]]
+    numbers: list[int]
+
+
+class Scorer:
+    """The three questions that the harness asks, answered in batches.
+
+    is_chat: prompts are dialogues, else plain texts
+    prefix_id: what stands before a text that has no context
+    n_cut: prompts that lost their beginning
+    """
+
+    def __init__(self, loaded: Loaded, batch_size: int, is_chat: bool, store: Store) -> None:
+        super().__init__()
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.decoder = make_decoder(loaded.model, "float32")
+        self.batch_size, self.is_chat, self.store = batch_size, is_chat, store
+        # Training put <eos> before a document, <bos> before a dialogue.
+        is_base = loaded.kind == "pretrain"
+        self.prefix_id = loaded.tokenizer.eos_id if is_base else loaded.tokenizer.bos_id
+        self.max_length = loaded.config.max_seq_len
+        self.n_head = 1 + len(loaded.tokenizer.encode(LABELS["user"]))
+        self.n_cut = 0
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness calls the tokenizer."""
+        return self.tokenizer.fingerprint
+
+    # Texts to ids.
+
+    def apply_chat_template(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The harness' messages as a dialogue of ours.
+
+        What introduces the task goes before the first question. A question that begins with
+        "资料：" gives its text to the system message, as dialogues about a text have it.
+        """
+        intro = ""
+        if messages[0]["role"] == "system":
+            intro, messages = messages[0]["content"].strip() + "\n", messages[1:]
+        turns = [{"role": m["role"], "content": _bare(m)} for m in messages]
+        system, first = [], turns[0]["content"]
+        if first.startswith(LABELS["system"]) and len(turns) == 1:
+            reference, _, first = first.removeprefix(LABELS["system"]).rpartition(SEPARATOR)
+            system = [{"role": "system", "content": reference}]
+        turns[0] = {"role": "user", "content": intro + first}
+        turns = system + turns
+        text = SEPARATOR.join(LABELS[t["role"]] + t["content"] for t in turns)
+        dialogue = Dialogue(text + SEPARATOR + LABELS["assistant"])
+        dialogue.messages = turns
+        return dialogue
+
+    def encode_context(self, context: str) -> list[int]:
+        """The ids of a prompt, uncut."""
+        if isinstance(context, Dialogue):
+            return self.tokenizer.render_prompt(context.messages)
+        return self.tokenizer.encode(context)
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The ids of a prompt and of what follows it; a plain text is encoded as one."""
+        if isinstance(context, Dialogue):
+            return self.encode_context(context), self.tokenizer.encode(continuation)
+        bare = context.rstrip()
+        if not bare:
+            return [self.prefix_id], self.tokenizer.encode(context + continuation)
+        # A token may hold the space between the two, so it belongs to what follows.
+        before = self.tokenizer.encode(bare)
+        whole = self.tokenizer.encode(context + continuation)
+        if len(whole) > len(before):
+            return before, whole[len(before) :]
+        # One token holds the end of the context and the continuation: it is what is predicted.
+        same = 0
+        while same < len(whole) - 1 and whole[same] == before[same]:
+            same += 1
+        return whole[:same] or [self.prefix_id], whole[same:]
+
+    def cut(self, ids: list[int], room: int, is_dialogue: bool) -> list[int]:
+        """The last `room` ids; of a dialogue also its head, <bos> and the first label."""
+        if len(ids) <= room:
+            return ids
+        self.n_cut += 1
+        n_head = self.n_head if is_dialogue and room > 2 * self.n_head else 0
+        return ids[:n_head] + ids[len(ids) - (room - n_head) :]
+
+    # The harness' questions.
+
+    def loglikelihood(self, requests: Sequence, disable_tqdm: bool = False) -> list:
+        """(log-likelihood, whether greedy decoding would give it) of each continuation."""
+        asked = [request.args for request in requests]
+        pairs = [self.encode_pair(*args) for args in asked]
+        for (context, after), (text, option) in zip(pairs, asked, strict=True):
+            if not after:
+                raise ConfigError(f"the option {option!r} has no token; leave the task out")
+            if len(after) > self.max_length:
+                del after[self.max_length // 2 :]
+            is_dialogue = isinstance(text, Dialogue)
+            context[:] = self.cut(context, self.max_length + 1 - len(after), is_dialogue)
+        keys = [self.store.key("loglikelihood", *map(str, args)) for args in asked]
+        return self._loglikelihoods(pairs, keys)
+
+    def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows that each predict as much as they can."""
+        pairs, keys, owners = [], [], []
+        for number, request in enumerate(requests):
+            (text,) = request.args
+            ids = [self.prefix_id, *self.tokenizer.encode(text)]
+            step = self.max_length
+            for start in range(1, len(ids), step):
+                after = ids[start : start + step]
+                before = ids[max(0, start + len(after) - step - 1) : start]
+                pairs.append((before, after))
+                owners.append(number)
+                keys.append(self.store.key("rolling", text, start))
+        sums = [0.0] * len(requests)
+        for owner, (value, _) in zip(owners, self._loglikelihoods(pairs, keys), strict=True):
+            sums[owner] += value
+        return sums
+
+    def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
+        """Greedy replies, each cut before the first of its stop texts."""
+        keys, waiting = [], defaultdict(list)
+        for number, request in enumerate(requests):
+            context, settings = request.args
+            if settings.get("do_sample") or settings.get("temperature"):
+                raise ConfigError("a task asks for random replies, which would not come again")
+            keys.append(self.store.key("generate", str(context), settings))
+            if keys[-1] not in self.store.known:
+                n_new = min(settings.get("max_gen_toks", MAX_NEW), self.max_length // 2)
+                ids = self.encode_context(context)
+                ids = self.cut(ids, self.max_length - n_new, isinstance(context, Dialogue))
+                stop = settings.get("until") or []
+                stop = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
+                waiting[n_new, stop].append((number, ids))
+        with self._bar("replies", len(keys), sum(map(len, waiting.values()))) as bar:
+            for (n_new, stop), asked in waiting.items():
+                sampling = SamplingConfig(temperature=0.0, max_new_tokens=n_new, stop=list(stop))
+                for chunk in _chunks(sorted(asked, key=lambda a: -len(a[1])), self.batch_size):
+                    prompts = [ids or [self.prefix_id] for _, ids in chunk]
+                    replies = generate_replies(
+                        self.decoder, prompts, sampling, self.tokenizer.eos_id, self.tokenizer
+                    )
+                    found = zip(chunk, replies, strict=True)
+                    self.store.add((keys[number], r.text) for (number, _), r in found)
+                    bar.update(len(chunk))
+        return [self.store.known[key] for key in keys]
+
+    def _loglikelihoods(self, pairs: list, keys: list[str]) -> list[tuple[float, bool]]:
+        groups: dict[tuple, Group] = {}
+        for number, (context, after) in enumerate(pairs):
+            if keys[number] not in self.store.known:
+                group = groups.setdefault(tuple(context), Group(context, [], []))
+                group.continuations.append(after)
+                group.numbers.append(number)
+        n_new = sum(len(group.numbers) for group in groups.values())
+        with self._bar("options", len(keys), n_new) as bar:
+            for batch in self._batches(list(groups.values())):
+                found = self.score(batch)
+                numbers = [number for group in batch for number in group.numbers]
+                self.store.add((keys[n], f) for n, f in zip(numbers, found, strict=True))
+                bar.update(len(numbers))
+        return [tuple(self.store.known[key]) for key in keys]
+
+    def _bar(self, unit: str, n_all: int, n_new: int) -> tqdm:
+        self.store.n_found += n_all - n_new
+        return tqdm(total=n_all, initial=n_all - n_new, unit=f" {unit}", disable=not n_new or None)
+
+    def _batches(self, groups: list[Group]) -> Iterator[list[Group]]:
+        """Groups of like length together; side by side they fit the context."""
+        groups.sort(key=lambda g: (-len(g.context), -max(map(len, g.continuations))))
+        batch: list[Group] = []
+        for group in groups:
+            longest = max(len(after) for g in [*batch, group] for after in g.continuations)
+            width = max(len(g.context) for g in [*batch, group]) + longest - 1
+            if batch and (len(batch) >= self.batch_size or width > self.max_length):
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
+
+    # The model.
+
+    @torch.inference_mode()
+    def score(self, batch: list[Group]) -> list[tuple[float, bool]]:
+        """(log-likelihood, is greedy) of each continuation, group after group."""
+        net, device = self.model, self.model.rope.device
+        contexts = [group.context for group in batch]
+        after = [ids for group in batch for ids in group.continuations]
+        owner = [row for row, group in enumerate(batch) for _ in group.continuations]
+        longest, n_after = max(map(len, contexts)), max(map(len, after))
+        # Filler stands on the left of contexts, where it is not seen, and on the right of options.
+        said = [[ids[0]] * (longest - len(ids)) + ids for ids in contexts]
+        start = torch.tensor([longest - len(ids) for ids in contexts], device=device)
+        cache = KVCache(net.config, start, longest + n_after - 1, net.output.weight.dtype)
+        hidden = net.hidden(torch.tensor(said, device=device), cache=cache)[:, -1:]
+        rows = torch.tensor(owner, device=device)
+        hidden = hidden[rows]  # (N, 1, D)
+        targets = torch.full((len(after), n_after), IGNORED, device=device)
+        for row, ids in enumerate(after):
+            targets[row, : len(ids)] = torch.tensor(ids, device=device)
+        if n_after > 1:
+            cache.keep(rows)
+            more = net.hidden(targets[:, :-1].clamp(min=0), cache=cache)
+            hidden = torch.cat((hidden, more), dim=1)  # (N, n_after, D)
+        losses, hits = _losses(hidden, net.output.weight, targets)
+        return list(zip((-losses).tolist(), hits.tolist(), strict=True))
+
+
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss of each row, and whether each of its targets was the likeliest token."""
+    chosen = targets != IGNORED
+    parts, goal = hidden[chosen], targets[chosen]
+    losses, hits = [], []
+    for at in range(0, len(goal), SLICE):
+        logits = F.linear(parts[at : at + SLICE], weight).float()
+        losses.append(F.cross_entropy(logits, goal[at : at + SLICE], reduction="none"))
+        hits.append(logits.argmax(dim=1) == goal[at : at + SLICE])
+    summed = torch.zeros(targets.shape, device=hidden.device)
+    summed[chosen] = torch.cat(losses)
+    right = torch.ones(targets.shape, dtype=torch.bool, device=hidden.device)
+    right[chosen] = torch.cat(hits)
+    return summed.sum(dim=1), right.all(dim=1)
+
+
+def _bare(message: dict) -> str:
+    """What a turn says; the words that ask for the answer belong to plain texts."""
+    return ANSWER.sub("", message["content"]).strip()
+
+
+def _chunks(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def for_harness(loaded: Loaded, batch_size: int, is_chat: bool, store: Store) -> Scorer:
+    """The model for lm_eval.evaluate; needs the package."""
+    from lm_eval.api.model import LM
+
+    make: Callable[..., Scorer] = type("BabyLlama", (Scorer, LM), {"__doc__": Scorer.__doc__})
+    return make(loaded, batch_size, is_chat, store)

@@ -1,0 +1,147 @@
+"""The report of a checkpoint: card.md, card.json and card.png.
+
+A row says what the number is worth: its interval, what chance and the most frequent answer give,
+how many questions there were, and how many of them stood in the training rows.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from babyllama.log import cjk_font, writable
+
+HEAD = ("任务 task", "分数 score", "95 %", "随机 chance", "常答 constant", "题数 n", "例 shots",
+        "语言 rows / prompt", "污染 leaked", "结论 verdict")  # fmt: skip
+ABOVE, BELOW, PLAIN = "#2b7a4b", "#b03a2e", "#8a8a8a"
+
+
+def markdown(card: dict) -> str:
+    """The card as a page of Markdown."""
+    lines = [
+        f"# {card['checkpoint']}",
+        "",
+        *_about(card),
+        "",
+        _row(HEAD),
+        _row(["---"] * len(HEAD)),
+    ]
+    is_whole = not card["training"]["missing"]
+    lines += [_row(cells(report, is_whole)) for report in card["tasks"]]
+    return "\n".join([*lines, "", *notes(card), ""])
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _about(card: dict) -> list[str]:
+    model, about = card["model"], card["about"]
+    return [
+        f"{model['n_parameters']:,} parameters, step {model['step']} ({model['kind']}), context "
+        f"{model['context']}; lm-evaluation-harness {about['harness']}, prompts: "
+        f"{about['prompts']}, {about['form']}; {about['commit']}",
+    ]
+
+
+def cells(report: dict, is_whole: bool = True) -> list[str]:
+    """One line of the table.
+
+    is_whole: all training rows were looked through; else the count of leaks is a lower bound
+    """
+    p = "{:.1%}".format
+    n = f"{report['n']:,}" + (f" / {report['n_all']:,}" if report["n"] < report["n_all"] else "")
+    shots = str(report["shots"])
+    if report["mean_shots"] < report["shots"]:
+        shots += f" ({report['mean_shots']:.1f} fit)"
+    leaked = report["leaked"]
+    return [
+        f"{report['title']} ({report['metric']})",
+        p(report["score"]),
+        f"{p(report['low'])} – {p(report['high'])}",
+        p(report["chance"]),
+        p(report["constant"]),
+        n,
+        shots,
+        f"{report['language']} / {report['prompt_language']}",
+        "?" if leaked is None else f"{leaked:,}" if is_whole else f"≥ {leaked:,}",
+        report["verdict"],
+    ]
+
+
+def notes(card: dict) -> list[str]:
+    """What must be known beside the table."""
+    found = [
+        "chance: blind choice among the options. constant: the most frequent answer, said every "
+        "time. 95 %: Wilson's interval, or a bootstrap where scores are shares.",
+    ]
+    training = card["training"]
+    if training["missing"]:
+        found.append(f"leaked: not known for {', '.join(training['missing'])}, whose rows are not "
+                     f"here; looked up in {len(training['files'])} files.")  # fmt: skip
+    else:
+        found.append(f"leaked: questions of which half stands in the training rows "
+                     f"({len(training['files'])} files).")  # fmt: skip
+    for report in card["tasks"]:
+        name, own = report["title"], []
+        if report["n_cut"]:
+            own.append(f"{report['n_cut']:,} questions are longer than the context and were cut")
+        if report["metric"] == "acc_norm":
+            raw = report["other_metrics"]["acc"]
+            own.append(f"by length; acc, the likelihood as it is: {raw:.1%}")
+        if report["left_out"]:
+            counts = ", ".join(f"{n:,} {why}" for why, n in report["left_out"].items())
+            own.append(f"entries that make no question: {counts}")
+        if report["own_shots"]:
+            own.append("examples are other rows of the scored part, for lack of another")
+        if len(report["chosen"]) > 1 and max(report["chosen"].values()) > 0.9 * report["n"]:
+            most = max(report["chosen"], key=report["chosen"].get)
+            own.append(f"option {int(most) + 1} is chosen in {report['chosen'][most]:,} rows")
+        if report.get("programs"):
+            counts = ", ".join(f"{n} {why}" for why, n in report["programs"].items())
+            own.append(f"programs: {counts}")
+        if own:
+            found.append(f"{name}: {'; '.join(own)}.")
+    found += [f"{name} was not run: {why}" for name, why in card["skipped"].items()]
+    return [f"- {line}" for line in found]
+
+
+def draw(card: dict, path: Path) -> None:
+    """Scores with their intervals; a bar for chance, a dot for the most frequent answer."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    # A font that exists in one weight only is drawn in that, without a word about it.
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    font, reports = cjk_font(), card["tasks"][::-1]
+    with rc_context({"font.family": [font or "DejaVu Sans", "DejaVu Sans"]}):
+        figure = Figure(figsize=(9, 1.4 + 0.34 * len(reports)), layout="constrained")
+        axes = figure.subplots()
+        for y, r in enumerate(reports):
+            color = {"above": ABOVE, "below": BELOW}.get(r["verdict"].split()[0], PLAIN)
+            axes.plot([100 * r["low"], 100 * r["high"]], [y, y], color=color, lw=5, alpha=0.45)
+            axes.plot(100 * r["score"], y, "o", color=color, ms=6)
+            axes.plot([100 * r["chance"]] * 2, [y - 0.38, y + 0.38], color="black", lw=1.2)
+            axes.plot(100 * r["constant"], y, "x", color="black", ms=5)
+            axes.text(101, y, f"{100 * r['score']:.1f}  n={r['n']:,}", va="center", fontsize=8)
+        axes.set_yticks(
+            range(len(reports)), [writable(r["title"], font) for r in reports], fontsize=8
+        )
+        axes.set_xlim(-1, 100)
+        axes.set_ylim(-0.8, len(reports) - 0.2)
+        axes.grid(axis="x", alpha=0.25)
+        axes.set_xlabel(
+            "score in %, with its 95 % interval      | chance      × most frequent answer"
+        )
+        title = f"{card['checkpoint']}: green is above chance and above one constant answer"
+        axes.set_title(writable(title, font), fontsize=10)
+        figure.savefig(path, dpi=150)
+
+
+def write(card: dict, out: Path) -> list[Path]:
+    """Write the three files; returns them."""
+    paths = [out / f"card.{ending}" for ending in ("md", "json", "png")]
+    paths[0].write_text(markdown(card), "utf-8")
+    paths[1].write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    draw(card, paths[2])
+    return paths

@@ -1,0 +1,160 @@
+"""Puts one task to a checkpoint through lm-evaluation-harness, and says what came out."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from bench.harness import Scorer
+from bench.sandbox.humaneval import reasons, run_all
+from bench.scoring import (
+    METRICS,
+    SCORES,
+    chance_of_answer,
+    chance_of_choice,
+    constant_answer,
+    constant_choice,
+    interval,
+)
+from bench.tasks import Rows, Task, harness_task, length_of_answer, prompt_language
+
+CODE_METRIC = "pass@1"
+_HAN = re.compile(r"[\u3400-\u9fff]")
+
+
+def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: Path) -> dict:
+    """The report of a task; every row with its reply goes to `samples` as JSON lines."""
+    from lm_eval.evaluator import evaluate
+
+    began, lm.n_cut = perf_counter(), 0
+    is_chat = lm.is_chat and task.form != "text"
+
+    def room(prompt: str, row: dict) -> bool:
+        longest = length_of_answer(task, lm.tokenizer.encode, row)
+        # A reply is never asked to be longer; an option may be, and is then cut.
+        free = min(longest, lm.max_length // 2) if task.score != "choice" else longest
+        return len(lm.encode_context(prompt)) + free <= lm.max_length
+
+    made = harness_task(task, rows, shots, prompts, room)
+    made.set_fewshot_seed(0)
+    found = evaluate(
+        lm,
+        {"tasks": {task.name: made}, "groups": {}, "group_map": {}},
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=is_chat,
+        fewshot_as_multiturn=is_chat,
+    )
+    wanted = (task.official or {}).get("filter") if prompts == "official" else None
+    said = [s for s in found["samples"][task.name] if wanted in (None, s["filter"])]
+    said = list({s["doc_id"]: s for s in said}.values())  # one filter, where there are several
+    metric = task.official["metric"] if prompts == "official" else task.metric
+    values = {name: [float(s[name]) for s in said] for name in said[0]["metrics"]}
+    extra = {}
+    if task.score == "code":
+        outcomes = run_all(rows.scored, [s["filtered_resps"][0] for s in said])
+        values = {CODE_METRIC: [float(outcome.passed) for outcome in outcomes]}
+        extra["programs"] = reasons(outcomes)
+    report = _report(task, rows, values, metric) | extra
+    _write_samples(samples, task, said, values)
+    return report | {
+        "shots": shots,
+        "mean_shots": float(np.mean(made.n_shots)),
+        "own_shots": bool(shots and rows.own_shots),
+        "n_cut": _n_cut(made, said, lm, task),
+        "prompt_language": prompt_language(task, prompts),
+        "form": "dialogue" if is_chat else "text",
+        "chosen": _chosen(task, said),
+        "seconds": perf_counter() - began,
+    }
+
+
+def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str) -> dict:
+    scores = values[metric]
+    low, high = interval(scores)
+    # Of all rows: the most frequent answer of a few would look better than it is.
+    if task.score == "choice":
+        chance = constant = chance_of_choice(rows.every)
+        if _shows_numbers(task, rows):
+            constant = constant_choice(rows.every)
+    elif task.score == "code":
+        chance = constant = 0.0
+    else:
+        chance = chance_of_answer(rows.every)
+        constant = constant_answer(rows.every, SCORES[task.score], METRICS[task.score])
+    by_subject = defaultdict(list)
+    for row, score in zip(rows.scored, scores, strict=True):
+        by_subject[row["subject"]].append(score)
+    return {
+        "task": task.name,
+        "title": task.title,
+        "groups": list(task.groups),
+        "metric": metric,
+        "score": float(np.mean(scores)),
+        "low": low,
+        "high": high,
+        "chance": chance,
+        "constant": constant,
+        "n": len(scores),
+        "n_all": len(rows.every),
+        "left_out": dict(rows.left_out),
+        "language": _language(task, rows),
+        "other_metrics": {n: float(np.mean(v)) for n, v in values.items() if n != metric},
+        "by_subject": {
+            name: {"n": len(v), "score": float(np.mean(v))}
+            for name, v in sorted(by_subject.items())
+            if name
+        },
+        "data_sha256": rows.sha256,
+    }
+
+
+def _language(task: Task, rows: Rows) -> str:
+    """Of the rows: an English set may have been translated (translate.py)."""
+    n_han = sum(bool(_HAN.search(row["ask"])) for row in rows.every)
+    return "en→zh" if task.language == "en" and 2 * n_han > len(rows.every) else task.language
+
+
+def _shows_numbers(task: Task, rows: Rows) -> bool:
+    """Whether one option can be said every time: letters, or the same texts in every row."""
+    same = {tuple(row["options"]) for row in rows.every}
+    return task.harness.get("doc_to_choice") == "letters" or len(same) == 1
+
+
+def _n_cut(made: object, said: list[dict], lm: Scorer, task: Task) -> int:
+    """Rows whose prompt lost its beginning, or an option its end, even without examples."""
+    rows = 0
+    for sample in said:
+        context = sample["arguments"][0][0]
+        rows += not type(made).room(context, sample["doc"])
+    return rows
+
+
+def _chosen(task: Task, said: list[dict]) -> dict[str, int]:
+    """How often each option was chosen, by its number: shows who always says the same."""
+    if task.score != "choice":
+        return {}
+    picked = [int(np.argmax([float(r[0]) for r in s["filtered_resps"]])) for s in said]
+    return {str(n): count for n, count in sorted(Counter(picked).items())}
+
+
+def _write_samples(
+    path: Path, task: Task, said: list[dict], values: dict[str, list[float]]
+) -> None:
+    temporary = path.with_name(f"tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for number, sample in enumerate(said):
+            replies = sample["filtered_resps"]
+            if task.score == "choice":
+                replies = [float(reply[0]) for reply in replies]
+            line = {
+                "prompt": str(sample["arguments"][0][0]),
+                "said": replies,
+                "wanted": sample["doc"]["gold"] or sample["doc"]["answers"],
+                **{name: v[number] for name, v in values.items()},
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    temporary.replace(path)

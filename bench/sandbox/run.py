@@ -1,0 +1,187 @@
+"""Runs a program that a model wrote, shut in: it can harm nothing and reach nobody.
+
+The program runs as process 1's child in namespaces of its own (Linux): no network, no other
+process to be seen, a file system of read-only system folders and an empty folder in memory. Its
+time, memory, file sizes and processes are limited, its output goes nowhere. Where the system does
+not allow that, nothing is run: `require` says what is missing.
+
+A pass must be earned: the tests are compiled before the program runs, and end with a word that is
+handed over after them. A program that leaves early, whatever its exit code, does not know it. No
+boundary stops a returned object that claims to equal everything, or a program written against this
+very file that asks for the word itself: both deceive the score, neither gets out.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from babyllama.errors import ConfigError
+
+_INSIDE = Path(__file__).with_name("inside.py")
+_EVERY_S = 0.02
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    seconds: by the clock; memory_mb: of all its processes together; file_mb: of its folder
+    """
+
+    seconds: float = 10.0
+    memory_mb: int = 512
+    file_mb: int = 16
+    processes: int = 32
+
+
+class Outcome(NamedTuple):
+    """How a program ended: passed, or why not.
+
+    reason: passed, an exception's name, time, memory, exit (it left early), or setup
+    """
+
+    passed: bool
+    reason: str
+    detail: str = ""
+
+
+@cache
+def missing() -> str:
+    """What the system lacks to shut programs in; "" if nothing."""
+    if sys.platform != "linux":
+        return f"namespaces, which {sys.platform} does not have"
+    found = _run("pass", "pass", Limits(seconds=20.0))
+    return "" if found.passed else f"namespaces ({found.detail or found.reason})"
+
+
+def require() -> None:
+    """Refuse to run anything where it cannot be shut in.
+
+    raises: ConfigError that says what to do instead
+    """
+    lacking = missing()
+    if lacking:
+        raise ConfigError(
+            f"--execute_model_code: wanted a system that can shut programs in, found one without "
+            f"{lacking}; use Linux that allows user namespaces (or root in a virtual machine), or "
+            f"leave HumanEval out"
+        )
+
+
+def run_program(program: str, tests: str, limits: Limits | None = None) -> Outcome:
+    """Run a program and then its tests, both as Python source, shut in.
+
+    raises: ConfigError where the system cannot do it
+    """
+    require()
+    return _run(program, tests, limits or Limits())
+
+
+def _run(program: str, tests: str, limits: Limits) -> Outcome:
+    word = secrets.token_hex(16)
+    job = {"program": program, "tests": tests, "word": word, "python": _python(),
+           "limits": limits.__dict__}  # fmt: skip
+    child = subprocess.Popen(
+        [_python(), "-I", "-S", "-B", str(_INSIDE)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd="/",
+        env={"LC_ALL": "C.UTF-8"},
+        start_new_session=True,
+    )
+    os.set_blocking(child.stdout.fileno(), False)
+    reason = ""
+    try:
+        child.stdin.write(json.dumps(job).encode())
+        child.stdin.close()
+        reason = _watch(child, limits)
+    except BrokenPipeError:
+        reason = "setup"
+    finally:
+        _end(child)
+    said = child.stdout.read() or b""
+    child.stdout.close()
+    return _outcome(said[:4096].decode("utf-8", "replace"), word, reason)
+
+
+def _outcome(said: str, word: str, reason: str) -> Outcome:
+    """What the report of process 1 means; its last line counts."""
+    try:
+        found = json.loads(said.splitlines()[-1])
+        result, detail = str(found["result"]), str(found.get("detail", ""))
+    except (IndexError, ValueError, KeyError, TypeError):
+        return Outcome(False, reason or "exit")
+    if reason:
+        return Outcome(False, reason, detail)
+    if result == word:
+        return Outcome(True, "passed")
+    known = result if result.isidentifier() and result != "passed" else "exit"
+    return Outcome(False, known, detail[:200])
+
+
+def _watch(child: subprocess.Popen, limits: Limits) -> str:
+    """Wait for the end; "time" or "memory" if it has to be brought about."""
+    deadline = time.monotonic() + limits.seconds + 1.0  # process 1 keeps the time itself
+    while child.poll() is None:
+        if time.monotonic() > deadline:
+            return "time"
+        if _memory_mb(child.pid) > limits.memory_mb:
+            return "memory"
+        time.sleep(_EVERY_S)
+    return ""
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Kill all that is left; what lives in the namespace goes with its process 1."""
+    for pid in (*_below(child.pid), child.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    child.wait()
+
+
+def _below(root: int) -> list[int]:
+    """The process numbers of all descendants, as the host sees them."""
+    parents: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            fields = _read(f"/proc/{entry.name}/stat").rpartition(")")[2].split()
+            if fields:
+                parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, waiting = [], [root]
+    while waiting:
+        children = parents.get(waiting.pop(), [])
+        found += children
+        waiting += children
+    return found
+
+
+def _memory_mb(root: int) -> float:
+    """Resident memory of a process and all below it."""
+    pages = 0
+    for pid in (root, *_below(root)):
+        fields = _read(f"/proc/{pid}/statm").split()
+        pages += int(fields[1]) if len(fields) > 1 else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:  # the process is gone
+        return ""
+
+
+def _python() -> str:
+    """The interpreter itself: a virtual environment only points to it."""
+    return os.path.realpath(sys.executable)

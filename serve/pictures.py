@@ -1,0 +1,75 @@
+"""Continuous batching for models that see: serve/engine.py, and a picture to each reply.
+
+A job's prompt holds the positions of its picture (model.py), and `job.picture` what the language
+model gets of it. A prompt is read with its own picture, and a step gives each row the one that it
+looks at. Equal ids may stand for unlike pictures, so no beginning of a prompt is kept for another.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from babyllama.generate import Decoder
+from model import KVCache
+from serve.engine import Engine, Job
+from vqa.chat import look
+from vqa.images import from_data_url
+from vqa.model import Loaded, with_picture
+
+
+class Eyes:
+    """What a server needs of a model that sees, beside its engine.
+
+    n_positions: tokens of a prompt that a picture takes
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded, self.n_positions = loaded, loaded.model.n_positions
+        # The largest picture takes 300 MB while it is read, and what a thread gave back is kept for
+        # that thread: so all are read by this one.
+        self._reader = ThreadPoolExecutor(1, "eyes")
+
+    def look(self, urls: Sequence[str]) -> Tensor:
+        """What the model gets of the one picture (1, M, D), a data URL; errors as answer.look."""
+        pictures = [from_data_url(url) for url in urls]
+        return self._reader.submit(look, self._loaded, pictures).result()
+
+    def laid(self, ids: Sequence[int]) -> list[int]:
+        """A rendered dialogue with the positions of its picture."""
+        return with_picture(ids, 0, self.n_positions)
+
+
+class PictureEngine(Engine):
+    """As Engine; jobs have a picture."""
+
+    def __init__(
+        self, loaded: Loaded, n_slots: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._model = loaded.model
+        nothing = torch.zeros(1, 1, loaded.model.config.dim)
+        decoder = loaded.model.decoder(nothing)
+        # As a partial its step is given the columns that count, not the whole cache.
+        decoder = replace(decoder, step=partial(decoder.step), reason="sees pictures")
+        super().__init__(decoder, loaded.tokenizer, n_slots, prefix_mb=0, clock=clock)
+
+    def _decoder_for(self, job: Job) -> Decoder:
+        own = self._model.decoder(job.picture)
+
+        def read(tokens: Tensor, cache: KVCache) -> Tensor:
+            with self._model.looking_at(job.picture):
+                return own.read(tokens, cache)
+
+        return replace(own, reader=read)
+
+    def _write(self) -> None:
+        """Free rows look at the picture of another one; nobody reads what they say."""
+        pictures = [row.job.picture for row in self.rows if row]
+        if pictures:
+            seen = [row.job.picture if row else pictures[0] for row in self.rows]
+            with self._model.looking_at(torch.cat(seen)):
+                super()._write()

@@ -1,0 +1,151 @@
+"""The desk between requests and the model: who may come in, and the thread that runs the steps.
+
+One thread steps all engines (one for each model or adapter); asyncio's side puts jobs into its
+inbox and gets all pieces of a step in one call. Places are counted here: at most so many replies
+at a time, waiting ones included, and so many of one client.
+"""
+
+import asyncio
+import logging
+import math
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from serve.engine import Engine, Job, Piece
+from serve.errors import Refused
+from serve.metrics import Metrics
+
+logger = logging.getLogger("babyllama.serve")
+
+Mailbox = asyncio.Queue  # of (number of the reply, Piece)
+
+
+class Desk:
+    """Hands jobs to engines and pieces to requests.
+
+    most: replies at a time, running and waiting
+    per_client: of them, of one address
+    on_failure: called in the engines' thread if a step raises, which is a bug of ours
+    """
+
+    def __init__(
+        self,
+        engines: dict[str, Engine],
+        most: int,
+        per_client: int,
+        metrics: Metrics,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.engines, self.most, self.per_client = engines, most, per_client
+        self.metrics, self.on_failure = metrics, on_failure
+        self.failed = False
+        self._inbox: queue.SimpleQueue[tuple[Engine, Job] | None] = queue.SimpleQueue()
+        self._outbox: list[tuple[Mailbox, int, Piece]] = []
+        self._unfinished: set[Job] = set()
+        self._open: Counter[str] = Counter()
+        self._seconds = 1.0  # of a reply, lately
+        self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step under way."""
+        self._inbox.put(None)
+        self._thread.join(timeout=10)
+
+    @contextmanager
+    def places(self, client: str, n: int) -> Iterator[None]:
+        """Room for n replies, as long as the block runs.
+
+        raises: Refused (429) if there is none
+        """
+        own, everyone = self._open[client] + n, self._open.total() + n
+        if own > self.per_client or everyone > self.most:
+            reason = "client" if own > self.per_client else "queue"
+            self.metrics.refused.labels(reason).inc()
+            wait = self.wait_s()
+            text = (
+                f"this client has {own - n} replies under way, at most {self.per_client} may be"
+                if reason == "client"
+                else f"{everyone - n} replies are under way or waiting, at most {self.most} may be"
+            )
+            raise Refused(
+                429, f"{text}; try again in {wait} s", code="rate_limit_exceeded",
+                headers={"Retry-After": str(wait)},
+            )  # fmt: skip
+        self._open[client] += n
+        self.metrics.open.set(self._open.total())
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._open[client] -= n
+            self._open += Counter()  # forgets clients without replies
+            self.metrics.open.set(self._open.total())
+            self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
+
+    def wait_s(self) -> int:
+        """How long it takes until a place is likely to be free."""
+        n_slots = max(engine.n_slots for engine in self.engines.values())
+        return max(1, min(60, math.ceil(self._seconds * self._open.total() / (2 * n_slots))))
+
+    def submit(self, engine: Engine, jobs: list[Job], mailbox: Mailbox) -> None:
+        """Let jobs wait for their turn; their pieces go to the mailbox."""
+        if self.failed:
+            raise Refused(503, "the model has stopped working; start the server again")
+        for number, job in enumerate(jobs):
+            job.notify = partial(self._take, job, mailbox, number)
+            self._inbox.put((engine, job))
+
+    def _take(self, job: Job, mailbox: Mailbox, number: int, piece: Piece) -> None:
+        """Keep a piece until the step is over."""
+        if piece.reason:
+            self._unfinished.discard(job)
+        self._outbox.append((mailbox, number, piece))
+
+    def _run(self) -> None:
+        busy = False
+        try:
+            while True:
+                try:
+                    while (found := self._inbox.get(block=not busy)) is not None:
+                        engine, job = found
+                        self._unfinished.add(job)
+                        engine.add(job)
+                        busy = True
+                    return
+                except queue.Empty:
+                    pass
+                started = time.perf_counter()
+                busy = any([engine.step() for engine in self.engines.values()])
+                self.metrics.step.observe(time.perf_counter() - started)
+                self._send()
+        except Exception:
+            # What a bug of ours leaves behind is no state to go on with: every reply ends, and
+            # the server after them.
+            logger.exception("a step failed")
+            self.failed = True
+            while not self._inbox.empty():
+                if found := self._inbox.get():
+                    self._unfinished.add(found[1])
+            for job in list(self._unfinished):
+                job.notify(Piece("", [], "error"))
+            self._send()
+            self.on_failure()
+
+    def _send(self) -> None:
+        if self._outbox:
+            self._loop.call_soon_threadsafe(_deliver, self._outbox)
+            self._outbox = []
+
+
+def _deliver(pieces: list[tuple[Mailbox, int, Piece]]) -> None:
+    for mailbox, number, piece in pieces:
+        mailbox.put_nowait((number, piece))

@@ -1,0 +1,201 @@
+"""What `--dry-run` computes: parts that add up, memory that grows with what is kept, MFU."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from babyllama.analysis.estimate import (
+    TableConfig,
+    largest_batch,
+    memory_by_part,
+    parameters_by_part,
+    table,
+)
+from babyllama.config import REPO
+from babyllama.device import (
+    Scaler,
+    flops_per_token,
+    measured_peak,
+    mfu_per_rate,
+    peak_flops,
+    tabulated_peak,
+)
+from babyllama.distributed import World
+from babyllama.log import read_metrics
+from conftest import small_config, write_run
+from model import SLICE, ModelConfig, Transformer
+from tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_parts_are_all_parameters(tied: bool) -> None:
+    model = Transformer(small_config(tied=tied))
+    assert sum(parameters_by_part(model).values()) == model.n_parameters()
+
+
+def test_memory_follows_what_is_kept() -> None:
+    config = small_config()
+
+    def memory(**changes: object) -> dict[str, float]:
+        return memory_by_part(**{"config": config, "n_parameters": 1000, "sequences": 8,
+                                 "precision": "float32"} | changes)  # fmt: skip
+
+    plain = memory()
+    assert plain["weights"] + plain["gradients"] + plain["optimizer"] == pytest.approx(16e-6)
+    assert memory(sequences=16)["activations"] == pytest.approx(2 * plain["activations"])
+    half = memory(precision="bfloat16")
+    assert 0.5 < half["activations"] / plain["activations"] < 0.75  # the residual stream is wide
+    assert half["weights"] < 1.5 * plain["weights"]  # a copy of the matrices, half as wide
+    adapter = memory(n_trained=10, n_state=20)
+    assert adapter["weights"] == plain["weights"]
+    assert (adapter["gradients"], adapter["optimizer"]) == pytest.approx((40e-9, 80e-9))
+    assert memory(recompute=True)["activations"] < plain["activations"]
+    assert memory(shares=4)["optimizer"] == pytest.approx(plain["optimizer"] / 4)
+    assert plain["loss slice"] == pytest.approx((SLICE * 97 * 8 + 4 * 97 * 32) / 1e9)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_activations_are_about_those_that_autograd_keeps(precision: str) -> None:
+    config = ModelConfig(
+        dim=64, n_layers=4, n_heads=4, multiple_of=64, vocab_size=8, max_seq_len=64
+    )
+    model, kept = Transformer(config), {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights and tensor.shape[0] in (8, 8 * 64):
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # which so keeps its place
+        return tensor
+
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        Scaler(CPU, precision).autocast(),
+    ):
+        hidden = model.hidden(torch.zeros(8, 64, dtype=torch.int64))
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 1e9
+    wanted = memory_by_part(config, 0, 8, precision)["activations"]
+    assert hidden.requires_grad and wanted == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("point", ["8 256 12000 4", "2 512 30000 8"])
+def test_a_real_step_takes_the_memory_that_was_computed(point: str) -> None:
+    """Within a fifth, the program itself included: the peak of a process that does nothing else."""
+    command = [sys.executable, "-m", "benchmarks.train_growth", "--only", point]
+    out = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+    found = json.loads(out)
+    assert found["computed_gb"] == pytest.approx(found["peak_gb"], rel=0.2)
+    assert found["tokens_per_s"] > 0 and found["gflops"] > 0
+
+
+def sizes_in(said: str) -> dict[str, float]:
+    """The figures of a dry run by their names, all but the last line."""
+    return {line[:12].strip(): float(line[12:].split()[0].replace(",", ""))
+            for line in said.splitlines()[:-1]}  # fmt: skip
+
+
+def test_a_dry_run_says_what_a_run_takes(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer)
+    said = script("pretrain.py", "--config", config, "--dry-run")
+    sizes = sizes_in(said.out)
+    parts = ("weights", "gradients", "optimizer", "activations", "loss slice", "program")
+    assert sum(sizes[name] for name in parts) == pytest.approx(sizes["together"], abs=0.003)
+    assert said.code == 0 and sizes["peak"] == pytest.approx(sizes["together"], rel=0.2)
+    assert "tokens on 1 x cpu in float32" in said.out and "10 probing steps" in said.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_average_of_the_weights_takes_its_memory_and_its_place_on_the_disk(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, keep=1)
+    words = ("pretrain.py", "--config", config, "--dry-run", "--model.dim", "256")
+    without, averaged = (
+        sizes_in(script(*words, "--optim.ema", str(ema)).out) for ema in (0.0, 0.9)
+    )
+    assert averaged["optimizer"] == pytest.approx(1.5 * without["optimizer"], abs=0.002)
+    assert averaged["disk"] == pytest.approx(4 / 3 * without["disk"], abs=0.002)
+    assert without["disk"] == pytest.approx(2 * 3 * without["weights"], abs=0.004)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_steps_foretell_the_speed_and_the_memory_of_a_run(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer
+) -> None:
+    """Within a fifth. By turns and the best of each, for whatever else the machine does."""
+    flags = "--model.dim=256 --model.n_layers=4 --train.eval_every=99 --train.log_every=5"
+    flags += " --train.batch_size=8 --train.micro_batch_size=8 --train.max_steps=15 --optim.ema=0.9"
+    foretold, found, parts = [], [], {}
+    for turn in range(2):
+        config = write_run(tmp_path / f"{turn}.yaml", token_root, tokenizer)
+        command = [sys.executable, "pretrain.py", "--config", str(config), *flags.split()]
+        said = subprocess.run([*command, "--dry-run"], cwd=REPO, capture_output=True, text=True)
+        parts = sizes_in(said.stdout)
+        foretold.append(float(re.search(r"([\d,]+) tokens/s", said.stdout)[1].replace(",", "")))
+        subprocess.run(command, cwd=REPO, check=True, capture_output=True)
+        figures = [r for r in read_metrics(tmp_path / str(turn)) if r["kind"] == "train"]
+        found += [r["tokens_per_s"] for r in figures]
+    print(f"tokens/s: foretold {foretold}, found {found}")
+    print(f"memory: foretold {parts['together']}, found {figures[-1]['mem_gb']}")
+    assert max(foretold) == pytest.approx(max(found), rel=0.2)
+    assert parts["together"] == pytest.approx(figures[-1]["mem_gb"], rel=0.2)
+
+
+def test_the_table_of_cards_shows_batches_that_fit() -> None:
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(TableConfig())]
+    assert len(lines) == 2 + 2 * 4 and all(len(line) == 7 for line in lines)
+    for _, card, _, plain, again, *needs in lines[2:]:
+        size = float(card.split()[-2])
+        for most, need in zip((plain, again), needs, strict=True):
+            fits = int(most.split()[0]) >= 32
+            assert fits == (float(need.split()[0]) <= 0.9 * size + 0.05), (card, most, need)
+    assert {line[0] for line in lines[2:]} == {"43m, 43.5 M", "400m, 400.6 M"}
+
+
+def test_the_largest_batch_is_the_last_that_fits() -> None:
+    def parts(sequences: int) -> dict[str, float]:
+        return {"weights": 1.0, "activations": 0.5 * sequences}
+
+    assert largest_batch(parts(1), parts(2), available_gb=10.0) == 16  # 1 + 16 / 2 = 0.9 x 10
+    assert largest_batch(parts(1), parts(2), available_gb=1.0) == 0
+
+
+def test_a_token_costs_six_operations_a_weight_and_its_attention() -> None:
+    """43M: 161 million for the matrices, whose embedding only looks up, and attention."""
+    config = ModelConfig(vocab_size=97, tied=True)
+    model = Transformer(config)
+    products = model.n_parameters() - sum(w.numel() for w in model.parameters() if w.dim() < 2)
+    assert flops_per_token(model) == 6 * products + 6 * 12 * 256 * 512
+    assert flops_per_token(Transformer(ModelConfig(vocab_size=97))) == flops_per_token(model)
+
+
+def test_a_peak_is_stated_or_measured() -> None:
+    assert tabulated_peak("NVIDIA GeForce RTX 3090", "bfloat16") == 71e12
+    assert tabulated_peak("NVIDIA H100 80GB HBM3", "float16") == 989e12
+    assert tabulated_peak("NVIDIA L40S", "float32") == 91.6e12
+    assert tabulated_peak("Some other card", "float32") == 0
+    rng = torch.get_rng_state()
+    peak, how = peak_flops(CPU, "float32")
+    assert how == "measured" and 1e8 < peak < 1e14
+    assert torch.equal(torch.get_rng_state(), rng)  # it is part of a checkpoint
+    assert measured_peak(CPU, "float32") == pytest.approx(peak, rel=3)
+    model = Transformer(small_config())
+    assert 0 < mfu_per_rate(model, World(0, 2, CPU), "float32") < 1
+
+
+def test_every_model_config_can_be_estimated() -> None:
+    import yaml
+
+    for path in (REPO / "configs/model").glob("*.yaml"):
+        config = ModelConfig(vocab_size=6000, **yaml.safe_load(path.read_text("utf-8")))
+        assert all(size > 0 for size in memory_by_part(config, 1, 1, "float32").values())

