@@ -11,7 +11,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.sampling import (
     N_CHANCES,
+    Chooser,
     SamplingConfig,
     choose,
     extend_beams,
@@ -47,6 +48,7 @@ class Decoder:
     reason: why it was chosen, for people
     reader: a faster way than the model's to take several tokens of each row (B, T) at once
     cache_dtype: of the keys and values in the cache; null: that of the weights
+    choose: what draws the next tokens
     """
 
     model: Transformer
@@ -55,6 +57,7 @@ class Decoder:
     reason: str = ""
     reader: Callable[[Tensor, KVCache], Tensor] | None = None
     cache_dtype: torch.dtype | None = None
+    choose: Chooser = choose
 
     def new_cache(self, start: Tensor, size: int) -> KVCache:
         """An empty cache; arguments as KVCache."""
@@ -157,7 +160,8 @@ class Batch:
             RuntimeWarning,
             stacklevel=1,
         )
-        self.decoder = plain_decoder(copy.deepcopy(net).float())
+        plain = plain_decoder(copy.deepcopy(net).float())
+        self.decoder = replace(plain, choose=self.decoder.choose)
         self.read()
         return self.logits
 
@@ -330,10 +334,12 @@ def _write(
     while rows:
         with torch.inference_mode():
             logits = batch.penalised(sampling, eos_id)
-            ids = choose(logits, sampling, _numbers(logits, [chances[r] for r in rows])).tolist()
+            numbers = _numbers(logits, [chances[r] for r in rows])
+            draw = batch.decoder.choose
+            ids = draw(logits, sampling, numbers).tolist()
             for i, row in enumerate(rows):
                 if sampling.reads_text:
-                    ids[i] = _redraw(logits[i], ids[i], replies[row].ids, rules, chances[row])
+                    ids[i] = _redraw(logits[i], ids[i], replies[row].ids, rules, chances[row], draw)
                 rules.extend(replies[row], ids[i], limits[row])
         yield
         going = [i for i, row in enumerate(rows) if not replies[row].reason]
@@ -352,8 +358,9 @@ def _numbers(logits: Tensor, chances: list[random.Random]) -> Tensor:
 
 
 def _redraw(
-    logits: Tensor, token: int, ids: list[int], rules: _Rules, chance: random.Random
-) -> int:
+    logits: Tensor, token: int, ids: list[int], rules: _Rules, chance: random.Random,
+    choose: Chooser,
+) -> int:  # fmt: skip
     """The token, or the first drawn after it that the rules allow, or _NOTHING.
 
     logits: (V,) of which the token was drawn

@@ -8,8 +8,7 @@ OpenAI's interface, length-normalised beams (Wu et al. 2016, arXiv:1609.08144, w
 Axes: B rows of a batch, V vocabulary, S tokens said.
 """
 
-from collections.abc import Sequence
-from ctypes import c_float, c_void_p
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,16 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.cpu import compile
 from babyllama.errors import ConfigError
 
-# Of choose.c: numbers that are summed together.
-_RUN = 256
 # Random numbers for one choice; nearly always the first or the second is enough.
 N_CHANCES = 6
 
 # Below this the likeliest token is the only one left, and dividing by it may overflow.
-_COLDEST = 1e-6
+COLDEST = 1e-6
 
 # A reply loops where a run of so many characters stands in it for this time.
 LOOP_LENGTH, LOOP_TIMES = 10, 3
@@ -104,6 +100,10 @@ class SamplingConfig:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0
 
 
+# What chooses: `choose`, or a faster one with the same arguments (cpu/draw.py).
+Chooser = Callable[[Tensor, SamplingConfig, Tensor], Tensor]
+
+
 def penalise(
     logits: Tensor, sampling: SamplingConfig, said: Tensor, n_prompt: int, eos_id: int
 ) -> Tensor:
@@ -138,34 +138,7 @@ def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
     chances: (B, N_CHANCES) uniform random numbers above 0, at most 1
     returns: (B,)
     """
-    if logits.device.type == "cpu" and compile.library() and not sampling.top_k:
-        return _choose_in_c(logits, sampling, chances)
-    return choose_in_torch(logits, sampling, chances)
-
-
-def _choose_in_c(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
-    """The same in a sixth of the time."""
-    logits, chances = logits.float().contiguous(), chances.float().contiguous()
-    (B, V), n = logits.shape, chances.shape[1]
-    n_threads = min(B, torch.get_num_threads())
-    room = torch.empty(n_threads, V + V // _RUN + 1)
-    tokens = torch.empty(B, dtype=torch.int64)
-    temperature = 0 if sampling.temperature < _COLDEST else sampling.temperature
-    compile.library().choose(
-        c_void_p(logits.data_ptr()), B, V,
-        *map(c_float, (temperature, sampling.top_p, sampling.min_p)),
-        c_void_p(chances.data_ptr()), n, c_void_p(room.data_ptr()), c_void_p(tokens.data_ptr()),
-        n_threads,
-    )  # fmt: skip
-    if int(tokens.min()) < 0:
-        rows = (tokens < 0).nonzero().squeeze(1)
-        tokens[rows] = choose_in_torch(logits[rows], sampling, chances[rows, -1:])
-    return tokens
-
-
-def choose_in_torch(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
-    """The same on any device; arguments as `choose`."""
-    if sampling.temperature < _COLDEST:
+    if sampling.temperature < COLDEST:
         return logits.argmax(dim=-1)
     top = logits.amax(dim=-1, keepdim=True)
     powers = (logits - top).mul_(1 / sampling.temperature).exp_()  # 1 for the likeliest token
@@ -182,7 +155,7 @@ def choose_in_torch(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -
         outside = torch.stack(before) >= sampling.top_p * sums[:, -1]
         rows = (outside | (own[:, 0] < sampling.min_p)).nonzero().squeeze(1)
         if len(rows):
-            chosen[rows, 0] = choose_in_torch(logits[rows], sampling, chances[rows, 1:])
+            chosen[rows, 0] = choose(logits[rows], sampling, chances[rows, 1:])
     return chosen.squeeze(1)
 
 

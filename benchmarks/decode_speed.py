@@ -26,8 +26,9 @@ import torch
 
 from babyllama.config import parse, run
 from babyllama.cpu.decoder import make_decoder
+from babyllama.cpu.draw import choose
 from babyllama.generate import Decoder, generate
-from babyllama.sampling import N_CHANCES, SamplingConfig, choose
+from babyllama.sampling import N_CHANCES, SamplingConfig
 from benchmarks.llama import LlamaCpp, write_gguf
 from benchmarks.peers import SHAPE_43M, hf_copy
 from model import Transformer

@@ -36,7 +36,6 @@ from babyllama.config import from_repo, shown
 from babyllama.errors import DataError
 from babyllama.rows import check_row
 from data_process import clean, decontaminate, dedup, raw
-from data_process import raw as parts
 from data_process.clean import fix, reason_to_drop, texts
 from data_process.decontaminate import FlagConfig, flag_shard, load_flags, make_windows
 from data_process.dedup import DedupConfig, dedup_shards, load_drops, sign_shard
@@ -438,7 +437,7 @@ class PipelineConfig:
     dedup: DedupConfig | None = field(default_factory=DedupConfig)
     dedup_across: bool = False
     keep_work: bool = True
-    job_bytes: int = parts.JOB_BYTES
+    job_bytes: int = raw.JOB_BYTES
     engine: Engine = "serial"
     workers: int = 1
 
@@ -502,7 +501,7 @@ def put_together(making: Making, made: list[tuple[Job, dict]]) -> None:
 def _append(fresh: Path, name: str, source: Path, size: Counter, count: dict) -> None:
     """Put a shard's rows into the set: as a file of their own, or behind the file before."""
     last = fresh / f"{name}-{size['shards'] - 1:05d}.jsonl"
-    fits = size["shards"] and last.stat().st_size + source.stat().st_size < parts.JOB_BYTES
+    fits = size["shards"] and last.stat().st_size + source.stat().st_size < raw.JOB_BYTES
     size.update(count | {"shards": 0 if fits else 1})
     path = last if fits else fresh / f"{name}-{size['shards'] - 1:05d}.jsonl"
     with open(path, "ab") as out, open(source, "rb") as rows:

@@ -37,7 +37,7 @@ from torch import Tensor
 from babyllama.cpu.decoder import Float32Step
 from babyllama.errors import ConfigError
 from babyllama.generate import Decoder, Reply, _numbers, _redraw, _Rules
-from babyllama.sampling import SamplingConfig, choose, n_showable, penalise, until_stop
+from babyllama.sampling import Chooser, SamplingConfig, n_showable, penalise, until_stop
 from model import KVCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -262,11 +262,11 @@ class _Row:
         n_prompt, eos_id = len(self.job.prompt), self.rules.eos_id
         return penalise(logits, self.job.sampling, said, n_prompt, eos_id)
 
-    def take(self, token: int, found: Tensor, logits: Tensor) -> None:
+    def take(self, token: int, found: Tensor, logits: Tensor, choose: Chooser) -> None:
         """Continue by the token that was drawn, or end; both (V,), with penalties and without."""
         job, ids, before = self.job, self.job.reply.ids, len(self.job.reply.ids)
         if job.sampling.reads_text:
-            token = _redraw(found, token, ids, self.rules, self.chance)
+            token = _redraw(found, token, ids, self.rules, self.chance, choose)
         self.rules.extend(job.reply, token, self.limit)
         scores = []
         if len(ids) > before:
@@ -287,7 +287,7 @@ class _Row:
             self.job.notify(Piece(text, scores, reason))
 
 
-def draw(rows: list[_Row], logits: Tensor) -> None:
+def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
     """Continue each reply by a token, or end it; logits (B, V). Those with the same settings draw
     together, each with its own chances."""
     alike: dict[tuple, list[int]] = {}
@@ -311,7 +311,7 @@ def draw(rows: list[_Row], logits: Tensor) -> None:
             chances = _numbers(found, [rows[n].chance for n in numbers])
             tokens = choose(found, rows[numbers[0]].job.sampling, chances).tolist()
             for i, number in enumerate(numbers):
-                rows[number].take(tokens[i], found[i], own[i])
+                rows[number].take(tokens[i], found[i], own[i], choose)
 
 
 def score(logits: Tensor, token: int, n_top: int) -> TokenScore:
@@ -420,7 +420,7 @@ class Engine:
 
     def _join(self, job: Job, reading: Reading, logits: Tensor) -> None:
         row = _Row(job, self.tokenizer, self.context)
-        draw([row], logits)
+        draw([row], logits, self.decoder.choose)
         if row.ended:
             return
         if None not in self.rows:
@@ -442,7 +442,8 @@ class Engine:
         logits = self.decoder.step(torch.tensor(tokens, device=device), cache)
         self.slots.stepped([row is None for row in self.rows])
         running = [number for number, row in enumerate(self.rows) if row]
-        draw([self.rows[n] for n in running], logits if None not in self.rows else logits[running])
+        found = logits if None not in self.rows else logits[running]
+        draw([self.rows[n] for n in running], found, self.decoder.choose)
         for number in running:
             if self.rows[number].ended:
                 self._leave(number)

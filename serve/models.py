@@ -8,7 +8,6 @@ import copy
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,14 +15,73 @@ from babyllama import lora
 from babyllama.checkpoint import Loaded, load_adapter, load_model
 from babyllama.config import from_repo, shown
 from babyllama.cpu.decoder import make_decoder
-from babyllama.device import pick_device
+from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
+from babyllama.generate import Weights
+from babyllama.retrieval.retriever import API_URL
 from babyllama.run_dir import kind_of
 from serve.engine import Engine
+from serve.pictures import Eyes, PictureEngine, picture_tools
 
-if TYPE_CHECKING:
-    from serve.pictures import Eyes
-    from serve.server import ServerConfig
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """What to serve, to whom, and how much of it.
+
+    Args:
+        checkpoint: run directory (its newest step) or step directory; if absent the newest run
+        adapters: LoRA runs or adapters of that checkpoint, one or [a, b]; each is served as a model
+            of its own
+        host: address to listen on; any but this machine's own needs a key
+        port: 0 takes a free one
+        api_key_file: text file whose first line is the key that requests must bear
+        device: auto, cpu, cuda or mps
+        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only
+        slots: replies that are written at the same time
+        queue: replies that may wait beyond those; more are refused with 429
+        per_client: of all these, the most of one address
+        reply_seconds: a reply that takes longer, waiting included, ends where it is
+        body_seconds: the head of a request, and then its body, must arrive within this time
+        body_kb: largest body of a request
+        shutdown_seconds: running replies get this time when the server is stopped
+        prefix_mb: memory for beginnings of prompts, so that a shared 资料 is read once
+        truncate: leave out the oldest turns of a dialogue that is too long, unless a request says
+            otherwise
+        index: directory of an index for `retrieve` and the page's look-up; if absent the one that
+            data_process.run wiki --index makes, where it is there
+        wiki_url: MediaWiki's API that the page's look-up asks where the index knows nothing; ""
+            keeps the server off the network
+    """
+
+    checkpoint: Path | None = None
+    adapters: tuple[Path, ...] | Path = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key_file: Path | None = None
+    device: Device = "auto"
+    weights: Weights = "auto"
+    slots: int = 16
+    queue: int = 32
+    per_client: int = 16
+    reply_seconds: float = 60
+    body_seconds: float = 10
+    body_kb: int = 1024
+    shutdown_seconds: int = 60
+    prefix_mb: float = 256
+    truncate: bool = False
+    index: Path | None = None
+    wiki_url: str = API_URL
+
+    def __post_init__(self) -> None:
+        least = {"port": 0, "slots": 1, "queue": 0, "per_client": 1, "prefix_mb": 0, "body_kb": 1,
+                 "reply_seconds": 0.1, "body_seconds": 0.1, "shutdown_seconds": 0}  # fmt: skip
+        faults = [
+            f"--{name} {getattr(self, name)} (at least {bound})"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        if faults or self.port > 65535:
+            raise ConfigError(f"cannot serve with {', '.join(faults) or f'port {self.port}'}")
 
 
 @dataclass(frozen=True)
@@ -35,7 +93,7 @@ class Served:
 
     engines: dict[str, Engine]
     paths: dict[str, Path]
-    eyes: "Eyes | None" = None
+    eyes: Eyes | None = None
 
     @property
     def created(self) -> dict[str, int]:
@@ -43,7 +101,7 @@ class Served:
         return {name: int(path.stat().st_mtime) for name, path in self.paths.items()}
 
 
-def serve_from(cfg: "ServerConfig", path: Path) -> Served:
+def serve_from(cfg: ServerConfig, path: Path) -> Served:
     """Load a checkpoint as the settings say; errors as load_model.
 
     raises: ConfigError if something is asked for that such a model does not have
@@ -62,18 +120,14 @@ def serve_from(cfg: "ServerConfig", path: Path) -> Served:
     return Served(engines, {name: loaded.path for name, loaded in models.items()})
 
 
-def _with_eyes(cfg: "ServerConfig", path: Path, device: str | torch.device) -> Served:
-    # Of all that is served, only this needs the folder vqa/.
-    from serve.pictures import Eyes, PictureEngine
-    from vqa.model import load
-
+def _with_eyes(cfg: ServerConfig, path: Path, device: str | torch.device) -> Served:
     if cfg.adapters or cfg.weights == "int8":
         asked = "--adapters" if cfg.adapters else "--weights int8"
         raise ConfigError(
             f"{asked}: {shown(path)} answers about pictures, which it does with its own weights "
             f"in float32 alone; leave {asked} out"
         )
-    loaded = load(path, device)
+    loaded = picture_tools().load(path, device)
     loaded.tokenizer.require_dialogue()
     name = name_of(loaded.path)
     return Served({name: PictureEngine(loaded, cfg.slots)}, {name: loaded.path}, Eyes(loaded))

@@ -10,25 +10,44 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from babyllama.checkpoint import Loaded
 from babyllama.generate import Decoder
 from model import KVCache
 from serve.engine import Engine, Job
-from vqa.chat import look
-from vqa.images import from_data_url
-from vqa.model import Loaded, with_picture
+
+
+class PictureTools(NamedTuple):
+    """The functions of vqa/ that a server calls, by their names there."""
+
+    load: Callable
+    from_data_url: Callable
+    look: Callable
+    with_picture: Callable
+
+
+def picture_tools() -> PictureTools:
+    """The one place where the server needs the folder vqa/."""
+    from vqa.chat import look
+    from vqa.images import from_data_url
+    from vqa.model import load, with_picture
+
+    return PictureTools(load, from_data_url, look, with_picture)
 
 
 class Eyes:
     """What a server needs of a model that sees, beside its engine.
 
+    loaded: as vqa.model.load gives it
     n_positions: tokens of a prompt that a picture takes
     """
 
     def __init__(self, loaded: Loaded) -> None:
+        self._tools = picture_tools()
         self._loaded, self.n_positions = loaded, loaded.model.n_positions
         # The largest picture takes 300 MB while it is read, and what a thread gave back is kept for
         # that thread: so all are read by this one.
@@ -36,12 +55,12 @@ class Eyes:
 
     def look(self, urls: Sequence[str]) -> Tensor:
         """What the model gets of the one picture (1, M, D), a data URL; errors as answer.look."""
-        pictures = [from_data_url(url) for url in urls]
-        return self._reader.submit(look, self._loaded, pictures).result()
+        pictures = [self._tools.from_data_url(url) for url in urls]
+        return self._reader.submit(self._tools.look, self._loaded, pictures).result()
 
     def laid(self, ids: Sequence[int]) -> list[int]:
         """A rendered dialogue with the positions of its picture."""
-        return with_picture(ids, 0, self.n_positions)
+        return self._tools.with_picture(ids, 0, self.n_positions)
 
 
 class PictureEngine(Engine):

@@ -15,17 +15,14 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from babyllama.chat.session import choose_checkpoint
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.device import Device
 from babyllama.errors import ConfigError
-from babyllama.generate import Weights
-from babyllama.retrieval.retriever import API_URL, INDEX, Retriever
-from serve.models import Served, serve_from
+from babyllama.retrieval.retriever import INDEX, Retriever
+from serve.models import Served, ServerConfig, serve_from
 
 if TYPE_CHECKING:
     import uvicorn
@@ -36,66 +33,6 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # At most so many connections; more are answered with 503.
 MOST_CONNECTIONS = 500
-
-
-@dataclass(frozen=True)
-class ServerConfig:
-    """What to serve, to whom, and how much of it.
-
-    Args:
-        checkpoint: run directory (its newest step) or step directory; if absent the newest run
-        adapters: LoRA runs or adapters of that checkpoint, one or [a, b]; each is served as a model
-            of its own
-        host: address to listen on; any but this machine's own needs a key
-        port: 0 takes a free one
-        api_key_file: text file whose first line is the key that requests must bear
-        device: auto, cpu, cuda or mps
-        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only
-        slots: replies that are written at the same time
-        queue: replies that may wait beyond those; more are refused with 429
-        per_client: of all these, the most of one address
-        reply_seconds: a reply that takes longer, waiting included, ends where it is
-        body_seconds: the head of a request, and then its body, must arrive within this time
-        body_kb: largest body of a request
-        shutdown_seconds: running replies get this time when the server is stopped
-        prefix_mb: memory for beginnings of prompts, so that a shared 资料 is read once
-        truncate: leave out the oldest turns of a dialogue that is too long, unless a request says
-            otherwise
-        index: directory of an index for `retrieve` and the page's look-up; if absent the one that
-            data_process.run wiki --index makes, where it is there
-        wiki_url: MediaWiki's API that the page's look-up asks where the index knows nothing; ""
-            keeps the server off the network
-    """
-
-    checkpoint: Path | None = None
-    adapters: tuple[Path, ...] | Path = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key_file: Path | None = None
-    device: Device = "auto"
-    weights: Weights = "auto"
-    slots: int = 16
-    queue: int = 32
-    per_client: int = 16
-    reply_seconds: float = 60
-    body_seconds: float = 10
-    body_kb: int = 1024
-    shutdown_seconds: int = 60
-    prefix_mb: float = 256
-    truncate: bool = False
-    index: Path | None = None
-    wiki_url: str = API_URL
-
-    def __post_init__(self) -> None:
-        least = {"port": 0, "slots": 1, "queue": 0, "per_client": 1, "prefix_mb": 0, "body_kb": 1,
-                 "reply_seconds": 0.1, "body_seconds": 0.1, "shutdown_seconds": 0}  # fmt: skip
-        faults = [
-            f"--{name} {getattr(self, name)} (at least {bound})"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        if faults or self.port > 65535:
-            raise ConfigError(f"cannot serve with {', '.join(faults) or f'port {self.port}'}")
 
 
 def main(cfg: ServerConfig) -> int:

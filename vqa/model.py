@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from babyllama.checkpoint import load_weights, read_checkpoint
 from babyllama.config import shown
+from babyllama.cpu import draw
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.generate import Decoder
 from babyllama.run_dir import find_checkpoint
@@ -158,7 +159,7 @@ class VqaModel(nn.Module):
         def step(tokens: Tensor, cache: KVCache) -> Tensor:
             return read(tokens[:, None], cache)
 
-        return Decoder(net, step, str(net.output.weight.dtype)[6:], reader=read)
+        return Decoder(net, step, str(net.output.weight.dtype)[6:], reader=read, choose=draw.choose)
 
 
 def _plain(settings: dict) -> dict:

@@ -20,38 +20,12 @@ from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
-from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.errors import CheckpointError, ConfigError
 from babyllama.generate import Reply, Weights, generate_replies
+from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import write_rows
 from babyllama.run_dir import newest_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
-
-PROMPTS = (
-    "你好",
-    "你是谁？",
-    "请介绍一下北京。",
-    "银杏的叶子为什么会变黄？",
-    "写一首关于春天的短诗。",
-    "请给一家面馆写一句广告词。",
-    "怎样才能睡得好？",
-    "鲁迅写过哪些作品？",
-    "请用三句话解释什么是光合作用。",
-    "长江有多长？",
-    "帮我列出五种常见的水果。",
-    "学习一门外语有什么好办法？",
-    "讲一个关于狐狸和乌鸦的故事。",
-    "为什么天空是蓝色的？",
-    "请写一封感谢老师的信。",
-    "中秋节有哪些习俗？",
-    "怎么做西红柿炒鸡蛋？",
-    "请比较一下自行车和汽车。",
-    "什么是人工智能？",
-    "下雨天可以做什么？",
-    "请写一段天气预报。",
-    "围棋是怎么下的？",
-    "请推荐一本书，并说明理由。",
-    "我今天心情不好，怎么办？",
-)
 
 
 @dataclass(frozen=True)
@@ -86,24 +60,6 @@ class LoopsConfig(SamplingConfig):
                 f"above 0 for the drawn replies, found {self.loop_guard}, {self.batch_size}, "
                 f"{self.temperature:g}; leave them out, or correct them"
             )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    raises: DataError if there is none, or the file is missing or no UTF-8
-    """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        found = "an empty file"
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
-        lines, found = [], f"{type(error).__name__}"
-    if not lines:
-        raise DataError(
-            f"{shown(path)}: wanted UTF-8 text with a prompt on each line, found {found}; correct "
-            f"the name or the file, or leave --prompts out"
-        )
-    return lines
 
 
 def ask(loaded: Loaded, text: str) -> list[int]:

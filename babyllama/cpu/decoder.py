@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.cpu import compile, int8
+from babyllama.cpu import compile, draw, int8
 from babyllama.errors import ConfigError
 from babyllama.generate import Decoder, Weights, plain_decoder
 from model import KVCache, Transformer, rotate
@@ -31,10 +31,10 @@ def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
     kind, reason = choose_weights(model, weights)
     if kind == "int8":
         step = int8.Int8Step(model)
-        return Decoder(model, step, kind, reason, step.read, step.cache_dtype)
+        return Decoder(model, step, kind, reason, step.read, step.cache_dtype, draw.choose)
     if kind == "float32":
-        return Decoder(model, Float32Step(model), kind, reason)
-    return replace(plain_decoder(model), reason=reason)
+        return Decoder(model, Float32Step(model), kind, reason, choose=draw.choose)
+    return replace(plain_decoder(model), reason=reason, choose=draw.choose)
 
 
 def choose_weights(model: Transformer, weights: Weights) -> tuple[str, str]:

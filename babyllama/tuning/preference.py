@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from babyllama.analysis.loops import PROMPTS, read_prompts
 from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Reply, generate_replies
+from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, repeats, squeeze
 from babyllama.scoring.rouge import clipped_f

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from babyllama.cpu.draw import choose
 from babyllama.errors import ConfigError
 from babyllama.sampling import (
     LOOP_LENGTH,
     LOOP_TIMES,
     N_CHANCES,
     SamplingConfig,
-    choose,
-    choose_in_torch,
     extend_beams,
     loops,
     n_showable,
@@ -24,6 +23,7 @@ from babyllama.sampling import (
     repeats,
     until_stop,
 )
+from babyllama.sampling import choose as choose_in_torch
 
 N_DRAWS = 4_000
 # In C where there is a compiler, and by torch anywhere.
