@@ -101,7 +101,7 @@ def reproduce(tree: Path, raw: Path, kill_at: str = "") -> tuple[int, str]:
 
 def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
     card, report = ((tree / "release" / n).read_bytes() for n in ("README.md", "parity.json"))
-    chain = (tree / "reproduce.sh").read_text("utf-8")
+    chain = (tree / "release/recipe/reproduce.sh").read_text("utf-8")
     n_trainings = len(re.findall(r"^train \w+\.py", chain, re.MULTILINE))
     limits = REHEARSAL["train"]
     code, said = reproduce(tree, raw, kill_at=f"val step {limits['eval_every']}/")
