@@ -137,9 +137,16 @@ class KVCache:
         self.buffer[layer, 1, :, :, self.length : end] = v
         return self.buffer[layer, 0, :, :, :end], self.buffer[layer, 1, :, :, :end]
 
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows of the batch only (at least one)."""
-        self.buffer = self.buffer[:, :, rows]
+    def keep(self, rows: Tensor, first: int = 0) -> None:
+        """Go on with these rows of the batch only (at least one).
+
+        first: the columns before it are the same in each row and the one it takes the place of
+        """
+        if first:
+            new = self.buffer[..., first : self.length, :]
+            new.copy_(new[:, :, rows])
+        else:
+            self.buffer = self.buffer[:, :, rows]
         self._set_start(self.start[rows])
 
 

@@ -7,6 +7,7 @@ sampling.py's. The number of a reply in its batch and the seed give it random nu
 so it does not depend on which other replies are written beside it.
 """
 
+import codecs
 import copy
 import random
 import warnings
@@ -115,6 +116,7 @@ class Batch:
         filled = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         self.said = torch.tensor(filled, device=device)
         self.start = torch.tensor([longest - n for n in lengths], device=device)
+        self.owners = list(range(len(prompts)))  # the prompt of each row
         self.read()
         if copies > 1:
             self.keep([row for row in range(len(prompts)) for _ in range(copies)])
@@ -127,7 +129,10 @@ class Batch:
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only; a row may come several times."""
         kept = torch.tensor(rows, device=self.said.device)
-        self.cache.keep(kept)
+        owners = [self.owners[row] for row in rows]
+        # Rows that change places with others of their prompt share its keys and values.
+        self.cache.keep(kept, self.width if owners == self.owners else 0)
+        self.owners = owners
         self.said, self.logits, self.start = self.said[kept], self.logits[kept], self.start[kept]
 
     def add(self, ids: list[int]) -> None:
@@ -202,7 +207,7 @@ def stream(
     """
     reply = Reply() if reply is None else reply
     if sampling.beams > 1:
-        (best, *_) = _search_beams(model, prompt, sampling, eos_id, tokenizer)
+        ((best, *_),) = search_beams(model, [prompt], sampling, eos_id, tokenizer)
         reply.__dict__.update(best.__dict__)
         yield from reply.ids
         return
@@ -263,7 +268,7 @@ def generate_replies(
     raises: ConfigError if a prompt leaves no room in the context
     """
     if sampling.beams > 1:
-        found = [_search_beams(model, prompt, sampling, eos_id, tokenizer) for prompt in prompts]
+        found = search_beams(model, prompts, sampling, eos_id, tokenizer)
         return [reply for replies in found for reply in replies[: sampling.n]]
     replies = [Reply() for _ in range(len(prompts) * sampling.n)]
     for _ in _write(model, prompts, sampling, eos_id, tokenizer, replies):
@@ -281,7 +286,8 @@ class _Rules:
 
     def text(self, ids: Sequence[int]) -> str:
         """The whole characters of a reply."""
-        return "".join(map(self.tokenizer.stream_decoder().feed, ids))
+        data = b"".join(map(self.tokenizer.token_bytes, ids))
+        return codecs.utf_8_decode(data, "replace", False)[0]
 
     def allow(self, ids: list[int], token: int) -> bool:
         """Whether the rules against repetition let this token follow."""
@@ -374,44 +380,75 @@ def _redraw(
     return _NOTHING
 
 
-def _search_beams(
+class _Beams:
+    """The beam search of one prompt: unfinished replies and finished ones, each with its score,
+    the best first."""
+
+    def __init__(self, rules: _Rules, limit: int) -> None:
+        self.rules, self.limit, self.length = rules, limit, 0
+        self.unfinished = [(0.0, Reply())]  # with their log-probabilities
+        self.finished: list[tuple[float, Reply]] = []  # divided by the length, see length_penalty
+
+    def extend(self, logits: Tensor) -> list[int]:
+        """Continue the unfinished replies by a token; returns which one each new one continues.
+
+        The search ends, and nothing is returned, when enough replies are finished and no unfinished
+        one is better than the worst of them.
+
+        logits: (beams, V), of which the first rows belong to the unfinished replies
+        """
+        sampling, self.length = self.rules.sampling, self.length + 1
+        most, weight = sampling.beams, self.length**-sampling.length_penalty
+        scores = torch.tensor([score for score, _ in self.unfinished], device=logits.device)
+        n_wanted = 2 * most + (_MOST_REFUSED if sampling.reads_text else 0)
+        longer, parents = [], []
+        for score, parent, token in extend_beams(logits[: len(scores)], scores, n_wanted):
+            said = self.unfinished[parent][1].ids
+            if not self.rules.allow(said, token):
+                continue
+            reply = Reply(list(said))
+            self.rules.extend(reply, token, self.limit)
+            if reply.reason:
+                self.finished.append((score * weight, reply))
+            elif len(longer) < most:
+                longer.append((score, reply))
+                parents.append(parent)
+        self.finished = sorted(self.finished, key=lambda pair: -pair[0])[:most]
+        self.unfinished = longer
+        is_full = len(self.finished) == most
+        if is_full and longer and longer[0][0] * weight <= self.finished[-1][0]:
+            return []
+        return parents
+
+
+def search_beams(
     model: Transformer | Decoder,
-    prompt: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     sampling: SamplingConfig,
     eos_id: int,
-    tokenizer: Tokenizer | None,
-) -> list[Reply]:
-    """The likeliest replies that a beam search finds, best first, at most sampling.beams.
+    tokenizer: Tokenizer | None = None,
+) -> list[list[Reply]]:
+    """The best replies to each prompt that a beam search finds, best first.
 
-    It ends when so many replies are finished and no unfinished one is better than the worst.
+    returns: at least one and at most sampling.beams for each prompt
     """
     rules, most = _Rules(sampling, eos_id, tokenizer), sampling.beams
-    done: list[tuple[float, Reply]] = []
-    beams, scores = [Reply()], [0.0]
     with torch.inference_mode():
-        batch = Batch(model, [prompt], sampling.max_new_tokens, 1)
-        (limit,) = batch.limits
-        for length in range(1, limit + 1):
-            logits = batch.penalised(sampling, eos_id)
-            known = torch.tensor(scores, device=logits.device)
-            n_wanted = 2 * most + (_MOST_REFUSED if sampling.reads_text else 0)
-            going: list[tuple[float, int, int, Reply]] = []
-            for score, beam, token in extend_beams(logits, known, n_wanted):
-                if not rules.allow(beams[beam].ids, token):
-                    continue
-                reply = Reply(list(beams[beam].ids))
-                rules.extend(reply, token, limit)
-                if reply.reason:
-                    done.append((score / length**sampling.length_penalty, reply))
-                elif len(going) < most:
-                    going.append((score, beam, token, reply))
-            done = sorted(done, key=lambda pair: -pair[0])[:most]
-            best = max((score for score, *_ in going), default=-torch.inf)
-            if not going or (
-                len(done) == most and best / length**sampling.length_penalty <= done[-1][0]
-            ):
-                break
-            scores, parents, ids, beams = map(list, zip(*going, strict=True))
-            batch.keep(parents)
-            batch.add(ids)
-    return [reply for _, reply in done] or [Reply(reason="loop")]
+        batch = Batch(model, prompts, sampling.max_new_tokens, most)
+        every = going = [_Beams(rules, limit) for limit in batch.limits[::most]]
+        while going:
+            rows, ids, others = [], [], []
+            parts = batch.penalised(sampling, eos_id).split(most)
+            for number, (beams, logits) in enumerate(zip(going, parts, strict=True)):
+                if parents := beams.extend(logits):
+                    # A prompt keeps its number of rows; those that no reply needs repeat the first.
+                    spare = most - len(parents)
+                    rows += [number * most + row for row in parents + parents[:1] * spare]
+                    new = [reply.ids[-1] for _, reply in beams.unfinished]
+                    ids += new + new[:1] * spare
+                    others.append(beams)
+            going = others
+            if going:
+                batch.keep(rows)
+                batch.add(ids)
+    return [[reply for _, reply in one.finished] or [Reply(reason="loop")] for one in every]

@@ -15,6 +15,7 @@ from babyllama.generate import (
     SamplingConfig,
     generate,
     generate_replies,
+    search_beams,
     stream,
     stream_text,
 )
@@ -421,6 +422,9 @@ def test_few_beams_find_what_a_slow_search_finds(k):
     assert len({len(reply) for replies in wanted for reply in replies}) > 3
     for prompt, replies in zip(prompts, wanted, strict=True):
         assert generate(model, [prompt], sampling, eos_id) == replies
+    # Side by side, though the prompts differ in length and their searches end one after another.
+    found = search_beams(model, prompts, sampling, eos_id)
+    assert [[reply.ids for reply in replies] for replies in found] == wanted
 
 
 def test_the_rules_hold_for_beams(parrot, tokenizer):
