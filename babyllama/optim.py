@@ -1,8 +1,9 @@
 """AdamW, Muon and the learning rate.
 
 AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only; Muon (Jordan et al. 2024) for
-the layers' matrices as an option; linear warm-up, then half a cosine down to a tenth. As an option
-an average of the weights over the steps (Polyak and Juditsky 1992), part of the optimizer's state.
+the layers' matrices as an option; linear warm-up, then half a cosine or a straight line down. As an
+option an average of the weights over the steps (Polyak and Juditsky 1992), part of the optimizer's
+state.
 """
 
 import contextlib
@@ -27,6 +28,9 @@ class OptimConfig:
         lr: highest learning rate
         min_lr_ratio: the schedule ends at this share of lr
         warmup_steps: steps from 0 up to lr
+        decay: from lr to its share along half a cosine or a straight line; a share of 1 holds lr,
+            so that a run can be ended at any step, and another one goes on and decays to 0
+        from_base: begin with the state of the base's optimizer, not only with its weights
         weight_decay: on matrices; norms have none
         beta1: decay of the mean gradient
         beta2: decay of the mean squared gradient
@@ -40,6 +44,8 @@ class OptimConfig:
     lr: float = 1e-3
     min_lr_ratio: float = 0.1
     warmup_steps: int = 100
+    decay: Literal["cosine", "linear"] = "cosine"
+    from_base: bool = False
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -211,9 +217,9 @@ def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:
     """The learning rate of the update that follows `step` finished ones."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * cosine)
+    done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    left = 1 - done if config.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * left)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

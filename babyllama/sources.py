@@ -47,6 +47,8 @@ class DataConfig:
         max_seq_len: longest sequence in tokens, where it is less than the model's context
         weight_by: what counts alike in the loss: every target token, or every row, so that a
             title weighs as much as an essay
+        supervise: what of dialogues and summary rows is a target: the assistant's answers, or all
+            tokens, as in a text; for pretraining on dialogues in their final form
     """
 
     # A tuple, because jsonargparse lays a list over an earlier one of the same length: the weights
@@ -56,6 +58,7 @@ class DataConfig:
     max_val_rows: int = 256
     max_seq_len: int | None = None
     weight_by: Literal["token", "row"] = "token"
+    supervise: Literal["answers", "all"] = "answers"
 
     def __post_init__(self) -> None:
         if self.max_val_rows < 1:
@@ -152,9 +155,14 @@ class Dialogues:
     answer does not fit is dropped. Both are counted."""
 
     def __init__(
-        self, name: str, files: list[TokenFile], tokenizer: Tokenizer, max_seq_len: int
+        self,
+        name: str,
+        files: list[TokenFile],
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        supervise: str = "answers",
     ) -> None:
-        self.name = name
+        self.name, self._supervise = name, supervise
         self._tokenizer = tokenizer
         self.files = files
         fitting = [self._fitting(file, max_seq_len) for file in files]
@@ -180,9 +188,8 @@ class Dialogues:
     def row(self, number: int, _rng: np.random.Generator) -> Row:
         file, place, fitting = self._rows[number].tolist()
         pieces = self.files[file].pieces(place)[:fitting]
-        return _supervised(
-            self._tokenizer, [{"role": role, "content": [ids]} for role, ids in pieces]
-        )
+        messages = [{"role": role, "content": [ids]} for role, ids in pieces]
+        return _supervised(self._tokenizer, messages, self._supervise)
 
 
 def _message_sizes(
@@ -254,9 +261,14 @@ class Summaries:
     """A summary source: each row in a wording drawn anew, its text cut to fit."""
 
     def __init__(
-        self, name: str, files: list[TokenFile], prompts: SummaryPrompts, max_seq_len: int
+        self,
+        name: str,
+        files: list[TokenFile],
+        prompts: SummaryPrompts,
+        max_seq_len: int,
+        supervise: str = "answers",
     ) -> None:
-        self.name = name
+        self.name, self._supervise = name, supervise
         self._prompts = prompts
         frame = prompts.tokenizer.render_chat(
             [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
@@ -298,7 +310,7 @@ class Summaries:
         (_, text), (_, summary) = pieces[:2]
         room = self._room - len(summary)
         messages = self._prompts.messages(text, summary, rng, room, _meta(pieces))
-        return _supervised(self._prompts.tokenizer, messages)
+        return _supervised(self._prompts.tokenizer, messages, self._supervise)
 
 
 def _sizes(file: TokenFile) -> np.ndarray:
@@ -325,9 +337,11 @@ def _kept(counts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def _supervised(tokenizer: Tokenizer, messages: Sequence[dict]) -> Row:
-    """A dialogue as inputs and shifted targets; only the assistant's tokens are targets."""
+def _supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str = "answers") -> Row:
+    """A dialogue as inputs and shifted targets; see DataConfig.supervise."""
     ids, mask = (np.array(part, dtype=np.int64) for part in tokenizer.render_chat(messages))
+    if supervise == "all":
+        return ids[:-1], ids[1:]
     return ids[:-1], np.where(mask[1:] == 1, ids[1:], IGNORED)
 
 
@@ -359,14 +373,14 @@ def open_source(
         source = Windows(config.name, files, max_seq_len)
     elif kinds == {"chat"}:
         tokenizer.require_dialogue()
-        source = Dialogues(config.name, files, tokenizer, max_seq_len)
+        source = Dialogues(config.name, files, tokenizer, max_seq_len, data.supervise)
     elif kinds == {"preference"}:
         tokenizer.require_dialogue()
         source = Pairs(config.name, files, tokenizer, max_seq_len)
     else:
         tokenizer.require_dialogue()
         prompts = SummaryPrompts.load(from_repo(data.prompts), tokenizer)
-        source = Summaries(config.name, files, prompts, max_seq_len)
+        source = Summaries(config.name, files, prompts, max_seq_len, data.supervise)
     if len(source) == 0:
         raise DataError(
             f"{shown(where)}: no row of {split} can be trained on in {max_seq_len} tokens "

@@ -21,7 +21,7 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from babyllama.checkpoint import load_train_state, require_space, save_best, save_checkpoint
-from babyllama.config import BAD_NUMBERS, STOPPED, shown, stop_requests
+from babyllama.config import BAD_NUMBERS, STOPPED, from_repo, shown, stop_requests
 from babyllama.data import Data, TrainData, ValData
 from babyllama.device import (
     DeviceConfig,
@@ -44,7 +44,7 @@ from babyllama.optim import (
     set_lr,
     swap_averages,
 )
-from babyllama.run_dir import list_checkpoints
+from babyllama.run_dir import find_checkpoint, list_checkpoints
 from model import IGNORED, Loss, Transformer
 from tokenizer import Tokenizer
 
@@ -327,7 +327,8 @@ def train(
     optimizer = make_optimizer(model, optim)
     precision = pick_precision(world.device, cfg.device.precision, cfg.device.force)
     scaler = Scaler(world.device, precision)
-    seen = _resume(run, model, tokenizer, optimizer, scaler, data.train.fingerprint)
+    base = _step_of(cfg.base) if optim.from_base else None
+    seen = _resume(run, model, tokenizer, optimizer, scaler, data.train.fingerprint, base)
     step, last = seen.step, total_steps(config, data.train)
     log = Log(run, step, last, world.is_main, config.track)
     if step >= last:
@@ -451,6 +452,18 @@ class Seen:
     window: list[float] | None = None  # sums since the last logged step
 
 
+def _step_of(base: Path | None) -> Path:
+    """The checkpoint whose optimizer's state a run begins with.
+
+    raises: ConfigError if no base is named
+    """
+    if base is None:
+        raise ConfigError(
+            "optim.from_base wants a base whose optimizer goes on, found none; name it with --base"
+        )
+    return find_checkpoint(from_repo(base))
+
+
 def _resume(
     run: Path,
     model: Transformer,
@@ -458,16 +471,19 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     scaler: Scaler,
     fingerprint: str,
+    base: Path | None,
 ) -> Seen:
-    """Continue from the newest checkpoint, where there is one.
+    """Continue from the newest checkpoint, where there is one, else begin as `base` ended.
 
     raises: DataError if the token files are not those the run has read so far
     """
     steps = list_checkpoints(run)
+    if not steps and not base:
+        return Seen()
+    state = load_train_state(steps[-1] if steps else base, model, tokenizer, optimizer)
+    swap_averages(model, optimizer)
     if not steps:
         return Seen()
-    state = load_train_state(steps[-1], model, tokenizer, optimizer)
-    swap_averages(model, optimizer)
     if state.get("data", fingerprint) != fingerprint:
         raise DataError(
             f"{shown(run)} was trained on other token files than are there now (fingerprint "

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -335,6 +335,19 @@ def test_the_targets_of_a_dialogue_read_as_the_assistants_texts(tmp_path, tokeni
         assert [tokenizer.decode(ids) for ids in said] == answers
         assert ends[-1] == len(targets) - 1
         assert len(targets) == sum(len(tokenizer.encode(answer)) + 1 for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["chat", "summary"])
+def test_where_all_tokens_are_supervised_a_row_is_read_as_a_text(token_root, tokenizer, name):
+    answers = config_of(token_root, **{name: 1.0})
+    everything = replace(answers, supervise="all")
+    rows = [
+        open_data(c, tokenizer, MAX_SEQ_LEN, Order()).train.rows(0) for c in (answers, everything)
+    ]
+    for (tokens, some), (same, targets) in zip(*rows, strict=True):
+        assert tokens.tolist() == same.tolist()
+        assert targets[:-1].tolist() == tokens[1:].tolist()
+        assert (some == IGNORED).any() and targets[-1] == some[-1] == tokenizer.eos_id
 
 
 def write_summaries(stem: Path, tokenizer, sizes: list[tuple[int, int]]) -> None:

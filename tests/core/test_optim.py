@@ -32,6 +32,14 @@ def test_warm_up_rises_in_a_line_to_lr_and_the_cosine_falls_to_the_least() -> No
     assert rates[110] == pytest.approx(0.25 * 0.02)
 
 
+def test_a_linear_decay_falls_by_the_same_at_every_step_and_a_share_of_one_holds_the_rate() -> None:
+    line = OptimConfig(lr=0.02, min_lr_ratio=0.0, warmup_steps=10, decay="linear")
+    rates = [lr_at(step, line, total_steps=110) for step in range(10, 111)]
+    assert rates == pytest.approx([0.02 * (1 - n / 100) for n in range(101)])
+    held = OptimConfig(lr=0.02, min_lr_ratio=1.0, warmup_steps=10, decay="linear")
+    assert {lr_at(step, held, total_steps=110) for step in range(10, 111)} == {0.02}
+
+
 def test_no_warm_up_begins_at_lr_and_a_short_run_may_be_all_warm_up() -> None:
     assert lr_at(0, OptimConfig(lr=0.5, warmup_steps=0), total_steps=5) == 0.5
     short = [lr_at(step, CONFIG, total_steps=4) for step in range(4)]

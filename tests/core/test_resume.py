@@ -17,14 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from babyllama.checkpoint import load_weights
 from babyllama.data import Data, Mixture, TrainData, open_data
 from babyllama.device import DeviceConfig
 from babyllama.distributed import World
+from babyllama.errors import ConfigError
 from babyllama.log import read_metrics
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig
+from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig, train
 from conftest import small_config, write_token_files
 from model import Loss, Transformer
@@ -136,6 +139,55 @@ def resume_from_each(
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     return write_token_files(tmp_path_factory.mktemp("resume"), tokenizer)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_from_the_base_with_its_optimizer_goes_on_as_if_it_were_one_run(
+    optimizer: str, tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    # One row alone, so that every step of every run takes the same.
+    for split in ("train", "val"):
+        with TokenFileWriter(tmp_path / f"one/{split}-00000", "text", tokenizer) as writer:
+            writer.add_text(np.arange(20, 60, dtype=np.uint16))
+    data = open_data(
+        DataConfig(sources=(SourceConfig(str(tmp_path / "one")),)), tokenizer, 128, TrainConfig()
+    )
+
+    def go(name: str, steps: int, base: Path | None = None, from_base: bool = False) -> Path:
+        loop = TrainConfig(max_steps=steps, batch_size=1, save_every=100, keep_best=False)
+        optim = OptimConfig(
+            optimizer, lr=1e-2, warmup_steps=0, min_lr_ratio=1.0, from_base=from_base
+        )
+        torch.manual_seed(1)
+        model = Transformer(small_config(tokenizer.vocab_size))
+        if base:
+            load_weights(model, load_file(base / "model.safetensors"), base)
+        run = tmp_path / name
+        run.mkdir()
+        cfg = Settings(loop, DeviceConfig("cpu", "float32"), optim, base)
+        assert train(model, data, tokenizer, cfg, WORLD, run, "pretrain") == 0
+        return list_checkpoints(run)[-1]
+
+    whole, first = go("whole", 7), go("first", 4)
+    files = [
+        load_file(step / "train_state.safetensors") | load_file(step / "model.safetensors")
+        for step in (whole, go("rest", 3, first, from_base=True), go("fresh", 3, first))
+    ]
+    for tensors in files:
+        del tensors["rng"]  # torch's is seeded by the step
+    wanted, found, fresh = files
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert not all(torch.equal(fresh[name], wanted[name]) for name in wanted)
+
+
+def test_a_run_with_the_bases_optimizer_wants_a_base(
+    tmp_path: Path, tokens: Path, tokenizer: Tokenizer
+) -> None:
+    data = Case("pretrain").open(tokens, tokenizer)
+    cfg = Settings(TrainConfig(max_steps=1), DeviceConfig("cpu"), OptimConfig(from_base=True))
+    model = Transformer(small_config(tokenizer.vocab_size))
+    with pytest.raises(ConfigError, match=r"optim\.from_base wants a base"):
+        train(model, data, tokenizer, cfg, WORLD, tmp_path, "pretrain")
 
 
 @pytest.mark.slow
