@@ -10,6 +10,7 @@ embedding (Su et al. 2021), SwiGLU (Shazeer 2020), grouped queries (Ainslie et a
 Axes: B batch, T time, D width, H heads, K key/value heads, C head width, V vocabulary, S cache.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,8 +24,9 @@ from babyllama.errors import ConfigError
 IGNORED = -100
 
 # Positions whose logits exist at the same time. At V = 65,000 a slice of 256 takes 67 MB, which
-# stays near the processor; the whole of B = 32, T = 512 would take 4.3 GB.
-SLICE = 256
+# stays near the processor; the whole of B = 32, T = 512 would take 4.3 GB. A card adds to the whole
+# gradient of the head once a slice, so there fewer and larger slices are faster.
+SLICE, CARD_SLICE = 256, 1024
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ class Transformer(nn.Module):
         per_position: bool = False,
         weights: Tensor | None = None,
         label_smoothing: float = 0.0,
+        chosen: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V), or with targets the summed loss.
 
@@ -273,15 +276,19 @@ class Transformer(nn.Module):
             there is no target
         weights: (B, T) what the loss of each position is multiplied by
         label_smoothing: this share of each target is spread evenly over the vocabulary
+        chosen: (N,) the positions that have a target, of all B T; sought where not given, for
+            which a card has to finish all that it was given before
         """
         x = self.hidden(tokens, input_embeds=input_embeds, segments=segments, cache=cache)
         if targets is None:
             return self.output(x)
         if per_position:
             return position_losses(x, self.output.weight, targets)
-        chosen = targets.reshape(-1) != IGNORED
+        if chosen is None:
+            chosen = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
         return Loss(*SlicedLoss.apply(
-            x.reshape(-1, x.shape[-1])[chosen], self.output.weight, targets.reshape(-1)[chosen],
+            x.reshape(-1, x.shape[-1]).index_select(0, chosen), self.output.weight,
+            targets.reshape(-1)[chosen],
             None if weights is None else weights.reshape(-1)[chosen], label_smoothing,
         ))  # fmt: skip
 
@@ -363,36 +370,37 @@ class SlicedLoss(torch.autograd.Function):
         """hidden (N, D), weight (V, D), targets (N,) without ignored ones, weights (N,)."""
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         dtype = _matmul_dtype(hidden)
+        size, softmax_loss, product = SLICE, _softmax_loss, torch.mm
+        if hidden.is_cuda:
+            size, softmax_loss = CARD_SLICE, functools.partial(_on_card, dtype=dtype)
+            if dtype != torch.float32:  # whose products a card adds up and gives unrounded
+                product = functools.partial(torch.mm, out_dtype=torch.float32)
         w = weight.to(dtype)
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         loss_sum = torch.zeros((), device=hidden.device)
         n_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(targets), SLICE):
-                part, goal = hidden[start : start + SLICE].to(dtype), targets[start : start + SLICE]
-                logits = (part @ w.t()).float()
-                losses, correct, probabilities = _softmax_loss(logits, goal, smoothing)
-                scale = None if weights is None else weights[start : start + SLICE]
+            for start in range(0, len(targets), size):
+                part, goal = hidden[start : start + size].to(dtype), targets[start : start + size]
+                losses, correct, error = softmax_loss(product(part, w.t()), goal, smoothing)
+                scale = None if weights is None else weights[start : start + size]
                 loss_sum += losses.sum() if scale is None else losses @ scale
                 n_correct += correct.sum()
                 if not (want_hidden or want_weight):
                     continue
-                probabilities[torch.arange(len(goal), device=goal.device), goal] -= 1 - smoothing
-                if smoothing:
-                    probabilities -= smoothing / len(w)
                 if scale is not None:
-                    probabilities *= scale[:, None]
-                error = probabilities.to(dtype)  # (slice, V): the gradient of the logits
+                    error *= scale[:, None]
+                error = error.to(dtype)  # (slice, V): the gradient of the logits
                 if want_hidden:
-                    grad_hidden[start : start + SLICE] = error @ w
+                    grad_hidden[start : start + size] = error @ w
                 if want_weight and dtype == torch.float32:
                     grad_weight.addmm_(error.t(), part)
                 elif want_weight:
-                    grad_weight += error.t() @ part
+                    grad_weight += product(error.t(), part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        n_targets = torch.tensor(len(targets), device=hidden.device)
+        n_targets = torch.full((), len(targets), device=hidden.device)
         ctx.mark_non_differentiable(n_targets, n_correct)
         return loss_sum, n_targets, n_correct
 
@@ -414,7 +422,8 @@ def _matmul_dtype(x: Tensor) -> torch.dtype:
 def _softmax_loss(
     logits: Tensor, targets: Tensor, smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses (N,), hits (N,) and probabilities (N, V), which take the place of the logits."""
+    """Losses (N,), hits (N,) and the gradient of the logits (N, V), which takes their place."""
+    logits = logits.float()
     aimed = logits.gather(1, targets[:, None])  # (N, 1)
     largest = logits.amax(dim=1, keepdim=True)
     hits = (aimed >= largest).squeeze(1)
@@ -423,7 +432,30 @@ def _softmax_loss(
     powers = logits.sub_(largest).exp_()
     total = powers.sum(dim=1, keepdim=True)
     losses = (total.log() + largest - aimed).squeeze(1)
-    return losses, hits, powers.div_(total)
+    error = powers.div_(total)
+    error[torch.arange(len(targets), device=targets.device), targets] -= 1 - smoothing
+    return losses, hits, error.sub_(smoothing / error.shape[1]) if smoothing else error
+
+
+def _on_card(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in four passes over the memory, for which a card waits, in place of ten.
+
+    dtype: of the gradient
+    """
+    log_probs = logits.log_softmax(dim=1)
+    at, evenly = targets[:, None], smoothing / logits.shape[1]
+    aimed = log_probs.gather(1, at)  # (N, 1)
+    hits = (aimed >= log_probs.amax(dim=1, keepdim=True)).squeeze(1)
+    found = aimed
+    if smoothing:
+        found = (1 - smoothing) * aimed + smoothing * log_probs.mean(dim=1, keepdim=True)
+    error = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
+    error = error.sub_(evenly) if smoothing else error
+    # Near 1 a narrow format would round a probability's distance from 1 away.
+    error.scatter_(1, at, (aimed.exp() - (1 - smoothing) - evenly).to(dtype))
+    return -found.squeeze(1), hits, error
 
 
 def position_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

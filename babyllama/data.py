@@ -10,7 +10,8 @@ dicts whose keys are the parameter names of the model's forward.
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -110,6 +111,25 @@ def share(
         collate(mine[start : start + micro_batch_size], pad_id, row_targets)
         for start in range(0, n_mine, micro_batch_size)
     ]
+
+
+def ahead(
+    make: Callable[[int], list[dict[str, Tensor]]], steps: range, device: torch.device
+) -> Iterator[list[dict[str, Tensor]]]:
+    """The batches that `make` gives for each step; where a card computes, a thread makes those of
+    the next step meanwhile.
+
+    A processor that trains has no core to spare.
+    """
+    if device.type == "cpu":
+        yield from map(make, steps)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for step in steps:
+            made = (coming or thread.submit(make, step)).result()
+            coming = thread.submit(make, step + 1) if step + 1 in steps else None
+            yield made
 
 
 def permuted(number: int, n: int, *key: int) -> int:

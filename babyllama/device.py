@@ -108,6 +108,22 @@ def _kind(device: torch.device) -> tuple[str, str, tuple[int, int]]:
     return "cpu-bf16" if has_bf16 else device.type, "", (0, 0)
 
 
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch where the model is.
+
+    Not to wait for a card, it goes there from pinned memory, and with the positions that have a
+    target (`chosen` of the model's forward).
+    """
+    if device.type == "cpu":
+        return batch
+    batch = batch | {"chosen": (batch["targets"].reshape(-1) >= 0).nonzero().squeeze(1)}
+    pinned = device.type == "cuda"
+    return {
+        key: (value.pin_memory() if pinned else value).to(device, non_blocking=True)
+        for key, value in batch.items()
+    }
+
+
 class Scaler:
     """Autocast, backward and optimizer step in one format.
 

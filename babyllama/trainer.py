@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from babyllama.checkpoint import load_train_state, require_space, save_best, save_checkpoint
 from babyllama.config import BAD_NUMBERS, STOPPED, from_repo, shown, stop_requests
-from babyllama.data import Data, TrainData, ValData
+from babyllama.data import Data, TrainData, ValData, ahead
 from babyllama.device import (
     DeviceConfig,
     Scaler,
@@ -30,6 +30,7 @@ from babyllama.device import (
     mfu_per_rate,
     pick_precision,
     precision_warning,
+    to_device,
 )
 from babyllama.distributed import World, inner, no_sync, whole_model
 from babyllama.errors import ConfigError, DataError
@@ -107,9 +108,15 @@ def _ratio(part: float, whole: int, unit: str) -> float:
     return part / whole
 
 
-def on_cpu(loss: Loss) -> Tensor:
-    """Its three sums; (3,) float64, which Apple's GPUs do not have."""
-    return torch.stack([part.detach().float() for part in loss]).cpu().double()
+def sums_of(losses: Sequence[Loss]) -> Tensor:
+    """The three sums over some losses; (3,) float64 on the CPU, as Apple's GPUs do not have it.
+
+    Read at once: whoever reads a number from a card waits until it has done all its work.
+    """
+    if not losses:
+        return torch.zeros(3, dtype=torch.float64)
+    parts = [torch.stack([part.detach().float() for part in loss]) for loss in losses]
+    return sum(torch.stack(parts).cpu().double())
 
 
 def over_ranks(sums: Tensor, world: World) -> Tensor:
@@ -149,15 +156,14 @@ def evaluate(
     total = torch.zeros(4, dtype=torch.float64)
     losses = {}
     for name in data.names:
-        sums = torch.zeros(4, dtype=torch.float64)
+        found, n_bytes = [], 0
         for batch in data.batches(name, micro_batch_size, world.rank, world.size):
             if tokenizer is not None:
                 targets = batch["targets"]
-                sums[3] += tokenizer.n_bytes(targets[targets != IGNORED].tolist())
-            batch = {key: value.to(world.device) for key, value in batch.items()}
+                n_bytes += tokenizer.n_bytes(targets[targets != IGNORED].tolist())
             with scaler.autocast():
-                sums[:3] += on_cpu(measure(model, batch))
-        sums = over_ranks(sums, world)
+                found.append(measure(model, to_device(batch, world.device)))
+        sums = over_ranks(torch.cat((sums_of(found), torch.tensor([float(n_bytes)]))), world)
         losses[name] = float(sums[0] / sums[1].clamp(min=1))
         total += sums
     model.train()
@@ -366,6 +372,10 @@ def train(
             seen.best = figures["loss"]
             save_best(run, step, model, tokenizer, seen.best, kind, parent, world)
 
+    def make(step: int) -> list[Batch]:
+        return data.train.batches(step, config.micro_batch_size, world.rank, world.size)
+
+    coming = ahead(make, range(step, last), world.device)
     with stop_requests() as asked:
         model.train()
         if step == 0:
@@ -373,7 +383,7 @@ def train(
         while step < last:
             lr = lr_at(step, optim, last)
             set_lr(optimizer, lr)
-            batches = data.train.batches(step, config.micro_batch_size, world.rank, world.size)
+            batches = next(coming)
             # Dropout belongs to the step, so a resumed run draws what it would have drawn.
             torch.manual_seed(
                 int(SeedSequence((config.seed, step, world.rank)).generate_state(1)[0])
@@ -427,19 +437,18 @@ def forward_backward(
 ) -> Tensor:
     """Gradients of one step; returns (loss_sum, n_targets, n_correct, n_tokens), summed over
     ranks, float64."""
-    n_counted = torch.tensor([float(sum(count(batch) for batch in batches))])
-    n_counted = world.sum(n_counted.to(world.device)).clamp(min=1)
-    sums = torch.zeros(4, dtype=torch.float64)
+    n_counted = float(sum(count(batch) for batch in batches))
+    n_counted = world.sum(torch.full((1,), n_counted, device=world.device)).clamp(min=1)
+    losses = []
     for number, batch in enumerate(batches):
-        batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
         with no_sync(model, is_last=number == len(batches) - 1):
             with scaler.autocast():
-                loss = loss_function(model, batch)
+                loss = loss_function(model, to_device(batch, world.device))
             # DDP averages gradients over ranks; the sum is wanted.
             scaler.backward(loss.loss_sum * (world.size / n_counted[0]))
-        sums[:3] += on_cpu(loss)
-        sums[3] += batch["tokens"].numel()
-    return over_ranks(sums, world)
+        losses.append(Loss(*(part.detach() for part in loss)))
+    n_tokens = sum(batch["tokens"].numel() for batch in batches)
+    return over_ranks(torch.cat((sums_of(losses), torch.tensor([float(n_tokens)]))), world)
 
 
 @dataclass

@@ -126,6 +126,7 @@ class VqaModel(nn.Module):
         picture_of: Tensor,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
+        chosen: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V), or with targets the summed loss, as model.py has it.
 
@@ -133,8 +134,9 @@ class VqaModel(nn.Module):
         pixels, features: as in `see`
         """
         seen = self.see(pixels, features)
+        embeds = self.embed(tokens, seen)
         with self.looking_at(seen[picture_of]):
-            return self.language(targets=targets, input_embeds=self.embed(tokens, seen))
+            return self.language(targets=targets, input_embeds=embeds, chosen=chosen)
 
     @contextlib.contextmanager
     def looking_at(self, memory: Tensor) -> Iterator[None]:

@@ -93,6 +93,7 @@ class Noise:
 
 def lengths_of(segments: Tensor) -> Tensor:
     """How many positions of its sequence have the number of each, (B, T)."""
-    counts = segments.new_zeros(len(segments), int(segments.max()) + 1)
+    # There are no more of them than positions; the largest number is the card's to know.
+    counts = segments.new_zeros(len(segments), segments.shape[1] + 1)
     counts = counts.scatter_add(1, segments, torch.ones_like(segments))
     return counts.gather(1, segments)

@@ -1,0 +1,169 @@
+"""What holds on a CUDA card, shown without one: no devices mixed, and nobody waits in between.
+
+On stand-in tensors (stand_in.py); benchmarks/card.py shows the rest where there is a card.
+"""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+
+from babyllama.data import ahead, collate
+from babyllama.device import Scaler, to_device
+from babyllama.distributed import World
+from babyllama.lora import LoraConfig, apply_lora
+from babyllama.optim import OptimConfig, averaged, make_optimizer, move_averages
+from babyllama.trainer import Objective, forward_backward, next_token, sums_of
+from babyllama.tuning.preference import dpo
+from babyllama.tuning.regularise import RegulariseConfig, regularise
+from conftest import small_config
+from model import IGNORED, Loss, Transformer, _on_card, _softmax_loss
+from stand_in import CARD, OnCard, card, to_card
+
+CPU = torch.device("cpu")
+
+
+def batches(n: int, weighted: bool = False) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of two sequences of two rows each, a third of whose tokens are no targets."""
+    rng, made = np.random.default_rng(0), []
+    for _ in range(2 * n):
+        rows = []
+        for _ in range(2):
+            ids = rng.integers(3, 97, 40)
+            rows.append((ids, np.where(np.arange(40) < 14, IGNORED, np.roll(ids, -1))))
+        made.append(rows)
+    return [collate(made[2 * i : 2 * i + 2], 0, 12.0 if weighted else None) for i in range(n)]
+
+
+# What a run may hold besides: the optimizer, what is hooked on, an adapter, an objective.
+RUNS = {
+    "adamw": {},
+    "muon": {"optim": OptimConfig(name="muon")},
+    "regularised": {"regularise": RegulariseConfig(dropout=0.1, noise=5.0), "smoothing": 0.1},
+    "averaged": {"optim": OptimConfig(ema=0.9)},
+    "weighted": {"weighted": True},
+    "adapter": {"lora": True},
+    "dpo": {"preference": True},
+}
+
+
+def one_step(device, n, optim=None, lora=False, preference=False, weighted=False, smoothing=0.0,
+             **how) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    """The sums of a step and the weights after it."""
+    torch.manual_seed(0)
+    model, objective = Transformer(small_config()), next_token(smoothing)
+    reference = Transformer(small_config())
+    if lora:
+        apply_lora(model, LoraConfig(rank=2), base="")
+    if device == CARD:
+        model, reference = to_card(model), to_card(reference)
+    if preference:
+        objective = dpo(reference, 0.1, 1.0)
+    if "regularise" in how:
+        regularise(model, how["regularise"])
+    optimizer = make_optimizer(model, optim or OptimConfig())
+    scaler, parameters = (
+        Scaler(device, "float32"),
+        [w for w in model.parameters() if w.requires_grad],
+    )
+    sums = step(model, objective, batches(n, weighted), World(0, 1, device), scaler)
+    scaler.step(optimizer, parameters, 1.0, float(sums[0]))
+    move_averages(optimizer)
+    with averaged(model, optimizer):
+        return sums, [w.detach().clone() for w in parameters]
+
+
+def step(model, objective: Objective, parts, world, scaler) -> torch.Tensor:
+    return forward_backward(model, parts, world, scaler, objective.loss, objective.count)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_mixes_no_devices_and_gives_the_processors_numbers(name, monkeypatch):
+    how = RUNS[name]
+    wanted, weights = one_step(CPU, 2, **how)
+    with card(monkeypatch):
+        found, on_card = one_step(CARD, 2, **how)
+    assert all(isinstance(w, OnCard) for w in on_card)
+    if "regularise" not in how:  # which draws at random
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        atol = 1e-4 if name == "muon" else 1e-5  # which multiplies in bfloat16 there
+        for ours, theirs in zip(weights, on_card, strict=True):
+            torch.testing.assert_close(theirs.held, ours, rtol=1e-3, atol=atol)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "dpo"])
+def test_nobody_waits_for_the_card_inside_of_a_step(name, monkeypatch):
+    """As many waits for five micro-batches as for one: the sums and the norm are read once."""
+    found = []
+    for n in (1, 5):
+        with card(monkeypatch) as waits:
+            one_step(CARD, n, **RUNS[name])
+            found.append(sum(waits.values()))
+        monkeypatch.undo()
+    assert found[0] == found[1] <= 2, waits
+
+
+def test_the_stand_in_notices_what_a_card_would_not_forgive(monkeypatch):
+    with card(monkeypatch) as waits:
+        there, here = OnCard(torch.arange(4.0)), torch.arange(4.0)
+        with pytest.raises(RuntimeError, match="mixed"):
+            there + here
+        assert not waits
+        assert float(there[there > 1].sum()) == 5 and there.to("cpu").sum() == 6
+        assert sum(waits.values()) == 3  # the mask, the number, the copy
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cards_softmax_is_the_processors(dtype, smoothing):
+    torch.manual_seed(0)
+    logits, targets = torch.randn(50, 97) * 4, torch.randint(0, 97, (50,))
+    logits[0, targets[0]] += 30  # so sure that 1 - p needs more than eight bits
+    wanted = _softmax_loss(logits.clone(), targets, smoothing)
+    losses, hits, error = _on_card(logits.clone(), targets, smoothing, dtype=dtype)
+    torch.testing.assert_close(losses, wanted[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(hits, wanted[1]) and error.dtype == dtype
+    is_twice_rounded = smoothing and dtype == torch.bfloat16
+    rtol, atol = (2**-7, 1e-5) if is_twice_rounded else (1e-5, 1e-6)
+    torch.testing.assert_close(error, wanted[2].to(dtype), rtol=rtol, atol=atol)
+
+
+def test_positions_that_are_told_are_those_that_would_be_found():
+    model, (batch,) = Transformer(small_config()), batches(1)
+    wanted = model(**batch)
+    chosen = (batch["targets"].reshape(-1) >= 0).nonzero().squeeze(1)
+    assert all(map(torch.equal, model(**batch, chosen=chosen), wanted))
+    assert set(to_device(batch, CPU)) == set(batch)
+    assert set(to_device(batch, torch.device("meta"))) == {*batch, "chosen"}
+
+
+@pytest.mark.parametrize("device", [CPU, CARD])
+def test_batches_come_in_order_whoever_makes_them(device):
+    made: list[int] = []
+
+    def make(step: int) -> list[dict[str, torch.Tensor]]:
+        made.append(step)
+        if step == 7:
+            raise ValueError("no such step")
+        return [{"tokens": torch.tensor(step)}]
+
+    found = [int(part[0]["tokens"]) for part in ahead(make, range(3, 6), device)]
+    assert found == made == [3, 4, 5]
+    coming = ahead(make, range(6, 9), device)
+    assert int(next(coming)[0]["tokens"]) == 6
+    with pytest.raises(ValueError, match="no such step"):
+        next(coming)
+    with contextlib.closing(ahead(make, range(10, 99), device)) as coming:
+        next(coming)
+    assert made[-1] == (10 if device == CPU else 11)
+
+
+def test_sums_are_those_of_adding_one_after_the_other():
+    losses = [
+        Loss(torch.tensor(1 / (3 + n)), torch.tensor(n), torch.tensor(2 * n)) for n in range(9)
+    ]
+    wanted = torch.zeros(3, dtype=torch.float64)
+    for loss in losses:
+        wanted += torch.stack([part.float() for part in loss]).double()
+    assert torch.equal(sums_of(losses), wanted) and sums_of([]).tolist() == [0, 0, 0]
