@@ -125,35 +125,48 @@ class MuonAdamW(torch.optim.AdamW):
         finally:
             self.param_groups = groups
         for group in groups:
-            for weight in group["params"] if "momentum" in group else ():
-                if weight.grad is not None:
-                    self._update(weight, group)
+            if "momentum" in group:
+                self._update(group)
 
-    def _update(self, weight: Tensor, group: dict) -> None:
-        state = self.state[weight]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(weight)
-        mean = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
-        ahead = weight.grad.lerp(mean, group["momentum"])  # Nesterov
-        turned = orthogonal(whole(ahead))
-        # So its elements are as large as those of an AdamW update, and lr means the same
-        # (Liu et al. 2025, arXiv:2502.16982, section 2.2).
-        size = 0.2 * math.sqrt(max(weight.shape))
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(share_of(weight, turned), alpha=-group["lr"] * size)
+    def _update(self, group: dict) -> None:
+        """A step of Muon; matrices of one shape are turned together."""
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+            mean = state["momentum_buffer"].lerp_(weight.grad, 1 - group["momentum"])
+            ahead = whole(weight.grad.lerp(mean, group["momentum"]))  # Nesterov
+            alike.setdefault(ahead.shape, []).append((weight, ahead))
+        for shape, pairs in alike.items():
+            # So its elements are as large as those of an AdamW update, and lr means the same
+            # (Liu et al. 2025, arXiv:2502.16982, section 2.2).
+            size = 0.2 * math.sqrt(max(shape))
+            turned = orthogonal(torch.stack([ahead for _, ahead in pairs]))
+            for (weight, _), update in zip(pairs, turned, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(share_of(weight, update), alpha=-group["lr"] * size)
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About the nearest matrix with orthogonal rows or columns: every singular value becomes 0.7
-    to 1.2, by a Newton-Schulz iteration with Jordan's coefficients."""
-    dtype = torch.bfloat16 if matrix.is_cuda else matrix.dtype
-    x = (matrix / matrix.norm().clamp(min=1e-7)).to(dtype)
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """About the nearest matrices with orthogonal rows or columns: every singular value becomes 0.7
+    to 1.2, by a Newton-Schulz iteration with Jordan's coefficients.
+
+    matrices: (..., n, m); multiplied in bfloat16 where the device has fast products of it
+    """
+    is_fast = matrices.is_cuda or (matrices.is_cpu and torch.cpu._is_avx512_bf16_supported())
+    lengths = matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = (matrices / lengths).to(torch.bfloat16 if is_fast else matrices.dtype)
+    x = x.reshape(-1, *matrices.shape[-2:])
+    x = x.mT if x.shape[1] > x.shape[2] else x
     for _ in range(steps):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    x = x.T if matrix.shape[0] > matrix.shape[1] else x
-    return x.to(matrix.dtype)
+        square = x @ x.mT
+        square = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, square, x, beta=3.4445)
+    x = x.mT if matrices.shape[-2] > matrices.shape[-1] else x
+    return x.reshape(matrices.shape).to(matrices.dtype)
 
 
 def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:
