@@ -286,11 +286,16 @@ class Transformer(nn.Module):
             return position_losses(x, self.output.weight, targets)
         if chosen is None:
             chosen = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
-        return Loss(*SlicedLoss.apply(
+        return Loss(*self.sliced_loss(
             x.reshape(-1, x.shape[-1]).index_select(0, chosen), self.output.weight,
             targets.reshape(-1)[chosen],
             None if weights is None else weights.reshape(-1)[chosen], label_smoothing,
         ))  # fmt: skip
+
+    @staticmethod
+    def sliced_loss(*arguments: Tensor | float | None) -> tuple[Tensor, ...]:
+        """As SlicedLoss.forward; what is faster on a device takes its place."""
+        return SlicedLoss.apply(*arguments)
 
     def hidden(
         self,

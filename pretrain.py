@@ -17,6 +17,7 @@ import torch
 from babyllama.analysis.estimate import dry_run
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
+from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.distributed import ParallelConfig, start
@@ -113,7 +114,7 @@ def main(cfg: PretrainConfig) -> int:
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
-        regularise(model.to(world.device), cfg.regularise)
+        regularise(fuse(model.to(world.device)), cfg.regularise)
         objective = next_token(cfg.regularise.label_smoothing)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)

@@ -25,6 +25,7 @@ from babyllama.analysis.inspect_batch import shown_batch
 from babyllama.analysis.terminal_text import painter_of
 from babyllama.checkpoint import load_model
 from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.distributed import ParallelConfig, start
@@ -121,7 +122,7 @@ def main(cfg: SftConfig) -> int:
             apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
             if world.is_main:
                 print(describe(model), file=sys.stderr)
-        regularise(model, cfg.regularise)
+        regularise(fuse(model), cfg.regularise)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:

@@ -518,7 +518,7 @@ def _opening(
              for reason, n in s.dropped.items() if n]  # fmt: skip
     lines = [
         f"{shown(run)} {how}: {model.n_parameters():,} parameters, {world.size} process(es) on "
-        f"{world.device}, {scaler.precision}",
+        f"{world.device}, {scaler.precision}{getattr(model, 'kernels', '')}",
         f"rows: {sources}; {data.batch_size} a step, {last} steps = "
         f"{last / data.steps_per_epoch:.2f} epochs",
     ]

@@ -1,1 +1,1 @@
-"""Faster decoding for processors, with the same numbers: C files, and what calls them."""
+"""Faster decoding and training for processors, same numbers: C files, and what calls them."""

@@ -1,4 +1,4 @@
-"""The C files of this folder as a library: int8.c (steps) and choose.c (drawing a token).
+"""The C files of this folder as a library: int8.c (steps), choose.c (drawing a token), train.c.
 
 They are compiled when they are first needed, in two seconds, for the processor at hand, and kept in
 the user's cache directory for the next start.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from babyllama.errors import ConfigError
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("int8.c", "choose.c")]
+_SOURCES = [Path(__file__).with_name(name) for name in ("int8.c", "choose.c", "train.c")]
 
 # Vector instructions add in an order of their own, only in the loops that allow it (omp simd): one
 # that -ffast-math chose would depend on the number of rows, and change what tiny numbers are.
