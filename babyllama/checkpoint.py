@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from babyllama import lora
-from babyllama.config import from_repo, shown
+from babyllama.config import flush, from_repo, shown
 from babyllama.distributed import World, share_of, whole
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import ADAPTER_FILES, LoraConfig
@@ -359,11 +359,11 @@ def write_whole(final: Path, fill: Callable[[Path], None], tensors: Iterable[Ten
         fill(temporary)
         write_sums(temporary)
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         if final.exists():
             delete(final)
         os.replace(temporary, final)
-        _flush(run)
+        flush(run)
     except (OSError, SafetensorError) as error:
         wanted = sum(tensor.nbytes for tensor in tensors)
         written = sum(path.stat().st_size for path in temporary.glob("*"))
@@ -394,17 +394,6 @@ def _cannot_save(final: Path, wanted: int, written: int, error: Exception) -> st
         f"{written / 1e6:.1f} MB were written, {free:.1f} MB are free now; {last}; free some space "
         f"and start the same command again"
     )
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file or a directory has reached the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle on a directory to flush
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

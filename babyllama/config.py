@@ -7,16 +7,21 @@ one line and exit code 2, `stop_requests` hears Ctrl-C without ending at once. E
 """
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
+import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar, get_origin, get_type_hints
 
+import filelock
 import yaml
 from docstring_parser import parse as docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -44,6 +49,99 @@ def shown(path: Path) -> str:
     """A path as the user would type it: from the repository's root where it lies inside."""
     path = Path(path)
     return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
+
+
+# What a file system answers that has no such call (SMB, 9p, some FUSE mounts).
+NOT_OFFERED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file or a directory has reached the disk, as far as the disk offers it."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle on a directory to flush
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary path; the file written there takes the place of `path` if the block succeeds."""
+    temporary = path.with_name(f"tmp-{path.name}")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """An empty directory; with all that is put there it takes the place of `path` if the block
+    succeeds. Killed between the two renames, it leaves the old one where `recover_dir` finds it."""
+    fresh, old = (path.with_name(f"{mark}-{path.name}") for mark in ("tmp", "old"))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    try:
+        yield fresh
+        for inside in (*filter(Path.is_file, fresh.rglob("*")), fresh):
+            flush(inside)
+        recover_dir(path)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(fresh, path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        recover_dir(path)
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def recover_dir(path: Path) -> None:
+    """Put back, or clear away, what a killed `atomic_dir` has left of an old directory."""
+    old = path.with_name(f"old-{path.name}")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(directory: Path, advice: str = "take another --name") -> Iterator[None]:
+    """Hold a directory for as long as the block runs; the system ends it with this process.
+
+    advice: what to do instead of waiting
+    raises: ConfigError that names the holder if it is held already
+    """
+    holder = directory / "lock.txt"
+    held = filelock.FileLock(directory / "lock", timeout=0)
+    try:
+        try:
+            held.acquire()
+        except OSError as error:  # Timeout is one, too
+            if error.errno not in NOT_OFFERED:
+                raise
+            held = filelock.SoftFileLock(directory / "lock.held", timeout=0)
+            held.acquire()
+    except filelock.Timeout:
+        who = holder.read_text("utf-8", "replace").strip() if holder.is_file() else "by another one"
+        raise ConfigError(
+            f"{shown(directory)} is in use ({who}); wait for that run to end, stop it, or {advice}"
+        ) from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        who = f"process {os.getpid()} on {socket.gethostname()} since {since}\n"
+        holder.write_text(who, "utf-8", "replace")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
 
 
 def parse(

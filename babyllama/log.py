@@ -4,17 +4,16 @@ A progress bar or plain lines, metrics.jsonl, samples.jsonl, curves.png, and, wh
 for, TensorBoard or SwanLab.
 """
 
-import contextlib
 import gc
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
+from babyllama.config import atomic_write
 from babyllama.errors import ConfigError
 
 # Order of the figures in a line; all others stay in metrics.jsonl.
@@ -22,17 +21,6 @@ _SHOWN = ("loss", "ppl", "accuracy", "bpb", "grad_norm", "lr", "tokens_per_s", "
 
 # Seconds between two drawings of curves.png while a run goes on.
 _REDRAW_S = 60
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path; what is written there takes the place of `path` if the block succeeds."""
-    temporary = path.with_name("tmp-" + path.name)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Log:
@@ -64,7 +52,7 @@ class Log:
             ),
         ):
             if kept or (run / name).exists() or name == "metrics.jsonl":
-                with written_whole(run / name) as path:
+                with atomic_write(run / name) as path:
                     path.write_text("".join(map(_line, kept)), encoding="utf-8")
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -233,7 +221,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     axes[0].legend()
     figure.suptitle(title)
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=110)
     finally:
         pyplot.close(figure)

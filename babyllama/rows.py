@@ -11,10 +11,10 @@ in `data_process/`; this file knows only what comes out of there. No torch.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from babyllama.config import atomic_write
 from babyllama.errors import DataError
 
 REQUIRED = {
@@ -166,16 +166,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def write_rows(path: Path, rows: Iterable[dict]) -> int:
     """Write rows as JSON lines, whole or not at all; returns their number."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"tmp-{path.name}")
     n_rows = 0
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                n_rows += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as file,
+    ):
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            n_rows += 1
     return n_rows

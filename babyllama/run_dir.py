@@ -1,33 +1,25 @@
 """The directory of a run: out/<name>, held by one run at a time, with the config it began with.
 
     out/<name>/config.yaml   the resolved config; a run goes on only with the same
-               lock          empty; held while a run trains
+               lock          empty; held while a run trains (config.py)
                lock.txt      who holds it, for the message to whoever comes second
 
-The lock is that of an SQLite transaction on an empty database: the system itself ends it with the
-process that holds it, whatever kills that, on Linux, macOS and Windows alike. Finds the checkpoints
-of a run (checkpoint.py) and compares them with their checksums.
+Finds the checkpoints of a run (checkpoint.py) and compares them with their checksums.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-import socket
-import sqlite3
-import time
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import yaml
 
-from babyllama.config import REPO, plain, shown, to_yaml
+from babyllama.config import REPO, atomic_write, lock, plain, shown, to_yaml
 from babyllama.distributed import World
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.log import written_whole
 from model import ModelConfig
 
 # Settings that a run may be continued with although they differ: they change no weight beyond
@@ -68,42 +60,11 @@ def open_run(name: str, config: object, world: World) -> Iterator[Path]:
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(run))
             require_same(name, config)  # no other run can change it from here on
-            with written_whole(run / "config.yaml") as path:
+            with atomic_write(run / "config.yaml") as path:
                 path.write_text(to_yaml(config), "utf-8")
 
         world.on_main(begin)
         yield run
-
-
-@contextlib.contextmanager
-def lock(run: Path) -> Iterator[None]:
-    """Hold a run's directory for as long as the block runs.
-
-    raises: ConfigError that names the holder if it is held already
-    """
-    with open(run / "lock", "ab"):
-        pass  # an OSError says more than SQLite does
-    connection = sqlite3.connect(run / "lock", timeout=0, isolation_level=None)
-    holder = run / "lock.txt"
-    try:
-        connection.execute("PRAGMA journal_mode = MEMORY")  # no file beside it
-        connection.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError as error:
-        connection.close()
-        if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-            raise OSError(errno.EIO, str(error), str(run / "lock")) from None
-        who = holder.read_text("utf-8").strip() if holder.is_file() else "by another process"
-        raise ConfigError(
-            f"{shown(run)} is in use ({who}); wait for that run to end, stop it, or take another "
-            f"--name"
-        ) from None
-    try:
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        connection.close()
 
 
 def require_same(name: str, config: object) -> None:

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import yaml
 
-from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.device import flops_per_token
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.log import read_metrics, written_whole
+from babyllama.log import read_metrics
 from babyllama.run_dir import differences
 from model import ModelConfig, Transformer
 
@@ -242,7 +242,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
     axes[0].legend()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=110)
     finally:
         pyplot.close(figure)

@@ -22,11 +22,10 @@ import psutil
 import torch
 
 from babyllama.analysis.estimate import memory_by_part
-from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.device import Scaler, flops_per_token, memory_gb, pick_precision
 from babyllama.distributed import World
 from babyllama.errors import ConfigError
-from babyllama.log import written_whole
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
@@ -158,7 +157,7 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
     figure.suptitle("A training step of the 43M shape, one size changed at a time")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=110)
     finally:
         pyplot.close(figure)

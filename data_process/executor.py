@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from babyllama.config import REPO
+from babyllama.config import REPO, atomic_write
 from babyllama.errors import ConfigError, DataError
 
 Engine = Literal["serial", "processes", "ray"]
@@ -66,13 +66,9 @@ def key_of(*settings: object) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that it is there whole or not at all."""
-    temporary = path.with_name(f"tmp-{path.name}")
-    with open(temporary, "wb") as file:
+    with atomic_write(path) as temporary:
         # Samples of damaged lines may hold bytes that are no UTF-8.
-        file.write(text.encode("utf-8", "backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def _one(function: ShardFunction, job: Job) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.log import cjk_font, writable, written_whole
+from babyllama.log import cjk_font, writable
 from vqa import images
 from vqa.evaluate import Asked, answers, features_for, is_right, questions
 from vqa.model import load
@@ -103,7 +103,7 @@ def main(cfg: ShowConfig) -> None:
     ]
     out = from_repo(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(out) as path:
+    with atomic_write(out) as path:
         figure = draw(photos, cjk_font())
         figure.savefig(path, format="png", dpi=80, bbox_inches="tight", pad_inches=0.1)
     print(f"written: {shown(out)}")

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.log import read_metrics, written_whole
+from babyllama.log import read_metrics
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def draw(runs: dict[str, list[dict]], path: Path) -> None:
     axes[0].legend(fontsize=8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=110)
     finally:
         pyplot.close(figure)

@@ -23,12 +23,12 @@ import torch
 import yaml
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.data import ValData
 from babyllama.device import Device, Scaler, pick_device
 from babyllama.distributed import World
 from babyllama.errors import ConfigError
-from babyllama.log import cjk_font, writable, written_whole
+from babyllama.log import cjk_font, writable
 from babyllama.run_dir import find_checkpoint, list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig, open_source
 from babyllama.trainer import evaluate
@@ -244,7 +244,7 @@ def main(cfg: ForgettingConfig) -> None:
         found = compared(cfg, names) if cfg.against else measured(steps, names, cfg)
     print(f"\n{table(found)}")
     files = out.with_name(out.name + ".json"), out.with_name(out.name + ".png")
-    with written_whole(files[0]) as temporary:
+    with atomic_write(files[0]) as temporary:
         temporary.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
     draw(found, files[1], cjk_font())
     print("\n".join(map(shown, files)))
@@ -276,7 +276,7 @@ def draw(found: dict, path: Path, font: str | None) -> None:
             right = figure.subplots()
         image = matrix(right, found, font)
         figure.colorbar(image, ax=right, label=_label(found, font), fraction=0.05)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=130)
 
 

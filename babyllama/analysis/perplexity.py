@@ -38,12 +38,11 @@ from tqdm import tqdm
 from babyllama import trainer
 from babyllama.analysis.forgetting import chosen_sources
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.log import written_whole
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import read_rows, row_kind
 from babyllama.run_dir import beside, checksums, find_checkpoint
@@ -459,7 +458,7 @@ def main(cfg: EvaluateConfig) -> None:
                 require_same_documents(found["sets"], held_out, about)
             found["checkpoints"][shown(step)] = measure(loaded, sets, cfg, world)
         if world.is_main:
-            with written_whole(out) as temporary:
+            with atomic_write(out) as temporary:
                 temporary.write_text(
                     json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8"
                 )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.log import written_whole
+from babyllama.config import atomic_write
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def write_report(
     measure: what the scores are; notes: lines to stand above the table
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(page(names, measure, rows, notes), "utf-8")
 
 

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tqdm import tqdm
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
-from babyllama.log import cjk_font, written_whole
+from babyllama.log import cjk_font
 from babyllama.rows import read_rows, texts_of
 from babyllama.token_file import TokenFile
 from data_process.pipeline import SPLITS
@@ -107,7 +107,7 @@ def draw(sets: Sequence["SetStats"], path: Path, font: str | None, tokenizer: st
         for panel, axes in zip(panels, places, strict=True):
             panel(axes, sets, words)
         figure.suptitle(_title(sets, words, tokenizer), x=0.01, ha="left", fontsize=14)
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             figure.savefig(temporary, dpi=110, format="png")
 
 

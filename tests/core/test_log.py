@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from babyllama.errors import ConfigError
-from babyllama.log import Log, draw_curves, read_metrics, read_records, written_whole
+from babyllama.log import Log, draw_curves, read_metrics, read_records
 
 FIGURES = {"loss": 2.5, "ppl": 12.18, "accuracy": 0.25, "n_targets": 640, "tokens_per_s": 12345.6}
 
@@ -100,19 +100,6 @@ def test_a_single_validation_can_be_drawn(tmp_path: Path) -> None:
     draw_curves([{"kind": "val", "step": 0, **FIGURES}], tmp_path / "curves.png", "first")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 1000
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(OSError, match="full"), written_whole(path) as temporary:
-        temporary.write_text("ne")
-        raise OSError("disk full")
-    assert path.read_text() == "old"
-    with written_whole(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_validation_loss_of_each_source_is_drawn(tmp_path: Path) -> None:
