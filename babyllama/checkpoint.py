@@ -36,6 +36,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -185,12 +186,16 @@ def _write_model(
     (place / "tokenizer.model").write_bytes(tokenizer.bytes)
 
 
-def write_int8(place: Path, loaded: Loaded) -> None:
-    """Fill an empty directory with a checkpoint for use, whose matrices are int8."""
+def write_small(place: Path, loaded: Loaded, kind: Literal["int8", "float16"] = "int8") -> None:
+    """Fill an empty directory with a checkpoint for use, of a quarter or half of the size."""
     parent = shown(loaded.path)
     info = _info(loaded.step, loaded.model, loaded.tokenizer, loaded.kind, parent)
-    weights = narrow(model_weights(loaded.model))
-    _write_model(place, loaded.model, weights, info | {"weights": "int8"}, loaded.tokenizer)
+    weights = model_weights(loaded.model)
+    if kind == "int8":
+        weights = narrow(weights)
+    else:
+        weights = {name: weight.half() for name, weight in weights.items()}
+    _write_model(place, loaded.model, weights, info | {"weights": kind}, loaded.tokenizer)
     write_sums(place)
 
 

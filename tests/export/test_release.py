@@ -68,6 +68,20 @@ def test_a_release_is_a_checkpoint_of_a_quarter_of_the_size(released, source):
         assert (gap <= 0.501 * largest / 127).all(), name
 
 
+def test_a_float16_copy_is_half_the_size_and_nearer_than_int8(root, released, source):
+    cfg = ReleaseConfig(source, root / "half", weights="float16", text=root / "lines.txt")
+    release.main(cfg)
+    found, rough, wanted = map(load_model, (root / "half", released, source))
+    stored = load_file(root / "half/model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for name, weight in wanted.model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], weight.half().float()), name
+    table = wanted.model.tok_embeddings.weight
+    near, far = ((one.model.tok_embeddings.weight - table).abs().max() for one in (found, rough))
+    assert near < far
+    assert json.loads((root / "half/parity.json").read_text("utf-8"))["type"] == "float16"
+
+
 def test_every_file_is_checked(released, tmp_path):
     sums = json.loads((released / "checksums.json").read_text())
     assert sums.keys() == {"model.safetensors", "model.yaml", "tokenizer.model"}
@@ -111,7 +125,8 @@ def test_the_report_tells_what_rounding_does(released, source):
     assert report["size"]["bytes"] == sum(
         path.stat().st_size for path in released.iterdir() if path.name != "parity.json"
     )
-    assert not compare_perplexity(10, 10.06)["passed"] and compare_perplexity(10, 10.04)["passed"]
+    over, under = (compare_perplexity(10, after, "int8")["passed"] for after in (10.06, 10.04))
+    assert under and not over
 
 
 def test_perplexity_of_a_source_is_measured_too(source, root, token_root, tmp_path):
