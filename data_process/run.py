@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.retrieval.build import build
+from babyllama.retrieval.index import build
 from data_process.clean import check_names
 from data_process.dedup import DedupConfig
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole

@@ -1,22 +1,13 @@
 """A full-text index over text rows on the disk: BM25 over pairs of characters, and over words.
 
-    index.json      version, corpus, SHA-256 of the rows, counts, size of each file; written last
-    terms.npy       (n,) uint64, sorted: what stands for a pair of characters or for a word
-    ends.npy        (n + 1,) uint64: where the passages of each term begin and end
-    docs.u32        passages of all terms, ascending within a term
-    weights.u8      for each of them tf / (tf + length norm) in 255 steps
-    passages.jsonl  the passages;  starts.npy  where each begins, in bytes
+Searching is tantivy's (Lucene's design in Rust); what a term is, and how much of a question a
+passage holds, is ours. `build` writes a directory of tantivy's files with index.json beside them:
+version, corpus, SHA-256 of the rows, counts, size of each file. Safe for many readers and threads.
 
-Made by build.py. Read through the page cache: opening costs nothing, and a search touches
-what it needs. Needs numpy alone. Safe for many readers and threads at once.
-
-BM25: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework"; k1 and b below.
-
-Cutting text: documents into passages to be found, and any text to a size, at sentence ends.
-
-A document is canonical `text` of a row: its title as first line, if it has one, and its paragraphs,
-one a line (data_process/datasets/wiki.py writes them so). A passage is a paragraph, or several
-short ones together, or a part of a long one; it keeps the number of the paragraph it begins in.
+A document is the canonical `text` of a row: its title as first line, if it has one, and its
+paragraphs, one a line (data_process/datasets/wiki.py writes them so). A passage is a paragraph, or
+several short ones together, or a part of a long one; it keeps the number of the paragraph it begins
+in. BM25: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework".
 """
 
 import bisect
@@ -26,13 +17,12 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
+from babyllama.config import atomic_dir
 from babyllama.errors import DataError
+from babyllama.rows import read_rows, row_kind
 
 # A sentence with the quotes and brackets that close it, or a line.
 _SENTENCE = re.compile(r".+?(?:[。！？!?…；]+[”’」』）)\"]*|\.(?=\s)|\n+|$)", re.DOTALL)
@@ -126,24 +116,21 @@ def _longest(text: str, ends: list[int] | range, limit: int, size: Callable[[str
     return text[: ends[n_fit - 1]].rstrip() if n_fit else ""
 
 
-VERSION = 1
-K1, B = 1.2, 0.75
-# Of a question so many terms are looked up, the rarest ones, and no more after so many postings:
-# the commonest add least, and a search stays below 100 ms among millions of passages.
-MOST_TERMS, MOST_POSTINGS = 64, 1_000_000
+VERSION = 2
+MOST_TERMS = 64  # of a question, the rarest ones: the commonest add least
+_HEAP = 64 << 20  # bytes that a build sorts in memory
 
-_WORD = re.compile(r"[^\W_\u2e80-\U0010ffff]+")
-_IS_WORD = 1 << 63
-_SHIFT = 21  # a code point fits
-_LOW = (1 << _SHIFT) - 1
+# Chinese, Japanese and Korean characters: all above U+2E80 but marks, private use and full width.
+_CHARACTERS = (
+    r"\u2e80-\u2fff\u3005-\u3007\u3021-\u302f\u3031-\u303c\u303e\u3040-\u30fa\u30fc-\ud7ff"
+    r"\uf900-\ufe0f\ufe70-\ufeff\uff66-\uffdc\U00010000-\U0010ffff"
+)
+_TERM = re.compile(rf"[{_CHARACTERS}]+|[^\W_\u2e80-\U0010ffff]+")
 # Rare in an encyclopedia, so that they would weigh more than what is asked for.
 QUESTION_WORDS = re.compile(
     r"请问|[什甚]么(?:时候|时间|地方)?|哪[一几]?[些个里位年种座部]|多少|怎么样?|怎样|如何|为何|是谁|谁是|[吗呢？?]"
     r"|\b(?:what|who|when|where|which|how|the|is|was|of)\b"
 )
-# Blocks of marks above U+2E80, which end a run of characters: first and last code point.
-_MARKS = ((0x3000, 0x3004), (0x3008, 0x3020), (0x3030, 0x3030), (0x303D, 0x303F),
-          (0x30FB, 0x30FB), (0xD800, 0xF8FF), (0xFE10, 0xFE6F), (0xFF00, 0xFF65))  # fmt: skip
 
 
 def normal(text: str) -> str:
@@ -151,45 +138,134 @@ def normal(text: str) -> str:
     return unicodedata.normalize("NFKC", text).lower()
 
 
-def terms(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Every term of a normal text and its place in it.
+def terms(text: str) -> list[str]:
+    """Every term of a normal text: words of letters and digits, and pairs of other characters.
 
-    Each character of a run begins one pair, the last of a run with nothing: so a range of terms
-    stands for a single character. A word of letters and digits is a term.
-    returns: (n,) uint64 and (n,) int64, not sorted
+    Each character of a run begins one pair, the last of a run stands alone: so the terms that begin
+    with a character stand for that character.
     """
-    points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32).astype(np.uint64)
-    is_run = points >= 0x2E80
-    for first, last in _MARKS:
-        is_run &= (points < first) | (points > last)
-    following = np.append(points[1:] * is_run[1:], np.uint64(0)) if len(points) else points
-    places = np.flatnonzero(is_run)
-    pairs = (points[places] << np.uint64(_SHIFT)) | following[places]
-    words = [(word_term(match[0]), match.start()) for match in _WORD.finditer(text)]
-    codes = np.array([code for code, _ in words], np.uint64)
-    return np.append(pairs, codes), np.append(places, np.array([p for _, p in words], np.int64))
+    found: list[str] = []
+    for match in _TERM.finditer(text):
+        run = match[0]
+        found += [run[:64]] if run[0] < "\u2e80" else [run[i : i + 2] for i in range(len(run))]
+    return found
 
 
-@lru_cache(1 << 16)
-def word_term(word: str) -> int:
-    digest = hashlib.blake2b(word.encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") | _IS_WORD
+def asked(question: str) -> tuple[list[str], list[str]]:
+    """The terms of a question, and the characters in it that stand alone."""
+    runs = [match[0] for match in _TERM.finditer(QUESTION_WORDS.sub(" ", normal(question)))]
+    found = [term for run in runs for term in terms(run) if not _is_character(term)]
+    return list(dict.fromkeys(found)), list(dict.fromkeys(filter(_is_character, runs)))
 
 
-def title_term(title: str) -> int:
-    """What a passage is found by that belongs to a title as a whole."""
-    return word_term(f"title of {normal(title).strip()}")
+def _is_character(term: str) -> bool:
+    return len(term) == 1 and term >= "\u2e80"
 
 
-def title_terms(title: str) -> set[int]:
-    """The same for all names of a title: with and without an addition in brackets."""
+def title_names(title: str) -> set[str]:
+    """What a document is found by: its title with and without an addition in brackets."""
     names = {title, re.sub(r"[ _]*[(（][^()（）]*[)）]$", "", title)}
-    return {title_term(name) for name in names if name.strip()}
+    return {normal(name).strip() for name in names if name.strip()}
 
 
-def sizes_of(place: Path, names: Iterable[str]) -> dict[str, int]:
-    """The sizes of those of the files that are there."""
-    return {name: (place / name).stat().st_size for name in names if (place / name).is_file()}
+def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST) -> dict:
+    """Make the index of text rows in `out`, whole or not at all; returns what index.json says.
+
+    An index that was made from the same rows is left alone ("unchanged" is true then); one of the
+    same corpus is replaced.
+
+    raises: DataError if the rows are no text rows, or `out` is something else
+    """
+    files = list(files)
+    key = _key(files, longest)
+    if out.exists():
+        found = read_info(out, any_version=True)
+        if found["corpus"] != corpus:
+            raise DataError(
+                f"{out}: wanted no index there, or one of {corpus!r}; found the index of "
+                f"{found['corpus']!r}; name another directory or delete this one"
+            )
+        same = found["version"] == VERSION and found["rows"] == key
+        if same and sizes_of(out) == found["sizes"]:
+            return found | {"unchanged": True}
+    with atomic_dir(out) as place:
+        counts = _write(files, place, longest)
+        info = {"version": VERSION, "corpus": corpus, "rows": key, **counts}
+        info["sizes"] = sizes_of(place)
+        text = json.dumps(info, ensure_ascii=False, indent=1)
+        (place / "index.json").write_text(text, "utf-8")
+        for path in place.iterdir():  # tantivy makes some for their owner alone
+            path.chmod((place / "index.json").stat().st_mode)
+    return info
+
+
+def _write(files: list[Path], place: Path, longest: int) -> dict:
+    """Write tantivy's files; returns the counts of rows, passages and characters."""
+    tantivy = _tantivy()
+    writer = tantivy.Index(_schema(tantivy), path=str(place)).writer(_HEAP, num_threads=1)
+    n = {"n_rows": 0, "n_passages": 0, "n_chars": 0}
+    for path in files:
+        for row in read_rows(path):
+            if row_kind(row) != "text":
+                raise DataError(f"{path}: wanted text rows for an index, found {row['id']!r}, a "
+                                f"{row_kind(row)} row; name a set of texts")  # fmt: skip
+            n["n_rows"] += 1
+            for passage in passages(row, longest):
+                writer.add_document(_document(tantivy, passage, n["n_passages"]))
+                n["n_passages"] += 1
+                n["n_chars"] += len(passage.text)
+    if not n["n_passages"]:
+        raise DataError(f"{', '.join(map(str, files)) or 'no file'}: wanted text, found none")
+    writer.commit()
+    writer.wait_merging_threads()
+    return n
+
+
+def _tantivy():
+    try:
+        import tantivy
+    except ImportError:
+        raise DataError("wanted tantivy for the full-text index, found it not installed; "
+                        "pip install -r requirements.txt") from None  # fmt: skip
+    return tantivy
+
+
+def _schema(tantivy):
+    builder = tantivy.SchemaBuilder()
+    builder.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
+    builder.add_text_field("title", tokenizer_name="raw", index_option="basic")
+    builder.add_unsigned_field("number", fast=True)
+    builder.add_bytes_field("passage", stored=True)
+    return builder.build()
+
+
+def _document(tantivy, passage: Passage, number: int):
+    document = tantivy.Document()
+    document.add_text("terms", " ".join(terms(normal(f"{passage.title}\n{passage.text}"))))
+    for name in title_names(passage.title):
+        document.add_text("title", name)
+    document.add_unsigned("number", number)
+    content = [passage.row, passage.title, passage.paragraph, passage.text]
+    document.add_bytes("passage", json.dumps(content, ensure_ascii=False).encode())
+    return document
+
+
+def _key(files: list[Path], longest: int) -> str:
+    """Stands for the bytes of the rows and for how they are cut."""
+    digest = hashlib.sha256(f"{VERSION} {longest}".encode())
+    for path in files:
+        try:
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except FileNotFoundError:
+            raise DataError(f"{path}: wanted text rows, found no such file") from None
+    return digest.hexdigest()
+
+
+def sizes_of(place: Path) -> dict[str, int]:
+    """The size of each file of an index but index.json and tantivy's locks."""
+    files = (path for path in sorted(place.iterdir()) if path.suffix != ".lock")
+    return {path.name: path.stat().st_size for path in files if path.name != "index.json"}
 
 
 def read_info(place: Path, any_version: bool = False) -> dict:
@@ -213,7 +289,7 @@ def read_info(place: Path, any_version: bool = False) -> dict:
 
 
 class Index:
-    """An index that was opened. Passages have numbers, from 0.
+    """An index that was opened.
 
     info: what index.json says: corpus, n_rows, n_passages, n_chars and more
     """
@@ -224,98 +300,67 @@ class Index:
         if corpus is not None and self.info["corpus"] != corpus:
             raise DataError(f"{place}: wanted the index of {corpus!r}, found that of "
                             f"{self.info['corpus']!r}; name another")  # fmt: skip
-        wanted, found = self.info["sizes"], sizes_of(place, self.info["sizes"])
+        wanted, found = self.info["sizes"], sizes_of(place)
         for name in wanted:
             if wanted[name] != found.get(name):
                 raise DataError(
                     f"{place / name}: wanted {wanted[name]:,} bytes, found {found.get(name, 0):,}; "
                     f"the index is damaged, make it again"
                 )
-        self.terms, self.ends, self.starts = (
-            np.load(place / f"{name}.npy", mmap_mode="r") for name in ("terms", "ends", "starts")
-        )
-        self.docs = np.memmap(place / "docs.u32", np.uint32, "r")
-        self.weights = np.memmap(place / "weights.u8", np.uint8, "r")
-        self.lines = np.memmap(place / "passages.jsonl", np.uint8, "r")
+        self._tantivy = _tantivy()
+        try:
+            index = self._tantivy.Index.open(str(place))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{place}: wanted an index, found {str(error).splitlines()[0]}; make "
+                            f"it again") from None  # fmt: skip
+        self._schema, self._searcher = index.schema, index.searcher()
 
     def __len__(self) -> int:
         return self.info["n_passages"]
 
-    def passage(self, number: int, *scores: float) -> Passage:
-        """The passage of a number; scores: score, coverage and n_rare."""
-        begin, end = (int(place) for place in self.starts[number : number + 2])
-        try:
-            row, title, paragraph, text = json.loads(bytes(self.lines[begin:end]))
-        except ValueError:
-            raise DataError(f"{self.place / 'passages.jsonl'}: wanted passage {number} at byte "
-                            f"{begin:,}, found none; make the index again") from None  # fmt: skip
-        return Passage(title, paragraph, text, row, *scores)
-
     def titled(self, title: str, most: int = 100) -> list[Passage]:
         """The first passages of the documents called so, in their order."""
-        numbers, _ = self._one(title_term(title))
-        return [self.passage(int(number)) for number in numbers[:most]]
+        query = self._tantivy.Query.term_query(
+            self._schema, "title", normal(title).strip(), "basic"
+        )
+        order = self._tantivy.Order.Asc
+        hits = self._searcher.search(query, most, order_by_field="number", order=order).hits
+        return [self._passage(address) for _, address in hits]
 
     def search(self, question: str, k: int) -> list[Passage]:
         """The k best passages, best first; fewer if fewer hold any term of the question."""
-        singles, ranges = asked(question)
-        spans = [self._one(code) for code in singles] + [self._all(*ends) for ends in ranges]
-        spans = sorted(spans, key=lambda span: len(span[0]))[:MOST_TERMS]
-        sums = np.cumsum([len(docs) for docs, _ in spans])
-        spans = spans[: max(int(np.searchsorted(sums, MOST_POSTINGS, "right")), 1)]
-        idf = [self._idf(len(docs)) for docs, _ in spans]
-        scores = np.zeros(len(self), np.float32)
-        for (docs, weights), weight in zip(spans, idf, strict=True):
-            scores[docs] += weights * np.float32(weight / 255)
-        best = np.argpartition(-scores, min(k, len(self) - 1))[:k]
-        best = best[np.lexsort((best, -scores[best]))]
-        found = []
-        for number in best[scores[best] > 0].tolist():
-            held = _weight(number, spans, idf)
-            shares = (held / sum(idf), held / self._idf(1))
-            found.append(self.passage(number, float(scores[number]), *shares))
-        return found
+        pairs, alone = asked(question)
+        counts = {term: self._searcher.doc_freq("terms", term) for term in pairs}
+        counts |= {character: self._n_with(character) for character in alone}
+        rarest = sorted(counts, key=counts.__getitem__)[:MOST_TERMS]
+        if not any(counts[term] for term in rarest):
+            return []
+        should = [(self._tantivy.Occur.Should, self._query(term)) for term in rarest]
+        hits = self._searcher.search(self._tantivy.Query.boolean_query(should), k, count=False).hits
+        idf = {term: self._idf(counts[term]) for term in rarest}
+        return [self._scored(self._passage(address), score, idf) for score, address in hits]
+
+    def _query(self, term: str):
+        if _is_character(term):
+            return self._tantivy.Query.regex_query(self._schema, "terms", f"{re.escape(term)}.?")
+        return self._tantivy.Query.term_query(self._schema, "terms", term, "freq")
+
+    def _n_with(self, character: str) -> int:
+        return self._searcher.search(self._query(character), 1).count
 
     def _idf(self, n_passages: int) -> float:
         """The weight of a term that stands in so many passages."""
         return math.log1p((len(self) - n_passages + 0.5) / (n_passages + 0.5))
 
-    def _one(self, term: int) -> tuple[np.ndarray, np.ndarray]:
-        """Passages that hold a term, ascending, and its weights in them."""
-        place = int(np.searchsorted(self.terms, np.uint64(term)))
-        is_there = place < len(self.terms) and int(self.terms[place]) == term
-        return self._between(place, place + is_there)
+    def _passage(self, address) -> Passage:
+        row, title, paragraph, text = json.loads(bytes(self._searcher.doc(address)["passage"][0]))
+        return Passage(title, paragraph, text, row)
 
-    def _all(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same for all terms from `first` to before `last` as if they were one."""
-        ends = np.searchsorted(self.terms, np.array([first, last], np.uint64))
-        docs, weights = self._between(*map(int, ends))
-        docs, where = np.unique(docs, return_inverse=True)
-        sums = np.bincount(where, weights, len(docs))
-        return docs, sums.clip(max=255).astype(np.uint8)
-
-    def _between(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        begin, end = int(self.ends[first]), int(self.ends[last])
-        return self.docs[begin:end], self.weights[begin:end]
-
-
-def asked(question: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """The terms of a question, and ranges of terms for characters that stand alone."""
-    codes, places = terms(QUESTION_WORDS.sub(" ", normal(question)))
-    found = dict(zip(places.tolist(), codes.tolist(), strict=True))
-    singles, ranges = {}, {}
-    for place, code in found.items():
-        if code & _IS_WORD or code & _LOW:
-            singles[code] = True
-        elif not found.get(place - 1, _IS_WORD) & _LOW:
-            ranges[code] = True
-    return list(singles), [(code, code + _LOW + 1) for code in ranges]
-
-
-def _weight(number: int, spans: list[tuple[np.ndarray, np.ndarray]], idf: list[float]) -> float:
-    """The weight of those terms that a passage holds."""
-    held = 0.0
-    for (docs, _), weight in zip(spans, idf, strict=True):
-        place = np.searchsorted(docs, number)
-        held += weight * bool(place < len(docs) and docs[place] == number)
-    return held
+    def _scored(self, passage: Passage, score: float, idf: dict[str, float]) -> Passage:
+        """The passage with its score and how much of the question it holds."""
+        text = normal(f"{passage.title}\n{passage.text}")
+        there = set(terms(text))
+        held = sum(weight for term, weight in idf.items()
+                   if term in there or (_is_character(term) and term in text))  # fmt: skip
+        shares = (held / sum(idf.values()), held / self._idf(1))
+        return replace(passage, score=score, coverage=shares[0], n_rare=shares[1])

@@ -29,8 +29,8 @@ from babyllama.retrieval.index import Index, Passage, asked, normal, sentences, 
 INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
 
 # A passage is about a question if it holds this share of its weight, and as much as two terms that
-# stand nowhere else, or the question names its title: 93 % of real questions find something so,
-# 21 % of small talk (benchmarks/retrieval.py).
+# stand nowhere else, or the question names its title: 96 % of 600 questions of CMRC 2018 find
+# something so among 5,390 articles, 20 % of small talk.
 MIN_COVERAGE = 0.3
 MIN_RARE = 2.0
 
@@ -140,7 +140,7 @@ def best_part(text: str, question: str, budget: int, size: Callable[[str], int] 
     rest = text
     for sentence in sentences(text):
         part = trim(rest, budget, size)
-        held = len(wanted & set(terms(normal(part))[0].tolist()))
+        held = len(wanted & set(terms(normal(part))))
         if held > most and part:
             best, most = part, held
         rest = rest[len(sentence) :]

@@ -28,7 +28,7 @@ from babyllama.chat.terminal import HARMFUL, MORE
 from babyllama.checkpoint import load_model, save_adapter, save_checkpoint
 from babyllama.errors import ConfigError, DataError
 from babyllama.lora import LoraConfig, apply_lora, stored
-from babyllama.retrieval.build import build
+from babyllama.retrieval.index import build
 from babyllama.rows import read_rows
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS

@@ -10,8 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
-from babyllama.retrieval.build import build
-from babyllama.retrieval.index import trim
+from babyllama.retrieval.index import build, trim
 from babyllama.retrieval.retriever import (
     Article,
     Choices,

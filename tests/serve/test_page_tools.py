@@ -10,7 +10,7 @@ import torch
 from babyllama import lora
 from babyllama.checkpoint import save_adapter
 from babyllama.lora import LoraConfig
-from babyllama.retrieval.build import build
+from babyllama.retrieval.index import build
 from browsing import ask, launched, needs_browser, ready, until, visitor
 from serving import Running, endless_model, save, serving
 from test_index import write_articles

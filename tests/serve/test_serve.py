@@ -13,7 +13,7 @@ from babyllama.checkpoint import save_adapter
 from babyllama.cpu.decoder import make_decoder
 from babyllama.generate import generate_replies
 from babyllama.lora import LoraConfig
-from babyllama.retrieval.build import build
+from babyllama.retrieval.index import build
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
