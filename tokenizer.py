@@ -17,7 +17,6 @@ token. No torch. Format: SentencePiece ModelProto (Kudo and Richardson 2018, arX
 import codecs
 import hashlib
 import io
-import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -193,6 +192,9 @@ def train_vocabulary(
     max_lines: a uniform sample of this many lines is learnt from; bounds the memory
     raises: ConfigError if the texts are too few for the vocabulary
     """
+    from babyllama.config import atomic_write, require_writable
+
+    require_writable(out)
     lines = _sample(_lines(texts), max_lines, seed)
     if not any(lines):
         raise ConfigError(f"cannot train {vocab_size} pieces: there is no text to learn from")
@@ -224,10 +226,8 @@ def train_vocabulary(
             f"cannot train {vocab_size} pieces on this text: {str(error).splitlines()[-1]}; "
             f"give another --vocab_size or more text"
         ) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f"tmp-{out.name}")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, out)
+    with atomic_write(out) as temporary:
+        temporary.write_bytes(model.getvalue())
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

@@ -31,7 +31,6 @@ base by its name and knows it by its fingerprint. The layout of peft: export/pef
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -45,9 +44,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from babyllama import lora
-from babyllama.config import flush, from_repo, shown
+from babyllama.config import atomic_dir, from_repo, read_yaml, recover_dir, remove, shown
 from babyllama.distributed import World, share_of, whole
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.errors import CheckpointError
 from babyllama.lora import ADAPTER_FILES, LoraConfig
 from babyllama.optim import n_kept, state_shapes
 from babyllama.run_dir import (
@@ -130,8 +129,8 @@ def require_space(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     raises: CheckpointError with both sizes
     """
     wanted = checkpoint_bytes(model, optimizer)
-    free = shutil.disk_usage(run).free
-    if free < wanted:
+    total, _, free = shutil.disk_usage(run)
+    if total and free < wanted:  # some network file systems do not say how large they are
         raise CheckpointError(
             f"{shown(run)}: a checkpoint takes {wanted / 1e6:.1f} MB, {free / 1e6:.1f} MB are free "
             f"on its disk; free some space and start the same command again"
@@ -321,6 +320,7 @@ def load_train_state(
     try:
         state = json.loads((path / "train_state.json").read_text("utf-8"))
         state = {**state, "step": int(state["step"]), "tokens": int(state["tokens"])}
+        state["scaler"] = dict(state["scaler"])
         torch.set_rng_state(tensors.pop("rng"))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{shown(path)}: wanted a training state, found {error!r}") from None
@@ -356,24 +356,25 @@ def write_whole(final: Path, fill: Callable[[Path], None], tensors: Iterable[Ten
     tensors: what `fill` will write, all but small files: says what was wanted where it fails
     raises: CheckpointError with path, bytes wanted, written and free, and the last good checkpoint
     """
-    run, temporary = final.parent, final.with_name(f"tmp-{final.name}")
-    for left_over in (*run.glob("tmp-*step-*"), *run.glob("tmp-*best")):
-        shutil.rmtree(left_over, ignore_errors=True)
+    tidy(final.parent)
+    wanted, written = sum(tensor.nbytes for tensor in tensors), 0
     try:
-        temporary.mkdir(parents=True)
-        fill(temporary)
-        write_sums(temporary)
-        for path in (*temporary.iterdir(), temporary):
-            flush(path)
-        if final.exists():
-            delete(final)
-        os.replace(temporary, final)
-        flush(run)
+        with atomic_dir(final) as place:
+            try:
+                fill(place)
+                write_sums(place)
+            finally:
+                written = sum(path.stat().st_size for path in place.glob("*"))
     except (OSError, SafetensorError) as error:
-        wanted = sum(tensor.nbytes for tensor in tensors)
-        written = sum(path.stat().st_size for path in temporary.glob("*"))
-        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_cannot_save(final, wanted, written, error)) from None
+
+
+def tidy(run: Path) -> None:
+    """Delete what saves that were killed have left."""
+    for old in run.glob("old-*"):
+        recover_dir(old.with_name(old.name[4:]))
+    for left_over in run.glob("tmp-*"):
+        remove(left_over)
 
 
 def write_sums(place: Path) -> None:
@@ -383,9 +384,7 @@ def write_sums(place: Path) -> None:
 
 def delete(path: Path) -> None:
     """Delete a checkpoint; killed on the way, this leaves nothing that looks like one."""
-    doomed = path.with_name(f"tmp-old-{path.name}")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove(path.rename(path.with_name(f"tmp-old-{path.name}")))
 
 
 def _cannot_save(final: Path, wanted: int, written: int, error: Exception) -> str:
@@ -509,12 +508,12 @@ def read_adapter(path: Path) -> tuple[LoraConfig, dict, dict[str, Tensor]]:
     """
     verify(path, ADAPTER_FILES)
     try:
-        found = yaml.safe_load((path / "adapter.yaml").read_text("utf-8"))
+        found = read_yaml(path / "adapter.yaml")
         values = {f.name: found[f.name] for f in fields(LoraConfig)}
         cfg = LoraConfig(**values | {"targets": tuple(values["targets"])})
         if not isinstance(found["fingerprint"], str) or not isinstance(found["base"], str | None):
             raise TypeError(f"fingerprint {found['fingerprint']!r}, base {found['base']!r}")
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ConfigError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise CheckpointError(
             f"{shown(path)}: wanted the adapter.yaml of an adapter, found {reason}"

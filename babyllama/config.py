@@ -4,6 +4,9 @@
 names and wrong types stop the run before anything is loaded. `run` turns the user's mistakes into
 one line and exit code 2, `stop_requests` hears Ctrl-C without ending at once. Exit codes: 0 done,
 2 bad input or config, 3 stopped on numbers, 75 stopped on request with everything saved.
+
+Also how files are written: `atomic_write` and `atomic_dir` put a file or a directory in its place
+whole or not at all; and how YAML that others wrote is read.
 """
 
 import contextlib
@@ -36,6 +39,7 @@ BAD_INPUT = 2
 BAD_NUMBERS = 3
 STOPPED = 75
 INTERRUPTED = 130  # as shells say it of a program that Ctrl-C has ended at once
+UNHEARD = 141  # … and of one whose output nobody reads any more
 
 
 def from_repo(path: Path | str) -> Path:
@@ -57,22 +61,34 @@ NOT_OFFERED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS, errno.ENO
 
 def flush(path: Path) -> None:
     """Make sure that a file or a directory has reached the disk, as far as the disk offers it."""
-    if path.is_dir() and os.name == "nt":
+    is_directory = path.is_dir()
+    if is_directory and os.name == "nt":
         return  # Windows has no handle on a directory to flush
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in NOT_OFFERED:
-            raise
-    finally:
-        os.close(handle)
+    with _where_offered(*((errno.EACCES, errno.EISDIR) if is_directory else ())):
+        handle = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary path; the file written there takes the place of `path` if the block succeeds."""
-    temporary = path.with_name(f"tmp-{path.name}")
+def _where_offered(*more: int) -> Iterator[None]:
+    """Pass over a call that the file system does not offer."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*NOT_OFFERED, *more):
+            raise
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, unique: bool = False) -> Iterator[Path]:
+    """A temporary path; the file written there takes the place of `path` if the block succeeds.
+
+    unique: several processes may be at it
+    """
+    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}" if unique else f"tmp-{path.name}")
     try:
         yield temporary
         flush(temporary)
@@ -85,31 +101,44 @@ def atomic_write(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def atomic_dir(path: Path) -> Iterator[Path]:
     """An empty directory; with all that is put there it takes the place of `path` if the block
-    succeeds. Killed between the two renames, it leaves the old one where `recover_dir` finds it."""
+    succeeds. Killed between the two renames, it leaves the old one where `recover_dir` finds it.
+    Its files get the rights that umask says, though their writer gave them fewer."""
     fresh, old = (path.with_name(f"{mark}-{path.name}") for mark in ("tmp", "old"))
-    shutil.rmtree(fresh, ignore_errors=True)
+    remove(fresh)
     fresh.mkdir(parents=True)
     try:
         yield fresh
+        rights = fresh.stat().st_mode & 0o666
         for inside in (*filter(Path.is_file, fresh.rglob("*")), fresh):
+            if inside.is_file() and inside.stat().st_mode & 0o666 != rights:
+                with _where_offered(errno.EPERM, errno.EACCES):
+                    inside.chmod(rights)
             flush(inside)
         recover_dir(path)
-        if path.exists():
+        if os.path.lexists(path):
             os.replace(path, old)
         os.replace(fresh, path)
         flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         recover_dir(path)
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove(fresh)
 
 
 def recover_dir(path: Path) -> None:
     """Put back, or clear away, what a killed `atomic_dir` has left of an old directory."""
     old = path.with_name(f"old-{path.name}")
-    if old.exists() and not path.exists():
+    if os.path.lexists(old) and not os.path.lexists(path):
         os.replace(old, path)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory, if it is there and as far as that can be done."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -142,6 +171,45 @@ def lock(directory: Path, advice: str = "take another --name") -> Iterator[None]
     finally:
         holder.unlink(missing_ok=True)
         held.release()
+
+
+def require_writable(path: Path) -> None:
+    """Refuse an output before the work is done that it is for.
+
+    raises: ConfigError or OSError if no file can be written there
+    """
+    if path.is_dir():
+        raise ConfigError(f"{shown(path)} is a directory; wanted the name of a file to write")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probe = path.with_name(f"tmp-{path.name}")
+    probe.write_bytes(b"")
+    probe.unlink()
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, a few lines of which can take all memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}), which is not read here")
+        return super().compose_node(parent, index)
+
+
+_PlainLoader.add_constructor(  # a name that looks like a date is a name
+    "tag:yaml.org,2002:timestamp", _PlainLoader.construct_yaml_str
+)
+
+
+def read_yaml(path: Path) -> object:
+    """What a YAML file of a run or a checkpoint holds; its origin need not be trusted.
+
+    raises: ValueError with the reason in one line; OSError
+    """
+    try:
+        return yaml.load(path.read_text("utf-8"), _PlainLoader)
+    # ValueError, AttributeError: numbers of too many digits, tags that do not fit what follows.
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(" ".join(f"{type(error).__name__} {error}".split())) from None
 
 
 def parse(
@@ -273,38 +341,72 @@ def run(main: Callable[..., int | None], *args: object) -> None:
         stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = main(*args)
+        sys.stdout.flush()
     except (ConfigError, DataError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        code = _complain(f"error: {error}", BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        code = _complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output, `head` perhaps, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        # The reader of our output, `head` perhaps, has seen enough; what was asked for may not be
+        # there, so this is no success.
+        silence()
+        code = UNHEARD
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(
+        code = _complain(
             f"error: the system refused to read or write{where}: {error.strerror or error}; "
-            f"free some space or choose another place, then start the same command again",
-            file=sys.stderr,
+            f"{_remedy(error)}, then start the same command again",
+            BAD_INPUT,
         )
-        sys.exit(BAD_INPUT)
     sys.exit(code or 0)
+
+
+def _complain(text: str, code: int) -> int:
+    """Say why a script ends, if somebody listens; returns its exit code."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        silence()
+    return code
+
+
+def _remedy(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "get the right to do so, or choose another place"
+    if error.errno == errno.EROFS:
+        return "choose another place"
+    return "free some space or choose another place"
+
+
+def silence() -> None:
+    """Send all further output nowhere: nobody reads it any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # it has no file, or no longer
+            os.dup2(nowhere, stream.fileno())
+
+
+def stop_signals() -> list[signal.Signals]:
+    """What asks a program to end: Ctrl-C, SIGTERM, and a closed terminal unless nohup says no."""
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        kinds.append(hangup)
+    return kinds
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that is not empty once Ctrl-C or SIGTERM has arrived; the second ends at once."""
+    """A list that is not empty once a signal to stop has arrived; the second Ctrl-C or SIGTERM
+    ends at once (a terminal that closes may say so twice)."""
     asked: list[int] = []
 
     def ask(number: int, _: object) -> None:
-        if asked:
+        if asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         asked.append(number)
 
-    kinds = [signal.SIGINT, signal.SIGTERM]
+    kinds = stop_signals()
     before = [signal.signal(kind, ask) for kind in kinds]
     try:
         yield asked

@@ -10,11 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from babyllama.config import atomic_write
+from babyllama.config import atomic_write, silence
 from babyllama.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Order of the figures in a line; all others stay in metrics.jsonl.
 _SHOWN = ("loss", "ppl", "accuracy", "bpb", "grad_norm", "lr", "tokens_per_s", "mfu", "mem_gb")
@@ -55,14 +59,16 @@ class Log:
                 with atomic_write(run / name) as path:
                     path.write_text("".join(map(_line, kept)), encoding="utf-8")
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=done_steps, desc=run.name, unit="step", ncols=100
-            )
+            _aloud(self._open_bar)
+
+    def _open_bar(self) -> None:
+        name, first = self.run.name, self._first
+        self._bar = tqdm(total=self.total, initial=first, desc=name, unit="step", ncols=100)
 
     def say(self, text: str) -> None:
-        """One line for the user."""
+        """One line for the user; where nobody reads it any more, the run goes on in silence."""
         if self.is_main:
-            tqdm.write(text, file=sys.stderr)
+            _aloud(lambda: tqdm.write(text, file=sys.stderr))
 
     def warn(self, text: str) -> None:
         """One line that begins with "warning", if there is something to say."""
@@ -72,7 +78,7 @@ class Log:
     def step(self, step: int) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+            _aloud(lambda: self._bar.update(step - self._bar.n))
 
     def record(self, kind: str, step: int, figures: dict) -> None:
         """Keep a record of kind "train" or "val" and show its main figures."""
@@ -117,8 +123,15 @@ class Log:
         """Draw the curves, end the bar and say how the run ended."""
         self.draw()
         if self._bar is not None:
-            self._bar.close()
+            _aloud(self._bar.close)
         self.say(text)
+
+
+def _aloud(speak: Callable[[], object]) -> None:
+    try:
+        speak()
+    except OSError:  # a pipe whose reader has ended, a terminal that was closed
+        silence()
 
 
 def _line(record: dict) -> str:
@@ -135,15 +148,15 @@ def read_metrics(run: Path, last_step: int | None = None) -> list[dict]:
 
 
 def read_records(path: Path, last_step: int | None = None) -> list[dict]:
-    """The lines of a file up to a step. A line cut by a kill is left out."""
+    """The lines of a file up to a step. A line that a kill or a full disk has cut is left out."""
     records = []
-    for line in path.read_text("utf-8").split("\n") if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:
+            if last_step is None or record["step"] <= last_step:
+                records.append(record)
+        except (ValueError, KeyError, TypeError):
             continue
-        if last_step is None or record["step"] <= last_step:
-            records.append(record)
     return records
 
 
@@ -188,13 +201,14 @@ def _flat(kind: str, figures: dict) -> dict[str, float]:
     return flat | {f"{kind}/loss/{name}": loss for name, loss in sources.items()}
 
 
-def _draw_sources(axis: object, records: list[dict]) -> None:
+def _draw_sources(axis: object, records: list[dict], font: str | None) -> None:
     """The validation loss of each source, where there are several."""
     validated = [record for record in records if record["kind"] == "val"]
     names = dict.fromkeys(name for record in validated for name in record.get("sources", {}))
     for name in names if len(names) > 1 else ():
         points = [(r["step"], r["sources"][name]) for r in validated if name in r["sources"]]
-        axis.plot(*zip(*points, strict=True), label=f"val {Path(name).name}", lw=1, ls="--")
+        label = writable(f"val {Path(name).name}", font)
+        axis.plot(*zip(*points, strict=True), label=label, lw=1, ls="--")
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -202,6 +216,19 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = {title, *(name for record in records for name in record.get("sources", {}))}
+    font = None if all(map(str.isascii, names)) else cjk_font()
+    families = [*([font] if font else []), "DejaVu Sans"]
+    with pyplot.rc_context({"font.family": families}), atomic_write(path) as temporary:
+        try:
+            _draw(records, writable(title, font), font).savefig(temporary, dpi=110)
+        finally:
+            pyplot.close()
+
+
+def _draw(records: list[dict], title: str, font: str | None) -> "Figure":
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8))
@@ -213,18 +240,14 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=kind, **style)
         if key == "loss":
-            _draw_sources(axis, records)
+            _draw_sources(axis, records, font)
         axis.set(xlabel="step", title={"ppl": "perplexity"}.get(key, key))
         axis.grid(alpha=0.3)
         if key == "ppl":
             axis.set_yscale("log")
     axes[0].legend()
     figure.suptitle(title)
-    try:
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=110)
-    finally:
-        pyplot.close(figure)
+    return figure
 
 
 # Families with simplified Chinese, the more legible ones first; a part of the name is enough.

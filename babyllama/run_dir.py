@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-import yaml
-
-from babyllama.config import REPO, atomic_write, lock, plain, shown, to_yaml
+from babyllama.config import REPO, atomic_write, lock, plain, read_yaml, shown, to_yaml
 from babyllama.distributed import World
 from babyllama.errors import CheckpointError, ConfigError
 from model import ModelConfig
@@ -60,8 +58,10 @@ def open_run(name: str, config: object, world: World) -> Iterator[Path]:
             run.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(run))
             require_same(name, config)  # no other run can change it from here on
-            with atomic_write(run / "config.yaml") as path:
-                path.write_text(to_yaml(config), "utf-8")
+            text, saved = to_yaml(config), run / "config.yaml"
+            if not saved.is_file() or saved.read_text("utf-8") != text:
+                with atomic_write(saved) as path:
+                    path.write_text(text, "utf-8")
 
         world.on_main(begin)
         yield run
@@ -101,13 +101,13 @@ def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = 
 
 def _read_config(path: Path) -> dict:
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        found = read_yaml(path)
+    except ValueError as error:
         found = error
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{shown(path)}: wanted the settings of a run, found {' '.join(str(found).split())}; "
-            f"take another --name, or delete this run"
+            f"{shown(path)}: wanted the settings of a run, found {str(found)[:200]}; set the file "
+            f"right, or take another --name"
         )
     return found
 
@@ -118,7 +118,8 @@ def _with_defaults(found: dict, config: object) -> dict:
     for name, field in config.__dataclass_fields__.items():
         section = getattr(config, name)
         if hasattr(section, "__dataclass_fields__"):
-            complete[name] = plain(type(section)()) | (found.get(name) or {})
+            saved = found.get(name) or {}
+            complete[name] = plain(type(section)()) | saved if isinstance(saved, dict) else saved
         elif field.default is not MISSING:
             complete.setdefault(name, plain(field.default))
     return complete
@@ -196,7 +197,12 @@ def verify(path: Path, names: tuple[str, ...]) -> None:
         try:
             sums = json.loads((path / "checksums.json").read_text("utf-8"))
             bad = [name for name in names if sha256(path / name) != sums[name]]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except OSError as error:
+            raise CheckpointError(
+                f"{shown(path)}: {error.filename} could not be read ({error.strerror}); get the "
+                f"right to read it, or copy the checkpoint to another place"
+            ) from None
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             bad = [f"checksums.json ({error})"]
         if not bad:
             return
@@ -213,7 +219,7 @@ def read_info(path: Path) -> dict:
     raises: CheckpointError if a key is missing, unknown, or of a wrong type
     """
     try:
-        info = yaml.safe_load((path / "model.yaml").read_text("utf-8"))
+        info = read_yaml(path / "model.yaml")
         config = ModelConfig(**info["model"])
         typed = [(key, info[key], str) for key in ("kind", "tokenizer", "fingerprint")]
         typed += [("step", info["step"], int)]
@@ -221,10 +227,7 @@ def read_info(path: Path) -> dict:
             (f"model.{field.name}", getattr(config, field.name), field.type)
             for field in fields(config)
         ]
-    except (
-        OSError, yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, RecursionError,
-        ConfigError,
-    ) as error:  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise CheckpointError(
             f"{shown(path)}: wanted the model.yaml of a babyllama checkpoint, found {reason}"

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from babyllama.config import BAD_INPUT, INTERRUPTED, STOPPED, parse, run
+from babyllama.config import BAD_INPUT, INTERRUPTED, STOPPED, parse, run, silence, stop_signals
 from babyllama.errors import ConfigError
 
 FINAL = (0, BAD_INPUT, STOPPED, INTERRUPTED)
@@ -66,7 +66,10 @@ def supervise(command: Sequence[str], cfg: LaunchConfig) -> int:
 
 
 def _say(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    try:
+        print(f"launch: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        silence()  # the command goes on without a reader
 
 
 def _run_once(command: Sequence[str]) -> tuple[int, bool]:
@@ -93,7 +96,7 @@ def _handed_on(process: subprocess.Popen) -> Iterator[list[int]]:
         if os.name == "posix" or number != signal.SIGINT:  # a Windows console tells both
             process.send_signal(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM)
+    kinds = stop_signals()
     before = [signal.signal(kind, hand_on) for kind in kinds]
     try:
         yield asked

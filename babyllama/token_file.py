@@ -13,6 +13,7 @@ Every piece of a dialogue keeps its role, so a training mask is never searched f
 Files are written under a temporary name and renamed, .idx last: where it is, the pair is whole.
 """
 
+import errno
 import hashlib
 import os
 import struct
@@ -23,6 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
+from babyllama.config import NOT_OFFERED, flush
 from babyllama.errors import DataError
 
 MAGIC = b"BABYLTOK"
@@ -34,6 +36,16 @@ META = ("keywords", "discipline", "category")
 # The two answers that end a preference row, the better one first.
 CHOICES = ("chosen", "rejected")
 ROLES = ("system", "user", "assistant", "text", "summary", *META, *CHOICES, "image")
+
+
+_TALK = ("system", "user", "assistant")
+_ROLES = {
+    "text": (),
+    "chat": _TALK,
+    "summary": ("text", "summary", *META),
+    "preference": (*_TALK, *CHOICES),
+    "vqa": ("image", *_TALK),
+}
 
 
 class Vocabulary(Protocol):
@@ -121,14 +133,13 @@ class TokenFileWriter:
         )  # fmt: skip
         index = header + _u64(self._ends) + _u64(self._piece_ends) + bytes(self._roles)
         self._temporary[1].write_bytes(index + hashlib.sha256(index).digest())
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
-        with open(self._temporary[1], "rb+") as file:
-            os.fsync(file.fileno())
+        for path in self._temporary:
+            flush(path)
         self.idx_path.unlink(missing_ok=True)
         os.replace(self._temporary[0], self.bin_path)
         os.replace(self._temporary[1], self.idx_path)
+        flush(self.idx_path.parent)
 
 
 def _u64(values: array) -> bytes:
@@ -181,13 +192,38 @@ class TokenFile:
          fingerprint, self._bin_sha256) = HEADER.unpack_from(index)  # fmt: skip
         if version != VERSION:
             raise DataError(f"{self.idx_path}: wanted version {VERSION}, found {version}")
-        self.kind = KINDS[kind]
-        self.dtype = np.dtype(f"<u{width}")
-        self.fingerprint = fingerprint.hex()
+        self.dtype = id_dtype(self.vocab_size)
+        wanted = HEADER.size + 8 * (self.n_docs + n_pieces) + n_pieces
+        if kind >= len(KINDS) or width != self.dtype.itemsize or len(index) != wanted:
+            raise self._damaged(self.idx_path, "its header does not fit it")
+        self.kind, self.fingerprint = KINDS[kind], fingerprint.hex()
         numbers = np.frombuffer(index, "<u8", self.n_docs + n_pieces, HEADER.size)
-        numbers = numbers.astype(np.int64)
         self.ends, self.piece_ends = numbers[: self.n_docs], numbers[self.n_docs :]
         self.roles = np.frombuffer(index, np.uint8, n_pieces, len(index) - n_pieces)
+        if not self._is_in_order(n_pieces):
+            raise self._damaged(self.idx_path, "its documents and pieces are in no order")
+        self.ends, self.piece_ends = self.ends.astype(np.int64), self.piece_ends.astype(np.int64)
+
+    def _is_in_order(self, n_pieces: int) -> bool:
+        """Whether documents and pieces follow each other to the end, and are those of the kind."""
+        if self.kind == "text":
+            levels = [(self.ends, self.n_tokens), (self.piece_ends, 0)]
+        else:
+            levels = [(self.ends, n_pieces), (self.piece_ends, self.n_tokens)]
+        for ends, last in levels:
+            if np.any(ends[1:] < ends[:-1]) or (ends[-1] if len(ends) else 0) != last:
+                return False
+        allowed = [ROLES.index(role) for role in _ROLES[self.kind]]
+        if not np.isin(self.roles, allowed).all():
+            return False
+        first = np.concatenate(([0], self.ends)).astype(np.int64)[:-1]
+        is_summary = self.kind == "summary"
+        n_least = 0 if self.kind == "text" else 1 + is_summary
+        if np.any(self.ends < first + n_least):
+            return False
+        return not is_summary or all(
+            np.all(self.roles[first + n] == ROLES.index(("text", "summary")[n])) for n in (0, 1)
+        )
 
     def _map_ids(self, verify: bool) -> None:
         wanted, found = self.n_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
@@ -197,9 +233,19 @@ class TokenFile:
             with open(self.bin_path, "rb") as file:
                 if hashlib.file_digest(file, "sha256").digest() != self._bin_sha256:
                     raise self._damaged(self.bin_path, "its ids do not match their checksum")
-        # An empty file cannot be mapped.
-        empty = np.zeros(0, self.dtype)
-        self.ids = np.memmap(self.bin_path, self.dtype, mode="r") if self.n_tokens else empty
+        self.ids = self._mapped()
+        if verify and self.n_tokens and int(self.ids.max()) >= self.vocab_size:
+            raise self._damaged(self.bin_path, f"it holds ids of {self.vocab_size} and more")
+
+    def _mapped(self) -> np.ndarray:
+        if not self.n_tokens:
+            return np.zeros(0, self.dtype)  # an empty file cannot be mapped
+        try:
+            return np.memmap(self.bin_path, self.dtype, mode="r")
+        except OSError as error:
+            if error.errno not in (*NOT_OFFERED, errno.ENODEV):
+                raise
+            return np.fromfile(self.bin_path, self.dtype)  # takes memory, but can be read
 
     @staticmethod
     def _damaged(path: Path, what: str) -> DataError:

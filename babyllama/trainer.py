@@ -20,7 +20,13 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
-from babyllama.checkpoint import load_train_state, require_space, save_best, save_checkpoint
+from babyllama.checkpoint import (
+    load_train_state,
+    require_space,
+    save_best,
+    save_checkpoint,
+    tidy,
+)
 from babyllama.config import BAD_NUMBERS, STOPPED, from_repo, shown, stop_requests
 from babyllama.data import Data, TrainData, ValData, ahead
 from babyllama.device import (
@@ -338,6 +344,8 @@ def train(
     step, last = seen.step, total_steps(config, data.train)
     log = Log(run, step, last, world.is_main, config.track)
     if step >= last:
+        world.on_main(lambda: tidy(run))  # what a kill after the last checkpoint has left
+        log.draw()
         log.say(f"{shown(run)} is finished: {step} of {last} steps; nothing to do")
         return 0
     world.on_main(lambda: require_space(run, model, optimizer))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.run_dir import beside, checksums, newest_run
@@ -204,9 +204,8 @@ def _reported(
     lm = for_harness(loaded, cfg.batch_size, settings["form"] == "dialogue", store)
     report = ask(task, rows, lm, cfg.shots, cfg.prompts, out / f"{name}.samples.jsonl")
     report |= {"key": key, "n_resumed": store.n_found}
-    temporary = path.with_name(f"tmp-{path.name}")
-    temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return report
 
 

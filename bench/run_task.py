@@ -8,6 +8,7 @@ from time import perf_counter
 
 import numpy as np
 
+from babyllama.config import atomic_write
 from bench.harness import Scorer
 from bench.sandbox.humaneval import reasons, run_all
 from bench.scoring import (
@@ -144,8 +145,10 @@ def _chosen(task: Task, said: list[dict]) -> dict[str, int]:
 def _write_samples(
     path: Path, task: Task, said: list[dict], values: dict[str, list[float]]
 ) -> None:
-    temporary = path.with_name(f"tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as file,
+    ):
         for number, sample in enumerate(said):
             replies = sample["filtered_resps"]
             if task.score == "choice":
@@ -157,4 +160,3 @@ def _write_samples(
                 **{name: v[number] for name, v in values.items()},
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    temporary.replace(path)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from bench.cache import Store
 from bench.readers import find, lines
@@ -332,9 +332,8 @@ def write_files(entries: list[Entry], out: Path, known: Callable[[str], str | No
     for name, data in files.items():
         path = out / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"tmp-{path.name}")
-        temporary.write_text(_dump(name, data), "utf-8", newline="\n")
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            temporary.write_text(_dump(name, data), "utf-8", newline="\n")
     return failed
 
 

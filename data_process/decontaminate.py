@@ -44,7 +44,7 @@ from typing import Any
 
 import numpy as np
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import numbered_lines
 from data_process.clean import texts
@@ -89,9 +89,8 @@ class Windows:
     def save(self, path: Path) -> None:
         known = {} if self.rolling is None else {"rolling": self.rolling}
         lists = {f"list{n}": numbers for n, numbers in enumerate(self.lists)}
-        temporary = path.with_name(f"tmp-{path.name}")
-        np.savez(temporary, names=np.array(self.names, np.str_), **lists, **known)
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            np.savez(temporary, names=np.array(self.names, np.str_), **lists, **known)
 
 
 @lru_cache(2)
@@ -415,9 +414,8 @@ def write_list(cfg: ListConfig) -> None:
         lists.append(numbers)
         print(f"{shown(path)}: " + ", ".join(f"{name} {n:,}" for name, n in note.items()))
     numbers = np.unique(np.concatenate(lists))
-    temporary = cfg.out.with_name(f"tmp-{cfg.out.name}")
-    numbers.astype("<u8").tofile(temporary)
-    temporary.replace(cfg.out)
+    with atomic_write(cfg.out) as temporary:
+        numbers.astype("<u8").tofile(temporary)
     print(f"{cfg.out}: {len(numbers):,} windows, {8 * len(numbers):,} bytes")
 
 

@@ -5,7 +5,6 @@ stood in its place before is touched only then, and only if it is an export itse
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from babyllama.config import from_repo, shown
+from babyllama.config import atomic_dir, from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.run_dir import newest_run
 
@@ -72,37 +71,17 @@ def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
     n_bytes: about what will be written
     raises: ConfigError if the disk does not take it; nothing has changed then
     """
-    temporary = out.with_name(f"tmp-export-{out.name}")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
-        if free < n_bytes:
-            raise OSError(f"{n_bytes / 1e6:.1f} MB are wanted, {free / 1e6:.1f} MB are free")
-        yield temporary
-        _swap(temporary, out)
+        with atomic_dir(out) as temporary:
+            total, _, free = shutil.disk_usage(temporary)
+            if total and free < n_bytes:
+                raise OSError(f"{n_bytes / 1e6:.1f} MB are wanted, {free / 1e6:.1f} MB are free")
+            yield temporary
     except (OSError, SafetensorError) as error:
         raise ConfigError(
             f"could not write {shown(out)}: {error}; nothing that stood there was changed; free "
             f"some space or name another --out, then start the same command again"
         ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Put a directory in the place of another, which is deleted when that has worked."""
-    old = place.with_name(f"tmp-old-{place.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    try:
-        os.replace(new, place)
-    except OSError:
-        if old.exists():
-            os.replace(old, place)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, value: dict) -> None:

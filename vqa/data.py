@@ -14,7 +14,6 @@ The key stands for the encoder's weights and settings and for the set's pictures
 """
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from babyllama.config import from_repo, shown
+from babyllama.config import atomic_write, from_repo, shown
 from babyllama.data import Data, Mixture, Order, TrainData, ValData, collate
 from babyllama.errors import ConfigError, DataError
 from babyllama.sources import SourceConfig
@@ -112,17 +111,17 @@ def features_of(encoder: Encoder, pictures: Pictures, device: torch.device) -> n
 def _compute(encoder: Encoder, pictures: Pictures, path: Path, device: torch.device) -> None:
     config, encoder = encoder.config, encoder.eval().to(device)
     shape = (len(pictures), config.n_places, sum(encoder.widths))
-    temporary = path.with_name(f"tmp-{os.getpid()}-{path.name}")
-    out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-    start = time.perf_counter()
-    for first in tqdm(range(0, len(pictures), BATCH), f"see {pictures.place.name}", disable=None):
-        part = range(first, min(first + BATCH, len(pictures)))
-        squares = torch.stack([prepared(pictures.read(n), pictures.names[n], config)
-                               for n in part])  # fmt: skip
-        seen = encoder(normalise(squares.to(device), config.normalisation))
-        out[part.start : part.stop] = seen.float().cpu().numpy().astype(np.float16)
-    out.flush()
-    os.replace(temporary, path)
+    with atomic_write(path, unique=True) as temporary:
+        out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+        start = time.perf_counter()
+        firsts = range(0, len(pictures), BATCH)
+        for first in tqdm(firsts, f"see {pictures.place.name}", disable=None):
+            part = range(first, min(first + BATCH, len(pictures)))
+            squares = torch.stack([prepared(pictures.read(n), pictures.names[n], config)
+                                   for n in part])  # fmt: skip
+            seen = encoder(normalise(squares.to(device), config.normalisation))
+            out[part.start : part.stop] = seen.float().cpu().numpy().astype(np.float16)
+        out.flush()
     rate = len(pictures) / (time.perf_counter() - start)
     print(f"{shown(path)}: {len(pictures):,} pictures at {rate:.1f} a second")
 

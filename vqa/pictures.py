@@ -9,13 +9,12 @@ are whole encoded pictures behind 512 bytes of head. The index saves reading the
 missing or old they are read. Formats of the user's own pictures are found by `Finder`.
 """
 
-import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from babyllama.config import from_repo, shown
+from babyllama.config import atomic_write, from_repo, shown
 from babyllama.errors import ConfigError, DataError
 
 SHARD_BYTES = 1 << 30
@@ -97,9 +96,8 @@ def write_index(tar: Path) -> None:
     index = tar.with_suffix(".index")
     index.unlink(missing_ok=True)
     lines = [f"{start} {size} {name}" for name, start, size in members(tar)]
-    temporary = index.with_name(f"tmp-{index.name}")
-    temporary.write_text("\n".join([str(tar.stat().st_size), *lines]) + "\n", "utf-8")
-    os.replace(temporary, index)
+    with atomic_write(index) as temporary:
+        temporary.write_text("\n".join([str(tar.stat().st_size), *lines]) + "\n", "utf-8")
 
 
 class Finder:

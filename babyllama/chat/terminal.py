@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from babyllama.config import atomic_write
+
 MORE = "…… "  # the prompt of a message's further lines
 BLOCK = '"""'
 MOST_REMEMBERED = 1000  # messages
@@ -134,9 +136,8 @@ def _remembered(path: Path) -> list[str]:
                 if isinstance(message, str) and "\0" not in message:
                     found.append(message)
         if len(lines) > 2 * MOST_REMEMBERED:
-            temporary = path.with_name(f"tmp-{path.name}")
-            kept = found[-MOST_REMEMBERED:]
-            temporary.write_text("".join(json.dumps(m) + "\n" for m in kept), "ascii")
-            os.chmod(temporary, 0o600)
-            os.replace(temporary, path)
+            with atomic_write(path) as temporary:
+                temporary.touch(0o600)
+                kept = found[-MOST_REMEMBERED:]
+                temporary.write_text("".join(json.dumps(m) + "\n" for m in kept), "ascii")
     return found

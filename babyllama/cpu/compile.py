@@ -1,7 +1,8 @@
 """The C files of this folder as a library: int8.c (steps), choose.c (drawing a token), train.c.
 
 They are compiled when they are first needed, in two seconds, for the processor at hand, and kept in
-the user's cache directory for the next start.
+the user's cache directory for the next start. What is kept runs as the user: it is loaded from a
+directory alone that nobody else can write to, and only as it was written.
 """
 
 import contextlib
@@ -13,9 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
+from babyllama.config import atomic_write
 from babyllama.errors import ConfigError
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("int8.c", "choose.c", "train.c")]
@@ -33,8 +36,8 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _kept(compiler: str) -> Path:
-    """Where the library of these sources, this compiler and this processor is kept."""
+def _key(compiler: str) -> str:
+    """Stands for these sources, this compiler and this processor."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text("utf-8", "replace").splitlines() if cpu.is_file() else []
     told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
@@ -42,26 +45,69 @@ def _kept(compiler: str) -> Path:
     key = hashlib.sha256("\0".join(parts).encode())
     for source in _SOURCES:
         key.update(source.read_bytes())
-    place = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return place / "babyllama" / f"native-{key.hexdigest()[:16]}.so"
+    return key.hexdigest()[:16]
 
 
-def _keep(library: Path, kept: Path) -> None:
+def _shelf() -> Path | None:
+    """The directory where libraries are kept, the user's own and closed to others; None where
+    there cannot be one, and each start compiles anew."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not root.is_absolute():  # without a home; the XDG standard ignores relative paths, too
+        return None
+    place = root / "babyllama"
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not place.is_symlink() and place.stat().st_uid == os.geteuid():
+            place.chmod(0o700)
+            return place if place.stat().st_mode & 0o777 == 0o700 else None
+    return None
+
+
+def _digest(library: Path) -> str:
+    """What the name of a kept library ends with: one that a crash has cut would crash us, too."""
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
+
+
+def _kept(shelf: Path | None, key: str) -> Iterator[Path]:
+    """The libraries that are kept for a key, whole; a damaged one is deleted."""
+    for path in sorted(shelf.glob(f"native-{key}-*.so")) if shelf else ():
+        with contextlib.suppress(OSError):
+            if path.stem.endswith(_digest(path)):
+                yield path
+            else:
+                path.unlink()
+
+
+def _keep(library: Path, shelf: Path | None, key: str) -> None:
     """Keep a library, whole or not at all; where that cannot be, it is compiled each time."""
-    if not kept.is_absolute():  # without a home; the XDG standard ignores relative paths, too
+    if shelf is None:
         return
     with contextlib.suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f"tmp-{os.getpid()}-{kept.name}")
-        shutil.copyfile(library, temporary)
-        os.replace(temporary, kept)
+        kept = shelf / f"native-{key}-{_digest(library)}.so"
+        with atomic_write(kept, unique=True) as temporary:
+            shutil.copyfile(library, temporary)
+
+
+def _compile(compiler: str, out: Path) -> None:
+    """raises: ConfigError if it cannot compile the files"""
+    for extra in _EXTRA:
+        command = [compiler, *_FLAGS.split(), *extra.split(), *map(str, _SOURCES), "-o", str(out)]
+        done = subprocess.run([*command, "-lm"], capture_output=True, text=True, errors="replace")
+        if done.returncode == 0:
+            return
+    reason = " ".join(done.stderr.split())[:200]
+    raise ConfigError(
+        f"int8 weights need a C compiler that compiles {_SOURCES[0].name}, found that {compiler} "
+        f"says: {reason}; name another in the variable CC, or decode with --weights float32"
+    )
 
 
 @cache
 def compiled() -> ctypes.CDLL:
     """The library.
 
-    raises: ConfigError if there is no compiler, or it cannot compile the files
+    raises: ConfigError if there is no compiler, it cannot compile the files, or no directory
+        allows what it made to run
     """
     found = compiler()
     if found is None or sys.platform == "win32":
@@ -69,22 +115,31 @@ def compiled() -> ctypes.CDLL:
             "int8 weights need a C compiler (cc, gcc or clang), found none; install one, or "
             "decode with --weights float32"
         )
-    kept = _kept(found)
-    with contextlib.suppress(OSError):  # there is none, or it is damaged
-        return ctypes.CDLL(str(kept))
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "native.so"
-        for extra in _EXTRA:
-            command = [found, *_FLAGS.split(), *extra.split(), *map(str, _SOURCES), "-o", str(out)]
-            done = subprocess.run([*command, "-lm"], capture_output=True, text=True)
-            if done.returncode == 0:
-                _keep(out, kept)
-                return ctypes.CDLL(str(out))
-    reason = " ".join(done.stderr.split())[:200]
-    raise ConfigError(
-        f"int8 weights need a C compiler that compiles {_SOURCES[0].name}, found that {found} "
-        f"says: {reason}; name another in the variable CC, or decode with --weights float32"
-    )
+    shelf, key = _shelf(), _key(found)
+    library = _loaded(_kept(shelf, key))
+    if library is None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "native.so"
+                _compile(found, out)
+                _keep(out, shelf, key)
+                library = _loaded((out, *_kept(shelf, key)))
+        except OSError as error:
+            raise ConfigError(f"int8 weights need a temporary directory: {error}") from None
+    if library is None:
+        raise ConfigError(
+            "int8 weights need a directory whose programs may run, found none (mounted noexec?); "
+            "name one in the variable TMPDIR, or decode with --weights float32"
+        )
+    return library
+
+
+def _loaded(places: Iterable[Path]) -> ctypes.CDLL | None:
+    """The first of these files that the system takes: not one of a directory mounted noexec."""
+    for path in places:
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+    return None
 
 
 @cache

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -669,3 +670,38 @@ def test_a_foreign_tokenizer_file_in_a_checkpoint_is_refused(
     (path / "tokenizer.model").write_bytes(b"gAAAA 0\n" * 99)
     with pytest.raises((CheckpointError, ConfigError), match="SentencePiece"):
         load_model(seal(path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tokenizer: Tokenizer) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        path = save(Path(place) / "run", tokenizer)
+        (path / "model.safetensors").chmod(0)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # root may read everything
+        try:
+            with pytest.raises(CheckpointError, match=r"model\.safetensors could not be read") as e:
+                load_model(path)
+        finally:
+            os.seteuid(user)
+        assert "Permission denied" in str(e.value) and "delete" not in str(e.value)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_others_may_read_a_checkpoint_as_umask_says(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    before = os.umask(0o022)
+    try:
+        path = save(tmp_path / "run", tokenizer)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o644}
+
+
+@pytest.mark.parametrize("text", ["a: &a [x]\nb: [*a, *a]", "kind: !!int x", "- " * 5000, "\x00"])
+def test_yaml_of_a_stranger_is_refused_in_one_line(text: str, checkpoint: Path) -> None:
+    (checkpoint / "model.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"wanted the model\.yaml") as error:
+        load_model(seal(checkpoint))
+    assert len(str(error.value).splitlines()) == 1

@@ -4,6 +4,7 @@ The scripts run in this process, from first to last line (`script`).
 """
 
 import dataclasses
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -410,6 +411,15 @@ def test_switches_stand_alone_and_leading_words_are_a_list(words, wanted):
 
 def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
     code = "from babyllama.config import run\nrun(lambda: [print(n) for n in range(10**6)] and 0)"
-    command = f"{sys.executable} -c '{code}' | head -1"
-    done = subprocess.run(command, shell=True, cwd=REPO, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("0\n", "")
+    command = f"{sys.executable} -c '{code}' | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=REPO, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n141\n", "")  # and it is no success
+
+
+def test_an_error_that_nobody_can_read_still_gives_its_code():
+    code = "from babyllama.config import run\ndef f(): raise OSError(28, 'full')\nrun(f)"
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, stderr=write_end)
+    os.close(write_end)
+    assert done.returncode == 2

@@ -94,12 +94,12 @@ def test_mistakes_are_one_line(launch: Callable) -> None:
         assert said in Outcome(found.returncode, found.stdout, found.stderr).error
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_handed_on_once_and_ends_the_retries(number: int, tmp_path: Path) -> None:
     program = (
         "import signal, sys, time\n"
         "def stop(number, _):\n    print('got', number, flush=True); sys.exit(1)\n"
-        "signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop)\n"
+        "for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(kind, stop)\n"
         "print('ready', flush=True)\nwhile True: time.sleep(0.01)\n"
     )
     with subprocess.Popen(
@@ -253,3 +253,15 @@ def test_the_slurm_script_trains_on_two_machines_and_outlives_a_killed_process(
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
 def test_ten_killed_ranks_cost_nothing_but_time(tmp_path: Path, tokenizer: Tokenizer) -> None:
     kill_ranks(tmp_path, tokenizer, 10, seed=0)
+
+
+def test_a_supervisor_whose_reader_has_gone_goes_on(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "babyllama.supervise", "--min-uptime", "0", "--",
+         sys.executable, "-c", PROGRAM, tmp_path / "log", "1,0"],
+        cwd=REPO, stderr=write_end,
+    )  # fmt: skip
+    os.close(write_end)
+    assert (done.returncode, (tmp_path / "log").read_text()) == (0, "xx")

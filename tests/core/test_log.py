@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -163,3 +164,55 @@ def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in found.Scalars("val/loss")] == [(3, 2.5)]
     assert found.Scalars("val/loss/inews")[0].value == 2.0
+
+
+def test_records_that_were_cut_anywhere_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    log = Log(tmp_path, 0, 9)
+    write(tmp_path, log, 1, 3)
+    for step in (1, 2, 3):
+        log.samples(step, [("今天", "天气很好")])
+    whole = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")}
+    last = {name: data.rindex(b"\n", 0, -1) for name, data in whole.items()}
+    for n in range(1, 45):  # byte by byte, through every character
+        for name, data in whole.items():
+            (tmp_path / name).write_bytes(data[:-n])
+        log = Log(tmp_path, 3, 9)
+        kept = read_records(tmp_path / "samples.jsonl")
+        assert [r["step"] for r in kept] == ([1, 2, 3] if n == 1 else [1, 2])
+        assert (
+            (tmp_path / "samples.jsonl")
+            .read_bytes()
+            .startswith(whole["samples.jsonl"][: last["samples.jsonl"]])
+        )
+    for line in (b"5\n", b"{}\n", b'{"step": "x"}\n', b"\xff\n"):  # edited by hand
+        (tmp_path / "metrics.jsonl").write_bytes(line + whole["metrics.jsonl"])
+        assert [r["step"] for r in read_metrics(tmp_path, 9)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_run_whose_reader_has_gone_goes_on(
+    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w", buffering=1) as pipe:
+        pipe.isatty = lambda: is_terminal
+        monkeypatch.setattr(sys, "stderr", pipe)
+        log = Log(tmp_path, 0, 4)
+        write(tmp_path, log, 1, 4)
+        log.record("val", 4, FIGURES)
+        log.close("done")
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_curves_of_a_run_with_a_chinese_name_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    """Warnings are errors; without a Chinese font the name is spelled out."""
+    records = [
+        {"kind": kind, "step": step, **FIGURES, "sources": {"新闻": 2.0, "闲聊": 3.0}}
+        for step in (0, 10)
+        for kind in ("train", "val")
+    ]
+    draw_curves(records, tmp_path / "curves.png", "试验")
+    draw_curves(records, tmp_path / "other.png", "run")
+    assert (tmp_path / "curves.png").read_bytes() != (tmp_path / "other.png").read_bytes()

@@ -163,3 +163,17 @@ def test_reports_go_to_the_run_and_never_to_the_repository_itself(tmp_path: Path
     assert beside(tmp_path / "run/step-000007") == tmp_path / "run"
     assert beside(REPO / "out/run/best") == REPO / "out/run"
     assert beside(REPO / "release") == REPO / "out"
+
+
+def test_a_holder_whose_name_is_in_another_encoding_is_still_named(tmp_path: Path) -> None:
+    with lock(tmp_path):
+        (tmp_path / "lock.txt").write_bytes("process 1 on 张三的电脑".encode("gbk"))
+        with pytest.raises(ConfigError, match=r"is in use \(process 1 on "), lock(tmp_path):
+            pass
+
+
+def test_a_config_that_stays_the_same_is_not_written_again(tmp_path: Path) -> None:
+    with open_run(str(tmp_path), Settings(), WORLD) as run:
+        before = (run / "config.yaml").stat()
+    with open_run(str(tmp_path), Settings(), WORLD) as run:
+        assert (run / "config.yaml").stat() == before

@@ -1,5 +1,6 @@
 """Laws of the .bin/.idx pair: what is written is read, and nothing damaged is."""
 
+import errno
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,3 +222,50 @@ def test_a_whole_pair_replaces_an_earlier_one(tmp_path):
     write(tmp_path / "x", "text", random_pieces("text", 9))
     rows = random_pieces("summary", 4)
     assert read(write(tmp_path / "x", "summary", rows), "summary") == rows
+
+
+@pytest.mark.parametrize("kind", ["text", "chat", "summary"])
+def test_a_crafted_index_is_refused_or_read_and_nothing_else(tmp_path, kind):
+    """Its checksum fits what it says, so that alone what it says can be wrong."""
+    stem = write(tmp_path / "x", kind, random_pieces(kind, 9))
+    _, idx = pair(stem)
+    index, rng = idx.read_bytes()[:-32], np.random.default_rng(0)
+    n_refused = 0
+    for _ in range(400):
+        crafted = bytearray(index)
+        for place in rng.integers(12, len(index), size=rng.integers(1, 4)):
+            crafted[place] = rng.choice([0, 1, 7, 127, 255])
+        if rng.random() < 0.1:
+            crafted = crafted[: rng.integers(8, len(crafted))]
+        idx.write_bytes(crafted + hashlib.sha256(crafted).digest())
+        try:
+            found = read(stem, TokenFile(stem).kind)
+        except DataError:
+            n_refused += 1
+            continue
+        assert all(0 <= i < 97 for row in found for _, ids in row for i in ids)
+    assert 200 < n_refused < 400
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    stem = write(tmp_path / "x", "text", [[("", [96])]])
+    ids, idx = pair(stem)
+    ids.write_bytes(b"\x61\x00")  # 97
+    index = bytearray(idx.read_bytes()[:-32])
+    digest = hashlib.sha256(b"\x60\x00").digest()
+    place = index.index(digest)
+    index[place : place + 32] = hashlib.sha256(b"\x61\x00").digest()
+    idx.write_bytes(index + hashlib.sha256(index).digest())
+    with pytest.raises(DataError, match="ids of 97 and more"):
+        TokenFile(stem)
+
+
+def test_a_file_system_that_cannot_map_files_is_read_into_memory(tmp_path, monkeypatch):
+    rows = random_pieces("chat", 9)
+    stem = write(tmp_path / "x", "chat", rows)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, "no such device")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    assert read(stem, "chat") == rows

@@ -7,10 +7,12 @@ eighth step. Whatever kills, signals or compares runs starts the scripts as proc
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -725,3 +727,52 @@ def test_the_saved_config_starts_the_same_run_again(
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["model"]["vocab_size"] == place.tokenizer.vocab_size
     assert "is finished" in script("pretrain.py", "--config", run / "config.yaml").err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on Windows")
+def test_a_closed_terminal_saves_first_and_a_dead_pipe_is_no_end(
+    place: Place, straight: Callable[[str], Path], start: Callable
+) -> None:
+    arguments, run = command(place, "pretrain", "hung-up"), place.root / "hung-up"
+    process = start(arguments)
+    until(process, "train step 2/10")
+    process.send_signal(signal.SIGHUP)
+    process.communicate()
+    assert process.returncode == STOPPED and list_checkpoints(run)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run([sys.executable, *arguments], stdout=write_end, stderr=write_end)
+    os.close(write_end)
+    assert done.returncode == 0
+    assert_same_state(run, straight("pretrain"))
+    assert logged(run, "train") == list(range(1, 11))
+
+
+def test_what_a_kill_after_the_last_checkpoint_left_is_tidied(
+    place: Place, script: Callable, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path / "run.yaml", place.tokens, place.tokenizer, max_steps=2)
+    assert script("pretrain.py", "--config", config).code == 0
+    run = tmp_path / "run"
+    before = contents(run)
+    (run / "curves.png").unlink()
+    (run / "tmp-curves.png").write_bytes(b"half")
+    (run / "tmp-old-step-000001").mkdir()
+    (run / "tmp-best").mkdir()
+    found = script("pretrain.py", "--config", config)
+    assert found.code == 0 and "is finished" in found.err
+    assert contents(run).keys() == before.keys()
+    assert not list(run.glob("tmp-*"))
+
+
+@pytest.mark.parametrize("text", ["optim: 5", "train: [1]", "name: 2024-01-31", "model: {dim: {}}"])
+def test_a_config_that_was_edited_by_hand_is_compared_and_not_stumbled_over(
+    text: str, place: Place, script: Callable, tmp_path: Path
+) -> None:
+    config = write_run(tmp_path / "run.yaml", place.tokens, place.tokenizer, max_steps=1)
+    assert script("pretrain.py", "--config", config).code == 0
+    with open(tmp_path / "run/config.yaml", "a") as file:
+        file.write(text)  # the later one of two keys holds
+    found = script("pretrain.py", "--config", config)
+    assert found.code == 2 and f"{text.partition(':')[0]}" in found.err
+    assert found.err.startswith("error: ") and "saved" in found.err

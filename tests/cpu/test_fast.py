@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import os
 
 import pytest
 import torch
@@ -307,13 +308,59 @@ def test_the_library_is_compiled_once_and_again_where_it_was_damaged_or_cannot_b
 
     assert [n_calls(), n_calls()] == [1, 1]
     (kept,) = (tmp_path / "cache/babyllama").iterdir()
-    damaged = tmp_path / "other/babyllama" / kept.name  # a process does not read one place twice
-    damaged.parent.mkdir(parents=True)
-    damaged.write_bytes(b"\x7fELF")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert [n_calls(), n_calls()] == [2, 2]
+    # A process does not read one place twice, so that each damage has its own.
+    for number, data in enumerate((b"\x7fELF", kept.read_bytes()[:-5000], b""), 2):
+        damaged = tmp_path / f"other{number}/babyllama" / kept.name
+        damaged.parent.mkdir(parents=True)
+        damaged.write_bytes(data)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(damaged.parent.parent))
+        assert [n_calls(), n_calls()] == [number, number]
+        assert damaged.read_bytes() == kept.read_bytes()
     monkeypatch.setenv("XDG_CACHE_HOME", str(counting))  # a file stands in the way
-    assert [n_calls(), n_calls()] == [3, 4]
+    assert [n_calls(), n_calls()] == [5, 6]
+
+
+@needs_compiler
+def test_a_kept_library_that_others_could_have_put_there_is_not_loaded(
+    monkeypatch, forget_library, tmp_path
+):
+    place = tmp_path / "cache/babyllama"
+    assert compile.compiled().choose
+    assert place.stat().st_mode & 0o777 == 0o700
+    place.chmod(0o777)
+    assert compile._shelf() == place  # our own, closed again
+    assert place.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/babyllama").symlink_to(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "linked"))
+    assert compile._shelf() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "geteuid", lambda: place.stat().st_uid + 1)
+    assert compile._shelf() is None
+    before = sorted(place.iterdir())
+    forget()
+    assert compile.compiled().choose
+    assert sorted(place.iterdir()) == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("both", [False, True])
+def test_where_temporary_files_may_not_run_another_place_is_taken_or_int8_is_refused(
+    both, monkeypatch, forget_library, tmp_path
+):
+    library = ctypes.CDLL
+
+    def refuse(name):
+        if both or "cache" not in name:
+            raise OSError("failed to map segment from shared object")
+        return library(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    if both:
+        with pytest.warns(RuntimeWarning, match="whose programs may run"):
+            assert make_decoder(lively_model()).kind == "float32"
+    else:
+        assert compile.compiled().choose
 
 
 @needs_compiler

@@ -1,0 +1,75 @@
+"""What is written has the rights of new files, what cannot be written is refused in time, and YAML
+of unknown origin is read without harm."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from babyllama.config import atomic_dir, read_yaml, require_writable
+from babyllama.errors import ConfigError
+
+
+def test_what_is_in_the_way_comes_back_where_the_swap_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "place"
+    with atomic_dir(place) as new:
+        (new / "one").write_text("")
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(source).name == "tmp-place":
+            raise OSError(errno.EIO, "no")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no"), atomic_dir(place) as new:
+        (new / "two").write_text("")
+    assert [path.name for path in place.iterdir()] == ["one"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_get_the_rights_that_umask_says(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        with atomic_dir(tmp_path / "place") as new:
+            os.close(os.open(new / "file", os.O_CREAT | os.O_WRONLY, 0o600))  # as safetensors does
+    finally:
+        os.umask(before)
+    assert (tmp_path / "place/file").stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(ConfigError, match="is a directory"):
+        require_writable(tmp_path)
+    with pytest.raises(OSError, match="file"):
+        require_writable(tmp_path / "file/inside")
+    require_writable(tmp_path / "file")
+    require_writable(tmp_path / "new/place/file")
+    assert (tmp_path / "file").read_text() == "old"
+    assert not list(tmp_path.glob("**/tmp-*"))
+
+
+BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcd", "bcde"))  # noqa: B905
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "[" * 10_000, "a: !!python/name:os.system", "a: !!int x", "a: !!float x",
+             "a: 1" + "0" * 5000, "\x00", "name: [", "a: !!timestamp {}", "\ud800"],
+)  # fmt: skip
+def test_yaml_that_is_none_of_ours_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(ValueError) as error:
+        read_yaml(path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_name_that_looks_like_a_date_is_a_name(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: 2024-01-31\nb: 2024-99-99\nc: 1.5\nd: null")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": "2024-01-31", "b": "2024-99-99", "c": 1.5,
+                                              "d": None}  # fmt: skip
