@@ -32,7 +32,7 @@ from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
 from babyllama.lora import LoraConfig, apply_lora, describe
 from babyllama.optim import OptimConfig
-from babyllama.run_dir import newest_run, open_run
+from babyllama.run_dir import newest_run, open_run, read_info
 from babyllama.sources import DataConfig, named_sources
 from babyllama.trainer import Objective, TrainConfig, next_token, train
 from babyllama.tuning.preference import dpo
@@ -123,6 +123,8 @@ def main(cfg: SftConfig) -> int:
             if world.is_main:
                 print(describe(model), file=sys.stderr)
         regularise(fuse(model), cfg.regularise)
+        earlier = read_info(base.path).get("tasks", [])
+        model.more_info = {"tasks": list(dict.fromkeys([*data.train.teaches, *earlier]))}
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:

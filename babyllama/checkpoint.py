@@ -194,6 +194,7 @@ def write_small(place: Path, loaded: Loaded, kind: Literal["int8", "float16"] = 
         weights = narrow(weights)
     else:
         weights = {name: weight.half() for name, weight in weights.items()}
+    info |= {name: value for name, value in read_info(loaded.path).items() if name == "tasks"}
     _write_model(place, loaded.model, weights, info | {"weights": kind}, loaded.tokenizer)
     write_sums(place)
 

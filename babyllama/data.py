@@ -209,6 +209,11 @@ class TrainData:
         digests = (file.digest for source in self.mixture.sources for file in source.files)
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
+    @property
+    def teaches(self) -> list[str]:
+        """What a model learns of the mixture to do, by its sources (run_dir.TASKS)."""
+        return list(dict.fromkeys(task for one in self.mixture.sources for task in one.teaches))
+
     def rows(self, step: int) -> list[Row | Pair]:
         """The rows of a step, as they are drawn."""
         first = step * self.batch_size

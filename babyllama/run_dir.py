@@ -133,6 +133,10 @@ STATE_FILES = ("train_state.safetensors", "train_state.json")
 # or malice. It is not among the weights, so their size does not bound it.
 _LARGEST_TABLE = 2**27
 
+# What a model may be trained for: titles of abstracts, and keywords when asked after the title;
+# answers from a reference text (资料); conversation; to continue a text.
+TASKS = ("title", "keywords", "reference", "chat", "continue")
+
 
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
@@ -237,8 +241,21 @@ def read_info(path: Path) -> dict:
         for name, value, kind in typed
         if not isinstance(value, (int | float) if kind is float else kind)
     ]
+    tasks = info.get("tasks", [])
+    if not isinstance(tasks, list) or not all(task in TASKS for task in tasks):
+        wrong.append(f"tasks {tasks!r} (some of {', '.join(TASKS)})")
     if wrong or config.max_seq_len * config.head_dim > _LARGEST_TABLE:
         table = f"model.max_seq_len {config.max_seq_len} with heads {config.head_dim} wide"
         found = ", ".join(wrong) or table
         raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {found}")
     return {**info, "model": config}
+
+
+def tasks_of(path: Path) -> tuple[str, ...]:
+    """What a checkpoint was trained for, what it does best first, as its model.yaml states it.
+
+    One that states nothing may be asked all that others of its kind learn.
+    """
+    info = read_info(path)
+    usual = {"pretrain": ("continue",), "vqa": ("chat",)}
+    return tuple(info.get("tasks") or usual.get(info["kind"], ("chat", "reference", "title")))

@@ -129,7 +129,11 @@ class Windows:
 
     Neighbours overlap by one id, so that each id is a target exactly once; the last window of a
     file may be short. Windows cross documents.
+
+    teaches: of each kind of source, what a model learns of it to do (run_dir.TASKS)
     """
+
+    teaches = ("continue",)
 
     def __init__(self, name: str, files: list[TokenFile], max_seq_len: int) -> None:
         self.name = name
@@ -171,6 +175,8 @@ class Dialogues:
             "turns_cut": int(sum(((n > 0) & (n < total)).sum() for n, total in fitting)),
         }
         self._rows = _kept([n for n, _ in fitting])  # file, row, pieces that fit
+        has_reference = any((file.roles == ROLES.index("system")).any() for file in files)
+        self.teaches = ("reference", "chat") if has_reference else ("chat",)
 
     def _fitting(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """How many pieces of each row fit, whole turns only, and how many it has."""
@@ -222,6 +228,8 @@ class Pair(NamedTuple):
 class Pairs:
     """A source of preferences. Both dialogues of a row share a sequence; a row whose two do not
     fit together is dropped, and counted."""
+
+    teaches = ()
 
     def __init__(
         self, name: str, files: list[TokenFile], tokenizer: Tokenizer, max_seq_len: int
@@ -286,6 +294,9 @@ class Summaries:
             ),
         }
         self._rows = _kept(fits)  # file, row, 1
+        asks = "keywords" in prompts.turns and prompts.share > 0
+        has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in files)
+        self.teaches = ("title", "keywords") if asks and has_keywords else ("title",)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -5,6 +5,7 @@ which is a model of its own.
 """
 
 import copy
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
 from babyllama.generate import Weights
 from babyllama.retrieval.retriever import API_URL
-from babyllama.run_dir import kind_of
+from babyllama.run_dir import kind_of, tasks_of
 from serve.engine import Engine
 from serve.pictures import Eyes, PictureEngine, picture_tools
 
@@ -35,6 +36,8 @@ class ServerConfig:
         host: address to listen on; any but this machine's own needs a key
         port: 0 takes a free one
         api_key_file: text file whose first line is the key that requests must bear
+        allow_origin: web sites whose pages may use the server from a browser, one or [a, b], as
+            https://chat.example.org; "*" for all
         device: auto, cpu, cuda or mps
         weights: auto, float32, or int8: a quarter of the bytes, on the cpu only
         slots: replies that are written at the same time
@@ -58,6 +61,7 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_file: Path | None = None
+    allow_origin: tuple[str, ...] | str = ()
     device: Device = "auto"
     weights: Weights = "auto"
     slots: int = 16
@@ -82,17 +86,29 @@ class ServerConfig:
         ]
         if faults or self.port > 65535:
             raise ConfigError(f"cannot serve with {', '.join(faults) or f'port {self.port}'}")
+        for origin in self.origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ConfigError(
+                    f"--allow-origin {origin!r}: wanted a site as browsers name it, with scheme "
+                    f"and without a path: https://chat.example.org"
+                )
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return (self.allow_origin,) if isinstance(self.allow_origin, str) else self.allow_origin
 
 
 @dataclass(frozen=True)
 class Served:
     """Models by name, the base first.
 
+    tasks: what each was trained for; an adapter that does not say is for what its base is
     eyes: of a model that takes pictures
     """
 
     engines: dict[str, Engine]
     paths: dict[str, Path]
+    tasks: dict[str, tuple[str, ...]]
     eyes: Eyes | None = None
 
     @property
@@ -117,7 +133,13 @@ def serve_from(cfg: ServerConfig, path: Path) -> Served:
         )
         for name, loaded in models.items()
     }  # fmt: skip
-    return Served(engines, {name: loaded.path for name, loaded in models.items()})
+    paths = {name: loaded.path for name, loaded in models.items()}
+    first = next(iter(paths.values()))
+    tasks = {
+        name: tasks_of(place if (place / "model.yaml").is_file() else first)
+        for name, place in paths.items()
+    }
+    return Served(engines, paths, tasks)
 
 
 def _with_eyes(cfg: ServerConfig, path: Path, device: str | torch.device) -> Served:
@@ -130,7 +152,8 @@ def _with_eyes(cfg: ServerConfig, path: Path, device: str | torch.device) -> Ser
     loaded = picture_tools().load(path, device)
     loaded.tokenizer.require_dialogue()
     name = name_of(loaded.path)
-    return Served({name: PictureEngine(loaded, cfg.slots)}, {name: loaded.path}, Eyes(loaded))
+    engines, tasks = {name: PictureEngine(loaded, cfg.slots)}, {name: ("chat",)}
+    return Served(engines, {name: loaded.path}, tasks, Eyes(loaded))
 
 
 def _with_adapters(base: Loaded, adapters: tuple[Path, ...] | Path) -> dict[str, Loaded]:

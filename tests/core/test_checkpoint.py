@@ -31,6 +31,7 @@ from babyllama.checkpoint import (
     load_weights,
     require_space,
     save_checkpoint,
+    write_small,
 )
 from babyllama.config import REPO
 from babyllama.errors import CheckpointError, ConfigError
@@ -43,6 +44,7 @@ from babyllama.run_dir import (
     find_checkpoint,
     list_checkpoints,
     newest_run,
+    tasks_of,
     verify,
 )
 from conftest import TEXTS, small_config, write_run
@@ -126,6 +128,28 @@ def test_what_is_loaded_is_what_was_saved(tied: bool, tmp_path: Path, tokenizer:
         update(model, optimizer)
         update(again, other)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+def test_a_checkpoint_states_what_it_was_trained_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = Transformer(small_config(tokenizer.vocab_size))
+    optimizer = make_optimizer(model, OptimConfig())
+
+    def saved(name: str, kind: str = "sft") -> Path:
+        return save_checkpoint(tmp_path / name, 1, model, tokenizer, optimizer, {}, kind)
+
+    for kind, usual in (("sft", ("chat", "reference", "title")), ("pretrain", ("continue",))):
+        assert tasks_of(saved(kind, kind)) == usual
+    model.more_info = {"tasks": ["title", "chat"]}
+    path = saved("stated")
+    assert tasks_of(path) == ("title", "chat")
+    (tmp_path / "int8").mkdir()
+    write_small(tmp_path / "int8", load_model(path))
+    assert tasks_of(tmp_path / "int8") == ("title", "chat")
+    for wrong in (["poems"], "title", [["title"]], 7):
+        model.more_info = {"tasks": wrong}
+        path = saved("wrong")
+        with pytest.raises(CheckpointError, match="tasks"):
+            tasks_of(path)
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -116,6 +116,17 @@ def equal(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bo
     )
 
 
+@pytest.mark.parametrize(
+    "name, teaches",
+    [("text", ["continue"]), ("chat", ["reference", "chat"]), ("summary", ["title"])],
+)
+def test_a_mixture_knows_what_it_teaches(token_root, tokenizer, name, teaches):
+    prompts = REPO / "tests/small_prompts.yaml"
+    config = replace(config_of(token_root, **{name: 1.0}), prompts=prompts)
+    found = open_data(config, tokenizer, MAX_SEQ_LEN, Order())
+    assert found.train.teaches == teaches
+
+
 def test_the_batches_of_a_step_do_not_depend_on_earlier_calls(token_root, tokenizer, data):
     steps = [0, 1, 2, 17, 60]  # the last lies in a later epoch
     assert data.train.steps_per_epoch < 60
