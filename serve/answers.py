@@ -21,6 +21,16 @@ FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "ti
 KEEP_ALIVE_S = 10
 
 
+def new_head(model: str, is_chat: bool) -> dict:
+    """What every answer begins with."""
+    return {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+    }
+
+
 @dataclass
 class Asked:
     """One request under way: its jobs, and how its replies are to be written down.
@@ -39,13 +49,7 @@ class Asked:
     mailbox: Mailbox = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
-        kind = "chatcmpl" if self.is_chat else "cmpl"
-        self.head = {
-            "id": f"{kind}-{uuid.uuid4().hex}",
-            "object": "chat.completion" if self.is_chat else "text_completion",
-            "created": int(time.time()),
-            "model": self.model,
-        }
+        self.head = new_head(self.model, self.is_chat)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece] | None]:
         """Pieces of all replies as they come; None when nothing came for a while. Who stops

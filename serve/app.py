@@ -1,72 +1,38 @@
-"""The routes: OpenAI's three, the page, health, metrics, and what the page asks for.
+"""OpenAI's routes, and the application with all others round them.
 
 `make_app` is told all it needs; nothing here loads a model or opens a socket.
 """
 
 import asyncio
 import contextlib
+import errno
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from babyllama.errors import ConfigError
-from babyllama.retrieval.retriever import Choices, Retriever, WikiError, look_up
+from serve import titles
 from serve.answers import Asked, EventStream, gone, whole
 from serve.engine import Engine, Job
 from serve.errors import Refused, invalid, refusal
 from serve.guard import Gate, GateConfig
-from serve.metrics import Metrics
+from serve.page_routes import Service, add_page, model_facts
 from serve.prompt import Prompt, chat_prompt, text_prompts
-from serve.scheduler import Desk
 from serve.schema import Answer, ChatRequest, CompletionRequest, Refusal, Request
-
-if TYPE_CHECKING:
-    from serve.pictures import Eyes
 
 logger = logging.getLogger("babyllama.serve")
 
-PAGE = Path(__file__).parent / "page"
-FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/page.css": ("page.css", "text/css; charset=utf-8"),
-    "/page.js": ("page.js", "text/javascript; charset=utf-8"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
-OPEN = frozenset([*FILES, "/health"])
 WORDS = {
     400: "refused", 401: "no key", 403: "another site", 404: "unknown", 405: "wrong method",
     408: "too slow", 413: "too large", 429: "busy", 500: "a fault", 503: "overloaded",
 }  # fmt: skip
-MOST_LOOK_UPS = 4
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the routes work with.
-
-    created: when the checkpoint was made, by model
-    wiki_url: MediaWiki's API for look-ups on the network; "" for none
-    eyes: of the model that is served, where it takes pictures
-    """
-
-    desk: Desk
-    metrics: Metrics
-    created: dict[str, int]
-    reply_s: float
-    truncate: bool
-    retriever: Retriever | None
-    wiki_url: str
-    eyes: "Eyes | None" = None
 
 
 def make_app(service: Service, gate: GateConfig) -> Gate:
@@ -78,7 +44,7 @@ def make_app(service: Service, gate: GateConfig) -> Gate:
     )  # fmt: skip
     _add_errors(app)
     _add_replies(app, service)
-    _add_page(app, service)
+    add_page(app, service)
     _leave_out_422(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
     return Gate(app, gate, service.metrics, paths)
@@ -87,11 +53,28 @@ def make_app(service: Service, gate: GateConfig) -> Gate:
 def _lifespan(service: Service) -> Callable:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.desk.start(asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_OncePerMinute())
+        service.desk.start(loop)
         yield
         service.desk.stop()
 
     return lifespan
+
+
+class _OncePerMinute:
+    """Says what went wrong in the loop; that no file is left to open, which happens again at each
+    connection that waits, once a minute."""
+
+    def __init__(self) -> None:
+        self.silent_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict) -> None:
+        if getattr(context.get("exception"), "errno", None) not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif time.monotonic() >= self.silent_until:
+            self.silent_until = time.monotonic() + 60
+            logger.error("no file is left to open: new connections wait (ulimit -n)")
 
 
 def _leave_out_422(app: FastAPI) -> None:
@@ -155,22 +138,32 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict:
         """The models that may be named in a request: the base first, then its adapters."""
-        return {"object": "list", "data": [_model(service, name) for name in service.desk.engines]}
+        return {
+            "object": "list",
+            "data": [model_facts(service, name) for name in service.desk.engines],
+        }
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict:
-        return _model(service, _choose(service, name)[0])
+        return model_facts(service, _choose(service, name)[0])
 
     @app.post("/v1/chat/completions", response_model=Answer, responses=REPLY)
     async def chat(body: ChatRequest, request: HttpRequest) -> object:
-        """Continue a dialogue."""
+        """Continue a dialogue, or give a text its title."""
         name, engine = _choose(service, body.model)
+        if body.task == "title":
+            if service.served.eyes:
+                raise Refused(400, "task: this model answers about pictures alone", "task")
+            text = titles.text_of(body)
+            with service.desk.places(_client(request), 1):
+                async with service.searching:
+                    return await titles.answer(body, text, engine, name)
         n_top = (body.top_logprobs or 0) if body.logprobs else None
         with ExitStack() as places:
             places.enter_context(service.desk.places(_client(request), body.n or 1))
             prompt = await asyncio.to_thread(
                 chat_prompt, body, engine.tokenizer, engine.context, service.retriever,
-                service.truncate, service.eyes,
+                service.truncate, service.served.eyes,
             )  # fmt: skip
             extra: dict = {}
             if prompt.n_dropped:
@@ -186,7 +179,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     async def complete(body: CompletionRequest, request: HttpRequest) -> object:
         """Continue a text."""
         name, engine = _choose(service, body.model)
-        if service.eyes:
+        if service.served.eyes:
             text = "this model answers questions about pictures; ask it by /v1/chat/completions"
             raise Refused(400, text, "prompt")
         n = (body.n or 1) * len(body.prompt)
@@ -249,80 +242,3 @@ def _jobs(
         for prompt in prompts
         for number in range(body.n or 1)
     ]  # fmt: skip
-
-
-def _model(service: Service, name: str) -> dict:
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.created[name],
-        "owned_by": "babyllama",
-        "context": service.desk.engines[name].context,
-        "pictures": service.eyes is not None,
-    }
-
-
-def _add_page(app: FastAPI, service: Service) -> None:
-    for path, (name, kind) in FILES.items():
-        content = (PAGE / name).read_bytes()
-
-        def page(content: bytes = content, kind: str = kind) -> Response:
-            return Response(content, media_type=kind, headers={"Cache-Control": "no-cache"})
-
-        app.add_api_route(path, _without_arguments(page), include_in_schema=False)
-
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        if service.desk.failed:
-            return JSONResponse({"status": "failed"}, 503)
-        return JSONResponse({"status": "ok"})
-
-    @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/api/settings")
-    async def settings() -> dict:
-        """What the page needs to know to show itself."""
-        return {
-            "models": [_model(service, name) for name in service.desk.engines],
-            "retrieval": service.retriever.describe() if service.retriever else None,
-            "look_up": bool(service.retriever or service.wiki_url),
-        }
-
-    looking = asyncio.Semaphore(MOST_LOOK_UPS)
-
-    @app.get("/api/wiki")
-    async def wiki(term: Annotated[str, Query(min_length=1, max_length=200)]) -> dict:
-        """A text for the 资料 box: from the index, else from Wikipedia's server."""
-        if looking.locked():
-            raise Refused(429, "too many look-ups at a time", headers={"Retry-After": "2"})
-        async with looking:
-            return await asyncio.to_thread(_look_up, service, term)
-
-
-def _without_arguments(page: Callable) -> Callable:
-    async def endpoint() -> Response:
-        return page()
-
-    return endpoint
-
-
-def _look_up(service: Service, term: str) -> dict:
-    """An article, or titles to choose from; raises Refused (404) if there is neither."""
-    if not term.strip():
-        raise Refused(400, "term is blank", "term")
-    if service.retriever:
-        found = service.retriever.article(term, 2000)
-        if found.text:
-            return {"text": found.text, "citation": found.citation, "url": None}
-    if not service.wiki_url:
-        where = "the index has" if service.retriever else "this server has no index, and"
-        raise Refused(404, f"{where} nothing about {term!r}", "term", "nothing_found")
-    try:
-        article = look_up(term, service.wiki_url)
-    except WikiError as error:
-        raise Refused(404, str(error), "term", "nothing_found") from None
-    if isinstance(article, Choices):
-        return {"choices": article.titles, "ambiguous": article.ambiguous}
-    return {"text": article.text, "citation": f"《{article.title}》", "url": article.url}

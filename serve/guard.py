@@ -1,15 +1,16 @@
 """What stands before the application: who may come in, how much they may send, and how slowly.
 
 `Gate` is ASGI middleware: host and origin, key, size and time of a body, headers of safety, time
-to take an answer. `Protocol` is uvicorn's HTTP protocol with a time limit for a request's head,
-which uvicorn leaves open.
+to take an answer. `Protocol` is uvicorn's HTTP protocol with what uvicorn leaves open: a time limit
+for a request's head, and how many connections one address may hold.
 """
 
 import asyncio
 import hashlib
 import hmac
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import h11
@@ -20,6 +21,8 @@ from serve.errors import Refused
 from serve.metrics import Metrics
 
 SEND_S = 30
+# Connections of one address: enough for a pool, too few to keep all others out.
+MOST_OF_ADDRESS = 200
 
 # The page loads only its own files and talks only to its own server.
 POLICY = (
@@ -30,35 +33,62 @@ SAFETY = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
     (b"x-frame-options", b"DENY"),
 ]
+OWN_SITE = [(b"cross-origin-resource-policy", b"same-origin")]
+
+
+def _for_site(origin: str) -> list[tuple[bytes, bytes]]:
+    """What lets a browser give an answer to another site's page."""
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-expose-headers", b"retry-after"),
+        (b"cross-origin-resource-policy", b"cross-origin"),
+        (b"vary", b"origin"),
+    ]
 
 
 class Protocol(H11Protocol):
-    """Closes a connection whose first request does not begin, or any head not end, in time.
+    """Closes a connection whose first request does not begin, or any head not end, in time. Of an
+    address that holds too many, the one that has been silent longest, or else the new one, goes.
 
     Between two requests a client may rest longer: pools keep connections, and one that is closed
     just as the next request is sent looks like a failure.
 
-    head_s: seconds for a head, from the connection's or its own first byte on; set by who starts
-        the server
+    first_s: seconds from a connection to its first byte
+    head_s: seconds for a head, from its first byte on; set by who starts the server
     rest_s: seconds from a response to the next request's first byte
+    open: all connections, by address, the oldest first; one for all that a server makes
     """
 
+    first_s = 4.0
     head_s = 10.0
     rest_s = 75.0
+    open: dict[str, dict["Protocol", None]] = {}  # noqa: RUF012
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._resting = False
-        self._timer = self.loop.call_later(self.head_s, self._give_up)
+        self._resting = self._silent = True
+        own = self.open.setdefault(self._address, {})
+        if len(own) >= MOST_OF_ADDRESS:
+            next((one for one in own if one._silent), self)._give_up()
+        own[self] = None
+        self._timer = self.loop.call_later(min(self.first_s, self.head_s), self._give_up)
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
+        own = self.open[self._address]
+        del own[self]
+        if not own:
+            del self.open[self._address]
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._silent = False
         if self._resting:
             self._resting = False
             self._wait(self.head_s)
@@ -96,6 +126,8 @@ class GateConfig:
     names: by which requests may call the server; empty: any. Of a server for this machine alone
         they keep out web pages whose own name was turned to this address
     open_paths: which need no key
+    body_bytes: largest body; that of another path in larger
+    origins: web sites whose pages may ask; "*" for all
     """
 
     key: str
@@ -103,6 +135,8 @@ class GateConfig:
     open_paths: frozenset[str]
     body_bytes: int
     body_s: float
+    larger: Mapping[str, int] = field(default_factory=dict)
+    origins: tuple[str, ...] = ()
 
 
 class Gate:
@@ -116,8 +150,13 @@ class Gate:
         path = scope["path"] if scope["path"] in self.paths else "other"
         reply = _Reply(send, path, self.metrics)
         try:
-            self._check(scope)
-            body = await self._body(scope, receive)
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            reply.allowed = self._check_site(headers)
+            if reply.allowed and scope["method"] == "OPTIONS":
+                await reply.preflight(headers.get(b"access-control-request-headers", ""))
+                return
+            self._check_key(scope["path"], headers)
+            body = await self._body(scope["path"], headers, receive)
         except Refused as refused:
             await reply.refuse(refused)
             return
@@ -134,34 +173,49 @@ class Gate:
             if not reply.has_begun:
                 await reply.refuse(Refused(503, "the server was stopped", code="stopped"))
 
-    def _check(self, scope: Scope) -> None:
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
+    def _check_site(self, headers: dict[bytes, str]) -> str:
+        """The other site whose page asks, if it may; "" for the server's own and for programs."""
+        host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
         if self.cfg.names and _name(f"//{host}") not in self.cfg.names:
-            text = f"this server answers to {', '.join(self.cfg.names)} only, found host {host!r}"
-            raise Refused(403, text, code="wrong_host")
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and origin.partition("//")[2] != host:
-            raise Refused(403, f"requests from other sites are refused, found origin {origin!r}",
-                          code="wrong_origin")  # fmt: skip
-        if self.key and scope["path"] not in self.cfg.open_paths:
-            scheme, _, found = headers.get(b"authorization", b"").partition(b" ")
-            is_right = hmac.compare_digest(hashlib.sha256(found.strip()).digest(), self.key)
-            if scheme.lower() != b"bearer" or not is_right:
-                raise Refused(
-                    401, "this server wants its key: Authorization: Bearer KEY",
-                    code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-                )  # fmt: skip
+            raise Refused(
+                403,
+                f"this server answers to {', '.join(self.cfg.names)} only, found host {host!r}; to "
+                f"reach it by another name start it with --host 0.0.0.0 --api-key-file FILE",
+                code="wrong_host",
+            )
+        if not origin or origin.partition("//")[2] == host:
+            return ""
+        if origin not in self.cfg.origins and "*" not in self.cfg.origins:
+            raise Refused(
+                403,
+                f"requests from other sites are refused, found origin {origin!r}; if it is yours, "
+                f"start the server with --allow-origin {origin}",
+                code="wrong_origin",
+            )
+        return origin
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body.
+    def _check_key(self, path: str, headers: dict[bytes, str]) -> None:
+        if not self.key or path in self.cfg.open_paths:
+            return
+        scheme, _, found = headers.get(b"authorization", "").partition(" ")
+        found = hashlib.sha256(found.strip().encode("latin-1")).digest()
+        if scheme.lower() != "bearer" or not hmac.compare_digest(found, self.key):
+            raise Refused(
+                401, "this server wants its key: Authorization: Bearer KEY",
+                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+
+    async def _body(self, path: str, headers: dict[bytes, str], receive: Receive) -> bytes:
+        """The whole body. One that is too large is read to its end and thrown away: most clients
+        look for an answer only when all is sent, and see a reset connection else.
 
         raises: Refused if it is too large or comes too slowly, ConnectionError if it does not end
         """
-        most = self.cfg.body_bytes
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > most:
-            raise _too_large(int(length), most)
+        most = self.cfg.larger.get(path, self.cfg.body_bytes)
+        length = headers.get(b"content-length", "")
+        announced = int(length) if length.isdecimal() and len(length) < 20 else 0
+        if announced > most and b"expect" in headers:
+            raise _too_large(announced, most)  # the client asks before it sends
         parts, size = [], 0
         try:
             async with asyncio.timeout(self.cfg.body_s):
@@ -169,15 +223,18 @@ class Gate:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ConnectionError
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > most:
-                        raise _too_large(size, most)
+                    size += len(message.get("body", b""))
+                    if size <= most:
+                        parts.append(message.get("body", b""))
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        break
         except TimeoutError:
-            text = f"the body did not arrive within {self.cfg.body_s:g} s"
-            raise Refused(408, text, code="timeout") from None
+            if max(size, announced) <= most:
+                text = f"the body did not arrive within {self.cfg.body_s:g} s"
+                raise Refused(408, text, code="timeout") from None
+        if max(size, announced) > most:
+            raise _too_large(max(size, announced), most)
+        return b"".join(parts)
 
 
 def _name(address: str) -> str | None:
@@ -219,16 +276,21 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class _Reply:
-    """The way out: headers that every answer has, a time limit, a count."""
+    """The way out: headers that every answer has, a time limit, a count.
+
+    allowed: the other site that may read the answer
+    """
 
     def __init__(self, send: Send, path: str, metrics: Metrics) -> None:
         self._send, self.path, self.metrics = send, path, metrics
         self.is_slow = self.has_begun = False
+        self.allowed = ""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
-            message = {**message, "headers": [*message.get("headers", []), *SAFETY]}
+            safety = SAFETY + _for_site(self.allowed) if self.allowed else OWN_SITE + SAFETY
+            message = {**message, "headers": [*message.get("headers", []), *safety]}
             self.metrics.requests.labels(self.path, str(message["status"])).inc()
         try:
             async with asyncio.timeout(SEND_S):
@@ -236,6 +298,17 @@ class _Reply:
         except TimeoutError:
             self.is_slow = True
             raise
+
+    async def preflight(self, asked: str) -> None:
+        """A browser's question whether the other site's page may send these headers."""
+        headers = [
+            (b"access-control-allow-methods", b"GET, POST"),
+            (b"access-control-allow-headers", (asked or "*").encode("latin-1")),
+            (b"access-control-allow-private-network", b"true"),
+            (b"access-control-max-age", b"600"),
+        ]
+        await self.send({"type": "http.response.start", "status": 204, "headers": headers})
+        await self.send({"type": "http.response.body", "body": b""})
 
     async def refuse(self, refused: Refused) -> None:
         body = json.dumps(refused.body, ensure_ascii=False).encode()

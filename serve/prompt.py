@@ -53,8 +53,11 @@ def chat_prompt(
     if request.retrieve:
         reference, sources = _retrieved(request, tokenizer, context, retriever)
     messages = [{"role": m.role, "content": m.text} for m in request.messages]
-    if reference.strip():
-        messages.insert(0, {"role": "system", "content": reference.strip()})
+    n_system = _n_system(request)
+    given = [m["content"].strip() for m in messages[:n_system]] + [reference.strip()]
+    messages = messages[n_system:]
+    if any(given):
+        messages.insert(0, {"role": "system", "content": "\n".join(filter(None, given))})
     # Each content is encoded once, however often the dialogue is laid out.
     messages = [{**m, "content": [tokenizer.encode(m["content"])]} for m in messages]
     ids, n_dropped = tokenizer.render_prompt(messages), 0
@@ -91,19 +94,25 @@ def _check(request: ChatRequest, sees: bool) -> None:
             raise Refused(400, text, place)
         if message.images and message.role != "user":
             raise Refused(400, f"{place}.content: pictures come in messages of the user", place)
-        if message.role == "system" and number:
+        if message.role == "system" and number >= _n_system(request):
             raise Refused(400, f"{place}.role: system (资料) only comes first", place)
         if message.role == "user" and not message.text.strip():
             raise Refused(400, f"{place}.content is blank; write a message", place)
     if messages[-1].role != "user":
         text = f"the last message must be the user's, found {messages[-1].role!r}"
         raise Refused(400, text, f"messages.{len(messages) - 1}.role")
-    given = [messages[0].role == "system", bool(request.reference), bool(request.retrieve)]
+    has_system = any(m.text.strip() for m in messages[: _n_system(request)])
+    given = [has_system, bool(request.reference), bool(request.retrieve)]
     if sum(given) > 1:
         text = "one 资料 only: a system message, `reference` or `retrieve`"
         raise Refused(400, text, "reference" if request.reference else "retrieve")
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.top_logprobs and not request.logprobs:
         raise Refused(400, "top_logprobs goes with logprobs: true", "top_logprobs")
+
+
+def _n_system(request: ChatRequest) -> int:
+    """System messages at the beginning: some clients send several, which are one 资料."""
+    return next(n for n, m in enumerate([*request.messages, None]) if not m or m.role != "system")
 
 
 def _looked_at(request: ChatRequest, eyes: "Eyes") -> "Tensor":

@@ -64,8 +64,11 @@ class Desk:
     def places(self, client: str, n: int) -> Iterator[None]:
         """Room for n replies, as long as the block runs.
 
-        raises: Refused (429) if there is none
+        raises: Refused (429) if there is none, (400) if there never can be
         """
+        if n > (most := min(self.per_client, self.most)):
+            text = f"wanted at most {most} replies to a request, found {n} (n for each prompt)"
+            raise Refused(400, text, "n", "invalid_value")
         own, everyone = self._open[client] + n, self._open.total() + n
         if own > self.per_client or everyone > self.most:
             reason = "client" if own > self.per_client else "queue"

@@ -188,6 +188,7 @@ class Request(Strict):
             for name in SamplingConfig.__dataclass_fields__
             if (value := getattr(self, name, None)) is not None
         }
+        asked.setdefault("loop_guard", "redraw")
         asked |= {"n": 1, "stop": self.stop or [], "max_new_tokens": self.longest or most}
         return SamplingConfig(**asked)
 
@@ -200,6 +201,12 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Our own.
+    task: Literal["chat", "title"] | None = Field(
+        None,
+        description="title: the one message is a text; the reply is its title, n of them the best "
+        "n, found by the search that the terminal and eval_rouge.py use; `read` says how many "
+        "characters of a long text were read. The sampling fields do not go with it",
+    )
     reference: Annotated[Text, Field(max_length=MOST_CHARACTERS)] | None = Field(
         None, description="资料: a text to answer from; instead of a system message"
     )

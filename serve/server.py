@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 # At most so many connections; more are answered with 503.
-MOST_CONNECTIONS = 500
+MOST_CONNECTIONS = 1000
 
 
 def main(cfg: ServerConfig) -> int:
@@ -43,6 +43,7 @@ def main(cfg: ServerConfig) -> int:
             f"--host {cfg.host} can be reached by others, so it needs --api-key-file FILE; "
             f"leave --host out to serve this machine alone"
         )
+    raise_file_limit()
     # Before the model is loaded, so that a port in use shows at once.
     with listen(cfg.host, cfg.port) as listener:
         retriever = open_index(cfg.index)
@@ -52,6 +53,17 @@ def main(cfg: ServerConfig) -> int:
         with _own_signals():
             server.run(sockets=[listener])
     return int(desk.failed)
+
+
+def raise_file_limit() -> None:
+    """As many open files as the system allows: each connection is one."""
+    try:
+        import resource
+    except ImportError:
+        return  # Windows has no such limit
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def require_packages() -> None:
@@ -76,18 +88,19 @@ def make_server(
     """A server that is ready to run, and its desk."""
     import uvicorn
 
-    from serve.app import OPEN, Service, make_app
+    from serve.app import make_app
     from serve.guard import GateConfig, Protocol
     from serve.metrics import Metrics
+    from serve.page_routes import LARGER, OPEN, Service
     from serve.scheduler import Desk
 
     metrics = Metrics()
     desk = Desk(served.engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
-    service = Service(desk, metrics, served.created, cfg.reply_seconds, cfg.truncate, retriever,
-                      cfg.wiki_url, served.eyes)  # fmt: skip
+    service = Service(desk, metrics, served, cfg.reply_seconds, cfg.truncate, retriever,
+                      cfg.wiki_url)  # fmt: skip
     names = LOOPBACK if cfg.host in LOOPBACK else ()
-    gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds)
-    protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds})
+    gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds, LARGER, cfg.origins)
+    protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds, "open": {}})
     # Without proxy_headers=False a client could give itself another address. Protocol closes idle
     # connections.
     server = uvicorn.Server(uvicorn.Config(
@@ -133,10 +146,11 @@ def listen(host: str, port: int) -> socket.socket:
     raises: ConfigError if the address cannot be had; one line that says why
     """
     try:
-        ((family, kind, _, _, address), *_) = socket.getaddrinfo(
+        ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        listener = socket.socket(family, kind)
+        # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named.
+        listener = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"--host {host}: no such address ({error.strerror or error})") from None
     try:

@@ -17,10 +17,12 @@ import httpx
 import pytest
 
 from babyllama.cpu.decoder import make_decoder
-from serve.app import OPEN, Service, make_app
+from serve.app import make_app
 from serve.engine import Engine
 from serve.guard import GateConfig
 from serve.metrics import Metrics
+from serve.models import Served
+from serve.page_routes import OPEN, Service
 from serve.scheduler import Desk
 from serving import endless_model
 
@@ -120,12 +122,13 @@ async def fuzz(app: object, desk: Desk, n: int) -> Counter[int]:
 @pytest.mark.parametrize(
     "n", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
-def test_spoilt_requests_are_answered_or_refused_with_the_field(tokenizer, n):
+def test_spoilt_requests_are_answered_or_refused_with_the_field(tokenizer, tmp_path, n):
     metrics = Metrics()
     engine = Engine(make_decoder(endless_model(tokenizer, CONTEXT)), tokenizer, 8,
                     clock=time.monotonic)  # fmt: skip
     desk = Desk({"small": engine}, 1000, 1000, metrics)
-    service = Service(desk, metrics, {"small": 0}, 60, False, None, "")
+    served = Served({"small": engine}, {"small": tmp_path}, {"small": ("chat",)})
+    service = Service(desk, metrics, served, 60, False, None, "")
     app = make_app(service, GateConfig("", (), OPEN, 1 << 20, 10))
     statuses = asyncio.run(fuzz(app, desk, n))
     print(dict(statuses))
