@@ -93,5 +93,21 @@ def ask(page: "Page", text: str, tokens: int = 12) -> str:
 
 
 def texts(page: "Page") -> list[str]:
-    """All messages of the conversation."""
-    return page.locator("#messages .text").all_text_contents()
+    """All messages of the conversation, as they were written; each is on the screen."""
+    found = page.evaluate("talk.messages.map((message) => message.content)")
+    shown = page.locator("#messages > li > .text:not(.rich)").all_text_contents()
+    assert [text for text in shown if text not in found] == []
+    assert page.locator("#messages > li").count() == len(found)
+    return found
+
+
+def put_talk(page: "Page", talk: dict) -> None:
+    """Write a conversation into the browser's store, and show it."""
+    page.evaluate(
+        """async (talk) => {
+            const kept = { ...store.blank(), ...talk };
+            await store.put(kept);
+            await openTalk(await store.get(kept.id));
+        }""",
+        talk,
+    )

@@ -1,80 +1,55 @@
-// The chat page's behaviour: what is kept, what is asked of the server, what is shown.
-// Text goes into the page by textContent alone, so nothing in it is ever read as HTML.
+// The chat page's behaviour: what is shown, what is asked of the server, what becomes of the answer.
+// Text goes into the page by textContent, or through markdown.js.
 "use strict";
 
-const KEPT = "babyllama.1"; // in localStorage
+const KEPT = "babyllama.1"; // settings, in localStorage
+const DRAFT = "babyllama.draft."; // what is typed and not sent, by conversation
 const SLIDERS = {
   temperature: { min: 0, max: 2, step: 0.05, value: 0.8 },
   top_p: { min: 0.05, max: 1, step: 0.05, value: 0.9 },
   repetition_penalty: { min: 1, max: 1.5, step: 0.01, value: 1 },
   max_tokens: { min: 8, max: 512, step: 8, value: 256 },
 };
+const CHOICES = { loop_guard: ["off", "end", "redraw"], theme: ["auto", "light", "dark"] };
+const MODES = ["title", "chat", "continue"]; // of a model's tasks, those with an input of their own
 // Of a model that takes pictures; it was taught in Chinese.
 const PICTURE_EXAMPLES = ["图片里是什么？", "这是动物还是交通工具？"];
+const EXAMPLES = {
+  title: ["针对移动机器人在未知环境中的路径规划问题，提出了一种基于改进蚁群算法的路径规划方法。该方法在信息素更新中引入距离因子，加快了收敛速度。仿真结果表明，改进蚁群算法能有效地为移动机器人规划出较优的路径。"],
+  chat: ["你好", "你是谁？", "你喜欢什么？"],
+  continue: ["从前有座山，", "今天天气很好，"],
+};
 const LARGEST_SIDE = 768; // pixels; larger pictures are made smaller before they are sent
 const MOST_BYTES = 300_000;
-const EXAMPLES = { zh: ["你好", "你是谁？", "给我讲一个故事。"], en: ["你好", "你是谁？", "你喜欢什么？"] };
-const WORDS = {
-  zh: {
-    skip: "跳到输入框", model: "模型", fresh: "新对话", language: "Switch to English", settings: "设置",
-    conversation: "对话", hello: "说点什么吧", hint: "小模型，会犯错。给它资料，它就从资料里找答案。",
-    reference: "资料", referenceHint: "让模型据此回答的文字", term: "维基百科词条", lookUp: "查找",
-    retrieve: "每次提问自动查找资料", question: "输入消息", send: "发送", stop: "停止", close: "关闭",
-    keys: "Enter 发送 · Shift+Enter 换行 · Esc 停止", guard: "遇到重复", off: "不管", end: "结束回答",
-    redraw: "换个说法", seed: "随机种子", random: "随机", theme: "外观", auto: "跟随系统", light: "浅色",
-    dark: "深色", key: "密钥", keyHint: "服务器要求时填写", export: "导出对话", reset: "恢复默认设置",
-    temperature: "温度", top_p: "核采样 top-p", repetition_penalty: "重复惩罚", max_tokens: "最长回答（token）",
-    user: "你", assistant: "babyllama", copy: "复制", copied: "已复制", again: "重新回答", edit: "编辑",
-    resend: "重新发送", cancel: "取消", retry: "重试", writing: "正在回答", stopped: "已停止",
-    length: "到了长度上限", time: "超时，已停止", loop: "开始重复，已停止",
-    dropped: (n) => `太长：最早的 ${n} 条消息模型看不到了`, looking: "正在查找…",
-    several: "有多个含义，请选择：", near: "没有这个词条，相近的有：", sources: (n) => `资料来源（${n}）`,
-    noSources: "没有找到合适的资料", characters: (n) => `${n} 字`, automatic: "自动查找",
-    offline: "连不上服务器；请检查它是否还在运行", needKey: "服务器要求密钥；请在设置中填写",
-    failed: "出错了", broken: "回答中断了", ready: "回答完成",
-    addPicture: "添加图片", removePicture: "移除图片", picture: "图片", needPicture: "这个模型看图回答：请先添加一张图片",
-    badPicture: "这个文件不是能打开的图片",
-  },
-  en: {
-    skip: "Skip to the input", model: "Model", fresh: "New chat", language: "切换到中文", settings: "Settings",
-    conversation: "Conversation", hello: "Say something", hint: "A small model that makes mistakes. Give it a reference text and it looks for the answer there.",
-    reference: "Reference", referenceHint: "Text for the model to answer from", term: "Wikipedia article", lookUp: "Look up",
-    retrieve: "Look up a reference for every question", question: "Message", send: "Send", stop: "Stop", close: "Close",
-    keys: "Enter sends · Shift+Enter breaks the line · Esc stops", guard: "When it repeats itself", off: "Let it", end: "End the reply",
-    redraw: "Say it otherwise", seed: "Random seed", random: "random", theme: "Appearance", auto: "System", light: "Light",
-    dark: "Dark", key: "Key", keyHint: "if the server asks", export: "Export", reset: "Default settings",
-    temperature: "Temperature", top_p: "top-p", repetition_penalty: "Repetition penalty", max_tokens: "Longest reply (tokens)",
-    user: "You", assistant: "babyllama", copy: "Copy", copied: "Copied", again: "Regenerate", edit: "Edit",
-    resend: "Send again", cancel: "Cancel", retry: "Retry", writing: "Writing", stopped: "Stopped",
-    length: "Reached the length limit", time: "Took too long, stopped", loop: "Began to repeat itself, stopped",
-    dropped: (n) => `Too long: the model no longer sees the first ${n} messages`, looking: "Looking…",
-    several: "Several meanings, choose one:", near: "No such article; similar ones:", sources: (n) => `Sources (${n})`,
-    noSources: "No fitting reference was found", characters: (n) => `${n} characters`, automatic: "automatic",
-    offline: "Cannot reach the server; is it still running?", needKey: "The server wants a key; enter it in the settings",
-    failed: "Something went wrong", broken: "The reply broke off", ready: "Reply finished",
-    addPicture: "Add a picture", removePicture: "Remove the picture", picture: "Picture", needPicture: "This model answers about pictures: add one first",
-    badPicture: "This file is no picture that can be opened",
-  },
-};
+const MOST_SENT = { messages: 400, characters: 24_000 }; // of a conversation; the server takes a little more
+const N_TITLES = 3;
+const UNDO_MS = 8000;
 
 const $ = (id) => document.getElementById(id);
 const defaults = () => ({
-  loop_guard: "off", seed: "",
+  loop_guard: "redraw", seed: "",
   ...Object.fromEntries(Object.entries(SLIDERS).map(([name, s]) => [name, s.value])),
 });
 const state = {
-  messages: [], reference: "", retrieve: false, model: "", theme: "auto", key: "", sampling: defaults(),
+  model: "", theme: "auto", key: "", sampling: defaults(), list: true,
   language: (navigator.language || "zh").startsWith("zh") ? "zh" : "en",
 };
+let talk = store.blank(); // the conversation on the screen
 let writing = null; // the AbortController of the reply under way
 let editing = -1; // number of the message that is being edited
 let models = []; // as the server describes them
+let server = {}; // what else it offers
 let picture = ""; // a data URL, for the next message
-const sees = () => Boolean(models.find((model) => model.id === state.model)?.pictures);
-const say = (name, ...values) => {
-  const found = WORDS[state.language][name];
-  return typeof found === "function" ? found(...values) : found;
-};
+let saving = Promise.resolve(); // the last save that was begun
+
+const model = () => models.find((found) => found.id === state.model) ?? { tasks: ["chat"] };
+const sees = () => Boolean(model().pictures);
+const can = (task) => model().tasks.includes(task);
+const modes = () => MODES.filter(can).sort((a, b) => model().tasks.indexOf(a) - model().tasks.indexOf(b));
+const mode = () => (modes().includes(talk.mode) ? talk.mode : (modes()[0] ?? "chat"));
+const inMode = (name) => name + mode()[0].toUpperCase() + mode().slice(1);
+const say = (name, ...values) => filled(WORDS[state.language][name], values);
+const filled = (found, values) => (typeof found === "function" ? found(...values) : found);
 
 function make(tag, className, text) {
   const element = document.createElement(tag);
@@ -92,26 +67,244 @@ function button(text, action, className = "quiet") {
 
 // What is kept between visits
 
-function keep() {
-  const withoutPictures = (name, value) => (name === "picture" ? undefined : value);
-  for (const part of [undefined, withoutPictures]) {
-    try {
-      return localStorage.setItem(KEPT, JSON.stringify(state, part));
-    } catch {
-      // A full or forbidden store: the pictures, or all of it, last as long as the page.
-    }
+// localStorage may be full, forbidden or damaged: then all of it lasts as long as the page.
+function local(action, name, value) {
+  try {
+    return localStorage[action](name, value);
+  } catch {
+    return null;
   }
 }
 
+const keep = () => local("setItem", KEPT, JSON.stringify(state));
+const draft = (id, text) => (text ? local("setItem", DRAFT + id, text) : local("removeItem", DRAFT + id));
+
+// What was kept, as far as it can be what it says it is; and a conversation of an older page.
 function recall() {
+  let kept = {};
   try {
-    const kept = JSON.parse(localStorage.getItem(KEPT) || "{}");
-    for (const name of Object.keys(state)) if (typeof kept[name] === typeof state[name]) state[name] = kept[name];
-    state.sampling = { ...defaults(), ...state.sampling };
-    const isMessage = (found) => ["user", "assistant"].includes(found?.role) && typeof found.content === "string";
-    state.messages = Array.isArray(state.messages) ? state.messages.filter(isMessage) : [];
+    kept = JSON.parse(local("getItem", KEPT)) ?? {};
   } catch {
     // Damaged: begin anew.
+  }
+  const isOne = (name, value) => (CHOICES[name] ?? Object.keys(WORDS)).includes(value);
+  if (isOne("theme", kept.theme)) state.theme = kept.theme;
+  if (isOne("language", kept.language)) state.language = kept.language;
+  if (typeof kept.model === "string") state.model = kept.model;
+  if (typeof kept.list === "boolean") state.list = kept.list;
+  state.key = asKey(kept.key);
+  for (const [name, slider] of Object.entries(SLIDERS)) {
+    const value = kept.sampling?.[name];
+    if (typeof value === "number" && value >= slider.min) state.sampling[name] = value;
+  }
+  if (isOne("loop_guard", kept.sampling?.loop_guard)) state.sampling.loop_guard = kept.sampling.loop_guard;
+  if (/^\d*$/.test(kept.sampling?.seed ?? "?")) state.sampling.seed = String(kept.sampling.seed);
+  return Array.isArray(kept.messages) && kept.messages.length ? store.clean({ ...store.blank(), ...kept }) : null;
+}
+
+// A header takes no other characters.
+const asKey = (text) => (typeof text === "string" ? text.replace(/[^\x21-\x7e]/g, "") : "");
+
+// Writes the conversation down. Where another tab has changed it since, this becomes a copy.
+function save() {
+  if (!talk.messages.length && !talk.version && !talk.reference && !talk.system) return saving;
+  talk.changed = Date.now();
+  const mine = talk;
+  saving = saving.then(async () => {
+    try {
+      const version = await store.put(mine);
+      if (version) mine.version = version;
+      else await fork(mine);
+    } catch {
+      toast(say("notKept"));
+    }
+    await showList();
+  });
+  return saving;
+}
+
+async function fork(mine) {
+  const { id, created } = store.blank();
+  Object.assign(mine, { id, created, title: say("copyOf", titleOf(mine)), version: 0 });
+  mine.version = await store.put(mine);
+  if (mine === talk) remember();
+  toast(say("forked"));
+}
+
+// Which conversation this tab shows, for a reload.
+function remember() {
+  try {
+    sessionStorage.setItem(KEPT, talk.id);
+  } catch {
+    // Then a reload begins a new one.
+  }
+}
+
+async function firstTalk(older) {
+  if (older) {
+    local("setItem", KEPT, JSON.stringify(state));
+    return older;
+  }
+  let id = null;
+  try {
+    id = sessionStorage.getItem(KEPT);
+    return (id && (await store.get(id))) || { ...store.blank(), ...(id && { id }) };
+  } catch {
+    return store.blank();
+  }
+}
+
+// Conversations
+
+const titleOf = (found) => found.title || firstWords(found) || say("untitled");
+const firstWords = (found) => (found.messages.find((m) => m.role === "user")?.content ?? "").replace(/\s+/g, " ").trim().slice(0, 28);
+
+async function openTalk(found) {
+  if (writing) return;
+  talk = found;
+  editing = -1;
+  remember();
+  setPicture("");
+  complain("");
+  $("question").value = local("getItem", DRAFT + talk.id) ?? "";
+  $("found").textContent = "";
+  $("choices").replaceChildren();
+  $("reference-box").open = false;
+  showTalk();
+  scrollDown(true);
+  await showList();
+}
+
+async function freshTalk() {
+  await openTalk({ ...store.blank(), mode: talk.mode });
+  if (narrow()) openList(false);
+  $("question").focus();
+}
+
+async function showList() {
+  const wanted = $("search").value.trim().toLowerCase();
+  const rows = [];
+  try {
+    await store.each((found) => {
+      const said = [titleOf(found), found.reference, ...found.messages.map((m) => m.content)];
+      if (wanted && !said.some((text) => text.toLowerCase().includes(wanted))) return;
+      rows.push({ id: found.id, title: titleOf(found), changed: found.changed });
+    });
+  } catch {
+    return;
+  }
+  rows.sort((a, b) => b.changed - a.changed);
+  $("talks").replaceChildren(...rows.map(talkItem));
+  $("no-talks").hidden = rows.length > 0;
+  $("no-talks").textContent = say(wanted ? "nothingFound" : "noTalks");
+}
+
+function talkItem({ id, title, changed }) {
+  const item = make("li", id === talk.id ? "here" : "");
+  const open = button(title, async () => {
+    const found = await store.get(id);
+    if (!found) return showList();
+    await openTalk(found);
+    if (narrow()) openList(false);
+  }, "name");
+  open.dir = "auto";
+  if (id === talk.id) open.setAttribute("aria-current", "true");
+  open.title = `${title}\n${new Date(changed).toLocaleString(document.documentElement.lang)}`;
+  const rename = named(button("✎", () => item.replaceChildren(renamer(id, title))), `${say("rename")}: ${title}`);
+  const remove = named(button("×", () => removeTalk(id)), `${say("remove")}: ${title}`);
+  item.append(open, rename, remove);
+  return item;
+}
+
+function named(element, name) {
+  element.setAttribute("aria-label", name);
+  element.title = name;
+  return element;
+}
+
+function renamer(id, title) {
+  const field = make("input");
+  field.value = title;
+  field.maxLength = 100;
+  named(field, say("rename"));
+  const done = async (isMeant) => {
+    field.onblur = null;
+    if (isMeant && field.value.trim()) await changeTitle(id, field.value.trim());
+    await showList();
+  };
+  field.onblur = () => done(true);
+  field.addEventListener("keydown", (event) => {
+    if (isEnter(event)) done(true);
+    if (event.key === "Escape") done(false);
+    if (isEnter(event) || event.key === "Escape") event.preventDefault();
+  });
+  setTimeout(() => field.select());
+  return field;
+}
+
+async function changeTitle(id, title) {
+  if (id === talk.id) {
+    talk.title = title;
+    return save();
+  }
+  const found = await store.get(id);
+  if (found) await store.put({ ...found, title });
+}
+
+async function removeTalk(id) {
+  if (writing && id === talk.id) writing.abort();
+  await saving;
+  const found = await store.get(id);
+  if (!found) return showList();
+  await store.remove(id);
+  const wasHere = id === talk.id;
+  if (wasHere) {
+    while (writing) await new Promise((resolve) => setTimeout(resolve, 20));
+    await store.remove(id); // the reply that was stopped has saved itself
+    await freshTalk();
+  }
+  await showList();
+  toast(`${say("removed")}: ${titleOf(found)}`, async () => {
+    await store.put({ ...found, version: 0 });
+    if (wasHere) await openTalk(await store.get(id));
+    await showList();
+  });
+}
+
+let toastTimer = 0;
+function toast(text, undo) {
+  clearTimeout(toastTimer);
+  const [line, back] = $("toast").children;
+  line.textContent = text;
+  back.hidden = !undo;
+  back.onclick = () => {
+    $("toast").hidden = true;
+    undo();
+  };
+  $("toast").hidden = false;
+  toastTimer = setTimeout(() => ($("toast").hidden = true), UNDO_MS);
+}
+
+const smallScreen = matchMedia("(max-width: 62rem)");
+const narrow = () => smallScreen.matches;
+
+function openList(open) {
+  document.documentElement.dataset.list = open ? "open" : "closed";
+  $("open-list").setAttribute("aria-expanded", String(open));
+  if (narrow()) return;
+  state.list = open;
+  keep();
+}
+
+// Another tab has changed something.
+async function othersChanged(id) {
+  await showList();
+  if (id !== talk.id || writing || editing >= 0) return;
+  await saving;
+  const found = await store.get(id);
+  if (found && found.version > talk.version && id === talk.id && !writing) {
+    talk = found;
+    showTalk();
   }
 }
 
@@ -127,16 +320,49 @@ function translate() {
   for (const e of document.querySelectorAll("[data-hint]")) e.placeholder = say(e.dataset.hint);
   $("language").textContent = state.language === "zh" ? "EN" : "中文";
   for (const e of document.querySelectorAll(".slider")) e.querySelector("span").textContent = say(e.dataset.slider);
-  showModel();
-  showMessages();
-  showReference();
+  for (const line of document.querySelectorAll("[data-export]")) {
+    for (const e of line.querySelectorAll("button")) named(e, `${line.firstElementChild.textContent} ${e.textContent}`);
+  }
+  showTalk();
+  showList();
 }
 
-function showModel() {
-  const examples = sees() ? PICTURE_EXAMPLES : EXAMPLES[state.language];
-  $("examples").replaceChildren(...examples.map((text) => button(text, () => ask(text), "")));
+function showTalk() {
+  $("reference").value = talk.reference;
+  $("system").value = talk.system;
+  $("retrieve").checked = talk.retrieve;
+  showModes();
+  showReference();
+  showMessages();
+}
+
+function showModes() {
+  const isChat = mode() === "chat";
+  $("modes").hidden = modes().length < 2;
+  $("modes").replaceChildren(...modes().map((name) => {
+    const choice = button(say(name), () => setMode(name), "");
+    choice.setAttribute("aria-pressed", String(name === mode()));
+    choice.dataset.mode = name;
+    return choice;
+  }));
+  $("question").placeholder = say(inMode("question"));
+  $("question").classList.toggle("tall", mode() === "title");
+  $("reference-box").hidden = !(isChat && can("reference"));
   $("add-picture").hidden = !sees();
+  $("system").parentElement.hidden = !can("chat");
   setPicture(sees() ? picture : "");
+  const [hello, hint] = $("welcome").children;
+  hello.textContent = say(inMode("hello"));
+  hint.textContent = say(inMode("hint")) + (isChat && can("reference") ? (state.language === "zh" ? "" : " ") + say("hintReference") : "");
+  const examples = sees() ? PICTURE_EXAMPLES : EXAMPLES[mode()];
+  $("examples").replaceChildren(...examples.map((text) => button(text, () => ask(text), "")));
+}
+
+function setMode(name) {
+  talk.mode = name;
+  showModes();
+  showReference();
+  $("question").focus();
 }
 
 function paint() {
@@ -145,8 +371,8 @@ function paint() {
 }
 
 function showMessages() {
-  $("welcome").hidden = state.messages.length > 0;
-  $("messages").replaceChildren(...state.messages.map(messageItem));
+  $("welcome").hidden = talk.messages.length > 0;
+  $("messages").replaceChildren(...talk.messages.map(messageItem));
 }
 
 function messageItem(message, number) {
@@ -162,29 +388,61 @@ function messageItem(message, number) {
     image.alt = say("picture");
     item.append(image);
   }
-  const text = make("p", "text", message.content);
-  text.dir = "auto";
-  item.append(text);
+  const isWriting = Boolean(writing) && number === talk.messages.length - 1;
+  item.classList.toggle("writing", isWriting);
+  item.append(Array.isArray(message.titles) ? titlesOf(message.titles) : textOf(message));
   if (Array.isArray(message.sources)) item.append(sourcesOf(message.sources));
-  const isWriting = writing && number === state.messages.length - 1;
-  item.classList.toggle("writing", Boolean(isWriting));
-  const notes = [say(message.end) && message.end !== "eos" && message.end !== "stop" ? say(message.end) : ""];
-  if (message.dropped) notes.push(say("dropped", message.dropped));
-  for (const note of notes.filter(Boolean)) item.append(make("p", "note", note));
+  for (const note of notesOf(message)) item.append(make("p", "note", note));
   if (!isWriting) item.append(toolsOf(message, number));
   return item;
 }
 
-function toolsOf(message, number) {
-  const tools = make("div", "tools");
+function textOf(message) {
+  const text = make("div", "text");
+  text.dir = "auto";
+  if (message.role === "user") text.textContent = message.content;
+  else markdown.show(text, message.content, codeCopier);
+  return text;
+}
+
+const codeCopier = (code) => copier(code, "copy");
+
+function titlesOf(titles) {
+  const list = make("ol", "titles");
+  list.append(...titles.map((title) => {
+    const line = make("li");
+    line.append(make("span", "text", title), copier(title));
+    return line;
+  }));
+  return list;
+}
+
+function notesOf(message) {
+  const found = [];
+  const words = WORDS[state.language];
+  if (["length", "time", "loop", "stopped"].includes(message.end)) found.push(words[message.end]);
+  if (message.read) found.push(words.read(...message.read));
+  if (message.dropped) found.push(words.dropped(message.dropped));
+  const figures = [message.speed && words.speed(message.speed), message.context && words.context(...message.context)];
+  if (figures.some(Boolean)) found.push(figures.filter(Boolean).join(" · "));
+  return found;
+}
+
+function copier(text, className = "quiet") {
   const copy = button(say("copy"), async () => {
-    await copyText(message.content);
+    await copyText(text);
     copy.textContent = say("copied");
     setTimeout(() => (copy.textContent = say("copy")), 1500);
-  });
+  }, className);
+  return copy;
+}
+
+function toolsOf(message, number) {
+  const tools = make("div", "tools");
+  const copy = copier(message.titles?.join("\n") ?? message.content);
   tools.append(copy);
   if (message.role === "user") tools.append(button(say("edit"), () => edit(number)));
-  else if (number === state.messages.length - 1) tools.append(button(say("again"), regenerate));
+  else if (number === talk.messages.length - 1 && message.task !== "title") tools.append(button(say("again"), regenerate));
   for (const e of tools.children) e.disabled = Boolean(writing) && e !== copy;
   return tools;
 }
@@ -207,9 +465,9 @@ function editor(message, number) {
   const send = () => {
     if (!field.value.trim()) return;
     picture ||= message.picture ?? "";
-    state.messages.length = number;
+    talk.messages.length = number;
     editing = -1;
-    ask(field.value);
+    ask(field.value, message.task);
   };
   const leave = () => {
     editing = -1;
@@ -228,27 +486,35 @@ function editor(message, number) {
 }
 
 function edit(number) {
-  if (writing) return;
+  if (writing || number < 0) return;
   editing = number;
   showMessages();
+  $("messages").children[number].scrollIntoView({ block: "nearest" });
 }
 
 function showReference() {
-  const n = [...state.reference.trim()].length;
-  $("reference-state").textContent = state.retrieve ? say("automatic") : n ? say("characters", n) : "";
-  $("reference").disabled = state.retrieve;
+  const n = [...talk.reference.trim()].length;
+  const isSet = talk.retrieve || n > 0;
+  const name = talk.source ? `${talk.source} · ` : "";
+  $("reference-state").textContent = talk.retrieve ? say("automatic") : n ? name + say("characters", n) : "";
+  $("reference-box").classList.toggle("chip", isSet);
+  $("clear-reference").hidden = !isSet;
+  $("reference").disabled = talk.retrieve;
+  $("system-chip").hidden = !(talk.system.trim() && mode() === "chat");
+  $("system-chip").textContent = `${say("system")} · ${say("characters", [...talk.system.trim()].length)}`;
 }
 
 function complain(text) {
   $("notice").hidden = !text;
   $("notice").firstElementChild.textContent = text;
-  $("retry").hidden = state.messages.at(-1)?.role !== "user";
+  $("retry").hidden = talk.messages.at(-1)?.role !== "user";
   if (text) scrollDown(true);
 }
 
+const fromEnd = () => $("talk").scrollHeight - $("talk").scrollTop - $("talk").clientHeight;
+
 function scrollDown(always) {
-  const talk = $("talk");
-  if (always || talk.scrollHeight - talk.scrollTop - talk.clientHeight < 120) talk.scrollTop = talk.scrollHeight;
+  if (always || fromEnd() < 120) $("talk").scrollTop = $("talk").scrollHeight;
 }
 
 // Asking
@@ -263,28 +529,43 @@ async function refusalOf(response) {
     return say("needKey");
   }
   const body = await response.json().catch(() => ({}));
-  return body.error?.message || `${say("failed")} (${response.status})`;
+  return faultText(body.error ?? {}, response.status);
 }
 
-function ask(text) {
+// What went wrong, in the page's language: as the server says it, or by its code.
+function faultText({ message = "", code = "", param = "" }, status = "") {
+  const isOurs = /[\u4e00-\u9fff]/.test(message.replace(/[“'"].*?[”'"]/g, "")) === (state.language === "zh");
+  const known = WORDS[state.language].faults[code];
+  if (known && !(isOurs && state.language === "zh")) {
+    const quoted = /['“](.*?)['”]/.exec(message)?.[1] ?? "";
+    const values = { invalid_value: [param ? `${param} (${message})` : message], nothing_found: [quoted] };
+    return filled(known, values[code] ?? message.match(/\d+/g) ?? []);
+  }
+  return message ? (isOurs ? message : `${say("failed", status)} ${message}`) : say("failed", status);
+}
+
+function ask(text, task = mode()) {
   if (writing || !(text.trim() || picture)) return;
-  if (sees() && !picture && !state.messages.some((message) => message.picture)) {
+  if (sees() && !picture && !talk.messages.some((message) => message.picture)) {
     complain(say("needPicture"));
     return;
   }
   const message = { role: "user", content: text.trim() ? wellFormed(text) : PICTURE_EXAMPLES[0] };
+  if (task !== "chat") message.task = task;
   if (picture) message.picture = picture;
-  state.messages.push(message);
+  talk.mode = task;
+  talk.messages.push(message);
   setPicture("");
   $("question").value = "";
-  keep();
+  draft(talk.id, "");
+  save();
   answer();
 }
 
 function regenerate() {
   if (writing) return;
-  if (state.messages.at(-1)?.role === "assistant") state.messages.pop();
-  if (state.messages.length) answer();
+  if (talk.messages.at(-1)?.role === "assistant") talk.messages.pop();
+  if (talk.messages.length) answer();
 }
 
 // A message as OpenAI's interface has it.
@@ -293,44 +574,62 @@ function asSent({ role, content, picture: url }) {
   return { role, content: [{ type: "image_url", image_url: { url } }, { type: "text", text: content }] };
 }
 
-function requestBody() {
-  const { seed, ...sampling } = state.sampling;
+// Where a request goes and what it says. Titles and continuations stand alone; a conversation is sent
+// without them, and without what would be too much for the server anyway.
+function requestOf() {
+  const last = talk.messages.at(-1);
+  const common = { stream: true, ...(state.model && { model: state.model }) };
+  const { seed, ...chosen } = state.sampling;
+  const sampling = { ...chosen, ...(seed !== "" && { seed: Number(seed) }), stream_options: { include_usage: true } };
+  if (last.task === "title") {
+    return ["/v1/chat/completions", { ...common, task: "title", n: N_TITLES, messages: [asSent(last)] }];
+  }
+  if (last.task === "continue") return ["/v1/completions", { ...common, ...sampling, prompt: last.content }];
   // The model looks at one picture: a new one begins anew, though the page shows what was before.
-  const first = sees() ? Math.max(0, state.messages.findLastIndex((message) => message.picture)) : 0;
-  const body = {
-    messages: state.messages.slice(first).map(asSent),
-    stream: true, truncate: true, ...sampling,
-  };
-  if (state.model) body.model = state.model;
-  if (seed !== "") body.seed = Number(seed);
-  if (state.retrieve) body.retrieve = true;
-  else if (state.reference.trim()) body.reference = state.reference;
-  return body;
+  const first = sees() ? Math.max(0, talk.messages.findLastIndex((message) => message.picture)) : 0;
+  const messages = recent(talk.messages.slice(first).filter((m) => !m.task)).map(asSent);
+  const body = { ...common, ...sampling, messages, truncate: true };
+  const system = [talk.system, talk.retrieve || !can("reference") ? "" : talk.reference].map((text) => text.trim()).filter(Boolean).join("\n");
+  if (talk.retrieve && can("reference")) body.retrieve = true;
+  else if (system) body.reference = wellFormed(system);
+  return ["/v1/chat/completions", body];
+}
+
+function recent(messages) {
+  let n = messages.length - 1;
+  let size = messages[n].content.length;
+  while (n > 0 && messages.length - n < MOST_SENT.messages && size + messages[n - 1].content.length <= MOST_SENT.characters) {
+    size += messages[--n].content.length;
+  }
+  return messages.slice(n);
 }
 
 async function answer() {
-  const body = JSON.stringify(requestBody());
-  const reply = { role: "assistant", content: "" };
+  const [path, body] = requestOf();
+  const task = talk.messages.at(-1).task;
+  const reply = { role: "assistant", content: "", ...(task && { task }) };
   const mine = (writing = new AbortController());
+  const here = talk;
   editing = -1; // else what is typed there would cut off this reply
-  state.messages.push(reply);
+  here.messages.push(reply);
   complain("");
   setBusy(true);
   showMessages();
   scrollDown(true);
   let fault = "";
   try {
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body, signal: mine.signal });
+    const response = await fetch(path, { method: "POST", headers: headers(), body: JSON.stringify(body), signal: mine.signal });
     if (response.ok) fault = await readReply(response, reply);
     else fault = await refusalOf(response);
   } catch {
     if (mine.signal.aborted) reply.end = "stopped";
     else fault = reply.content ? say("broken") : say("offline");
   }
+  if (!reply.content && here.messages.at(-1) === reply) here.messages.pop();
+  if (task === "title" && !fault && !reply.content && reply.end !== "stopped") fault = say("noTitle");
+  await save();
   writing = null;
-  if (!reply.content && state.messages.at(-1) === reply) state.messages.pop();
   setBusy(false);
-  keep();
   showMessages();
   complain(fault);
   scrollDown();
@@ -338,23 +637,38 @@ async function answer() {
 }
 
 async function readReply(response, reply) {
-  const text = $("messages").lastElementChild.querySelector(".text");
+  const shown = $("messages").lastElementChild.querySelector(".text");
+  const titles = [];
   let done = false;
+  let began = 0;
   for await (const event of eventsOf(response)) {
     if (event === "[DONE]") done = true;
-    if (event.error) return event.error.message;
+    if (event.error) return faultText(event.error);
     if (event.sources) reply.sources = event.sources;
     if (event.dropped_messages) reply.dropped = event.dropped_messages;
+    if (event.read && event.read.characters < event.read.of) reply.read = [event.read.characters, event.read.of];
+    if (event.usage && !titles.length) figuresOf(event.usage, reply, began);
     const choice = event.choices?.[0];
     if (!choice) continue;
-    if (choice.delta?.content) {
-      reply.content += choice.delta.content;
-      text.textContent = reply.content;
+    const text = choice.delta?.content ?? choice.text ?? "";
+    if (text) {
+      began ||= performance.now();
+      if (reply.task === "title") titles[choice.index] = (titles[choice.index] ?? "") + text;
+      reply.content = titles[0] ?? reply.content + text;
+      if (reply.task !== "title") markdown.show(shown, reply.content, codeCopier);
       scrollDown();
     }
     if (choice.end) reply.end = choice.end;
   }
+  if (titles.length) reply.titles = titles.filter(Boolean);
+  if (titles.length && talk.messages.length === 2) talk.title ||= titles[0];
   return done ? "" : say("broken");
+}
+
+function figuresOf(usage, reply, began) {
+  const seconds = (performance.now() - began) / 1000;
+  if (began && usage.completion_tokens > 1 && seconds > 0) reply.speed = Math.round(usage.completion_tokens / seconds);
+  if (model().context) reply.context = [usage.total_tokens, model().context];
 }
 
 async function* eventsOf(response) {
@@ -376,9 +690,11 @@ function setBusy(busy) {
   $("send").hidden = busy;
   $("stop").hidden = !busy;
   $("messages").setAttribute("aria-busy", String(busy));
-  $("fresh").disabled = busy;
+  for (const id of ["fresh", "model"]) $(id).disabled = busy || (id === "model" && models.length < 2);
   if (busy) $("status").textContent = say("writing");
 }
+
+// 资料
 
 async function lookUp(term) {
   if (!term.trim()) return;
@@ -393,17 +709,56 @@ async function lookUp(term) {
     const found = await response.json();
     $("found").textContent = found.choices ? say(found.ambiguous ? "several" : "near") : [found.citation, found.url].filter(Boolean).join(" · ");
     $("choices").replaceChildren(...(found.choices || []).map((title) => button(title, () => lookUp(title), "")));
-    if (found.text) setReference(found.text);
+    if (found.text) setReference(found.text, found.citation);
   } catch {
     $("found").textContent = say("offline");
   }
 }
 
-function setReference(text) {
-  state.reference = wellFormed(text);
+function setReference(text, source = "") {
+  talk.reference = wellFormed(text);
+  talk.source = source;
   if ($("reference").value !== text) $("reference").value = text;
   showReference();
-  keep();
+  save();
+}
+
+// A document becomes the 资料, or what is to get a title.
+async function takeDocument(file) {
+  $("found").textContent = say("reading");
+  let text = "";
+  try {
+    text = await reading.textOf(file, pdfText);
+  } catch (error) {
+    $("found").textContent = "";
+    if (!(error instanceof reading.Unreadable)) error.message ||= say("noDocument");
+    return complain(`${file.name}: ${say(error.message) ?? error.message}`);
+  }
+  $("found").textContent = file.name;
+  complain("");
+  if (mode() === "chat" && can("reference")) return setReference(text, file.name);
+  $("question").value = text;
+  draft(talk.id, text);
+  $("question").focus();
+}
+
+async function pdfText(file) {
+  let response;
+  try {
+    response = await fetch("/api/text", { method: "POST", headers: { ...headers(), "Content-Type": "application/pdf" }, body: file });
+  } catch {
+    throw new Error(say("offline"));
+  }
+  if (!response.ok) throw new Error(await refusalOf(response));
+  return (await response.json()).text;
+}
+
+function takeFiles(files) {
+  const found = [...files];
+  const image = sees() && found.find((file) => file.type.startsWith("image/"));
+  if (image) takePicture(image);
+  else if (found.length) takeDocument(found[0]);
+  return found.length > 0;
 }
 
 // Pictures
@@ -477,19 +832,47 @@ function download(name, text, type) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-function exportText() {
-  const parts = state.messages.map((m) => `**${say(m.role)}**\n\n${m.picture ? `[${say("picture")}] ` : ""}${m.content}\n`);
-  if (state.reference.trim()) parts.unshift(`**${say("reference")}**\n\n${state.reference}\n`);
-  download("babyllama.md", parts.join("\n"), "text/markdown");
+async function exportTalks(scope, kind) {
+  let found = [talk];
+  if (scope === "all") {
+    await saving;
+    found = [];
+    await store.each((each) => found.push(each));
+    found.sort((a, b) => a.created - b.created);
+  }
+  const date = new Date().toISOString().slice(0, 10);
+  const text = { ".md": asMarkdown, ".json": asJson, ".jsonl": asRows }[kind](found);
+  download(`babyllama-${date}${kind}`, text, kind === ".md" ? "text/markdown" : "application/json");
 }
 
-function exportRows() {
-  const messages = state.messages.map(({ role, content }) => ({ role, content }));
-  if (state.reference.trim()) messages.unshift({ role: "system", content: state.reference });
-  download("babyllama.jsonl", JSON.stringify({ id: "page/1", messages }) + "\n", "application/jsonl");
+const dated = (time) => new Date(time).toISOString();
+
+function asMarkdown(talks) {
+  const block = (name, text) => `**${name}**\n\n${text}\n`;
+  return talks.map((one) => [
+    `# ${titleOf(one)}\n\n${say("model")}: ${state.model} · ${dated(one.created)} – ${dated(one.changed)}\n`,
+    ...(one.system.trim() ? [block(say("system"), one.system)] : []),
+    ...(one.reference.trim() ? [block(say("reference"), one.reference)] : []),
+    ...one.messages.map((m) => block(say(m.role), (m.picture ? `[${say("picture")}] ` : "") + (m.titles?.map((t, i) => `${i + 1}. ${t}`).join("\n") ?? m.content))),
+  ].join("\n")).join("\n---\n\n");
 }
 
-// Settings
+const asJson = (talks) => JSON.stringify({
+  model: state.model, exported: dated(Date.now()),
+  conversations: talks.map(({ created, changed, version, ...rest }) => ({ ...rest, title: titleOf(rest), created: dated(created), changed: dated(changed) })),
+}, null, 1);
+
+// Rows as sft.py reads them: whole turns, the 资料 as the system message.
+function asRows(talks) {
+  return talks.map((one, number) => {
+    const messages = one.messages.map(({ role, content }) => ({ role, content }));
+    const system = [one.system, one.reference].filter((text) => text.trim()).join("\n");
+    if (system) messages.unshift({ role: "system", content: system });
+    return JSON.stringify({ id: `page/${number + 1}`, messages }) + "\n";
+  }).join("");
+}
+
+// Settings and the model's card
 
 function openSettings(open) {
   $("settings").hidden = !open;
@@ -522,27 +905,42 @@ function showSettings() {
     $(name).previousElementSibling.textContent = $(name).value;
   }
   for (const name of ["loop_guard", "seed"]) $(name).value = state.sampling[name];
-  for (const name of ["theme", "key", "reference"]) $(name).value = state[name];
-  $("retrieve").checked = state.retrieve;
+  for (const name of ["theme", "key"]) $(name).value = state[name];
 }
 
 async function readSettings() {
   try {
     const response = await fetch("/api/settings", { headers: headers() });
     if (!response.ok) return complain(await refusalOf(response));
-    const found = await response.json();
-    models = found.models;
-    $("model").replaceChildren(...found.models.map((model) => new Option(model.id, model.id)));
-    if (!found.models.some((model) => model.id === state.model)) state.model = found.models[0].id;
+    server = await response.json();
+    models = server.models;
+    $("model").replaceChildren(...models.map((found) => new Option(found.id, found.id)));
+    if (!models.some((found) => found.id === state.model)) state.model = models[0].id;
     $("model").value = state.model;
-    $("model").disabled = found.models.length < 2;
-    $("max_tokens").max = SLIDERS.max_tokens.max = found.models[0].context;
-    state.retrieve &&= Boolean(found.retrieval);
-    $("retrieve-line").hidden = !found.retrieval;
-    $("term").parentElement.hidden = !found.look_up;
+    $("model").disabled = models.length < 2;
+    $("max_tokens").max = SLIDERS.max_tokens.max = models[0].context;
+    talk.retrieve &&= Boolean(server.retrieval);
+    $("retrieve-line").hidden = !server.retrieval;
+    $("term").parentElement.hidden = !server.look_up;
     showSettings();
-    showReference();
-    showModel();
+    showTalk();
+  } catch {
+    complain(say("offline"));
+  }
+}
+
+async function openCard() {
+  try {
+    const response = await fetch(`/api/card?model=${encodeURIComponent(state.model)}`, { headers: headers() });
+    if (!response.ok) return complain(await refusalOf(response));
+    const { facts, text } = await response.json();
+    const words = WORDS[state.language];
+    const task = (name) => (name === "reference" ? words.reference_task : words[name]) ?? name;
+    const shown = (name, value) => (Array.isArray(value) ? value.map(task).join(" · ") : typeof value === "number" && name !== "step" ? value.toLocaleString() : String(value));
+    const lines = Object.entries(facts).filter(([name, value]) => value !== null && words.facts[name]);
+    $("facts").replaceChildren(...lines.flatMap(([name, value]) => [make("dt", "", words.facts[name]), make("dd", "", shown(name, value))]));
+    markdown.show($("card-text"), text, codeCopier, false);
+    $("card").showModal();
   } catch {
     complain(say("offline"));
   }
@@ -558,45 +956,78 @@ function listen() {
     ask($("question").value);
   });
   on("question", "keydown", (event) => {
+    if (event.key === "ArrowUp" && !$("question").value && !event.isComposing) {
+      event.preventDefault();
+      edit(talk.messages.findLastIndex((message) => message.role === "user"));
+    }
     if (!isEnter(event)) return;
     event.preventDefault();
     ask($("question").value);
   });
+  on("question", "input", () => draft(talk.id, $("question").value));
   on("stop", "click", () => writing?.abort());
   on("retry", "click", () => !writing && answer());
-  on("fresh", "click", () => {
-    state.messages = [];
-    editing = -1;
-    keep();
-    complain("");
-    showMessages();
-    $("question").focus();
-  });
+  on("fresh", "click", () => freshTalk());
   on("language", "click", () => {
     state.language = state.language === "zh" ? "en" : "zh";
     keep();
     translate();
   });
+  on("open-list", "click", () => openList(document.documentElement.dataset.list !== "open"));
+  on("search", "input", showList);
   on("open-settings", "click", () => openSettings($("settings").hidden));
   on("close-settings", "click", () => openSettings(false));
+  on("open-card", "click", openCard);
+  on("close-card", "click", () => $("card").close());
   document.addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || event.defaultPrevented) return;
+    if (event.key !== "Escape" || event.defaultPrevented || $("card").open) return;
     if (writing) writing.abort();
     else if (!$("settings").hidden) openSettings(false);
+    else if (narrow()) openList(false);
   });
-  on("model", "change", () => ((state.model = $("model").value), keep(), showModel()));
+  on("model", "change", () => ((state.model = $("model").value), keep(), showTalk()));
+  on("talk", "scroll", () => ($("to-end").hidden = fromEnd() < 240));
+  on("to-end", "click", () => scrollDown(true));
   on("add-picture", "click", () => $("picture-file").click());
   on("picture-file", "change", async () => {
     await takePicture($("picture-file").files[0]);
     $("picture-file").value = ""; // so that the same file can be chosen again
   });
   on("remove-picture", "click", () => (setPicture(""), $("question").focus()));
-  on("question", "paste", (event) => takePicture([...event.clipboardData.files].find((file) => file.type.startsWith("image/"))));
+  on("open-document", "click", () => $("document").click());
+  on("document", "change", async () => {
+    await takeDocument($("document").files[0]);
+    $("document").value = "";
+  });
+  for (const id of ["question", "reference"]) {
+    on(id, "paste", (event) => takeFiles(event.clipboardData.files) && event.preventDefault());
+  }
+  const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
+  document.addEventListener("dragover", (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    $("drop").firstElementChild.textContent = say(mode() === "title" ? "dropTitle" : "drop");
+    $("drop").hidden = false;
+  });
+  document.addEventListener("dragleave", (event) => event.relatedTarget || ($("drop").hidden = true));
+  document.addEventListener("drop", (event) => {
+    $("drop").hidden = true;
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    takeFiles(event.dataTransfer.files);
+  });
   on("theme", "change", () => ((state.theme = $("theme").value), keep(), paint()));
-  on("key", "change", () => ((state.key = $("key").value.trim()), keep(), complain(""), readSettings()));
+  on("key", "change", () => ((state.key = asKey($("key").value)), keep(), complain(""), readSettings()));
   for (const name of ["loop_guard", "seed"]) on(name, "change", () => ((state.sampling[name] = $(name).value), keep()));
   on("reference", "input", () => setReference($("reference").value));
-  on("retrieve", "change", () => ((state.retrieve = $("retrieve").checked), keep(), showReference()));
+  on("clear-reference", "click", (event) => {
+    event.preventDefault();
+    talk.retrieve = $("retrieve").checked = false;
+    setReference("");
+  });
+  on("retrieve", "change", () => ((talk.retrieve = $("retrieve").checked), save(), showReference()));
+  on("system", "input", () => ((talk.system = $("system").value), showReference(), save()));
+  on("system-chip", "click", () => (openSettings(true), $("system").focus()));
   on("look-up", "click", () => lookUp($("term").value));
   on("term", "keydown", (event) => {
     if (!isEnter(event)) return;
@@ -604,17 +1035,29 @@ function listen() {
     lookUp($("term").value);
   });
   on("reset", "click", () => ((state.sampling = defaults()), keep(), showSettings()));
-  on("export-text", "click", exportText);
-  on("export-rows", "click", exportRows);
+  for (const line of document.querySelectorAll("[data-export]")) {
+    for (const e of line.querySelectorAll("button")) e.addEventListener("click", () => exportTalks(line.dataset.export, e.textContent));
+  }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
+  smallScreen.addEventListener("change", () => openList(!narrow() && state.list));
+  store.onChange(othersChanged);
 }
 
-recall();
-paint();
-makeSliders();
-listen();
-translate();
-showSettings();
-readSettings();
-scrollDown(true);
-$("question").focus();
+async function begin() {
+  const older = recall();
+  paint();
+  makeSliders();
+  listen();
+  openList(state.list && !narrow());
+  showSettings();
+  translate();
+  const isKept = await store.open();
+  await openTalk(await firstTalk(older));
+  if (older) save();
+  await readSettings();
+  if (!isKept) toast(say("notKept"));
+  scrollDown(true);
+  $("question").focus();
+}
+
+begin();

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import ask, launched, needs_browser, ready, texts, until, visitor
+from browsing import ask, launched, needs_browser, put_talk, ready, texts, until, visitor
 from conftest import TEXTS
 from serving import Running, endless_model, save, serving
 
@@ -113,8 +113,7 @@ def test_text_never_becomes_part_of_the_page(page):
         for text in PAYLOADS
         for role in ("user", "assistant")
     ]
-    page.evaluate("kept => localStorage.setItem('babyllama.1', kept)",
-                  json.dumps({"messages": messages, "reference": PAYLOADS[0]}))  # fmt: skip
+    put_talk(page, {"messages": messages, "reference": PAYLOADS[0], "title": PAYLOADS[1]})
     page.reload()
     ready(page)
     assert texts(page) == [message["content"] for message in messages]
@@ -153,16 +152,55 @@ def test_what_is_being_edited_cannot_cut_off_a_reply(page):
 def test_a_damaged_store_loses_what_is_damaged_and_nothing_else(page):
     good = {"role": "user", "content": "还在"}
     bad = [None, 1, {}, {"role": "user"}, {"role": "x", "content": "y"}, good | {"sources": 7}]
-    for kept, wanted in (
-        ({"messages": [*bad, good], "sampling": None, "theme": 1}, ["还在"] * 2),
-        ({"messages": "x"}, []), ([], []), (None, []), ("{", []),
+    for kept in (
+        {"sampling": None, "theme": 1, "language": "fr", "key": 7, "model": []}, [], None, "{", 7,
+        {"sampling": {"temperature": "x", "top_p": None, "loop_guard": "?", "seed": {}}},
+        {"theme": "dark", "language": "constructor", "key": "密\n钥", "sampling": []},
     ):  # fmt: skip
         text = kept if isinstance(kept, str) else json.dumps(kept)
         page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", text)
         page.reload()
         ready(page)
+        assert page.evaluate("[state.sampling.temperature, state.sampling.loop_guard]") == [
+            0.8, "redraw",
+        ]  # fmt: skip
+        assert ask(page, "你好")
+    for messages, wanted in (([*bad, good], ["还在"] * 2), ("x", []), ({}, []), (None, [])):
+        put_talk(page, {"messages": messages, "title": 7, "created": "x"})
+        page.reload()
+        ready(page)
         assert texts(page) == wanted
-        assert page.evaluate("state.sampling.temperature") == 0.8
+
+
+def test_the_conversation_of_an_older_page_is_kept(page):
+    older = {"messages": [{"role": "user", "content": "以前的"}], "reference": "旧资料"}
+    page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", json.dumps(older))
+    for _ in range(2):
+        page.reload()
+        ready(page)
+        assert texts(page) == ["以前的"]
+        assert page.locator("#reference").input_value() == "旧资料"
+    assert page.locator("#talks li").count() == 1
+
+
+def test_a_browser_that_stores_nothing_still_talks(browser, server):
+    forbid = """
+        Object.defineProperty(window, "localStorage", { get() { throw new Error("no"); } });
+        Object.defineProperty(window, "sessionStorage", { get() { throw new Error("no"); } });
+        Object.defineProperty(window, "indexedDB", { get() { throw new Error("no"); } });
+    """
+    context = browser.new_context(locale="zh-CN")
+    context.add_init_script(forbid)
+    page = context.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.goto(server.url)
+    ready(page)
+    assert "只保留到关闭" in page.locator("#toast").text_content()
+    assert ask(page, "你好") and not faults
+    page.click("#fresh")
+    assert texts(page) == [] and page.locator("#talks li").count() == 1
+    context.close()
 
 
 def test_a_conversation_is_exported_whole(page):
@@ -171,7 +209,7 @@ def test_a_conversation_is_exported_whole(page):
     page.fill("#reference", "一段资料")
     page.click("#open-settings")
     with page.expect_download() as download:
-        page.click("#export-rows")
+        page.click("[data-export=this] button:text-is('.jsonl')")
     with open(download.value.path(), encoding="utf-8") as file:
         row = json.loads(file.read())
     assert row["messages"] == [
@@ -179,7 +217,7 @@ def test_a_conversation_is_exported_whole(page):
         {"role": "assistant", "content": reply},
     ]  # fmt: skip
     with page.expect_download() as download:
-        page.click("#export-text")
+        page.click("[data-export=this] button:text-is('.md')")
     with open(download.value.path(), encoding="utf-8") as file:
         assert reply in file.read()
 
@@ -193,7 +231,7 @@ def test_strange_text_goes_through_the_page_unharmed(page):
     page.fill("#question", word)
     page.press("#question", "Enter")
     page.wait_for_selector("#notice:not([hidden])")  # the model's context is shorter
-    assert re.search(r"prompt has \d+ tokens.* context", page.locator("#notice").text_content())
+    assert re.search(r"太长：共 \d+ 个 token.*4096", page.locator("#notice").text_content())
     assert texts(page)[-1] == word
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -248,7 +286,7 @@ def test_the_page_can_be_used_by_keyboard_alone(page):
     until(page, "!writing && document.querySelectorAll('#messages li').length === 2")
     assert texts(page)[0] == "你好\n吗"
     seen = set()
-    for _ in range(40):
+    for _ in range(60):
         page.keyboard.press("Tab")
         seen.add(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
     assert {

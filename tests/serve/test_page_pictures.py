@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import launched, needs_browser, ready, until, visitor
+from browsing import launched, needs_browser, put_talk, ready, until, visitor
 from serving import Running, as_url, endless_model, save, seeing_model, serving
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -150,8 +150,7 @@ def test_what_is_kept_is_shown_only_if_it_is_a_picture(page):
     bad = ["javascript:alert(1)", "https://evil.example/x.png", "data:text/html,<b>x", {"a": 1},
            "data:image/svg+xml;base64,PHN2Zy8+"]  # fmt: skip
     messages = [{"role": "user", "content": "x", "picture": url} for url in bad]
-    kept = json.dumps({"messages": messages})
-    page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", kept)
+    put_talk(page, {"messages": messages})
     page.reload()
     ready(page)
     assert page.locator("#messages li").count() == len(bad)
