@@ -11,11 +11,13 @@ from starlette.responses import JSONResponse, Response
 
 from babyllama.errors import ConfigError
 from babyllama.sampling import SamplingConfig
-from babyllama.scoring.summarise import TITLES, suggest
+from babyllama.scoring.summarise import suggest
 from serve.answers import event, new_head
 from serve.engine import Engine
 from serve.errors import Refused
 from serve.schema import ChatRequest
+
+MOST_TITLES = 4
 
 # What the search sets itself, and what has no place beside it.
 _TAKEN = {
@@ -38,8 +40,8 @@ def text_of(request: ChatRequest) -> str:
         raise Refused(400, text, "messages", "invalid_value")
     if not request.messages[0].text.strip() or request.messages[0].images:
         raise Refused(400, "messages.0.content: wanted a text", "messages.0", "invalid_value")
-    if (request.n or 1) > TITLES.beams:
-        text = f"n: the search finds at most {TITLES.beams} titles, found {request.n}"
+    if (request.n or 1) > MOST_TITLES:
+        text = f"n: wanted at most {MOST_TITLES} titles, found {request.n}"
         raise Refused(400, text, "n", "invalid_value")
     return request.messages[0].text.strip()
 

@@ -182,11 +182,13 @@ def load(source: bytes | Path, size: int, how: Mean = IMAGENET, tiles: int = 1) 
 
 
 def from_data_url(url: str) -> bytes:
-    """The bytes of a "data:image/…;base64,…" address, as chat interfaces send pictures.
+    """The bytes of a "data:image/…;base64,…" address, as chat interfaces send pictures. White space
+    in it, as the base64 command makes, counts for nothing (RFC 2045, 6.8).
 
     raises: DataError if it is another address, no base64, or too long; nothing is ever fetched
     """
     head, comma, body = url.partition(",")
+    head, body = head.strip().lower(), "".join(body.split())
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise DataError(
             f"image_url: wanted data:image/…;base64,…, found {url[:40]!r}; pictures are not "

@@ -204,6 +204,10 @@ def test_a_data_url_gives_its_bytes_and_nothing_is_fetched():
     data = stored(picture())
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     assert images.from_data_url(url) == data
+    head, _, body = url.partition(",")
+    wrapped = "\r\n".join(body[i : i + 7] for i in range(0, len(body), 7))
+    for same in (f"{head},{wrapped}\n", f" {head.upper()},{body}", f"{head},\t{body}"):
+        assert images.from_data_url(same) == data
     for wrong in ("https://example.com/a.png", "file:///etc/passwd", "data:text/html;base64,AAAA",
                   url[:-3] + "!!!", "data:image/png,AAAA"):  # fmt: skip
         with pytest.raises(DataError, match=r"^image_url: wanted .*; "):
