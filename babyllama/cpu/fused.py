@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from babyllama.cpu.compile import library
 from model import DecoderLayer, KVCache, SlicedLoss, Transformer
 
-# Numbers of logits that exist at a time: as bfloat16 they stay in the cache of the processor.
-_LOGITS = 2**22
+# Positions whose logits exist at a time, as bfloat16, and outputs of the head taken together, whose
+# logits stay near the processor. The head's gradient is added up once for so many positions.
+_ROWS, _OUTPUTS = 1024, 4096
 # Parts of a batch whose gradients of a norm's weight are summed up by themselves (train.c).
 _CHUNKS = 16
 
@@ -119,6 +120,11 @@ def _bf16(*weights: Tensor) -> Tensor:
     for part, weight in zip(out.split([len(weight) for weight in weights]), weights, strict=True):
         part.copy_(weight)
     return out
+
+
+def _add(total: Tensor, part: Tensor) -> None:
+    """total += part; float32 and bfloat16."""
+    _call("add", total, part, total, total.numel())
 
 
 def _norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
@@ -243,27 +249,40 @@ class FusedLoss(SlicedLoss):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         (N, _), V = hidden.shape, len(weight)
         x, w = hidden.bfloat16(), _bf16(weight)
-        grad_hidden = torch.empty_like(x) if want_hidden else None
+        grad_hidden = torch.zeros(hidden.shape) if want_hidden else None
         grad_weight = torch.zeros(weight.shape) if want_weight else None
-        losses, hits = torch.empty(N), torch.empty(N)
-        scales = None if weights is None else weights.float().contiguous()
-        size = max(64, _LOGITS // V)
-        with torch.autocast("cpu", enabled=False):
-            for start in range(0, N, size):
-                part = slice(start, min(start + size, N))
-                logits = x[part] @ w.t()
+        scales = torch.ones(N) if weights is None else weights.float().contiguous()
+        largest, (powers, sums, aimed) = torch.full((N,), -1e30), torch.zeros(3, N)
+        room = torch.empty(min(N, _ROWS) * V, dtype=torch.bfloat16)
+        outputs = [slice(first, min(first + _OUTPUTS, V)) for first in range(0, V, _OUTPUTS)]
+        for first in range(0, N, _ROWS):
+            part = slice(first, min(first + _ROWS, N))
+            rows, goals, n = x[part], targets[part], len(x[part])
+            logits = [room[n * o.start : n * o.stop].view(n, -1) for o in outputs]
+            for o, own in zip(outputs, logits, strict=True):
+                torch.mm(rows, w[o].t(), out=own)
                 _call(
-                    "softmax", logits, targets[part], None if scales is None else scales[part],
-                    float(smoothing), losses[part], hits[part], len(logits), V,
-                    want_hidden or want_weight,
+                    "softmax_look", own, goals, largest[part], powers[part], sums[part],
+                    aimed[part], n, own.shape[1], o.start,
+                )  # fmt: skip
+            for o, own in zip(outputs, logits, strict=True):
+                if not (want_hidden or want_weight):
+                    break
+                _call(
+                    "softmax_error", own, goals, scales[part], largest[part], powers[part],
+                    smoothing / V, 1.0 - smoothing, n, own.shape[1], o.start,
                 )  # fmt: skip
                 if want_hidden:
-                    torch.mm(logits, w, out=grad_hidden[part])
+                    _add(grad_hidden[part], own @ w[o])
                 if want_weight:
-                    grad_weight += logits.t() @ x[part]
+                    _add(grad_weight[o], own.t() @ rows)
+        if want_hidden:
+            grad_hidden = grad_hidden.to(hidden.dtype)
+        goal = (1 - smoothing) * aimed + smoothing / V * sums
+        losses, hits = (powers.log() + largest - goal) * scales, aimed >= largest
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
-        n_targets, n_correct = torch.tensor(N), hits.sum().long()
+        n_targets, n_correct = torch.tensor(N), hits.sum()
         ctx.mark_non_differentiable(n_targets, n_correct)
         return losses.sum(), n_targets, n_correct
 

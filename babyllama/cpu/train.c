@@ -570,7 +570,8 @@ void norm_backward(const float *x, const float *scales, const float *weight, con
 INLINE __m512 logistic(__m512 x) {
     const __m512 power = power_of_two(_mm512_max_ps(_mm512_set1_ps(-126),
         _mm512_min_ps(_mm512_set1_ps(126), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)))));
-    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), power));
+    const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1), power), guess = _mm512_rcp14_ps(sum);
+    return _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2)));
 }
 
 /* y (N, F) = silu(a) b, from rows a, b of x (N, 2 F). */
@@ -606,46 +607,57 @@ void add(const float *x, const bf16 *y, float *sum, int64_t n) {
         _mm512_storeu_ps(sum + 16 * i, _mm512_add_ps(_mm512_loadu_ps(x + 16 * i), widen(y + 16 * i)));
 }
 
-/* Logits x (N, V) become the gradient of their summed loss, times weights (N), if there are any;
-   losses (N); hits (N): whether the target's logit is the largest. Label smoothing as in model.py. */
-void softmax(bf16 *x, const int64_t *targets, const float *weights, float smoothing, float *losses,
-             float *hits, int64_t N, int64_t V, int64_t want_grad) {
+/* Look at logits x (N, V) of outputs first to first + V: the largest so far, the sum of powers of e
+   over it and the sum of all (N); and the targets' logits, where they are among these. */
+void softmax_look(const bf16 *x, const int64_t *targets, float *largest, float *powers, float *sums,
+                  float *aimed, int64_t N, int64_t V, int64_t first) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < N; i++) {
-        bf16 *own = x + i * V;
-        const int64_t whole = V / 16 * 16;
-        const float weight = weights ? weights[i] : 1;
-        const float aimed = number(own[targets[i]]);
-        __m512 most = _mm512_set1_ps(HIDDEN), all = _mm512_setzero_ps(), total = all;
+        const bf16 *own = x + i * V;
+        const int64_t target = targets[i] - first, whole = V / 16 * 16;
+        if (0 <= target && target < V) aimed[i] = number(own[target]);
+        __m512 most = _mm512_set1_ps(largest[i]), total = _mm512_setzero_ps(), sum = total;
         for (int64_t v = 0; v < whole; v += 16) most = _mm512_max_ps(most, widen(own + v));
-        float largest = _mm512_reduce_max_ps(most), sum, mean = 0;
-        for (int64_t v = whole; v < V; v++) largest = fmaxf(largest, number(own[v]));
-        const __m512 shift = _mm512_set1_ps(-largest * LOG2_E);
+        float top = _mm512_reduce_max_ps(most);
+        for (int64_t v = whole; v < V; v++) top = fmaxf(top, number(own[v]));
+        const __m512 shift = _mm512_set1_ps(-top * LOG2_E);
         for (int64_t v = 0; v < whole; v += 16) {
             const __m512 value = widen(own + v);
             total = _mm512_add_ps(total, power_of_two(_mm512_fmadd_ps(
                 value, _mm512_set1_ps(LOG2_E), shift)));
-            if (smoothing) all = _mm512_add_ps(all, value);
+            sum = _mm512_add_ps(sum, value);
         }
-        sum = _mm512_reduce_add_ps(total), mean = _mm512_reduce_add_ps(all);
+        powers[i] = powers[i] * exp2f((largest[i] - top) * LOG2_E) + _mm512_reduce_add_ps(total);
+        sums[i] += _mm512_reduce_add_ps(sum);
         for (int64_t v = whole; v < V; v++) {
-            sum += exp2f((number(own[v]) - largest) * LOG2_E);
-            mean += number(own[v]);
+            powers[i] += exp2f((number(own[v]) - top) * LOG2_E);
+            sums[i] += number(own[v]);
         }
-        losses[i] = weight * (logf(sum) + largest - (1 - smoothing) * aimed - smoothing * mean / V);
-        hits[i] = aimed >= largest;
-        if (!want_grad) continue;
-        const float rest = smoothing / V, share = weight / sum;
-        const float right = exp2f((aimed - largest) * LOG2_E) * share - weight * (1 - smoothing + rest);
-        for (int64_t v = 0; v < whole; v += 16) {
-            const __m512 power = power_of_two(_mm512_fmadd_ps(
-                widen(own + v), _mm512_set1_ps(LOG2_E), shift));
-            narrow(own + v, _mm512_fmsub_ps(power, _mm512_set1_ps(share),
-                                            _mm512_set1_ps(weight * rest)));
-        }
+        largest[i] = top;
+    }
+}
+
+/* The same logits become the gradient of the loss of each row, times weights (N): softmax minus what
+   is wanted, 1 - V rest at the target and rest at all. */
+void softmax_error(bf16 *x, const int64_t *targets, const float *weights, const float *largest,
+                   const float *powers, float rest, float at_target, int64_t N, int64_t V,
+                   int64_t first) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < N; i++) {
+        bf16 *own = x + i * V;
+        const int64_t target = targets[i] - first, whole = V / 16 * 16;
+        const int is_here = 0 <= target && target < V;
+        const float share = weights[i] / powers[i], less = weights[i] * rest;
+        const float shift = -largest[i] * LOG2_E;
+        const float right = is_here ? exp2f(number(own[target]) * LOG2_E + shift) * share : 0;
+        for (int64_t v = 0; v < whole; v += 16)
+            narrow(own + v, _mm512_fmsub_ps(
+                power_of_two(_mm512_fmadd_ps(widen(own + v), _mm512_set1_ps(LOG2_E),
+                                             _mm512_set1_ps(shift))),
+                _mm512_set1_ps(share), _mm512_set1_ps(less)));
         for (int64_t v = whole; v < V; v++)
-            own[v] = rounded(exp2f((number(own[v]) - largest) * LOG2_E) * share - weight * rest);
-        own[targets[i]] = rounded(right);
+            own[v] = rounded(exp2f(number(own[v]) * LOG2_E + shift) * share - less);
+        if (is_here) own[target] = rounded(right - less - weights[i] * at_target);
     }
 }
 
