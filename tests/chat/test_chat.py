@@ -519,7 +519,7 @@ def test_an_index_that_cannot_be_used_is_one_line_and_code_2(script, polite, ind
     place = tmp_path / "wiki"
     if what == "another version":
         shutil.copytree(index, place)
-        text = (place / "index.json").read_text("utf-8").replace('"version": 1', '"version": 0')
+        text = (place / "index.json").read_text("utf-8").replace('"version": 2', '"version": 0')
         (place / "index.json").write_text(text, "utf-8")
     done = script("chat.py", polite, "--prompt", "你好", "--retrieve", "--index", place)
     assert str(place) in done.error and "--index" in done.error
