@@ -1,35 +1,51 @@
-"""Training speed and memory of the 43M shape on this processor, beside transformers.
+"""Training speed and memory on this processor, beside transformers and the products' own rate.
 
-    python -m benchmarks.train_speed              about 10 minutes where bfloat16 is emulated
-    python -m benchmarks.train_speed --rounds 5 --peers hf_float32
+    python -m benchmarks.train_speed                          all of it, some 5 minutes
+    python -m benchmarks.train_speed --names ours hf_float32  two contestants
 
-Batch 8 x 512, 65,000 pieces, AdamW; ours in four micro-batches of 2, as `train.micro_batch_size`
-has it (same gradients, less memory). Every contestant runs in a process of its own, in turn, as
-many rounds as asked; medians of tokens/s and peaks of resident memory are printed, last as one
-JSON line. The yardstick is the head-shaped product (4096 x 256 by 256 x 65,000) in the same run;
-a token counts 6 x (parameters - embedding table) floating point operations.
+Contestants take turns, each in a process of its own so that memory peaks do not mix; medians of
+tokens/s and peaks of resident memory are printed, last as one JSON line that names the processor.
+
+ours, hf_*: the 43M shape with 65,000 pieces, batch 8 x 512, AdamW, against the usual loop round
+transformers' model. 14m, 14m_plain: 256 wide, 12 layers, 16,000 pieces, tied, two micro-batches of
+8 x 512 and Muon, with the kernels of babyllama/cpu and without. *_avx2: the same where torch may
+use no more than AVX2, as on a processor without bfloat16. product_*: 2048^3, the yardstick: a token
+counts 6 x (parameters - untied embedding) floating point operations, attention not among them.
+start: seconds from starting Python to the end of the first step of the 14M shape.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from babyllama.config import REPO, parse, run
+from babyllama.cpu.fused import fuse
 from babyllama.device import Scaler, memory_gb, pick_precision
 from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.trainer import forward_backward, next_token_loss
 from benchmarks.peers import SHAPE_43M
-from model import Transformer
+from model import ModelConfig, Transformer
 
-BATCH, MICRO, LENGTH = 8, 2, 512
-FLOPS_PER_TOKEN = 6 * (43_510_016 - 65_000 * 256)
+LENGTH, MICRO = 512, 8
+SHAPE_14M = ModelConfig(vocab_size=16_000, tied=True)
+NAMES = (
+    "ours", "hf_float32", "hf_bfloat16", "14m", "14m_plain", "product_float32",
+    "product_bfloat16", "ours_avx2", "hf_float32_avx2", "product_float32_avx2", "start",
+)  # fmt: skip
+AVX2 = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+}
 
 
 @dataclass(frozen=True)
@@ -39,31 +55,34 @@ class SpeedConfig:
     Args:
         rounds: how often each contestant runs
         steps: timed steps of a run, after one that warms up
-        peers: contestants beside ours
+        names: the contestants
         only: run one contestant in this process (used by the benchmark itself)
     """
 
     rounds: int = 3
     steps: int = 3
-    peers: list[str] = field(default_factory=lambda: ["hf_float32", "hf_bfloat16"])
+    names: list[str] = field(default_factory=lambda: list(NAMES))
     only: str | None = None
 
 
-def make_batch() -> dict[str, torch.Tensor]:
+def make_batch(shape: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
     """Random ids and their successors."""
-    ids = torch.randint(0, SHAPE_43M.vocab_size, (BATCH, LENGTH + 1))
+    ids = torch.randint(0, shape.vocab_size, (rows, LENGTH + 1))
     return {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
 
 
-def our_step() -> Callable[[], None]:
-    """A step of the project's trainer, in the format that it picks for this processor."""
+def our_step(
+    shape: ModelConfig, optim: str, rows: int, micro: int, precision: str, fused: bool
+) -> Callable[[], None]:
+    """A step of the project's trainer."""
     device = torch.device("cpu")
-    model, batch = Transformer(SHAPE_43M), make_batch()
-    optimizer = make_optimizer(model, OptimConfig())
-    scaler, world = Scaler(device, pick_precision(device)), World(0, 1, device)
+    model, batch = Transformer(shape), make_batch(shape, rows)
+    model = fuse(model) if fused else model
+    optimizer = make_optimizer(model, OptimConfig(name=optim))
+    scaler, world = Scaler(device, precision), World(0, 1, device)
     parameters = list(model.parameters())
     parts = [
-        {name: ids[i : i + MICRO] for name, ids in batch.items()} for i in range(0, BATCH, MICRO)
+        {name: ids[i : i + micro] for name, ids in batch.items()} for i in range(0, rows, micro)
     ]
 
     def step() -> None:
@@ -73,15 +92,15 @@ def our_step() -> Callable[[], None]:
     return step
 
 
-def hf_step(dtype: torch.dtype) -> Callable[[], None]:
+def hf_step(precision: str) -> Callable[[], None]:
     """The usual loop round transformers' model: its own loss, torch's AdamW, clipping."""
     from benchmarks.peers import hf_model
 
-    model, batch = hf_model(SHAPE_43M), make_batch()
+    model, batch = hf_model(SHAPE_43M), make_batch(SHAPE_43M, MICRO)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             loss = model(input_ids=batch["tokens"], labels=batch["tokens"]).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -91,79 +110,117 @@ def hf_step(dtype: torch.dtype) -> Callable[[], None]:
     return step
 
 
-def product_gflops(dtype: torch.dtype) -> float:
-    """Rate of the head-shaped product, 10^9 operations a second."""
-    a, b = torch.randn(4096, 256, dtype=dtype), torch.randn(256, 65_000, dtype=dtype)
-    seconds = timed(lambda: a @ b, 2, warm_up=dtype == torch.float32)
-    return 2 * 4096 * 256 * 65_000 / seconds / 1e9
-
-
-def timed(work: Callable[[], object], times: int, warm_up: bool = True) -> float:
-    """Seconds of one call, the mean of `times` after one that is not counted."""
-    if warm_up:
+def seconds_of(work: Callable[[], object], times: int, warm_up: bool = True) -> float:
+    """Seconds of one call, the median of `times` after one that is not counted."""
+    found = []
+    for _ in range(times + warm_up):
+        started = time.perf_counter()
         work()
-    started = time.perf_counter()
-    for _ in range(times):
-        work()
-    return (time.perf_counter() - started) / times
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[warm_up:])
 
 
-def measure_one(name: str, steps: int) -> dict:
+def measure_one(name: str, steps: int) -> dict[str, float]:
     """One contestant in this process."""
-    if name.startswith("product"):
-        return {"gflops": product_gflops(getattr(torch, name.removeprefix("product_")))}
-    step = our_step() if name == "ours" else hf_step(getattr(torch, name.removeprefix("hf_")))
-    tokens_per_s = BATCH * LENGTH / timed(step, steps, warm_up=steps > 1)
+    is_avx2 = name.endswith("_avx2")
+    auto = "float32" if is_avx2 else pick_precision(torch.device("cpu"))
+    kind, _, rest = name.removesuffix("_avx2").partition("_")
+    if kind == "product":
+        a, b = torch.randn(2, 2048, 2048, dtype=getattr(torch, rest))
+        return {"gflops": 2 * 2048**3 / seconds_of(lambda: a @ b, 10) / 1e9}
+    rows = 2 * MICRO if kind == "14m" else MICRO
+    if kind == "start":
+        import pretrain  # noqa: F401 (what a run imports is part of its start)
+
+        our_step(SHAPE_14M, "muon", MICRO, MICRO, auto, True)()
+        return {}
+    if kind == "hf":
+        # Where bfloat16 is emulated a step takes minutes: one, cold, is enough to see the order.
+        steps = 1 if rest == "bfloat16" and auto == "float32" else steps
+        step = hf_step(rest)
+    elif kind == "ours":
+        step = our_step(SHAPE_43M, "adamw", rows, 2 if is_avx2 else MICRO, auto, not is_avx2)
+    else:
+        step = our_step(SHAPE_14M, "muon", rows, MICRO, auto, rest != "plain")
+    tokens_per_s = rows * LENGTH / seconds_of(step, steps, warm_up=steps > 1)
     return {"tokens_per_s": tokens_per_s, "peak_mb": memory_gb(torch.device("cpu")) * 1000}
 
 
-def in_process(name: str, cfg: SpeedConfig) -> dict:
-    """One contestant in a fresh process, so that memory peaks do not mix."""
-    # Where bfloat16 is emulated a step takes minutes: one, cold, is enough to see the order.
-    emulated = pick_precision(torch.device("cpu")) == "float32"
-    steps = 1 if name == "hf_bfloat16" and emulated else cfg.steps
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train_speed",
-        "--only",
-        name,
-        "--steps",
-        str(steps),
-    ]
-    out = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
-    result = json.loads(out.strip().split("\n")[-1])
-    print(f"{name:<18}", "  ".join(f"{key} {value:,.1f}" for key, value in result.items()))
+def in_process(name: str, steps: int) -> dict[str, float]:
+    """One contestant in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.train_speed", "--only", name]
+    env = os.environ | (AVX2 if name.endswith("_avx2") else {})
+    started = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--steps", str(steps)], cwd=REPO, env=env, stdout=subprocess.PIPE, check=True
+    )
+    if name == "start":
+        return {"seconds": time.perf_counter() - started}
+    return json.loads(done.stdout.decode().strip().split("\n")[-1])
+
+
+def processor() -> dict[str, object]:
+    """The processor's name, its cores and its fast formats."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text("utf-8", "replace").splitlines() if told.is_file() else []
+    found = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+    return {
+        "processor": found.get("model name", "unknown"),
+        "threads": torch.get_num_threads(),
+        "formats": [name for name in wanted if name in found.get("flags", "").split()],
+        "precision": pick_precision(torch.device("cpu")),
+    }
+
+
+def n_counted(shape: ModelConfig) -> int:
+    """Weights that multiply: all but an embedding of its own."""
+    return shape.n_parameters - (0 if shape.tied else shape.vocab_size * shape.dim)
+
+
+def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """What the table of docs/results.md shows, where its contestants ran."""
+    rate = {name: one["tokens_per_s"] for name, one in found.items() if "tokens_per_s" in one}
+    pairs = [
+        ("ours", "hf_float32"), ("ours", "hf_bfloat16"), ("14m", "14m_plain"),
+        ("ours_avx2", "hf_float32_avx2"),
+    ]  # fmt: skip
+    result = {f"{a}/{b}": rate[a] / rate[b] for a, b in pairs if {a, b} <= rate.keys()}
+    for peer in ("hf_float32", "hf_bfloat16"):
+        if {"ours", peer} <= found.keys():
+            result[f"memory/{peer}"] = found["ours"]["peak_mb"] / found[peer]["peak_mb"]
+    for name, product, shape in (
+        ("ours", "product_bfloat16", SHAPE_43M),
+        ("14m", "product_bfloat16", SHAPE_14M),
+        ("ours_avx2", "product_float32_avx2", SHAPE_43M),
+    ):
+        if {name, product} <= found.keys():
+            gflops = rate[name] * 6 * n_counted(shape) / 1e9
+            result[f"{name}/{product}"] = gflops / found[product]["gflops"]
     return result
 
 
 def main(cfg: SpeedConfig) -> None:
-    """Measure all contestants in turn and print the medians."""
+    """Measure the contestants in turn and print the medians."""
     if cfg.only:
         print(json.dumps(measure_one(cfg.only, cfg.steps)))
         return
-    products = ["product_float32", "product_bfloat16"]
-    results: dict[str, list[dict]] = {name: [] for name in ["ours", *cfg.peers, *products]}
-    for turn in range(cfg.rounds):
-        for name, found in results.items():
-            if turn == 0 or name not in ("hf_bfloat16", "product_bfloat16"):
-                found.append(in_process(name, cfg))
-    summary: dict[str, object] = {
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in cfg.names}
+    for _ in range(cfg.rounds):
+        for name, found in runs.items():
+            found.append(in_process(name, cfg.steps))
+            shown = "  ".join(f"{key} {value:,.1f}" for key, value in found[-1].items())
+            print(f"{name:<22}{shown}", flush=True)
+    found = {
         name: {
-            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in found),
-            "peak_mb": max(r["peak_mb"] for r in found),
+            key: (max if key == "peak_mb" else statistics.median)(one[key] for one in ones)
+            for key in ones[0]
         }
-        for name, found in results.items()
-        if name not in products
+        for name, ones in runs.items()
     }
-    ours = summary["ours"]["tokens_per_s"] * FLOPS_PER_TOKEN / 1e9
-    summary["precision"] = pick_precision(torch.device("cpu"))
-    summary["ours_gflops"] = ours
-    for name in products:
-        rate = statistics.median(r["gflops"] for r in results[name])
-        summary[f"{name}_gflops"] = rate
-        summary[f"share_of_{name}"] = ours / rate
-    print(json.dumps(summary))
+    print(json.dumps({**processor(), **found, **ratios(found)}))
 
 
 if __name__ == "__main__":
