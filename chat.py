@@ -6,6 +6,7 @@
     python chat.py --prompt "作者是谁？" --reference text.txt
     python chat.py --prompt "你好" --json            # one JSON object a reply
     python chat.py --json < questions.txt           # a conversation, one message a line
+    python chat.py --title abstract.txt             # the title of a text; - is standard input
     python chat.py --retrieve                       # look each question up in the local index
     python chat.py out/base --lora a=out/csl_lora --lora b=out/redgpt_lora
     python chat.py out/redgpt --temperature 0       # always the likeliest token
@@ -55,6 +56,7 @@ class ChatConfig(SamplingConfig):
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
         prompt: answer this one message and exit
         json: one JSON object a reply; without --prompt for each line of standard input
+        title: write the title of this text file, or of standard input (-), and exit
         reference: 资料 to answer from: a text file, or the text itself
         lora: adapters on the checkpoint, NAME=DIRECTORY each, to be given several times; /lora
             switches; without a checkpoint they bring their base
@@ -68,6 +70,7 @@ class ChatConfig(SamplingConfig):
     checkpoint: Path | None = None
     prompt: str | None = None
     json: bool = False
+    title: str | None = None
     reference: str = ""
     lora: tuple[str, ...] = ()
     index: Path | None = None
@@ -161,18 +164,26 @@ def answer(session: Session, message: str) -> None:
 
 
 def converse(session: Session) -> None:
-    """Read, answer, repeat, until /quit, Ctrl-D, or Ctrl-C on an empty line."""
+    """Read, answer, repeat, until /quit, Ctrl-D, or Ctrl-C twice on an empty line."""
     lines = Lines(lambda before, word: completions(session, before, word), state_dir() / "history")
-    user = User(lambda question: whole(input(question)), say)
+    user = User(lambda question: whole(input(question)), say, lambda: whole(lines.paste()))
     print(paint("输入文字即可对话；/help 显示命令，Ctrl-D 退出"))
+    is_leaving = False
     while True:
         try:
             line = whole(lines.read(LABELS["user"]))
-        except (KeyboardInterrupt, EOFError) as stop:
+        except EOFError:
             print()
-            if isinstance(stop, KeyboardInterrupt) and lines.so_far():
-                continue
             return
+        except KeyboardInterrupt:
+            print()
+            if is_leaving:
+                return
+            is_leaving = not lines.so_far()
+            if is_leaving:
+                say("再按一次 Ctrl-C 退出")
+            continue
+        is_leaving = False
         try:
             if line.startswith(("/", "／")):
                 found = obey(session, "/" + line[1:], user)
@@ -190,8 +201,57 @@ def converse(session: Session) -> None:
             say(str(error), "31")
 
 
+def no_terminal(*_: str) -> str:
+    raise ConfigError("this command asks back, and there is no terminal; write all in one line")
+
+
+def note(text: str) -> None:
+    print(visible(text, sys.stderr), file=sys.stderr)
+
+
+SCRIPT = User(no_terminal, note, no_terminal)
+
+
+def obeyed(session: Session, line: str) -> str | None:
+    """What a command gives where nobody can be asked; None for a message.
+
+    raises: ConfigError and others with what to tell the user
+    """
+    if not line.startswith(("/", "／")):
+        return None
+    found = obey(session, "/" + line[1:], SCRIPT)
+    if isinstance(found, Again):
+        return "".join(session.answer(session.ask(found.message)))
+    return found or ""
+
+
+def write_title(session: Session, cfg: ChatConfig) -> int:
+    """The title of --title on standard output and nothing else; with --json three candidates."""
+    if cfg.title == "-":
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+    elif not Path(cfg.title).is_file():
+        raise DataError(f"--title: wanted a text file or -, found no {cfg.title!r}")
+    text = (sys.stdin.read() if cfg.title == "-" else read_reference(cfg.title)).strip()
+    if not text:
+        raise DataError("--title: wanted a text, found it blank")
+    titles, n_read = session.summarise(whole(text), 3)
+    if cfg.json:
+        found = {"titles": titles, "n_read": n_read, "n_characters": len(text)}
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    if n_read < len(text):
+        note(f"（原文太长，只读了前 {n_read} 字）")
+    print(visible(titles[0] if titles else ""))
+    return 0
+
+
 def answer_once(session: Session, cfg: ChatConfig) -> int:
     """The reply to --prompt, or --n of them, on standard output and nothing else."""
+    said = obeyed(session, whole(cfg.prompt))
+    if said is not None:
+        record = {"prompt": cfg.prompt, "reply": said}
+        print(json.dumps(record, ensure_ascii=False) if cfg.json else visible(said))
+        return 0
     asked = session.ask(whole(cfg.prompt))
     if cfg.n > 1:
         for one in session.answers(asked):
@@ -223,10 +283,14 @@ def answer_lines(session: Session) -> int:
         if not message.strip():
             continue
         try:
-            asked = session.ask(message)
-        except ConfigError as error:
+            said = obeyed(session, message)
+            asked = session.ask(message) if said is None else None
+        except (*MISTAKES, OSError) as error:
             code = BAD_INPUT
             print(json.dumps({"prompt": message, "error": str(error)}, ensure_ascii=False))
+            continue
+        if asked is None:
+            print(json.dumps({"prompt": message, "reply": said}, ensure_ascii=False), flush=True)
             continue
         for _ in session.answer(asked):
             pass
@@ -235,13 +299,17 @@ def answer_lines(session: Session) -> int:
 
 
 def main(cfg: ChatConfig) -> int:
+    if cfg.prompt and cfg.title:
+        raise ConfigError("--prompt and --title are two questions; give one of them")
     if cfg.prompt is not None and not cfg.prompt.strip():
         raise ConfigError("--prompt is blank; give a message, or leave it out to talk")
     if cfg.n > 1 and not cfg.prompt:
         raise ConfigError(f"--n {cfg.n} is for one message; add --prompt, or leave it out to talk")
     session = open_session(cfg)
-    place = sys.stderr if cfg.prompt or cfg.json else sys.stdout
+    place = sys.stderr if cfg.prompt or cfg.json or cfg.title else sys.stdout
     print(paint(visible(greet(session, cfg), place), file=place), file=place)
+    if cfg.title:
+        return write_title(session, cfg)
     if cfg.prompt:
         return answer_once(session, cfg)
     if cfg.json:

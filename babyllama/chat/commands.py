@@ -18,10 +18,12 @@ from babyllama.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class User:
-    """ask: puts a question and gives the answer; tell: shows what a command is busy with"""
+    """ask: puts a question and gives the answer; tell: shows what a command is busy with
+    paste: gives a text of any number of lines"""
 
     ask: Callable[[str], str]
     tell: Callable[[str], None]
+    paste: Callable[[], str]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Again:
 @dataclass(frozen=True)
 class Command:
     """run: None ends the conversation
-    complete: gives the words that may stand behind the name; "files" for names of files"""
+    complete: gives the words that may stand behind the name; "files" for names of files
+    alias: other names, with spaces between"""
 
     meaning: str
     run: Callable[[Session, str, User], str | Again] | None
@@ -92,17 +95,19 @@ def do_retrieve(session: Session, value: str, user: User) -> str:
     return f"自动检索：{'开' if session.retrieve else '关'}{where}"
 
 
+TITLE_REQUEST = "给下面的摘要写一个标题：\n"  # stands before the abstract in what /save keeps
+
+
 def do_summary(session: Session, value: str, user: User) -> str:
     if not value:
-        user.tell("粘贴摘要，空行结束：")
-        lines = [user.ask("")]
-        while lines[-1].strip():
-            lines.append(user.ask(""))
-        value = "\n".join(lines)
+        user.tell("粘贴摘要，回车结束：")
+        value = user.paste()
     text = read_reference(value).strip()
     if not text:
         return "已取消"
     titles, n_read = session.summarise(text)
+    if titles:
+        session.talk.turns.append((f"{TITLE_REQUEST}{text}", titles[0]))
     cut = f"\n（原文太长，只读了前 {n_read} 字）" * (n_read < len(text))
     return f"标题：{titles[0] if titles else '（空）'}{cut}"
 
@@ -182,7 +187,7 @@ COMMANDS = {
     "/wikipedia": Command("词条：联网取维基百科的序言作资料", do_wikipedia),
     "/检索": Command("on 或 off：回答前自动从索引找资料", do_retrieve,
                    lambda session: ["on", "off"], "/retrieve"),
-    "/总结": Command("文件或摘要：写一个标题；不写则提示粘贴", do_summary, "files", "/sum"),
+    "/总结": Command("文件或摘要：写一个标题；不写则提示粘贴", do_summary, "files", "/title /sum"),
     "/lora": Command("名字：换一个适配器；不写则列出，- 只用基座", do_lora,
                      lambda session: [*session.adapters, "-"]),
     "/set": Command("名 值：改采样设置，如 /set temperature 0.5；不写则全部显示", do_set,
@@ -193,7 +198,7 @@ COMMANDS = {
     "/help": Command("显示这些命令", do_help),
     "/quit": Command("退出，同 Ctrl-D；Ctrl-C 停止正在输出的回答", None, None, "/exit"),
 }  # fmt: skip
-NAMES = {alias: name for name, c in COMMANDS.items() for alias in (name, c.alias) if alias}
+NAMES = {alias: name for name, c in COMMANDS.items() for alias in (name, *c.alias.split())}
 
 
 def obey(session: Session, line: str, user: User) -> str | Again | None:

@@ -8,7 +8,9 @@ no-color.org and are left out where output is no terminal, on Windows too.
 import json
 import os
 import re
+import select
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -109,6 +111,17 @@ class Lines:
         self._remember(line)
         return line
 
+    def paste(self) -> str:
+        """A text of any number of lines, blank ones too: it ends where no more is waiting.
+
+        A terminal with bracketed paste hands it over as one line, others line by line at once.
+        raises: EOFError, KeyboardInterrupt
+        """
+        lines = [input()]
+        while _is_waiting():
+            lines.append(input())
+        return "\n".join(lines)
+
     def _remember(self, message: str) -> None:
         is_short = len(message) <= LONGEST_REMEMBERED and "\0" not in message
         if not self.readline or not message.strip() or not is_short:
@@ -122,6 +135,16 @@ class Lines:
             file = os.open(self.history, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with open(file, "a", encoding="ascii") as opened:
                 opened.write(json.dumps(message) + "\n")
+
+
+def _is_waiting(pause_s: float = 0.2) -> bool:
+    """Whether something is typed or pasted already, or is within `pause_s`."""
+    if os.name == "nt":
+        import msvcrt
+
+        time.sleep(pause_s)
+        return msvcrt.kbhit()
+    return bool(select.select([sys.stdin], [], [], pause_s)[0])
 
 
 def _remembered(path: Path) -> list[str]:

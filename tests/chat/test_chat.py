@@ -282,7 +282,8 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(open_terminal, endless, tmp_
     assert "1 轮" in terminal.say("/save talk.jsonl")
     (row,) = read_rows(tmp_path / "talk.jsonl")
     assert re.fullmatch("好{3,399}", row["messages"][1]["content"])
-    assert terminal.leave(b"\x03") == 0  # on an empty line
+    terminal.press(b"\x03", until="再按一次 Ctrl-C 退出")  # on an empty line
+    assert terminal.leave(b"\x03") == 0
 
 
 def test_a_full_context_lets_old_turns_go_and_says_so_once(open_terminal, endless):
@@ -339,7 +340,7 @@ def test_each_question_is_looked_up_in_the_index_and_the_passage_cited(
 def test_without_an_index_wiki_says_so_and_goes_to_the_network(polite, url):  # noqa: F811
     session = Session(load_model(polite), chat.ChatConfig(), wiki_url=url)
     told: list[str] = []
-    user = User(input, told.append)
+    user = User(input, told.append, input)
     obey(session, "/wiki 白果树", user)
     assert "没有本地索引" in told[0] and "银杏科的落叶乔木" in session.talk.reference
     with pytest.raises(ConfigError, match="没有本地索引"):
@@ -506,12 +507,43 @@ def test_a_title_is_asked_for_as_scoring_does_and_its_lead_in_comes_off(tmp_path
     reply = tokenizer.encode("可以叫《银杏》", eos=True)
     assert len(set(reply)) == len(reply)  # else `teach` could not tell the tokens apart
     loaded = load_model(make_checkpoint(tmp_path / "titles", tokenizer, reply))
-    session, lines = Session(loaded, chat.ChatConfig()), iter(["银杏是乔木。", "叶子像扇子。", ""])
-    user = User(lambda question: next(lines), print)
+    session = Session(loaded, chat.ChatConfig())
+    user = User(input, print, lambda: "银杏是乔木。\n\n叶子像扇子。")
     assert obey(session, "/总结 银杏是乔木，叶子像扇子。", user) == "标题：银杏"
-    assert obey(session, "/sum", user) == "标题：银杏" and next(lines, None) is None
+    assert obey(session, "/sum", user) == obey(session, "/title", user) == "标题：银杏"
     assert "只读了前 " in obey(session, "/总结 " + "今天天气好。" * 500, user)
-    assert session.talk.turns == []  # a title is no part of the talk
+    questions, titles = zip(*session.talk.turns, strict=True)  # /save keeps them
+    assert set(titles) == {"银杏"} and questions[1].endswith("银杏是乔木。\n\n叶子像扇子。")
+
+
+def test_a_paste_with_blank_lines_is_one_abstract(open_terminal, polite, tmp_path):
+    terminal = open_terminal(polite)
+    terminal.type("/总结\r")
+    terminal.read_until("粘贴摘要")
+    terminal.read_until("\n")
+    shown = terminal.say("银杏是乔木。\r\r叶子像扇子。")  # without bracketed paste
+    assert "标题：" in shown and LABELS["assistant"] not in shown
+    assert "1 轮" in terminal.say("/save talk.jsonl")
+    (row,) = read_rows(tmp_path / "talk.jsonl")
+    assert row["messages"][0]["content"].endswith("银杏是乔木。\n\n叶子像扇子。")
+    assert terminal.leave(b"\x04") == 0
+
+
+def test_titles_and_commands_work_without_a_terminal(script, polite, tmp_path):
+    (tmp_path / "abstract.txt").write_text("银杏是乔木。\n\n叶子像扇子。", "utf-8")
+    words = ("chat.py", polite, "--title", tmp_path / "abstract.txt")
+    title = script(*words)
+    assert title.code == 0 and len(title.out.splitlines()) == 1 and title.out.strip()
+    found = json.loads(
+        script("chat.py", polite, "--title", tmp_path / "abstract.txt", "--json").out
+    )
+    assert found["titles"][0] == title.out.strip() and found["n_read"] == found["n_characters"]
+    said = script("chat.py", polite, "--prompt", f"/title {tmp_path / 'abstract.txt'}")
+    assert (said.code, said.out) == (0, f"标题：{title.out}")
+    asks_back = script("chat.py", polite, "--prompt", "/title")
+    assert asks_back.code == 2 and "no terminal" in asks_back.err
+    missing = script("chat.py", polite, "--title", "no.txt")
+    assert missing.code == 2 and "wanted a text file or -" in missing.err
 
 
 @pytest.mark.parametrize("what", ["missing", "another version"])
