@@ -10,6 +10,7 @@ import math
 import os
 import re
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,24 +34,71 @@ class DeviceConfig:
         device: auto takes cuda, else mps, else cpu
         precision: auto takes the fastest format that is safe on the device
         force: take the named format even where it is known to fail or to be emulated
+        deterministic: on CUDA cards, too, the same run gives the same bits, and one that goes on
+            those of one that never stopped, as on a processor; slower, and wants
+            CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment
     """
 
     device: Device = "auto"
     precision: Precision = "auto"
     force: bool = False
+    deterministic: bool = False
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
-    """The device to use.
+    """The device to use. A card that this torch has no kernels for is left out, with a warning.
 
-    raises: ConfigError if a device is named that is not there
+    raises: ConfigError if a device is named that is not there, or such a card
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if there["cuda"] and wanted in ("auto", "cuda"):
+        fault = kernels_missing(
+            torch.cuda.get_device_name(), torch.cuda.get_device_capability(),
+            torch.cuda.get_arch_list(),
+        )  # fmt: skip
+        if fault and wanted == "cuda":
+            raise ConfigError(fault)
+        if fault:
+            warnings.warn(f"{fault}; computing on the processor", RuntimeWarning, stacklevel=2)
+            there["cuda"] = False
     if wanted == "auto":
         wanted = next((name for name, is_there in there.items() if is_there), "cpu")
     if not there.get(wanted, True):
         raise ConfigError(f"device {wanted!r} is not available to torch here; use auto or cpu")
     return torch.device(wanted)
+
+
+def kernels_missing(card: str, capability: tuple[int, int], kernels: list[str]) -> str:
+    """Why this torch cannot compute on a card; empty where it can.
+
+    A kernel for sm_86 runs on cards of capability 8.6 to 8.9; compute_90 is compiled for any later.
+
+    kernels: torch.cuda.get_arch_list()
+    """
+    known = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[a-z]?", name) for name in kernels]
+    for kind, major, minor in (match.groups() for match in known if match):
+        made_for = (int(major), int(minor))
+        if made_for <= capability and (kind == "compute" or made_for[0] == capability[0]):
+            return ""
+    found = " ".join(kernels) or "none"
+    return (
+        f"wanted a torch with kernels for {card} (sm_{capability[0]}{capability[1]}), found one "
+        f"for {found}; cards before the RTX 20 series need a build with CUDA 12.6 (cu126), or use "
+        f"--device cpu"
+    )
+
+
+def set_deterministic(device: torch.device, wanted: bool) -> None:
+    """Let all kernels of a card give the same bits each time; a processor's do anyway.
+
+    raises: ConfigError if the environment lacks what cuBLAS reads before its first call
+    """
+    if wanted and device.type == "cuda" and not os.environ.get("CUBLAS_WORKSPACE_CONFIG"):
+        raise ConfigError(
+            "device.deterministic wants CUBLAS_WORKSPACE_CONFIG in the environment, found none; "
+            "start with CUBLAS_WORKSPACE_CONFIG=:4096:8 python …"
+        )
+    torch.use_deterministic_algorithms(wanted and device.type == "cuda")
 
 
 def safe_precision(device: str, card: str = "", capability: tuple[int, int] = (0, 0)) -> str:
@@ -66,8 +114,9 @@ def safe_precision(device: str, card: str = "", capability: tuple[int, int] = (0
     if capability >= (8, 0):
         return "bfloat16"
     # float16 gives NaN on the GTX 16 series (pytorch issue 58123), which has no bfloat16 either,
-    # though its compute capability, 7.5, is that of the RTX 20 series.
-    if capability >= (7, 0) and not re.search(r"GTX 16|MX\d", card):
+    # though its compute capability, 7.5, is that of the RTX 20 series; and on other cards of the
+    # same chips, MX450 and T400 to T2000.
+    if capability >= (7, 0) and not re.search(r"GTX 16|MX\d|\bT([456][05]0|1[02]00|2000)\b", card):
         return "float16"
     return "float32"
 
@@ -188,7 +237,7 @@ class Scaler:
 
 def memory_gb(device: torch.device) -> float:
     """The most memory that was in use so far: of a CUDA card, else of the process."""
-    if device.type == "cuda":
+    if device.type == "cuda":  # of tensors: what nvidia-smi shows holds gaps and context, too
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: ru_maxrss would begin with what the parent process had
@@ -204,24 +253,31 @@ def memory_gb(device: torch.device) -> float:
 
 
 # Dense rates in 10^12 operations a second by the makers' data sheets, with float32 sums:
-# (name contains, float32, float16, bfloat16). The first that fits is taken.
+# name, float32, float16, bfloat16.
 CARDS = (
     ("H200", 67, 989, 989),
+    ("H100 NVL", 60, 835, 835),
     ("H100 PCIe", 51, 756, 756),
     ("H100", 67, 989, 989),
     ("A100", 19.5, 312, 312),
     ("A10G", 31.2, 70, 70),
     ("L40S", 91.6, 362, 362),
+    ("L40", 90.5, 181, 181),
     ("L4", 30.3, 121, 121),
     ("V100", 15.7, 125, 0),
     ("T4", 8.1, 65, 0),
     ("4090", 82.6, 165, 165),
+    ("3090 Ti", 40, 80, 80),
     ("3090", 35.6, 71, 71),
+    ("3080 Ti", 34.1, 68, 68),
     ("3080", 29.8, 59.5, 59.5),
+    ("3060 Ti", 16.2, 32.4, 32.4),
     ("3060", 12.7, 25.6, 25.6),
     ("2080 Ti", 13.4, 53.8, 0),
     ("1660 Ti", 5.4, 0, 0),
 )
+# Words behind a name that make another card of it.
+_OTHERS = r"(?! (?:Ti|SUPER|D|NVL|PCIe|Laptop|with|Max-Q|Mobile)\b)"
 
 
 def flops_per_token(model: Transformer) -> int:
@@ -241,7 +297,8 @@ def mfu_per_rate(model: Transformer, world: World, precision: str) -> float:
 def tabulated_peak(card: str, precision: str) -> float:
     """Operations a second of a card as its maker states them; 0 where the table does not know."""
     column = ("float32", "float16", "bfloat16").index(precision) + 1
-    return next((row[column] * 1e12 for row in CARDS if row[0] in card), 0.0)
+    found = (row for row in CARDS if re.search(rf"\b{row[0]}\b{_OTHERS}", card))
+    return next((row[column] * 1e12 for row in found), 0.0)
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
@@ -264,6 +321,8 @@ def measured_peak(device: torch.device, precision: str) -> float:
         matrix @ matrix
         synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # these matrices are not the run's
     return best
 
 

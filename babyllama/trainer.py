@@ -36,6 +36,7 @@ from babyllama.device import (
     mfu_per_rate,
     pick_precision,
     precision_warning,
+    set_deterministic,
     to_device,
 )
 from babyllama.distributed import World, inner, no_sync, whole_model
@@ -184,7 +185,9 @@ def samples(
 ) -> list[tuple[str, str]]:
     """(prompt, reply) for each prompt that fits the context; the same draws every time.
 
-    All processes call it. kind: "sft" asks in a dialogue, "pretrain" continues a text
+    All processes call it; where each has a share of the model, the main one alone gets replies.
+
+    kind: "sft" asks in a dialogue, "pretrain" continues a text
     """
     ids = {
         prompt: tokenizer.render_prompt([{"role": "user", "content": prompt}])
@@ -196,7 +199,10 @@ def samples(
            if len(tokens) < model.config.max_seq_len}  # fmt: skip
     if not ids:
         return []
-    plain = whole_model(model).eval()
+    plain = whole_model(model)
+    if plain is None:
+        return []
+    plain.eval()
     choice = SamplingConfig(max_new_tokens=n_tokens, seed=0)
     with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
         replies = generate(plain, list(ids.values()), choice, tokenizer.eos_id)
@@ -335,6 +341,7 @@ def train(
     config, optim = cfg.train, cfg.optim
     # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
     torch.manual_seed(config.seed)
+    set_deterministic(world.device, cfg.device.deterministic)
     wrapped = world.wrap(model, config.compile, config.recompute, config.blocks)
     optimizer = make_optimizer(model, optim)
     precision = pick_precision(world.device, cfg.device.precision, cfg.device.force)

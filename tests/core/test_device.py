@@ -8,10 +8,12 @@ import torch
 from babyllama.device import (
     Scaler,
     checked_precision,
+    kernels_missing,
     memory_gb,
     pick_device,
     pick_precision,
     safe_precision,
+    set_deterministic,
 )
 from babyllama.errors import ConfigError
 
@@ -23,6 +25,11 @@ CARDS = [
     ("NVIDIA GeForce RTX 2080", (7, 5), "float16"),
     ("Tesla T4", (7, 5), "float16"),
     ("Tesla V100-SXM2-16GB", (7, 0), "float16"),
+    ("NVIDIA T400 4GB", (7, 5), "float32"),
+    ("NVIDIA T550 Laptop GPU", (7, 5), "float32"),
+    ("Quadro T1000", (7, 5), "float32"),
+    ("Quadro T2000", (7, 5), "float32"),
+    ("Quadro RTX 4000", (7, 5), "float16"),
     ("NVIDIA GeForce RTX 3090", (8, 6), "bfloat16"),
     ("NVIDIA GeForce RTX 4060 Laptop GPU", (8, 9), "bfloat16"),
     ("NVIDIA GeForce RTX 5090", (12, 0), "bfloat16"),
@@ -99,6 +106,45 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             with pytest.raises(ConfigError, match=f"{name}.*not available"):
                 pick_device(name)
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
+
+
+KERNELS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of a build with CUDA 13
+
+
+@pytest.mark.parametrize(
+    "capability, runs",
+    [((6, 1), False), ((7, 0), False), ((7, 5), True), ((8, 6), True), ((8, 9), True),
+     ((9, 0), True), ((10, 3), True), ((11, 0), False)],
+)  # fmt: skip
+def test_a_card_without_kernels_is_told_so(
+    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = kernels_missing("A card", capability, KERNELS)
+    assert bool(fault) != runs and not kernels_missing("A card", (11, 0), [*KERNELS, "compute_100"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: KERNELS)
+    if runs:
+        assert pick_device().type == pick_device("cuda").type == "cuda"
+        return
+    with pytest.raises(
+        ConfigError, match=r"kernels for A card \(sm_\d+\), found one for sm_75 .*--d"
+    ):
+        pick_device("cuda")
+    with pytest.warns(RuntimeWarning, match="cu126.*; computing on the processor"):
+        assert pick_device().type != "cuda"
+
+
+def test_deterministic_kernels_want_what_cublas_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with pytest.raises(ConfigError, match="start with CUBLAS_WORKSPACE_CONFIG=:4096:8 python"):
+        set_deterministic(card, True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    for device, wanted in ((card, True), (torch.device("cpu"), True), (card, False)):
+        set_deterministic(device, wanted)
+        assert torch.are_deterministic_algorithms_enabled() == (wanted and device == card)
 
 
 def one_step(scaler: Scaler, factor: float) -> tuple[float, bool]:
