@@ -25,7 +25,7 @@ from babyllama.device import (
 from babyllama.distributed import World
 from babyllama.optim import make_optimizer, move_averages, n_kept
 from babyllama.trainer import Objective, RunConfig, forward_backward, total_steps
-from model import SLICE, ModelConfig, Transformer
+from model import CARD_SLICE, SLICE, ModelConfig, Transformer
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -57,35 +57,47 @@ def memory_by_part(
     shares: int = 1,
     n_trained: int | None = None,
     n_state: int | None = None,
+    is_card: bool = False,
+    is_masked: bool = False,
+    accumulates: bool = False,
 ) -> dict[str, float]:
     """Gigabytes that training takes, computed: `sequences` of full length at a time.
 
     Activations: what autograd keeps of a layer, counted in widths D and feed-forward widths F a
     token. In float32: the two inputs and what their norms made of them, twice; q, k, v, the
-    attention's output, twice; four F-wide tensors; 2 D for what the way back takes besides. In a
-    narrow format the residual stream, four widths, stays float32. With recompute: the inputs of
+    attention's output, twice; four F-wide tensors; 2 D for what the backward pass takes besides. In
+    a narrow format the residual stream, four widths, stays float32. With recompute: the inputs of
     all layers and the whole of one.
 
     shares: processes that each keep a part of weights, gradients and optimizer state
     n_trained: parameters with gradients; all, where not said
     n_state: numbers that the optimizer keeps; two for each of those, where not said
+    is_card: the loss is that of CUDA cards, of larger slices
+    is_masked: packed rows are kept apart by a mask
+    accumulates: several micro-batches a step, for which gradients stay whole
     """
     n_trained = n_parameters if n_trained is None else n_trained
     n_state = 2 * n_trained if n_state is None else n_state
-    table = config.vocab_size * config.dim
-    # Autocast keeps a copy of every matrix until the way back has ended.
-    narrow = 0 if precision == "float32" else _BYTES[precision]
+    table, width = config.vocab_size * config.dim, _BYTES[precision]
+    # Autocast keeps a copy of every matrix until the backward pass has ended.
+    narrow = 0 if precision == "float32" else width
     tokens = sequences * config.max_seq_len
-    one = (12 * config.dim + 4 * config.hidden_dim) * _BYTES[precision]
-    one += 4 * config.dim * (4 - _BYTES[precision])
+    one = (12 * config.dim + 4 * config.hidden_dim) * width
+    one += 4 * config.dim * (4 - width)
     kept = 4 * config.dim * config.n_layers + one if recompute else config.n_layers * one
+    # Of a slice there are logits and probabilities, and on a card their gradient and a product.
+    of_slice = SLICE * config.vocab_size * 8 + 4 * table
+    if is_card:
+        of_slice = CARD_SLICE * config.vocab_size * (8 + width) + 4 * table * (2 if narrow else 1)
     parts = {
         "weights": 4 * n_parameters / shares + narrow * (n_parameters - table),
-        "gradients": 4 * n_trained / shares,
+        "gradients": 4 * n_trained / (1 if accumulates else shares),
         "optimizer": 4 * n_state / shares,
         "activations": tokens * kept,
-        "loss slice": SLICE * config.vocab_size * 8 + 4 * table,
+        "loss slice": of_slice,
     }
+    if is_masked:
+        parts["mask"] = tokens * config.max_seq_len * (1 + width)
     return {name: size / 1e9 for name, size in parts.items()}
 
 
@@ -96,9 +108,9 @@ def largest_batch(one: dict[str, float], two: dict[str, float], available_gb: fl
 
 
 def available_gb(device: torch.device) -> float:
-    """Memory that a run could have: the card's, or what the machine has free now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1] / 1e9
+    """Memory that this process could have now, of the card or of the machine."""
+    if device.type == "cuda":  # what others use of it, such as a desktop, is not there
+        return (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) / 1e9
     return psutil.virtual_memory().available / 1e9
 
 
@@ -116,13 +128,16 @@ def dry_run(
     n_parameters, by_part = model.n_parameters(), parameters_by_part(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = make_optimizer(model, cfg.optim)
-    counts = {
+    sizes_of = {
         "n_trained": sum(weight.numel() for weight in trained),
         "n_state": n_kept(optimizer),
+        "is_card": device.type == "cuda",
+        "is_masked": _is_masked(model, data, cfg, world),
+        "accumulates": train.batch_size > train.micro_batch_size * world.size,
     }
     disk = (train.keep + 1) * checkpoint_bytes(model, optimizer) / 1e9
     sizes = {
-        n: memory_by_part(config, n_parameters, n, precision, train.recompute, shares, **counts)
+        n: memory_by_part(config, n_parameters, n, precision, train.recompute, shares, **sizes_of)
         for n in (1, 2, train.micro_batch_size)
     }
     program = max(0.0, memory_gb(device) - 4 * n_parameters / 1e9)
@@ -156,6 +171,16 @@ def dry_run(
         f"about {steps * seconds / 3600:.2f} hours"
     )
     return 0
+
+
+def _is_masked(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -> bool:
+    """Whether a card keeps packed rows apart by a mask, for want of block attention."""
+    (batch, *_) = data.batches(0, cfg.train.micro_batch_size, world.rank, world.size)
+    if world.device.type != "cuda" or "segments" not in batch:
+        return False
+    from babyllama.block_attention import suits  # takes its time, for cards alone
+
+    return not (cfg.train.blocks and suits(world.device, model.config.head_dim))
 
 
 def _probe(
@@ -220,7 +245,7 @@ def table(cfg: TableConfig) -> list[str]:
             most, needs = [], []
             for recompute in (False, True):
                 one, two, wanted = (
-                    memory_by_part(config, n_parameters, n, precision, recompute)
+                    memory_by_part(config, n_parameters, n, precision, recompute, is_card=True)
                     for n in (1, 2, cfg.batch)
                 )
                 fits = largest_batch(one, two, float(size) - _CONTEXT_GB / _USABLE)

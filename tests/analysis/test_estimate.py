@@ -29,7 +29,7 @@ from babyllama.device import (
 from babyllama.distributed import World
 from babyllama.log import read_metrics
 from conftest import small_config, write_run
-from model import SLICE, ModelConfig, Transformer
+from model import CARD_SLICE, SLICE, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -60,6 +60,13 @@ def test_memory_follows_what_is_kept() -> None:
     assert memory(recompute=True)["activations"] < plain["activations"]
     assert memory(shares=4)["optimizer"] == pytest.approx(plain["optimizer"] / 4)
     assert plain["loss slice"] == pytest.approx((SLICE * 97 * 8 + 4 * 97 * 32) / 1e9)
+    on_card = memory(is_card=True, precision="bfloat16")
+    assert on_card["loss slice"] == pytest.approx((CARD_SLICE * 97 * 10 + 8 * 97 * 32) / 1e9)
+    assert "mask" not in plain
+    assert memory(is_masked=True)["mask"] == pytest.approx(8 * 128 * 128 * 5 / 1e9)
+    assert memory(shares=4)["gradients"] == pytest.approx(plain["gradients"] / 4)
+    whole = memory(shares=4, accumulates=True)  # until the last micro-batch
+    assert whole["gradients"] == plain["gradients"] and whole["weights"] < plain["weights"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -184,6 +191,12 @@ def test_a_peak_is_stated_or_measured() -> None:
     assert tabulated_peak("NVIDIA H100 80GB HBM3", "float16") == 989e12
     assert tabulated_peak("NVIDIA L40S", "float32") == 91.6e12
     assert tabulated_peak("Some other card", "float32") == 0
+    others = {"RTX 3060 Ti": 32.4, "RTX 3090 Ti": 80, "RTX 3080 Ti": 68, "NVIDIA L40": 181,
+              "NVIDIA H100 NVL": 835, "NVIDIA A100-PCIE-40GB": 312}  # fmt: skip
+    assert {name: tabulated_peak(name, "float16") / 1e12 for name in others} == others
+    unknown = ("NVIDIA T400", "NVIDIA T4G", "NVIDIA T1000 8GB", "RTX 3080 Laptop GPU", "RTX 4090 D",
+               "RTX 2080 SUPER", "NVIDIA A10")  # fmt: skip
+    assert not any(tabulated_peak(name, "float16") for name in unknown)
     rng = torch.get_rng_state()
     peak, how = peak_flops(CPU, "float32")
     assert how == "measured" and 1e8 < peak < 1e14
