@@ -1,13 +1,17 @@
-"""Attention inside the documents of a packed row, block by block, on CUDA cards.
+"""Attention inside the documents of packed rows, as CUDA cards do it fast.
 
 A mask of T x T booleans makes every token look at every other, and then forget most of them.
 flex_attention (Dong et al. 2024, arXiv:2412.05496) leaves out the blocks in which no token sees
-another. The losses are the same to rounding. `by_blocks` changes a finished model from outside;
-elsewhere, and where no document shares its row, a model keeps the attention that it has.
+another; where a card cannot run it, the mask becomes a bias once for all layers, which torch would
+else make, and keep, in each of them. The losses are the same to rounding. `on_card` changes a
+finished model from outside; where no document shares its row, nothing changes.
 """
 
 import functools
 import importlib.util
+import subprocess
+import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +20,78 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model import Attention, Transformer
 
-# Rows are filled up to a multiple of a block, so that few lengths are compiled.
+# Rows are padded to a multiple of a block, so that few lengths are compiled.
 BLOCK = 128
+# What the kernels read of a bias begins at multiples of this.
+_ALIGNED = 8
 
 
-def suits(device: torch.device) -> bool:
-    """Whether the kernels exist here: Triton, and a card of the RTX 30 series or later."""
+def suits(device: torch.device, head_dim: int) -> bool:
+    """Whether flex_attention's kernels exist here: Triton, a card of the RTX 30 series or later,
+    heads of 16 or more; and whether they work, which is tried once."""
     return (
         device.type == "cuda"
+        and head_dim >= 16
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and importlib.util.find_spec("triton") is not None
+        and works(device, head_dim)
     )
 
 
-def by_blocks(model: Transformer, compiled: bool = True) -> Transformer:
-    """The model, which from now on attends to packed documents block by block.
+@functools.cache
+def works(device: torch.device, head_dim: int) -> bool:
+    """Whether a block can be attended to, there and back; warns where not.
 
-    compiled: as one kernel; else step by step, with all scores in memory, to compare with
+    Triton needs a C compiler and Python's headers, which small images do not have.
     """
-    kernel = torch.compile(flex_attention) if compiled else flex_attention
-    model.segment_mask = block_mask
+    q = torch.ones(1, 1, BLOCK, head_dim, device=device, requires_grad=True)
+    mask = block_mask(torch.ones(1, BLOCK, dtype=torch.int64, device=device))
+    try:
+        compiled(q, q, q, block_mask=mask).sum().backward()
+    except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"packed documents are attended to by a mask, which is slower: block attention does "
+            f"not run here ({type(error).__name__}: {reason}); it needs a C compiler and Python's "
+            f"headers (apt install gcc python3-dev)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def compiled(*args: object, **kwargs: object) -> Tensor:
+    """flex_attention as one kernel."""
+    return _compiler()(*args, **kwargs)
+
+
+@functools.cache
+def _compiler() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def on_card(model: Transformer, blocks: bool = True) -> Transformer:
+    """The model, which from now on attends to packed documents as cards do it fast.
+
+    blocks: by flex_attention, where that runs; it is tried when the first packed row comes
+    """
+    return attend_by(model, compiled if blocks else None)
+
+
+def attend_by(model: Transformer, kernel: object, always: bool = False) -> Transformer:
+    """on_card with a kernel of one's own, or with none, for a bias.
+
+    always: blocks on devices without the kernels, too, to compare with
+    """
+    head_dim = model.config.head_dim
+
+    def mask(segments: Tensor) -> BlockMask | Tensor:
+        if kernel is not None and (always or suits(segments.device, head_dim)):
+            return block_mask(segments)
+        return bias(segments)
+
+    model.segment_mask = mask
     for layer in model.layers:
         layer.attention.attend = functools.partial(attend, kernel)
     return model
@@ -52,13 +108,27 @@ def block_mask(segments: Tensor) -> BlockMask:
     return create_block_mask(sees, n_rows, None, length, length, device=segments.device)
 
 
+def bias(segments: Tensor) -> Tensor:
+    """What is added to the scores, (B, 1, T, T) in the format of the products: 0 or -inf."""
+    seen = Transformer.segment_mask(segments)
+    (B, T), device = segments.shape, segments.device.type
+    narrow = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if narrow else torch.float32
+    made = torch.zeros(B, 1, T, T + -T % _ALIGNED, dtype=dtype, device=segments.device)[..., :T]
+    return made.masked_fill_(~seen, -torch.inf)
+
+
 def attend(
     kernel: object, q: Tensor, k: Tensor, v: Tensor, mask: object, is_causal: bool
 ) -> Tensor:
     """(B, H, T, C), as model.Attention.attend; by the kernel where the mask is one of blocks."""
+    groups = q.shape[1] // k.shape[1]
+    if isinstance(mask, Tensor) and groups > 1:
+        # With a mask the fast kernels take no grouped heads.
+        k, v = (part.repeat_interleave(groups, dim=1) for part in (k, v))
     if not isinstance(mask, BlockMask):
         return Attention.attend(q, k, v, mask, is_causal)
     length = q.shape[2]
     q, k, v = (F.pad(part, (0, 0, 0, -length % BLOCK)) for part in (q, k, v))
-    out = kernel(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    out = kernel(q, k, v, block_mask=mask, enable_gqa=groups > 1)
     return out[:, :, :length]

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from babyllama import lora
 from babyllama.config import atomic_dir, from_repo, read_yaml, recover_dir, remove, shown
-from babyllama.distributed import World, share_of, whole
+from babyllama.distributed import World, gathered, share_of
 from babyllama.errors import CheckpointError
 from babyllama.lora import ADAPTER_FILES, LoraConfig
 from babyllama.optim import n_kept, state_shapes
@@ -102,7 +102,8 @@ def save_checkpoint(
     """
     final = run / f"step-{step:06d}"
     info = _info(step, model, tokenizer, kind, parent)
-    weights, state = model_weights(model), _optimizer_tensors(model, optimizer)
+    weights = model_weights(model, world.is_main)
+    state = _optimizer_tensors(model, optimizer, world.is_main)
 
     def fill(place: Path) -> None:
         _write_model(place, model, weights, info, tokenizer)
@@ -149,7 +150,7 @@ def save_best(
 ) -> Path:
     """Write `run`/best, for use and not to resume from; arguments and errors as save_checkpoint."""
     info = {**_info(step, model, tokenizer, kind, parent), "val_loss": val_loss}
-    weights = model_weights(model)
+    weights = model_weights(model, world.is_main)
     world.on_main(
         lambda: write_whole(
             run / "best",
@@ -199,20 +200,24 @@ def write_small(place: Path, loaded: Loaded, kind: Literal["int8", "float16"] = 
     write_sums(place)
 
 
-def model_weights(model: Transformer) -> dict[str, Tensor]:
-    """The weights as they are stored: whole, a tied head once, of an adapted model the adapter."""
+def model_weights(model: Transformer, keep: bool = True) -> dict[str, Tensor]:
+    """The weights as they are stored: whole, a tied head once, of an adapted model the adapter.
+
+    keep: as distributed.gathered
+    """
     model.state_dict()  # FSDP2 shards again what the last evaluation gathered
-    return {name: whole(w.detach()).contiguous() for name, w in lora.stored(model).items()}
+    return gathered(lora.stored(model), keep)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool
+) -> dict[str, Tensor]:
     """Optimizer state by parameter name, and torch's random state."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     tensors = {"rng": torch.get_rng_state()}
     for weight, state in optimizer.state.items():
-        for key, tensor in state.items():
-            tensors[f"{names[id(weight)]}:{key}"] = whole(tensor).contiguous()
-    return tensors
+        tensors |= {f"{names[id(weight)]}:{key}": tensor for key, tensor in state.items()}
+    return gathered(tensors, keep)
 
 
 def load_model(

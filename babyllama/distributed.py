@@ -10,9 +10,10 @@ import contextlib
 import datetime
 import functools
 import gc
+import inspect
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,8 @@ class ParallelConfig:
     Args:
         engine: ddp: everything in each process; fsdp2: a share in each, for models that do not
             fit one card; auto: ddp
-        timeout_s: a process that waits longer than this for the others ends the job
+        timeout_s: a process that waits longer than this for the others ends the job; while the
+            main one writes or computes for all, nobody counts
     """
 
     engine: Literal["auto", "ddp", "fsdp2"] = "auto"
@@ -45,14 +47,26 @@ class ParallelConfig:
             raise ConfigError(f"parallel.timeout_s wants 1 or more, found {self.timeout_s}")
 
 
+# Graphs that torch.compile keeps of one function, of which it allows 8. Windows and packed rows,
+# one row and several, each length, with and without gradients: about 11 are made, and what is
+# beyond the limit runs uncompiled.
+GRAPHS = 64
+# How long the others wait while the main process saves, or reads a set of images.
+PATIENCE = datetime.timedelta(hours=12)
+
+
 @dataclass(frozen=True)
 class World:
-    """This process among its fellows."""
+    """This process among its fellows.
+
+    patient: a group of the same processes for what takes the main one long; null: the default one
+    """
 
     rank: int
     size: int
     device: torch.device
     engine: str = "auto"
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -66,7 +80,9 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.full((), float(flag), device=self.device)) > 0)
 
     def on_main(self, act: Callable[[], object]) -> None:
         """Act in the main process while the others wait; where it fails, all of them end."""
@@ -76,7 +92,10 @@ class World:
                 act()
             except Exception as caught:
                 error = caught
-        if self.any(error is not None):
+        failed = torch.tensor(float(error is not None))
+        if self.size > 1:
+            dist.all_reduce(failed, group=self.patient)
+        if failed:
             raise error or SystemExit(BAD_INPUT)  # the main process alone says what it was
 
     def wrap(
@@ -94,24 +113,29 @@ class World:
         recompute: a layer keeps its input alone for the way back, and computes the rest again
         blocks: packed documents are attended to block by block, on cards that can
         """
-        if blocks and self.device.type == "cuda":
-            from babyllama.block_attention import (
-                by_blocks,
-                suits,  # takes its time, for cards alone
-            )
+        if compiled or self.device.type == "cuda":
+            torch._dynamo.config.recompile_limit = GRAPHS
+        if self.device.type == "cuda":
+            from babyllama.block_attention import on_card  # takes its time, for cards alone
 
-            if suits(self.device):
-                by_blocks(model)
+            on_card(model, blocks)
         for layer in model.layers if compiled else ():
             _require_compiler(self.device)
             layer.forward = torch.compile(layer.forward)
         # Outside of the compiled function: torch.compile leaves one alone that checkpoints.
         for layer in model.layers if recompute else ():
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        if self.size == 1:
-            return model
+        return model if self.size == 1 else self.distribute(model)
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """The model as the engine holds it."""
         if self.engine != "fsdp2":
-            return DistributedDataParallel(model)
+            # Gradients lie in the buckets that are exchanged, and buffers are constants; the word
+            # for these is another one since torch 2.13.
+            known = inspect.signature(DistributedDataParallel).parameters
+            words = ("forward_sync_buffers", "broadcast_buffers")
+            still = {next(word for word in words if word in known): False}
+            return DistributedDataParallel(model, gradient_as_bucket_view=True, **still)
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.size,))
@@ -138,17 +162,39 @@ def start(device: torch.device, config: ParallelConfig | None = None) -> Iterato
     if size == 1:
         yield World(0, 1, device)
         return
+    backend, card = "gloo", None
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        names = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID")
+        backend, number = "nccl", own_card(*map(os.environ.get, names), torch.cuda.device_count())
+        device = card = torch.device("cuda", number)
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=config.timeout_s)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    dist.init_process_group(backend, timeout=timeout, device_id=card)
     try:
-        yield World(dist.get_rank(), size, device, config.engine)
+        patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        yield World(dist.get_rank(), size, device, config.engine, patient)
         dist.barrier()  # nobody leaves while another still listens
     finally:
         gc.collect()  # wrapped models hold on to the group that ends here
         dist.destroy_process_group()
+
+
+def own_card(local_rank: str | None, torchrun: str | None, n_cards: int) -> int:
+    """Which of the cards that this process may see is its own.
+
+    A launcher may show each process its own card alone, as Slurm does with --gpus-per-task.
+
+    local_rank: number among the processes of this machine, as the launcher has it
+    torchrun: its run, which shows all cards to all processes
+    raises: ConfigError if there is none left
+    """
+    number = int(local_rank or 0)
+    if number >= n_cards and (torchrun or n_cards != 1):
+        raise ConfigError(
+            f"wanted a card for each process, found {n_cards} for process {number + 1} of this "
+            f"machine; start at most {n_cards} (torchrun --nproc_per_node {n_cards})"
+        )
+    return min(number, n_cards - 1)
 
 
 @contextlib.contextmanager
@@ -169,20 +215,37 @@ def inner(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def whole_model(model: nn.Module) -> nn.Module:
-    """The model with all its weights in this process: itself, or a copy where it has a share."""
+def whole_model(model: nn.Module) -> nn.Module | None:
+    """The model with all its weights: itself, or where each process has a share a copy in the
+    main one, and nothing in the others. All processes must ask for it."""
     if not hasattr(model, "set_requires_gradient_sync"):
         return inner(model)
+    weights = gathered(model.state_dict(), dist.get_rank() == 0)
+    if not weights:
+        return None
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
         copy = adapt_like(type(model)(model.config), model)
-    weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-    copy.load_state_dict({name: tensor.to("cpu") for name, tensor in weights.items()})
-    return copy.to(next(iter(weights.values())).device)
+    copy.load_state_dict(weights)
+    return copy.to(next(model.parameters()).device)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor of which each process may hold a share. All processes must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """The whole tensors in the processor's memory, put together one at a time, as a card may have
+    no room for all. All processes must ask for it.
+
+    keep: else this process only takes part, and gets none
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.cpu().contiguous()
+    return found
 
 
 def share_of(like: Tensor, full: Tensor) -> Tensor:

@@ -293,12 +293,16 @@ class VqaTrainData(TrainData):
         return found
 
     def _own(self, step: int, rank: int, world_size: int) -> list[PictureRow]:
-        rows = self.rows(step)
-        mine = rows[rank::world_size]
-        # A rank that would run out repeats a row without its targets.
-        missing = -(-len(rows) // world_size) - len(mine)
-        blank = rows[0]._replace(targets=np.full_like(rows[0].targets, IGNORED))
-        return mine + [blank] * missing
+        return own_rows(self.rows(step), rank, world_size)
+
+
+def own_rows(rows: list[PictureRow], rank: int, world_size: int) -> list[PictureRow]:
+    """This rank's rows, as many as every rank gets: one that would run out repeats a row without
+    its targets. With shares of a model, all ranks must call it equally often."""
+    mine = rows[rank::world_size]
+    missing = -(-len(rows) // world_size) - len(mine)
+    blank = rows[0]._replace(targets=np.full_like(rows[0].targets, IGNORED))
+    return mine + [blank] * missing
 
 
 class VqaValData(ValData):
@@ -322,7 +326,7 @@ class VqaValData(ValData):
         self, name: str, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[dict[str, Tensor]]:
         """This rank's part of a source's validation rows."""
-        rows = self._rows[name][rank::world_size]
+        rows = own_rows(self._rows[name], rank, world_size)
         found = []
         for start in range(0, len(rows), micro_batch_size):
             part = rows[start : start + micro_batch_size]

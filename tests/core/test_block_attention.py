@@ -3,16 +3,33 @@
 flex_attention has no way back on a CPU, so gradients are compared where there is a CUDA card.
 """
 
+import functools
+import random
+
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_mask
+from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from babyllama.block_attention import BLOCK, attend, block_mask, by_blocks, suits
+from babyllama.block_attention import (
+    BLOCK,
+    attend,
+    attend_by,
+    bias,
+    block_mask,
+    on_card,
+    suits,
+    works,
+)
+from babyllama.distributed import GRAPHS
 from conftest import small_config
 from model import IGNORED, Transformer
 
 # The step-by-step way warns that it is not the fast one.
-pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention.*:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*flex_attention.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+]
 CPU = torch.device("cpu")
 
 
@@ -52,36 +69,83 @@ def test_the_blocks_are_those_of_the_plain_mask(length: int) -> None:
                 assert bool(blocks.to_dense()[row, 0, i, j]) == bool(part.any())
 
 
+def compare(change, wanted: torch.Tensor, **shape: object) -> None:
+    """Whether the losses of a changed model are the wanted ones."""
+    model, batch = make(**shape)
+    found = change(model)(**batch, per_position=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("kv_heads", [None, 2])
 @torch.no_grad()
 def test_the_losses_are_those_of_the_plain_mask(kv_heads: int | None) -> None:
     model, batch = make(n_kv_heads=kv_heads)
     wanted = model(**batch, per_position=True)
-    by_blocks(model, compiled=False)
-    found = model(**batch, per_position=True)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    by_blocks = functools.partial(attend_by, kernel=flex_attention, always=True)
+    compare(by_blocks, wanted, n_kv_heads=kv_heads)
+    compare(on_card, wanted, n_kv_heads=kv_heads)  # a bias, as this is no card
     assert not torch.equal(model(batch["tokens"], batch["targets"], per_position=True), wanted)
+    tokens = batch["tokens"]  # without packing nothing changes
+    assert torch.equal(on_card(make(n_kv_heads=kv_heads)[0])(tokens), model(tokens))
 
 
-@torch.no_grad()
-def test_without_packing_nothing_changes() -> None:
-    model, batch = make()
-    wanted = model(batch["tokens"])
-    assert torch.equal(by_blocks(model, compiled=False)(batch["tokens"]), wanted)
-    q = torch.randn(2, 4, 9, 8)
-    assert attend(None, q, q, q, None, True).shape == q.shape
-    assert not suits(CPU)
+def test_the_bias_is_the_mask_made_once_and_laid_out_for_the_kernels() -> None:
+    segments = packed(3, 77, seed=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = bias(segments)
+        assert found.dtype == dtype
+        assert torch.equal(found == 0, Transformer.segment_mask(segments))
+        assert torch.equal(found < 0, found == -torch.inf)
+        assert all(step % 8 == 0 for step in found.stride()[:-1]) and found.stride(-1) == 1
+
+
+def test_kernels_are_for_wide_heads_on_late_cards_where_they_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not suits(CPU, 64)
+    with pytest.warns(RuntimeWarning, match="by a mask, which is slower: .*needs a C compiler"):
+        assert not works(CPU, 16)  # no processor attends backwards
+    card = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not suits(card, 64)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    assert not suits(card, 8)
+
+
+def test_all_kinds_of_batches_take_fewer_graphs_than_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beyond the limit flex_attention would run uncompiled, with all scores in memory."""
+    # What refuses gradients on a CPU; the graphs are counted here, and never run backwards.
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> object:
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    kernel = torch.compile(flex_attention, backend=backend)
+    rng = random.Random(0)
+    config = {"recompile_limit": GRAPHS, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(config):
+        for _ in range(40):
+            rows, length = rng.choice([1, 2, 3, 8]), rng.choice([100, 250, 380, 511])
+            q = torch.randn(rows, 2, length, 16, requires_grad=rng.random() < 0.7)
+            attend(kernel, q, q, q, block_mask(packed(rows, length, seed=1)), False)
+    torch._dynamo.reset()
+    assert 8 < len(made) <= 16 < GRAPHS
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
-def test_on_a_card_losses_and_gradients_are_those_of_the_plain_mask() -> None:
-    card = torch.device("cuda")
-    if not suits(card):
-        pytest.skip("no Triton, or a card before the RTX 30 series")
-    results = []
-    for change in (lambda model: model, by_blocks):
-        model, batch = make(card)
+@pytest.mark.parametrize("kv_heads", [None, 1])
+def test_on_a_card_losses_and_gradients_are_those_of_the_plain_mask(kv_heads: int | None) -> None:
+    card, results = torch.device("cuda"), []
+    for change in (lambda model: model, functools.partial(on_card, blocks=False), on_card):
+        model, batch = make(card, n_heads=2, n_kv_heads=kv_heads)
         loss = change(model)(**batch).loss_sum
         loss.backward()
         results.append((loss.detach(), [weight.grad for weight in model.parameters()]))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-3, atol=1e-3)

@@ -4,6 +4,7 @@ On stand-in tensors (stand_in.py); benchmarks/card.py shows the rest where there
 """
 
 import contextlib
+import functools
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from babyllama.data import ahead, collate
 from babyllama.device import Scaler, to_device
-from babyllama.distributed import World
+from babyllama.distributed import GRAPHS, World
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig, averaged, make_optimizer, move_averages
 from babyllama.trainer import Objective, forward_backward, next_token, sums_of
@@ -167,3 +168,28 @@ def test_sums_are_those_of_adding_one_after_the_other():
     for loss in losses:
         wanted += torch.stack([part.float() for part in loss]).double()
     assert torch.equal(sums_of(losses), wanted) and sums_of([]).tolist() == [0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_compiled_layers_take_fewer_graphs_than_are_kept(monkeypatch):
+    """Windows and packed rows, of one row and of several, with gradients and without."""
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> object:
+        made.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = Transformer(small_config(n_layers=4))
+    wrapped = World(0, 1, CPU).wrap(model, compiled=True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for rows, T in ((4, 128), (3, 128), (1, 128), (4, 127), (3, 120), (1, 125), (1, 70)):
+            tokens = torch.randint(3, 97, (rows, T))
+            for segments in ({}, {"segments": torch.arange(T).expand(rows, T) // 40 + 1}):
+                wrapped(tokens=tokens, targets=tokens, **segments).loss_sum.backward()
+                with torch.no_grad():
+                    wrapped(tokens=tokens, targets=tokens, **segments)
+    torch._dynamo.reset()
+    assert 8 < len(made) <= 32 < GRAPHS == torch._dynamo.config.recompile_limit

@@ -17,14 +17,23 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from babyllama.checkpoint import model_weights
 from babyllama.config import REPO
 from babyllama.device import DeviceConfig
-from babyllama.distributed import ParallelConfig, World, no_sync, start, whole
+from babyllama.distributed import (
+    PATIENCE,
+    ParallelConfig,
+    World,
+    no_sync,
+    own_card,
+    start,
+    whole,
+)
 from babyllama.errors import ConfigError
 from babyllama.log import read_metrics
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import list_checkpoints, open_run
-from babyllama.trainer import TrainConfig, forward_backward, train
+from babyllama.trainer import TrainConfig, forward_backward, samples, train
 from model import Loss
 from test_trainer import FAULTS, WORLD, Settings, rows_data, rows_model
 from tokenizer import Tokenizer
@@ -86,6 +95,9 @@ def worker(root: Path, tokenizer: Tokenizer) -> None:
             name = f"{engine}-then-{other}"
             world.on_main(lambda engine=engine, name=name: half_of(root / engine, root / name))
             make(root, name, settings(), tokenizer, worlds[other])
+            gathered_by_main(
+                root / f"gathered-{engine}-{world.rank}.json", tokenizer, worlds[engine]
+            )
             bad_rank(root / f"bad-{engine}", tokenizer, worlds[engine])
             found = json.dumps(exchanges(worlds[engine]))
             (root / f"exchanges-{engine}-{world.rank}.json").write_text(found)
@@ -139,6 +151,21 @@ def exchanges(world: World) -> list[bool]:
         torch.distributed.all_reduce(total)
         found.append(bool(torch.allclose(total, world.size * mine, rtol=1e-5)))
     return found
+
+
+def gathered_by_main(out: Path, tokenizer: Tokenizer, world: World) -> None:
+    """Which process gets the whole weights, and who writes samples; how long each group waits."""
+    model = rows_model()
+    wanted = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    world.wrap(model)
+    found = model_weights(model, world.is_main)
+    said = samples(model, tokenizer, [""], "pretrain", 3)
+    waits = [
+        group._get_backend(world.device).options._timeout.total_seconds()
+        for group in (torch.distributed.group.WORLD, world.patient)
+    ]
+    same = found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+    out.write_text(json.dumps([same, len(found), len(said), waits]))
 
 
 def held_lock(run: Path, world: World) -> None:
@@ -249,6 +276,25 @@ def test_gradients_are_exchanged_after_the_last_micro_batch_alone(engine: str, r
     for rank in range(2):
         found = json.loads((root / f"exchanges-{engine}-{rank}.json").read_text())
         assert found == [False, False, True]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_main_process_alone_holds_the_whole_weights_and_is_waited_for(
+    engine: str, root: Path
+) -> None:
+    """Of shares: a card that holds only its own has no room for all."""
+    main, other = (json.loads((root / f"gathered-{engine}-{n}.json").read_text()) for n in (0, 1))
+    assert main[0] and main[1] > 10 and main[2] == 1
+    assert not other[0] and other[1] == 0 and other[2] == (engine == "ddp")
+    assert main[3] == other[3] == [40, PATIENCE.total_seconds()] and PATIENCE.total_seconds() > 3600
+
+
+def test_every_process_has_a_card_of_its_own() -> None:
+    assert [own_card(str(n), "a run", 4) for n in range(4)] == [0, 1, 2, 3]
+    assert own_card("3", None, 1) == own_card(None, None, 1) == 0  # Slurm shows each its own alone
+    for local, torchrun, n_cards in (("1", "a run", 1), ("4", None, 4)):
+        with pytest.raises(ConfigError, match=rf"found {n_cards} for process .*nproc_per_node"):
+            own_card(local, torchrun, n_cards)
 
 
 def test_a_held_run_is_refused_in_every_process(root: Path) -> None:
