@@ -428,18 +428,18 @@ function notesOf(message) {
   return found;
 }
 
-function copier(text, className = "quiet") {
-  const copy = button(say("copy"), async () => {
+function copier(text, className = "quiet", name = "copy") {
+  const copy = button(say(name), async () => {
     await copyText(text);
     copy.textContent = say("copied");
-    setTimeout(() => (copy.textContent = say("copy")), 1500);
+    setTimeout(() => (copy.textContent = say(name)), 1500);
   }, className);
   return copy;
 }
 
 function toolsOf(message, number) {
   const tools = make("div", "tools");
-  const copy = copier(message.titles?.join("\n") ?? message.content);
+  const copy = message.titles ? copier(message.titles.join("\n"), "quiet", "copyAll") : copier(message.content);
   tools.append(copy);
   if (message.role === "user") tools.append(button(say("edit"), () => edit(number)));
   else if (number === talk.messages.length - 1 && message.task !== "title") tools.append(button(say("again"), regenerate));

@@ -77,7 +77,9 @@ def test_a_reply_is_what_generate_writes(client, model, tokenizer):
         found = client.chat.completions.create(
             messages=HELLO, **QUICK | settings | {"seed": seed, "n": 2}
         )
-        sampling = SamplingConfig(max_new_tokens=20, seed=seed, n=2, **settings)
+        sampling = SamplingConfig(
+            max_new_tokens=20, seed=seed, n=2, loop_guard="redraw", **settings
+        )
         prompt = tokenizer.render_prompt(HELLO)
         wanted = generate_replies(decoder, [prompt], sampling, tokenizer.eos_id, tokenizer)
         assert [c.message.content for c in found.choices] == [reply.text for reply in wanted]
@@ -146,7 +148,7 @@ def test_logprobs_are_those_of_the_tokens(client, model, tokenizer):
     found = client.chat.completions.create(**asked).choices[0].logprobs.content
     ids, _ = tokenizer.render_prompt(HELLO), None
     decoder = make_decoder(model)
-    sampling = SamplingConfig(max_new_tokens=20, seed=3)
+    sampling = SamplingConfig(max_new_tokens=20, seed=3, loop_guard="redraw")
     (reply,) = generate_replies(decoder, [ids], sampling, tokenizer.eos_id, tokenizer)
     assert [bytes(t.bytes) for t in found] == [tokenizer.token_bytes(t) for t in reply.ids]
     with torch.inference_mode():
@@ -168,7 +170,7 @@ def test_a_text_is_continued(client, model, tokenizer):
     asked = {"prompt": prompts, **QUICK, "n": 2, "temperature": 0, "logprobs": 2}
     found = client.completions.create(**asked)
     assert [choice.index for choice in found.choices] == [0, 1, 2, 3]
-    sampling = SamplingConfig(max_new_tokens=20, temperature=0)
+    sampling = SamplingConfig(max_new_tokens=20, temperature=0, loop_guard="redraw")
     ids = [tokenizer.encode(text, bos=True) for text in prompts for _ in range(2)]
     wanted = generate_replies(make_decoder(model), ids, sampling, tokenizer.eos_id, tokenizer)
     assert [choice.text for choice in found.choices] == [reply.text for reply in wanted]

@@ -72,7 +72,7 @@ def said(client: openai.OpenAI, messages: list[dict], **more: object) -> str:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_reply_is_what_the_chat_in_the_terminal_says(client, loaded, kind):
     data = stored(kind)
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=12)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=12, loop_guard="redraw")
     question = [{"role": "user", "content": WHAT}]
     wanted = answer(loaded, [data], question, sampling)
     messages = asks(as_url(data, kind.lower()))
