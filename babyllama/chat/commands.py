@@ -37,12 +37,14 @@ class Again:
 class Command:
     """run: None ends the conversation
     complete: gives the words that may stand behind the name; "files" for names of files
-    alias: other names, with spaces between"""
+    alias: other names, with spaces between
+    task: what the model must have been trained for (run_dir.TASKS)"""
 
     meaning: str
     run: Callable[[Session, str, User], str | Again] | None
     complete: Callable[[Session], list[str]] | str | None = None
     alias: str = ""
+    task: str = ""
 
 
 def do_reference(session: Session, value: str, user: User) -> str:
@@ -176,18 +178,19 @@ def do_save(session: Session, value: str, user: User) -> str:
 
 
 def do_help(session: Session, value: str, user: User) -> str:
-    lines = [f"  {name + ' ' + c.alias:<14}{c.meaning}" for name, c in COMMANDS.items()]
+    lines = [f"  {name + ' ' + c.alias:<14}{c.meaning}" for name, c in offered(session).items()]
     return "\n".join([*lines, '  多行：行末写 \\ ，或以 """ 开始并以 """ 结束，或直接粘贴'])
 
 
 COMMANDS = {
     "/资料": Command("文件或文字：让模型据此回答；不写则显示，- 清除", do_reference,
-                    "files", "/ref"),
-    "/wiki": Command("词条或问题：从本地索引取资料；没有索引则联网", do_wiki),
-    "/wikipedia": Command("词条：联网取维基百科的序言作资料", do_wikipedia),
+                    "files", "/ref", "reference"),
+    "/wiki": Command("词条或问题：从本地索引取资料；没有索引则联网", do_wiki, task="reference"),
+    "/wikipedia": Command("词条：联网取维基百科的序言作资料", do_wikipedia, task="reference"),
     "/检索": Command("on 或 off：回答前自动从索引找资料", do_retrieve,
-                   lambda session: ["on", "off"], "/retrieve"),
-    "/总结": Command("文件或摘要：写一个标题；不写则提示粘贴", do_summary, "files", "/title /sum"),
+                   lambda session: ["on", "off"], "/retrieve", "reference"),
+    "/总结": Command("文件或摘要：写一个标题；不写则提示粘贴", do_summary, "files", "/title /sum",
+                   "title"),
     "/lora": Command("名字：换一个适配器；不写则列出，- 只用基座", do_lora,
                      lambda session: [*session.adapters, "-"]),
     "/set": Command("名 值：改采样设置，如 /set temperature 0.5；不写则全部显示", do_set,
@@ -201,6 +204,11 @@ COMMANDS = {
 NAMES = {alias: name for name, c in COMMANDS.items() for alias in (name, *c.alias.split())}
 
 
+def offered(session: Session) -> dict[str, Command]:
+    """The commands for what the model was trained for."""
+    return {name: c for name, c in COMMANDS.items() if not c.task or c.task in session.tasks}
+
+
 def obey(session: Session, line: str, user: User) -> str | Again | None:
     """Carry out a line that begins with "/"; None if it ends the conversation.
 
@@ -208,8 +216,11 @@ def obey(session: Session, line: str, user: User) -> str | Again | None:
     """
     name, _, value = line.strip().partition(" ")
     if name not in NAMES:
-        raise ConfigError(f"没有命令 {name[:40]}；有 {' '.join(COMMANDS)}")
+        raise ConfigError(f"没有命令 {name[:40]}；有 {' '.join(offered(session))}")
     command = COMMANDS[NAMES[name]]
+    if NAMES[name] not in offered(session):
+        raise ConfigError(f"这个模型没有学过 {name} 要做的事（model.yaml 的 tasks："
+                          f"{'、'.join(session.tasks)}）；换一个模型")  # fmt: skip
     return command.run(session, value.strip(), user) if command.run else None
 
 
@@ -217,7 +228,8 @@ def completions(session: Session, before: str, word: str) -> list[str]:
     """What a word of a command may become; nothing in a message."""
     before, word = before.replace("／", "/", 1), word.replace("／", "/", 1)
     if not before.strip():
-        return [name for name in NAMES if name.startswith(word)] if word.startswith("/") else []
+        names = [name for name, c in NAMES.items() if c in offered(session)]
+        return [name for name in names if word.startswith("/") and name.startswith(word)]
     command = COMMANDS.get(NAMES.get(before.split()[0], ""))
     if command is None or command.complete is None or len(before.split()) > 1:
         return []

@@ -18,7 +18,7 @@ from babyllama.generate import Decoder, Reply, Weights, generate_replies, stream
 from babyllama.lora import switch
 from babyllama.retrieval.index import trim
 from babyllama.retrieval.retriever import API_URL, Context, Retriever
-from babyllama.run_dir import newest_run
+from babyllama.run_dir import TASKS, newest_run, tasks_of
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import Suggested, suggest
 from tokenizer import Tokenizer
@@ -236,6 +236,11 @@ class Session:
     def _reason(self, end: Reply) -> str:
         is_full = end.reason == "length" and len(end.ids) < self.sampling.max_new_tokens
         return FULL if is_full else end.reason or INTERRUPTED
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the model was trained for; adapters may bring anything."""
+        return TASKS if self.adapters else tasks_of(self.loaded.path)
 
     def summarise(self, text: str, n: int = 1) -> Suggested:
         """At most n titles of an abstract."""

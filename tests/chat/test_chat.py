@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import chat
-from babyllama.chat.commands import COMMANDS, User, obey
+from babyllama.chat.commands import COMMANDS, User, completions, obey
 from babyllama.chat.session import Conversation, Session, choose_checkpoint, read_reference
 from babyllama.chat.terminal import HARMFUL, MORE
 from babyllama.checkpoint import load_model, save_adapter, save_checkpoint
@@ -544,6 +544,24 @@ def test_titles_and_commands_work_without_a_terminal(script, polite, tmp_path):
     assert asks_back.code == 2 and "no terminal" in asks_back.err
     missing = script("chat.py", polite, "--title", "no.txt")
     assert missing.code == 2 and "wanted a text file or -" in missing.err
+
+
+def test_commands_are_those_for_what_the_model_was_trained_for(tmp_path, tokenizer):
+    run = make_checkpoint(tmp_path / "titles", tokenizer, None)
+    loaded, user = load_model(run), User(input, print)
+    loaded.model.more_info = {"tasks": ["title"]}
+    optimizer = torch.optim.AdamW(loaded.model.parameters())
+    path = save_checkpoint(tmp_path / "stated", 1, loaded.model, tokenizer, optimizer, {}, "sft")
+    stated, silent = (
+        Session(load_model(path), chat.ChatConfig()),
+        Session(loaded, chat.ChatConfig()),
+    )
+    assert "/资料" in obey(silent, "/help", user) and "/ref" in completions(silent, "", "/r")
+    assert "/资料" not in obey(stated, "/help", user) and "/总结" in obey(stated, "/help", user)
+    assert "/ref" not in completions(stated, "", "/r")
+    for line in ("/资料 一段", "/ref 一段", "/wiki 银杏", "/检索 on"):
+        with pytest.raises(ConfigError, match=r"没有学过.*title"):
+            obey(stated, line, user)
 
 
 @pytest.mark.parametrize("what", ["missing", "another version"])
