@@ -1,4 +1,5 @@
-"""What a run tells, by its main process only; and a font that can write Chinese in its pictures.
+"""What a run tells, by its main process only: the figures of its steps, where they go, and a font
+that can write Chinese in its pictures.
 
 A progress bar or plain lines, metrics.jsonl, samples.jsonl, curves.png, and, where it is asked
 for, TensorBoard or SwanLab.
@@ -6,6 +7,7 @@ for, TensorBoard or SwanLab.
 
 import gc
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from babyllama.config import atomic_write, silence
-from babyllama.errors import ConfigError
+from babyllama.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,6 +27,58 @@ _SHOWN = ("loss", "ppl", "accuracy", "bpb", "grad_norm", "lr", "tokens_per_s", "
 
 # Seconds between two drawings of curves.png while a run goes on.
 _REDRAW_S = 60
+
+
+def perplexity(loss_sum: float, n_targets: float) -> float:
+    """exp of the mean loss in nats; comparable only within one tokenizer."""
+    if n_targets <= 0:
+        raise DataError(f"a mean needs at least one target, found {n_targets}; is the set empty?")
+    mean = loss_sum / n_targets
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def means(sums: Sequence[float]) -> dict:
+    """Loss, perplexity and accuracy from (loss_sum, n_targets, n_correct, ...)."""
+    loss_sum, n_correct = sums[0], sums[2]
+    n_targets = max(1.0, sums[1])
+    return {
+        "loss": loss_sum / n_targets,
+        "ppl": perplexity(loss_sum, n_targets),
+        "accuracy": n_correct / n_targets,
+        "n_targets": int(sums[1]),
+    }
+
+
+class Window:
+    """Sums (of loss, targets, hits, tokens) and time since the last logged step."""
+
+    def __init__(self, mfu_per_rate: float = 0.0, sums: list[float] | None = None) -> None:
+        """mfu_per_rate: the share of the device's rate that one token a second uses
+        sums: those of steps before the run was stopped"""
+        self._mfu_per_rate = mfu_per_rate
+        self.sums = sums or [0.0] * 4
+        self.seconds, self._tokens = 0.0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out the time that has passed since the last step (evaluation, saving)."""
+        self._clock = time.perf_counter()
+
+    def add(self, sums: Sequence[float]) -> None:
+        """One step has ended."""
+        self.sums = [old + new for old, new in zip(self.sums, sums, strict=True)]
+        self._tokens += sums[3]
+        now = time.perf_counter()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def figures(self) -> dict:
+        """Means since the last call; starts anew."""
+        rate = self._tokens / max(self.seconds, 1e-9)
+        found = {**means(self.sums), "tokens_per_s": rate, "mfu": rate * self._mfu_per_rate}
+        self.sums = [0.0] * 4
+        self.seconds, self._tokens = 0.0, 0.0
+        return found
 
 
 class Log:

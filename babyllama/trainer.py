@@ -10,7 +10,6 @@ is the language model's own; another, for pairs of answers: tuning/preference.py
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ from babyllama.device import (
 from babyllama.distributed import World, inner, no_sync, whole_model
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import SamplingConfig, generate
-from babyllama.log import Log
+from babyllama.log import Log, Window, means
 from babyllama.optim import (
     OptimConfig,
     averaged,
@@ -93,28 +92,6 @@ def next_token(label_smoothing: float = 0.0) -> Objective:
     return Objective(lambda model, batch: model(**batch, label_smoothing=label_smoothing))
 
 
-def perplexity(loss_sum: float, n_targets: int) -> float:
-    """exp of the mean loss in nats; comparable only within one tokenizer."""
-    mean = _ratio(loss_sum, n_targets, "target")
-    return math.exp(mean) if mean < 700 else math.inf
-
-
-def accuracy(n_correct: int, n_targets: int) -> float:
-    """The share of targets that were the most probable token."""
-    return _ratio(n_correct, n_targets, "target")
-
-
-def bits_per_byte(loss_sum: float, n_bytes: int) -> float:
-    """Bits per UTF-8 byte of the text predicted; comparable across tokenizers."""
-    return _ratio(loss_sum, n_bytes, "byte") / math.log(2)
-
-
-def _ratio(part: float, whole: int, unit: str) -> float:
-    if whole <= 0:
-        raise DataError(f"a mean needs at least one {unit}, found {whole}; is the set empty?")
-    return part / whole
-
-
 def sums_of(losses: Sequence[Loss]) -> Tensor:
     """The three sums over some losses; (3,) float64 on the CPU, as Apple's GPUs do not have it.
 
@@ -129,18 +106,6 @@ def sums_of(losses: Sequence[Loss]) -> Tensor:
 def over_ranks(sums: Tensor, world: World) -> Tensor:
     """Sums of this process added to those of the others."""
     return world.sum(sums.float().to(world.device)).cpu().double() if world.size > 1 else sums
-
-
-def means(sums: Sequence[float]) -> dict:
-    """Loss, perplexity and accuracy from (loss_sum, n_targets, n_correct, ...)."""
-    loss_sum, n_correct = sums[0], sums[2]
-    n_targets = max(1.0, sums[1])
-    return {
-        "loss": loss_sum / n_targets,
-        "ppl": perplexity(loss_sum, n_targets),
-        "accuracy": accuracy(n_correct, n_targets),
-        "n_targets": int(sums[1]),
-    }
 
 
 @torch.no_grad()
@@ -208,46 +173,6 @@ def samples(
         replies = generate(plain, list(ids.values()), choice, tokenizer.eos_id)
     plain.train()
     return [(prompt, tokenizer.decode(reply)) for prompt, reply in zip(ids, replies, strict=True)]
-
-
-class Window:
-    """Sums and time since the last logged step."""
-
-    def __init__(
-        self, device: torch.device, mfu_per_rate: float = 0.0, sums: list[float] | None = None
-    ) -> None:
-        """mfu_per_rate: the share of the device's rate that one token a second uses
-        sums: those of steps before the run was stopped"""
-        self._device, self._mfu_per_rate = device, mfu_per_rate
-        self.sums = torch.tensor(sums or [0.0] * 4, dtype=torch.float64)
-        self.seconds, self._tokens = 0.0, 0.0
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out the time that has passed since the last step (evaluation, saving)."""
-        self._clock = time.perf_counter()
-
-    def add(self, sums: Tensor) -> None:
-        """One step has ended."""
-        self.sums += sums
-        self._tokens += float(sums[3])
-        now = time.perf_counter()
-        self.seconds += now - self._clock
-        self._clock = now
-
-    def figures(self, tokens_seen: int) -> dict:
-        """Means since the last call; starts anew."""
-        rate = self._tokens / max(self.seconds, 1e-9)
-        figures = {
-            **means(self.sums.tolist()),
-            "tokens": tokens_seen,
-            "tokens_per_s": rate,
-            "mfu": rate * self._mfu_per_rate,
-            "mem_gb": memory_gb(self._device),
-        }
-        self.sums.zero_()
-        self.seconds, self._tokens = 0.0, 0.0
-        return figures
 
 
 @dataclass(frozen=True)
@@ -321,124 +246,211 @@ class RunConfig(Protocol):
     device: DeviceConfig
 
 
+@dataclass
+class Seen:
+    """How far a run is; part of its checkpoints."""
+
+    step: int = 0
+    tokens: int = 0
+    best: float | None = None  # lowest validation loss of a step
+    window: list[float] | None = None  # sums since the last logged step
+
+
+@dataclass
+class Run:
+    """A run at its beginning or where it was stopped: what trains, on what, how far it is, and
+    where that is kept. Arguments as `train`."""
+
+    model: Transformer
+    data: Data
+    tokenizer: Tokenizer
+    cfg: RunConfig
+    world: World
+    directory: Path
+    kind: str
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        config, world = self.cfg.train, self.world
+        # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
+        torch.manual_seed(config.seed)
+        set_deterministic(world.device, self.cfg.device.deterministic)
+        self.wrapped = world.wrap(self.model, config.compile, config.recompute, config.blocks)
+        self.optimizer = make_optimizer(self.model, self.cfg.optim)
+        device = self.cfg.device
+        precision = pick_precision(world.device, device.precision, device.force)
+        self.scaler = Scaler(world.device, precision)
+        self.parent = shown(self.cfg.base) if self.cfg.base else None
+        self.seen, self.last = self._resumed(), total_steps(config, self.data.train)
+        self.log = Log(self.directory, self.seen.step, self.last, world.is_main, config.track)
+        self.window = Window(mfu_per_rate(self.model, world, precision), self.seen.window)
+        self.bad_steps = 0  # the last ones in a row whose numbers were not finite
+
+    def _resumed(self) -> Seen:
+        """Continue from the newest checkpoint, where there is one, else begin as the base ended.
+
+        raises: DataError if the token files are not those the run has read so far, ConfigError if
+            a base whose optimizer goes on is not named
+        """
+        steps, base = list_checkpoints(self.directory), self.cfg.base
+        if self.cfg.optim.from_base and base is None:
+            raise ConfigError(
+                "optim.from_base wants a base whose optimizer goes on, found none; name it with "
+                "--base"
+            )
+        if not steps and not self.cfg.optim.from_base:
+            return Seen()
+        start = steps[-1] if steps else find_checkpoint(from_repo(base))
+        state = load_train_state(start, self.model, self.tokenizer, self.optimizer)
+        swap_averages(self.model, self.optimizer)
+        if not steps:
+            return Seen()
+        found, wanted = self.data.train.fingerprint, state.get("data")
+        if wanted not in (None, found):
+            place = shown(self.directory)
+            raise DataError(
+                f"{place} was trained on other token files than are there now (fingerprint "
+                f"{wanted[:12]}… then, {found[:12]}… now): a set was made again; set it back, or "
+                f"begin a new run from these weights: --name another --base {place}"
+            )
+        self.scaler.load(state["scaler"])
+        return Seen(state["step"], state["tokens"], state.get("best"), state.get("window"))
+
+    def step(self, batches: list[Batch]) -> None:
+        """One update, or none where its numbers are not finite; logged where it is time."""
+        config, optim, seen = self.cfg.train, self.cfg.optim, self.seen
+        lr = lr_at(seen.step, optim, self.last)
+        set_lr(self.optimizer, lr)
+        # Dropout belongs to the step, so a resumed run draws what it would have drawn.
+        seed = SeedSequence((config.seed, seen.step, self.world.rank)).generate_state(1)[0]
+        torch.manual_seed(int(seed))
+        loss, count = self.objective.loss, self.objective.count
+        sums = forward_backward(self.wrapped, batches, self.world, self.scaler, loss, count)
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        grad_norm = self.scaler.step(self.optimizer, trained, optim.max_grad_norm, float(sums[0]))
+        seen.step += 1
+        seen.tokens += int(sums[3])
+        if math.isfinite(grad_norm):
+            self.bad_steps = 0
+            move_averages(self.optimizer)
+            self.window.add(sums.tolist())
+        else:
+            self.bad_steps += 1
+            self.log.say(
+                f"step {seen.step}: loss {means(sums.tolist())['loss']}, gradient norm "
+                f"{grad_norm}; the step changed nothing; its rows: "
+                f"{self.data.train.names(seen.step - 1)}"
+            )
+        self.log.step(seen.step)
+        is_time = seen.step % config.log_every == 0 or seen.step == self.last
+        if is_time and not self.bad_steps and self.window.sums[1] > 0:
+            more = {"tokens": seen.tokens, "mem_gb": memory_gb(self.world.device)}
+            figures = {**self.window.figures(), **more, "lr": lr, "grad_norm": grad_norm}
+            self.log.record("train", seen.step, figures)
+
+    def validate(self) -> None:
+        """Measure, show samples, and keep the weights in best/ where none were better."""
+        config, seen = self.cfg.train, self.seen
+        of_bytes = self.tokenizer if self.objective.is_of_tokens else None
+        with averaged(self.model, self.optimizer):
+            figures = evaluate(
+                self.wrapped, self.data.val, config.micro_batch_size, self.scaler, self.world,
+                of_bytes, self.objective.measure,
+            )  # fmt: skip
+            self.log.record("val", seen.step, figures)
+            pairs = samples(self.model, self.tokenizer, config.samples, self.kind)
+            self.log.samples(seen.step, pairs)
+            if config.keep_best and seen.step and figures["loss"] < (seen.best or math.inf):
+                seen.best = figures["loss"]
+                save_best(
+                    self.directory, seen.step, self.model, self.tokenizer, seen.best, self.kind,
+                    self.parent, self.world,
+                )  # fmt: skip
+        self.window.restart()
+
+    def save(self) -> None:
+        """Write a checkpoint from which the run can go on as if it had not stopped."""
+        seen = self.seen
+        seen.window = self.window.sums
+        data = self.data.train.fingerprint
+        extra = {**asdict(seen), "scaler": self.scaler.state(), "data": data}
+        with averaged(self.model, self.optimizer):  # whose state holds the weights that train
+            save_checkpoint(
+                self.directory, seen.step, self.model, self.tokenizer, self.optimizer, extra,
+                self.kind, self.parent, self.cfg.train.keep, self.world,
+            )  # fmt: skip
+        self.window.restart()
+
+    def end(self, code: int, text: str) -> int:
+        """Say how the run ended, draw its curves, and leave with this exit code."""
+        self.log.close(text)
+        return code
+
+
 def train(
     model: Transformer,
     data: Data,
     tokenizer: Tokenizer,
     cfg: RunConfig,
     world: World,
-    run: Path,
+    directory: Path,
     kind: str,
     objective: Objective | LossFunction = next_token_loss,
 ) -> int:
     """Train, or go on training, until the last step; returns the exit code.
 
-    model: on its device; continues from the newest checkpoint of `run` where there is one
+    model: on its device; continues from the newest checkpoint in `directory` where there is one
     kind: "pretrain" or "sft", kept in the checkpoints
     objective: a loss function alone is divided by the number of targets
     """
     objective = objective if isinstance(objective, Objective) else Objective(objective)
-    config, optim = cfg.train, cfg.optim
-    # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
-    torch.manual_seed(config.seed)
-    set_deterministic(world.device, cfg.device.deterministic)
-    wrapped = world.wrap(model, config.compile, config.recompute, config.blocks)
-    optimizer = make_optimizer(model, optim)
-    precision = pick_precision(world.device, cfg.device.precision, cfg.device.force)
-    scaler = Scaler(world.device, precision)
-    base = _step_of(cfg.base) if optim.from_base else None
-    seen = _resume(run, model, tokenizer, optimizer, scaler, data.train.fingerprint, base)
-    step, last = seen.step, total_steps(config, data.train)
-    log = Log(run, step, last, world.is_main, config.track)
-    if step >= last:
-        world.on_main(lambda: tidy(run))  # what a kill after the last checkpoint has left
-        log.draw()
-        log.say(f"{shown(run)} is finished: {step} of {last} steps; nothing to do")
-        return 0
-    world.on_main(lambda: require_space(run, model, optimizer))
-    log.say(_opening(model, data.train, world, scaler, run, step, last))
-    log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
-    parameters = [weight for weight in model.parameters() if weight.requires_grad]
-    window = Window(world.device, mfu_per_rate(model, world, precision), seen.window)
-    parent = shown(cfg.base) if cfg.base else None
-    bad_steps = 0
+    run = Run(model, data, tokenizer, cfg, world, directory, kind, objective)
+    config, seen, last = cfg.train, run.seen, run.last
+    if seen.step >= last:
+        return _finished(run)
+    world.on_main(lambda: require_space(directory, model, run.optimizer))
+    run.log.say(_opening(run))
+    run.log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
 
-    def save() -> None:
-        seen.window = window.sums.tolist()
-        extra = {**asdict(seen), "scaler": scaler.state(), "data": data.train.fingerprint}
-        with averaged(model, optimizer):  # whose state then holds the weights as they train
-            save_checkpoint(
-                run, step, model, tokenizer, optimizer, extra, kind, parent, config.keep, world
-            )
-
-    def validate() -> None:
-        with averaged(model, optimizer):
-            _validate()
-        window.restart()
-
-    def _validate() -> None:
-        of_bytes = tokenizer if objective.is_of_tokens else None
-        figures = evaluate(
-            wrapped, data.val, config.micro_batch_size, scaler, world, of_bytes, objective.measure
-        )
-        log.record("val", step, figures)
-        log.samples(step, samples(model, tokenizer, config.samples, kind))
-        if config.keep_best and step and figures["loss"] < (seen.best or math.inf):
-            seen.best = figures["loss"]
-            save_best(run, step, model, tokenizer, seen.best, kind, parent, world)
-
-    def make(step: int) -> list[Batch]:
+    def batches_of(step: int) -> list[Batch]:
         return data.train.batches(step, config.micro_batch_size, world.rank, world.size)
 
-    coming = ahead(make, range(step, last), world.device)
     with stop_requests() as asked:
         model.train()
-        if step == 0:
-            validate()
-        while step < last:
-            lr = lr_at(step, optim, last)
-            set_lr(optimizer, lr)
-            batches = next(coming)
-            # Dropout belongs to the step, so a resumed run draws what it would have drawn.
-            torch.manual_seed(
-                int(SeedSequence((config.seed, step, world.rank)).generate_state(1)[0])
-            )
-            sums = forward_backward(
-                wrapped, batches, world, scaler, objective.loss, objective.count
-            )
-            grad_norm = scaler.step(optimizer, parameters, optim.max_grad_norm, float(sums[0]))
-            seen.step = step = step + 1
-            seen.tokens += int(sums[3])
-            bad_steps = 0 if math.isfinite(grad_norm) else bad_steps + 1
-            if bad_steps:
-                log.say(
-                    f"step {step}: loss {means(sums.tolist())['loss']}, gradient norm "
-                    f"{grad_norm}; the step changed nothing; its rows: {data.train.names(step - 1)}"
-                )
-            else:
-                move_averages(optimizer)
-                window.add(sums)
-            log.step(step)
-            is_logged = step % config.log_every == 0 or step == last
-            if is_logged and not bad_steps and window.sums[1] > 0:
-                figures = window.figures(seen.tokens)
-                log.record("train", step, {**figures, "lr": lr, "grad_norm": grad_norm})
-            if bad_steps >= config.max_bad_steps:
-                log.close(
-                    f"stopped: {bad_steps} steps in a row with numbers that are not finite; "
-                    f"try a lower --optim.lr; the last checkpoint is intact"
-                )
-                return BAD_NUMBERS
-            if step % config.eval_every == 0 or step == last:
-                validate()
+        if seen.step == 0:
+            run.validate()
+        for batches in ahead(batches_of, range(seen.step, last), world.device):
+            run.step(batches)
+            if run.bad_steps >= config.max_bad_steps:
+                return run.end(BAD_NUMBERS, _bad_numbers(run))
+            if seen.step % config.eval_every == 0 or seen.step == last:
+                run.validate()
             stop = world.any(bool(asked))
-            if step % config.save_every == 0 or step == last or stop:
-                save()
-                window.restart()
-            if stop and step < last:
-                log.close(f"stopped at step {step} of {last}, saved; the same command continues")
-                return STOPPED
-    log.close(f"done: {shown(run)} (checkpoint {list_checkpoints(run)[-1].name}, curves.png)")
+            if seen.step % config.save_every == 0 or seen.step == last or stop:
+                run.save()
+            if stop and seen.step < last:
+                said = f"stopped at step {seen.step} of {last}, saved; the same command continues"
+                return run.end(STOPPED, said)
+    if run.bad_steps:
+        return run.end(BAD_NUMBERS, _bad_numbers(run))
+    newest = list_checkpoints(directory)[-1].name
+    return run.end(0, f"done: {shown(directory)} (checkpoint {newest}, curves.png)")
+
+
+def _bad_numbers(run: Run) -> str:
+    return (
+        f"stopped: {run.bad_steps} steps in a row with numbers that are not finite; try a lower "
+        f"--optim.lr; the last checkpoint is intact"
+    )
+
+
+def _finished(run: Run) -> int:
+    """Nothing is left to do but what a kill after the last checkpoint has left."""
+    run.world.on_main(lambda: tidy(run.directory))
+    run.log.draw()
+    run.log.say(
+        f"{shown(run.directory)} is finished: {run.seen.step} of {run.last} steps; nothing to do"
+    )
     return 0
 
 
@@ -466,76 +478,18 @@ def forward_backward(
     return over_ranks(torch.cat((sums_of(losses), torch.tensor([float(n_tokens)]))), world)
 
 
-@dataclass
-class Seen:
-    """How far a run is; part of its checkpoints."""
-
-    step: int = 0
-    tokens: int = 0
-    best: float | None = None  # lowest validation loss of a step
-    window: list[float] | None = None  # sums since the last logged step
-
-
-def _step_of(base: Path | None) -> Path:
-    """The checkpoint whose optimizer's state a run begins with.
-
-    raises: ConfigError if no base is named
-    """
-    if base is None:
-        raise ConfigError(
-            "optim.from_base wants a base whose optimizer goes on, found none; name it with --base"
-        )
-    return find_checkpoint(from_repo(base))
-
-
-def _resume(
-    run: Path,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    scaler: Scaler,
-    fingerprint: str,
-    base: Path | None,
-) -> Seen:
-    """Continue from the newest checkpoint, where there is one, else begin as `base` ended.
-
-    raises: DataError if the token files are not those the run has read so far
-    """
-    steps = list_checkpoints(run)
-    if not steps and not base:
-        return Seen()
-    state = load_train_state(steps[-1] if steps else base, model, tokenizer, optimizer)
-    swap_averages(model, optimizer)
-    if not steps:
-        return Seen()
-    if state.get("data", fingerprint) != fingerprint:
-        raise DataError(
-            f"{shown(run)} was trained on other token files than are there now (fingerprint "
-            f"{state['data'][:12]}… then, {fingerprint[:12]}… now): a set was made again; set it "
-            f"back, or begin a new run from these weights: --name another --base {shown(run)}"
-        )
-    scaler.load(state["scaler"])
-    return Seen(state["step"], state["tokens"], state.get("best"), state.get("window"))
-
-
-def _opening(
-    model: Transformer,
-    data: TrainData,
-    world: World,
-    scaler: Scaler,
-    run: Path,
-    step: int,
-    last: int,
-) -> str:
+def _opening(run: Run) -> str:
+    data, step = run.data.train, run.seen.step
     how = f"continues at step {step}" if step else "starts"
     sources = ", ".join(f"{s.name} {len(s)}" for s in data.mixture.sources)
     drops = [f"{s.name} {reason} {n}" for s in data.mixture.sources
              for reason, n in s.dropped.items() if n]  # fmt: skip
     lines = [
-        f"{shown(run)} {how}: {model.n_parameters():,} parameters, {world.size} process(es) on "
-        f"{world.device}, {scaler.precision}{getattr(model, 'kernels', '')}",
-        f"rows: {sources}; {data.batch_size} a step, {last} steps = "
-        f"{last / data.steps_per_epoch:.2f} epochs",
+        f"{shown(run.directory)} {how}: {run.model.n_parameters():,} parameters, {run.world.size} "
+        f"process(es) on {run.world.device}, {run.scaler.precision}"
+        f"{getattr(run.model, 'kernels', '')}",
+        f"rows: {sources}; {data.batch_size} a step, {run.last} steps = "
+        f"{run.last / data.steps_per_epoch:.2f} epochs",
     ]
     if drops:
         lines.append("too long for the context: " + ", ".join(drops))

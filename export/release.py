@@ -25,7 +25,7 @@ from babyllama.analysis.forgetting import ForgettingConfig, measure, open_source
 from babyllama.checkpoint import Loaded, load_model, write_small
 from babyllama.config import parse, run
 from babyllama.errors import ConfigError
-from babyllama.trainer import perplexity
+from babyllama.log import perplexity
 from export.folder import check_out, new_folder, settle, show, source_of
 from export.gguf import drift
 from export.parity import Material, compare_logits, origin_of, read_material

@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from babyllama import trainer
 from babyllama.analysis.forgetting import chosen_sources
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import atomic_write, from_repo, parse, run, shown
@@ -43,6 +42,7 @@ from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
 from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.log import perplexity
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import read_rows, row_kind
 from babyllama.run_dir import beside, checksums, find_checkpoint
@@ -339,11 +339,11 @@ def figures(sums: np.ndarray, n_bytes: Sequence[int]) -> dict:
     total = sum(n_bytes)
     low, high = rouge.bootstrap_ratio(sums[:, 0] / math.log(2), np.array(n_bytes))
     return {
-        "ppl": trainer.perplexity(loss, n_targets),
-        "bpb": trainer.bits_per_byte(loss, total),
+        "ppl": perplexity(loss, n_targets),
+        "bpb": loss / total / math.log(2),
         "bpb_low": low,
         "bpb_high": high,
-        "accuracy": trainer.accuracy(hits, n_targets),
+        "accuracy": hits / n_targets,
         "loss_nats": loss,
         "n_targets": int(n_targets),
         "n_bytes": total,
