@@ -19,33 +19,32 @@ a terminal three short exchanges are shown. The session is babyllama/chat/sessio
 terminal.py's; this file owns what the user sees when.
 """
 
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from babyllama.chat.commands import Again, User, completions, obey
-from babyllama.chat.session import Asked, Session, choose_checkpoint, named, read_reference, whole
+from babyllama.chat.replies import MISTAKES, answer, answer_lines, answer_once, write_title
+from babyllama.chat.session import (
+    Session,
+    choose_checkpoint,
+    named,
+    open_retriever,
+    read_reference,
+    whole,
+)
 from babyllama.chat.terminal import Lines, paint, say, state_dir, visible
 from babyllama.checkpoint import find_adapter, load_model, read_adapter
-from babyllama.config import BAD_INPUT, INTERRUPTED, parse, run, shown
+from babyllama.config import parse, run, shown
 from babyllama.device import Device, pick_device
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError
 from babyllama.generate import Weights
-from babyllama.retrieval.retriever import API_URL, INDEX, Retriever, WikiError
+from babyllama.retrieval.retriever import API_URL
 from babyllama.sampling import SamplingConfig
 from tokenizer import LABELS
 
 EXAMPLES = ("你好", "你是谁？", "你喜欢什么？")
-ENDINGS = {
-    "length": "（到了长度上限 max_new_tokens）",
-    "context": "（上下文满了，回答到此为止）",
-    "loop": "（开始重复，已停止）",
-    "interrupted": "（已停止）",
-}
-MISTAKES = (ConfigError, DataError, WikiError)
 
 
 @dataclass(frozen=True)
@@ -81,40 +80,13 @@ class ChatConfig(SamplingConfig):
     loop_guard: Literal["off", "end", "redraw"] = "redraw"  # people do not want to read loops
 
 
-def joined(argv: Sequence[str], flag: str = "--lora") -> list[str]:
-    """The words with a flag that is given several times as one flag with a list."""
-    rest, found, at = [], [], iter(argv)
-    for word in at:
-        if word == flag or word.startswith(f"{flag}="):
-            found.append(word[len(flag) + 1 :] if "=" in word[: len(flag) + 1] else next(at, ""))
-        else:
-            rest.append(word)
-    alone = len(found) == 1 and found[0].startswith("[")
-    return [*rest, *([flag, found[0] if alone else json.dumps(found)] if found else [])]
-
-
-def open_retriever(cfg: ChatConfig) -> Retriever | None:
-    """The index that was named, or the usual one if it is there.
-
-    raises: DataError if it cannot be used, ConfigError if one is needed and there is none
-    """
-    if cfg.index or INDEX.is_dir():
-        return Retriever.open(cfg.index or INDEX)
-    if cfg.retrieve:
-        raise ConfigError(
-            f"--retrieve wants a full-text index, found none in {shown(INDEX)}; make it with "
-            f"python -m data_process.run wiki --index, or name one with --index"
-        )
-    return None
-
-
 def open_session(cfg: ChatConfig) -> Session:
     """Model, adapters and index as the settings name them."""
     checkpoint = cfg.checkpoint
     if checkpoint is None and cfg.lora:
         _, found, _ = read_adapter(find_adapter(named(cfg.lora[0])[1]))
         checkpoint = Path(found["base"]) if found["base"] else None
-    retriever = open_retriever(cfg)
+    retriever = open_retriever(cfg.index, cfg.retrieve)
     loaded = load_model(choose_checkpoint(checkpoint), pick_device(cfg.device))
     return Session(loaded, cfg, cfg.weights, cfg.lora, retriever, cfg.retrieve, cfg.wiki_url)
 
@@ -130,37 +102,6 @@ def greet(session: Session, cfg: ChatConfig) -> str:
     if cfg.reference:
         notes.append(session.talk.set_reference(read_reference(cfg.reference)))
     return "\n".join(notes)
-
-
-def sources(asked: Asked) -> str:
-    """Which passages a question is answered from."""
-    if asked.found is None:
-        return ""
-    return f"（资料：{asked.found.citation}）" if asked.found.text else "（索引里没有找到相关资料）"
-
-
-def reply(session: Session, asked: Asked) -> None:
-    """Print a reply as it comes; Ctrl-C ends it."""
-    pieces = session.answer(asked)
-    try:
-        for piece in pieces:
-            print(visible(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        pieces.close()
-
-
-def answer(session: Session, message: str) -> None:
-    """One turn of a conversation on the screen."""
-    asked = session.ask(message)
-    if asked.lets_go:
-        say("（上下文满了：从现在起，模型看不到最早的几轮；资料保留）")
-    print(paint(LABELS["assistant"], "36"), end="", flush=True)
-    reply(session, asked)
-    print(paint(ENDINGS.get(asked.reason, "")))
-    if asked.found is not None:
-        say(sources(asked))
 
 
 def converse(session: Session) -> None:
@@ -201,103 +142,6 @@ def converse(session: Session) -> None:
             say(str(error), "31")
 
 
-def no_terminal(*_: str) -> str:
-    raise ConfigError("this command asks back, and there is no terminal; write all in one line")
-
-
-def note(text: str) -> None:
-    print(visible(text, sys.stderr), file=sys.stderr)
-
-
-SCRIPT = User(no_terminal, note, no_terminal)
-
-
-def obeyed(session: Session, line: str) -> str | None:
-    """What a command gives where nobody can be asked; None for a message.
-
-    raises: ConfigError and others with what to tell the user
-    """
-    if not line.startswith(("/", "／")):
-        return None
-    found = obey(session, "/" + line[1:], SCRIPT)
-    if isinstance(found, Again):
-        return "".join(session.answer(session.ask(found.message)))
-    return found or ""
-
-
-def write_title(session: Session, cfg: ChatConfig) -> int:
-    """The title of --title on standard output and nothing else; with --json three candidates."""
-    if cfg.title == "-":
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
-    elif not Path(cfg.title).is_file():
-        raise DataError(f"--title: wanted a text file or -, found no {cfg.title!r}")
-    text = (sys.stdin.read() if cfg.title == "-" else read_reference(cfg.title)).strip()
-    if not text:
-        raise DataError("--title: wanted a text, found it blank")
-    titles, n_read = session.summarise(whole(text), 3)
-    if cfg.json:
-        found = {"titles": titles, "n_read": n_read, "n_characters": len(text)}
-        print(json.dumps(found, ensure_ascii=False))
-        return 0
-    if n_read < len(text):
-        note(f"（原文太长，只读了前 {n_read} 字）")
-    print(visible(titles[0] if titles else ""))
-    return 0
-
-
-def answer_once(session: Session, cfg: ChatConfig) -> int:
-    """The reply to --prompt, or --n of them, on standard output and nothing else."""
-    said = obeyed(session, whole(cfg.prompt))
-    if said is not None:
-        record = {"prompt": cfg.prompt, "reply": said}
-        print(json.dumps(record, ensure_ascii=False) if cfg.json else visible(said))
-        return 0
-    asked = session.ask(whole(cfg.prompt))
-    if cfg.n > 1:
-        for one in session.answers(asked):
-            print(as_json(session, one) if cfg.json else visible(one.text))
-        return 0
-    if cfg.json:
-        for _ in session.answer(asked):
-            pass
-        print(as_json(session, asked))
-        return 0
-    reply(session, asked)
-    print(flush=True)
-    notes = ENDINGS.get(asked.reason, "") + sources(asked)
-    print(visible(notes, sys.stderr), end="\n" if notes else "", file=sys.stderr)
-    return INTERRUPTED if asked.reason == "interrupted" else 0
-
-
-def as_json(session: Session, asked: Asked) -> str:
-    return json.dumps(session.record(asked), ensure_ascii=False)
-
-
-def answer_lines(session: Session) -> int:
-    """A JSON object for each line of standard input, which is one conversation; a message that
-    cannot be answered gives an object with "error", and exit code 2 at the end."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-    code = 0
-    for line in sys.stdin:
-        message = whole(line.rstrip("\r\n"))
-        if not message.strip():
-            continue
-        try:
-            said = obeyed(session, message)
-            asked = session.ask(message) if said is None else None
-        except (*MISTAKES, OSError) as error:
-            code = BAD_INPUT
-            print(json.dumps({"prompt": message, "error": str(error)}, ensure_ascii=False))
-            continue
-        if asked is None:
-            print(json.dumps({"prompt": message, "reply": said}, ensure_ascii=False), flush=True)
-            continue
-        for _ in session.answer(asked):
-            pass
-        print(as_json(session, asked), flush=True)
-    return code
-
-
 def main(cfg: ChatConfig) -> int:
     if cfg.prompt and cfg.title:
         raise ConfigError("--prompt and --title are two questions; give one of them")
@@ -309,9 +153,9 @@ def main(cfg: ChatConfig) -> int:
     place = sys.stderr if cfg.prompt or cfg.json or cfg.title else sys.stdout
     print(paint(visible(greet(session, cfg), place), file=place), file=place)
     if cfg.title:
-        return write_title(session, cfg)
+        return write_title(session, cfg.title, cfg.json)
     if cfg.prompt:
-        return answer_once(session, cfg)
+        return answer_once(session, cfg.prompt, cfg.json)
     if cfg.json:
         return answer_lines(session)
     if all(file is not None and file.isatty() for file in (sys.stdin, sys.stdout)):
@@ -325,4 +169,4 @@ def main(cfg: ChatConfig) -> int:
 
 
 if __name__ == "__main__":
-    run(main, parse(ChatConfig, __doc__, joined(sys.argv[1:]), positional=["checkpoint"]))
+    run(main, parse(ChatConfig, __doc__, positional=["checkpoint"]))

@@ -270,21 +270,29 @@ def parse(
 
 
 def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> list[str]:
-    """The words as jsonargparse wants them: names with "_", flags with values, lists as JSON."""
+    """The words as jsonargparse wants them: names with "_", flags with values, lists as JSON; a
+    flag for a list of words may come several times."""
     kinds = _kinds(config_class)
+    lists: dict[str, list[str]] = {}
     if positional and get_origin(kinds[positional[0]]) is tuple:
         n_words = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
         argv = [*([json.dumps(argv[:n_words])] if n_words else []), *argv[n_words:]]
     spelled = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
+    words = iter(zip(argv, [*argv[1:], "--"], strict=False))
+    for word, following in words:
         name, equals, value = word.partition("=")
         if name.startswith("--"):
             field = name[2:].replace("-", "_")
             field += "_" if f"{field}_" in kinds else ""  # --from: a keyword of Python
+            if kinds.get(field) == tuple[str, ...]:
+                lists.setdefault(field, []).append(value if equals else next(words, ("",))[0])
+                continue
             if kinds.get(field) is bool and not equals and following.lower() not in YES_OR_NO:
                 equals, value = "=", "true"
             word = f"--{field}{equals}{value}" if field in kinds else word
         spelled.append(word)
+    for field, given in lists.items():
+        spelled += [f"--{field}", given[-1] if given[-1].startswith("[") else json.dumps(given)]
     return spelled
 
 

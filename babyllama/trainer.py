@@ -431,7 +431,7 @@ def train(
             if stop and seen.step < last:
                 said = f"stopped at step {seen.step} of {last}, saved; the same command continues"
                 return run.end(STOPPED, said)
-    if run.bad_steps:
+    if run.bad_steps > 1:  # one alone is how float16 finds its scale
         return run.end(BAD_NUMBERS, _bad_numbers(run))
     newest = list_checkpoints(directory)[-1].name
     return run.end(0, f"done: {shown(directory)} (checkpoint {newest}, curves.png)")

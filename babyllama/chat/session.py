@@ -17,7 +17,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Decoder, Reply, Weights, generate_replies, stream_text
 from babyllama.lora import switch
 from babyllama.retrieval.index import trim
-from babyllama.retrieval.retriever import API_URL, Context, Retriever
+from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
 from babyllama.run_dir import TASKS, newest_run, tasks_of
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import Suggested, suggest
@@ -104,6 +104,21 @@ def choose_checkpoint(wanted: Path | None, repo: Path = REPO) -> Path:
             "quickstart.py, or with pretrain.py and sft.py, or name one: python chat.py CHECKPOINT"
         )
     return found or release
+
+
+def open_retriever(index: Path | None, is_needed: bool) -> Retriever | None:
+    """The index that was named, or the usual one if it is there.
+
+    raises: DataError if it cannot be used, ConfigError if one is needed and there is none
+    """
+    if index or INDEX.is_dir():
+        return Retriever.open(index or INDEX)
+    if is_needed:
+        raise ConfigError(
+            f"--retrieve wants a full-text index, found none in {shown(INDEX)}; make it with "
+            f"python -m data_process.run wiki --index, or name one with --index"
+        )
+    return None
 
 
 def whole(text: str) -> str:

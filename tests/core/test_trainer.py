@@ -776,3 +776,18 @@ def test_a_config_that_was_edited_by_hand_is_compared_and_not_stumbled_over(
     found = script("pretrain.py", "--config", config)
     assert found.code == 2 and f"{text.partition(':')[0]}" in found.err
     assert found.err.startswith("error: ") and "saved" in found.err
+
+
+def test_a_run_whose_last_steps_had_bad_numbers_is_no_success(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    model, n_steps = rows_model(), 0
+
+    def loss_function(model: torch.nn.Module, batch: dict) -> Loss:
+        nonlocal n_steps
+        n_steps += 1
+        loss = model(**batch)
+        return loss._replace(loss_sum=loss.loss_sum * math.inf) if n_steps > 1 else loss
+
+    cfg = Settings(TrainConfig(max_steps=3))
+    assert train(model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", loss_function) == 3

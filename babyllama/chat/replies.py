@@ -1,0 +1,150 @@
+"""A reply as it is printed: in a conversation, once, or for each line of standard input."""
+
+import json
+import sys
+from pathlib import Path
+
+from babyllama.chat.commands import Again, User, obey
+from babyllama.chat.session import Asked, Session, read_reference, whole
+from babyllama.chat.terminal import paint, say, visible
+from babyllama.config import BAD_INPUT, INTERRUPTED
+from babyllama.errors import ConfigError, DataError
+from babyllama.retrieval.retriever import WikiError
+from tokenizer import LABELS
+
+MISTAKES = (ConfigError, DataError, WikiError)
+ENDINGS = {
+    "length": "（到了长度上限 max_new_tokens）",
+    "context": "（上下文满了，回答到此为止）",
+    "loop": "（开始重复，已停止）",
+    "interrupted": "（已停止）",
+}
+
+
+def sources(asked: Asked) -> str:
+    """Which passages a question is answered from."""
+    if asked.found is None:
+        return ""
+    return f"（资料：{asked.found.citation}）" if asked.found.text else "（索引里没有找到相关资料）"
+
+
+def reply(session: Session, asked: Asked) -> None:
+    """Print a reply as it comes; Ctrl-C ends it."""
+    pieces = session.answer(asked)
+    try:
+        for piece in pieces:
+            print(visible(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        pieces.close()
+
+
+def answer(session: Session, message: str) -> None:
+    """One turn of a conversation on the screen."""
+    asked = session.ask(message)
+    if asked.lets_go:
+        say("（上下文满了：从现在起，模型看不到最早的几轮；资料保留）")
+    print(paint(LABELS["assistant"], "36"), end="", flush=True)
+    reply(session, asked)
+    print(paint(ENDINGS.get(asked.reason, "")))
+    if asked.found is not None:
+        say(sources(asked))
+
+
+def no_terminal(*_: str) -> str:
+    raise ConfigError("this command asks back, and there is no terminal; write all in one line")
+
+
+def note(text: str) -> None:
+    print(visible(text, sys.stderr), file=sys.stderr)
+
+
+SCRIPT = User(no_terminal, note, no_terminal)
+
+
+def obeyed(session: Session, line: str) -> str | None:
+    """What a command gives where nobody can be asked; None for a message.
+
+    raises: ConfigError and others with what to tell the user
+    """
+    if not line.startswith(("/", "／")):
+        return None
+    found = obey(session, "/" + line[1:], SCRIPT)
+    if isinstance(found, Again):
+        return "".join(session.answer(session.ask(found.message)))
+    return found or ""
+
+
+def write_title(session: Session, title: str, is_json: bool) -> int:
+    """The title of --title on standard output and nothing else; with --json three candidates."""
+    if title == "-":
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+    elif not Path(title).is_file():
+        raise DataError(f"--title: wanted a text file or -, found no {title!r}")
+    text = (sys.stdin.read() if title == "-" else read_reference(title)).strip()
+    if not text:
+        raise DataError("--title: wanted a text, found it blank")
+    titles, n_read = session.summarise(whole(text), 3)
+    if is_json:
+        found = {"titles": titles, "n_read": n_read, "n_characters": len(text)}
+        print(json.dumps(found, ensure_ascii=False))
+        return 0
+    if n_read < len(text):
+        note(f"（原文太长，只读了前 {n_read} 字）")
+    print(visible(titles[0] if titles else ""))
+    return 0
+
+
+def answer_once(session: Session, prompt: str, is_json: bool) -> int:
+    """The reply to one message, or `n` of them, on standard output and nothing else; returns the
+    exit code."""
+    said = obeyed(session, whole(prompt))
+    if said is not None:
+        record = {"prompt": prompt, "reply": said}
+        print(json.dumps(record, ensure_ascii=False) if is_json else visible(said))
+        return 0
+    asked = session.ask(whole(prompt))
+    if session.sampling.n > 1:
+        for one in session.answers(asked):
+            print(as_json(session, one) if is_json else visible(one.text))
+        return 0
+    if is_json:
+        for _ in session.answer(asked):
+            pass
+        print(as_json(session, asked))
+        return 0
+    reply(session, asked)
+    print(flush=True)
+    notes = ENDINGS.get(asked.reason, "") + sources(asked)
+    print(visible(notes, sys.stderr), end="\n" if notes else "", file=sys.stderr)
+    return INTERRUPTED if asked.reason == "interrupted" else 0
+
+
+def as_json(session: Session, asked: Asked) -> str:
+    return json.dumps(session.record(asked), ensure_ascii=False)
+
+
+def answer_lines(session: Session) -> int:
+    """A JSON object for each line of standard input, which is one conversation; a message that
+    cannot be answered gives an object with "error", and exit code 2 at the end."""
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    code = 0
+    for line in sys.stdin:
+        message = whole(line.rstrip("\r\n"))
+        if not message.strip():
+            continue
+        try:
+            said = obeyed(session, message)
+            asked = session.ask(message) if said is None else None
+        except (*MISTAKES, OSError) as error:
+            code = BAD_INPUT
+            print(json.dumps({"prompt": message, "error": str(error)}, ensure_ascii=False))
+            continue
+        if asked is None:
+            print(json.dumps({"prompt": message, "reply": said}, ensure_ascii=False), flush=True)
+            continue
+        for _ in session.answer(asked):
+            pass
+        print(as_json(session, asked), flush=True)
+    return code
