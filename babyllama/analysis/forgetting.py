@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import atomic_write, from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, require_writable, run, shown
 from babyllama.data import ValData
 from babyllama.device import Device, Scaler, pick_device
 from babyllama.distributed import World
@@ -239,7 +239,7 @@ def main(cfg: ForgettingConfig) -> None:
     steps = chosen_checkpoints(cfg.checkpoints)
     names = chosen_sources(cfg.sources, steps[-1])
     out = from_repo(cfg.out) if cfg.out else steps[-1].parent / "forgetting"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(out.with_name(out.name + ".json"))
     with torch.inference_mode():
         found = compared(cfg, names) if cfg.against else measured(steps, names, cfg)
     print(f"\n{table(found)}")

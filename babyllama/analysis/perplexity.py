@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from babyllama.analysis.forgetting import chosen_sources
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import atomic_write, from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, require_writable, run, shown
 from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
@@ -435,7 +435,7 @@ def main(cfg: EvaluateConfig) -> None:
     steps = [find_checkpoint(from_repo(path).resolve()) for path in cfg.checkpoints]
     names = chosen_sources(cfg.data, steps[0], flag="--data")
     out = from_repo(cfg.out) if cfg.out else beside(steps[0]) / "evaluate.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(out)
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(cfg).items()}
     settings["checkpoints"] = [shown(step) for step in steps]
     found: dict = {"settings": settings, "sets": {}, "checkpoints": {}}

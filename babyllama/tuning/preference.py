@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_answering
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, require_writable, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
@@ -320,6 +320,7 @@ def main(cfg: PairsConfig) -> None:
         rows = list(read_rows(path))
     else:
         path = from_repo(cfg.out)
+        require_writable(path)
         loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
         tokenizer = loaded.tokenizer
         asked, n_long = questions(loaded, cfg)
