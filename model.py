@@ -67,6 +67,11 @@ class ModelConfig:
                 f"dim {self.dim} must be n_heads {self.n_heads} times an even head width; "
                 f"the nearest that fits is {nearest}"
             )
+        if not (0 < self.rope_theta < math.inf and 0 <= self.norm_eps < math.inf):
+            raise ConfigError(
+                f"wanted a rope_theta above 0 and a norm_eps of 0 or more, found "
+                f"{self.rope_theta} and {self.norm_eps}"
+            )
         if kv_heads < 1 or self.n_heads % kv_heads:
             raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {kv_heads}")
 
@@ -283,7 +288,7 @@ class Transformer(nn.Module):
         if targets is None:
             return self.output(x)
         if per_position:
-            return position_losses(x, self.output.weight, targets)
+            return token_losses(x, self.output.weight, targets)[0]
         if chosen is None:
             chosen = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
         return Loss(*self.sliced_loss(
@@ -463,17 +468,16 @@ def _on_card(
     return -found.squeeze(1), hits, error
 
 
-def position_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The loss of each position, (B, T) float32; differentiable, one slice of logits at a time
-    in the forward pass."""
-    flat, goal = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    parts = [
-        F.cross_entropy(
-            F.linear(flat[i : i + SLICE], weight).float(),
-            goal[i : i + SLICE],
-            ignore_index=IGNORED,
-            reduction="none",
-        )
-        for i in range(0, len(goal), SLICE)
-    ]
-    return torch.cat(parts).view(targets.shape)
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each position, differentiable, and whether its target was the likeliest token:
+    (B, T) float32 and bool, 0 and false where there is no target. Logits exist by slices."""
+    chosen = targets != IGNORED
+    losses, hits = [], []
+    for part, goal in zip(hidden[chosen].split(SLICE), targets[chosen].split(SLICE), strict=True):
+        logits = F.linear(part, weight).float()
+        losses.append(F.cross_entropy(logits, goal, reduction="none"))
+        hits.append(logits.argmax(dim=1) == goal)
+    empty = torch.zeros(targets.shape, device=hidden.device)
+    return empty.masked_scatter(chosen, torch.cat(losses)), (empty > 0).masked_scatter(
+        chosen, torch.cat(hits)
+    )

@@ -33,9 +33,9 @@ from babyllama.errors import ConfigError
 from babyllama.lora import LoraConfig, apply_lora, describe
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import newest_run, open_run, read_info
-from babyllama.sources import DataConfig, named_sources
+from babyllama.sources import READERS, DataConfig, named_sources
 from babyllama.trainer import Objective, TrainConfig, next_token, train
-from babyllama.tuning.preference import dpo
+from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from model import Transformer
 
@@ -110,7 +110,8 @@ def main(cfg: SftConfig) -> int:
     cfg = resolve(cfg)
     base = load_model(cfg.base)
     length = base.config.max_seq_len
-    data = open_data(cfg.data, base.tokenizer, length, cfg.train, cfg.objective == "dpo")
+    readers = preference.READERS if cfg.objective == "dpo" else READERS
+    data = open_data(cfg.data, base.tokenizer, length, cfg.train, readers)
     if cfg.inspect:
         for line in shown_batch(data.train, cfg.train.micro_batch_size, painter_of(base.tokenizer)):
             print(line)
@@ -134,7 +135,7 @@ def main(cfg: SftConfig) -> int:
 def make_objective(cfg: SftConfig, base: Transformer) -> Objective:
     """What the run makes smaller; dpo keeps a copy of the base to compare with."""
     if cfg.objective == "dpo":
-        return dpo(copy.deepcopy(base), cfg.dpo_beta, cfg.dpo_nll)
+        return preference.dpo(copy.deepcopy(base), cfg.dpo_beta, cfg.dpo_nll)
     return next_token(cfg.regularise.label_smoothing)
 
 

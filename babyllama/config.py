@@ -252,7 +252,13 @@ def parse(
         for before, word in zip(["", *argv], argv, strict=False)
     ]
     try:
-        found = parser.parse_args(argv)
+        try:
+            found = parser.parse_args(argv)
+        # YAML raises these for numbers of too many digits, tags that do not fit, depth.
+        except (ValueError, AttributeError, RecursionError) as error:
+            if isinstance(error, UnicodeDecodeError) or isinstance(error.__cause__, ConfigError):
+                raise
+            parser.error(f"a config file cannot be read: {type(error).__name__} {error}")
         for name, hint in hints.items():
             if is_dataclass(hint.type) and not isinstance(found[name], Namespace):
                 raise ConfigError(f"{name}: wanted settings (key: value), found {found[name]!r}")

@@ -10,7 +10,7 @@ dicts whose keys are the parameter names of the model's forward.
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from babyllama.errors import ConfigError
-from babyllama.sources import DataConfig, Pair, Pairs, Row, Source, open_source, require_token_files
+from babyllama.sources import (
+    READERS,
+    DataConfig,
+    Reader,
+    Row,
+    Source,
+    open_source,
+    require_token_files,
+)
 from model import IGNORED
 from tokenizer import Tokenizer
 
@@ -43,9 +51,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def pack(rows: Sequence[Row | Pair], max_seq_len: int) -> list[list[Row]]:
-    """Rows laid into sequences of at most max_seq_len positions, the two of a pair side by side."""
-    parts = [tuple(row) if isinstance(row, Pair) else (row,) for row in rows]
+def pack(rows: Sequence[Row | tuple[Row, ...]], max_seq_len: int) -> list[list[Row]]:
+    """Rows laid into sequences of at most max_seq_len positions; rows in a tuple stay together."""
+    parts = [row if isinstance(row[0], tuple) else (row,) for row in rows]
     bins = best_fit([sum(len(tokens) for tokens, _ in part) for part in parts], max_seq_len)
     return [[row for item in items for row in parts[item]] for items in bins]
 
@@ -178,7 +186,7 @@ class Mixture:
         turn, number = divmod(number, n)
         return epoch, source, permuted(number, n, self.seed, epoch, source + 1, turn), turn
 
-    def row(self, position: int) -> Row | Pair:
+    def row(self, position: int) -> Row | tuple[Row, ...]:
         """The n-th row of the whole training."""
         epoch, source, number, copy = self.place(position)
         rng = np.random.default_rng((self.seed, epoch, source, number, copy))
@@ -214,7 +222,7 @@ class TrainData:
         """What a model learns of the mixture to do, by its sources (run_dir.TASKS)."""
         return list(dict.fromkeys(task for one in self.mixture.sources for task in one.teaches))
 
-    def rows(self, step: int) -> list[Row | Pair]:
+    def rows(self, step: int) -> list[Row | tuple[Row, ...]]:
         """The rows of a step, as they are drawn."""
         first = step * self.batch_size
         return [self.mixture.row(first + i) for i in range(self.batch_size)]
@@ -282,12 +290,12 @@ def open_data(
     tokenizer: Tokenizer,
     max_seq_len: int,
     order: Order,
-    preference: bool = False,
+    readers: Mapping[str, Reader] = READERS,
 ) -> Data:
     """Training and validation data of a run.
 
     max_seq_len: the model's context
-    preference: the objective compares two answers, and wants sources of pairs alone
+    readers: of the kinds of rows that the objective learns from
     raises: DataError or ConfigError where a source cannot be used
     """
     if not config.sources:
@@ -295,16 +303,9 @@ def open_data(
     max_seq_len = min(config.max_seq_len or max_seq_len, max_seq_len)
     require_token_files([source.name for source in config.sources], tokenizer)
     train, val = (
-        [open_source(s, split, tokenizer, config, max_seq_len) for s in config.sources]
+        [open_source(s, split, tokenizer, config, max_seq_len, readers) for s in config.sources]
         for split in ("train", "val")
     )
-    wrong = [source.name for source in train if isinstance(source, Pairs) != preference]
-    if wrong:
-        raise ConfigError(
-            f"data.sources: wanted {'pairs of answers' if preference else 'text or dialogues'} for "
-            f"this objective, found {', '.join(wrong)}; objective dpo and sets of preference rows "
-            f"belong together"
-        )
     mixture = Mixture(train, [source.weight for source in config.sources], order.seed)
     return Data(
         TrainData(mixture, order.batch_size, max_seq_len, tokenizer.pad_id, config.weight_by),

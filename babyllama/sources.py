@@ -1,17 +1,17 @@
 """The sources of a mixture: token files as rows of (tokens, targets).
 
-A row is a window of a text stream, a dialogue, a summary row in a freshly drawn wording, or a pair
-of dialogues of which the first is preferred. What does not fit the context is cut by whole turns
-(dialogues) or at the text's end (summaries), or left out; each is counted by reason. The config
-names the sets and their weights; their token files lie in data/tokens.
+A row is a window of a text stream, a dialogue, or a summary row in a freshly drawn wording; other
+kinds come with what learns from them (tuning/preference.py). What does not fit the context is cut
+by whole turns (dialogues) or at the text's end (summaries), or left out; each is counted by reason.
+The config names the sets and their weights; their token files lie in data/tokens.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -124,22 +124,55 @@ Row = tuple[np.ndarray, np.ndarray]  # tokens (n,), targets (n,), int64, n <= ma
 _LEAST_TEXT = 16
 
 
-class Windows:
+class Source:
+    """The rows of a set's token files that fit, and how many do not, by reason.
+
+    teaches: what a model learns of them to do (run_dir.TASKS)
+    """
+
+    teaches: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        name: str,
+        files: list[TokenFile],
+        tokenizer: Tokenizer,
+        max_seq_len: int,
+        config: DataConfig | None = None,
+    ) -> None:
+        tokenizer.require_dialogue()
+        self.name, self.files, self._tokenizer = name, files, tokenizer
+        self._config = config or DataConfig()
+        self.dropped: dict[str, int] = {}
+        # (n, 3): file, row, and how much of it fits
+        self._rows = _kept(self._fitting(max_seq_len))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
+        """For each file, how much of each row fits: 0 where it is dropped. Fills `dropped`."""
+        raise NotImplementedError
+
+    def row(self, number: int, rng: np.random.Generator) -> Row | tuple[Row, ...]:
+        """A row, or several that share a sequence; rng: of what is drawn for it."""
+        raise NotImplementedError
+
+
+class Windows(Source):
     """A text source: its documents in a row, cut into windows of max_seq_len targets.
 
     Neighbours overlap by one id, so that each id is a target exactly once; the last window of a
     file may be short. Windows cross documents.
-
-    teaches: of each kind of source, what a model learns of it to do (run_dir.TASKS)
     """
 
     teaches = ("continue",)
 
-    def __init__(self, name: str, files: list[TokenFile], max_seq_len: int) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, files: list[TokenFile], _: Tokenizer, max_seq_len: int, *_more: DataConfig
+    ) -> None:
+        self.name, self.files, self._length = name, files, max_seq_len
         self.dropped: dict[str, int] = {}
-        self.files = files
-        self._length = max_seq_len
         counts = [max(0, -(-(file.n_tokens - 1) // max_seq_len)) for file in files]
         self._ends = np.cumsum(counts)
 
@@ -154,33 +187,23 @@ class Windows:
         return ids[:-1], ids[1:]
 
 
-class Dialogues:
+class Dialogues(Source):
     """A chat source. A dialogue that is too long loses whole turns from its end; one whose first
     answer does not fit is dropped. Both are counted."""
 
-    def __init__(
-        self,
-        name: str,
-        files: list[TokenFile],
-        tokenizer: Tokenizer,
-        max_seq_len: int,
-        supervise: str = "answers",
-    ) -> None:
-        self.name, self._supervise = name, supervise
-        self._tokenizer = tokenizer
-        self.files = files
-        fitting = [self._fitting(file, max_seq_len) for file in files]
+    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
+        fitting = [self._pieces(file, max_seq_len) for file in self.files]
         self.dropped = {
             "answer_does_not_fit": int(sum((n == 0).sum() for n, _ in fitting)),
             "turns_cut": int(sum(((n > 0) & (n < total)).sum() for n, total in fitting)),
         }
-        self._rows = _kept([n for n, _ in fitting])  # file, row, pieces that fit
-        has_reference = any((file.roles == ROLES.index("system")).any() for file in files)
+        has_reference = any((file.roles == ROLES.index("system")).any() for file in self.files)
         self.teaches = ("reference", "chat") if has_reference else ("chat",)
+        return [n for n, _ in fitting]
 
-    def _fitting(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pieces(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """How many pieces of each row fit, whole turns only, and how many it has."""
-        sizes, first, n_pieces = _message_sizes(file, self._tokenizer)
+        sizes, first, n_pieces = message_sizes(file, self._tokenizer)
         upto = np.cumsum(sizes)
         before = np.repeat(upto[first] - sizes[first], n_pieces)
         number = np.arange(len(sizes)) - np.repeat(first, n_pieces)
@@ -188,17 +211,14 @@ class Dialogues:
         fits = (upto - before <= max_seq_len) & (file.roles == ROLES.index("assistant"))
         return np.maximum.reduceat(np.where(fits, number + 1, 0), first), n_pieces
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def row(self, number: int, _rng: np.random.Generator) -> Row:
         file, place, fitting = self._rows[number].tolist()
         pieces = self.files[file].pieces(place)[:fitting]
         messages = [{"role": role, "content": [ids]} for role, ids in pieces]
-        return _supervised(self._tokenizer, messages, self._supervise)
+        return supervised(self._tokenizer, messages, self._config.supervise)
 
 
-def _message_sizes(
+def message_sizes(
     file: TokenFile, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids of each message in the dialogue's format; the first message of each row, and their
@@ -218,88 +238,29 @@ def _message_sizes(
     return sizes, first, n_pieces
 
 
-class Pair(NamedTuple):
-    """Two dialogues that differ in their last answer, of which alone the tokens are targets."""
-
-    chosen: Row
-    rejected: Row
-
-
-class Pairs:
-    """A source of preferences. Both dialogues of a row share a sequence; a row whose two do not
-    fit together is dropped, and counted."""
-
-    teaches = ()
-
-    def __init__(
-        self, name: str, files: list[TokenFile], tokenizer: Tokenizer, max_seq_len: int
-    ) -> None:
-        self.name = name
-        self._tokenizer = tokenizer
-        self.files = files
-        fits = [self._sizes(file) <= max_seq_len for file in files]
-        self.dropped = {"pair_does_not_fit": int(sum((~f).sum() for f in fits))}
-        self._rows = _kept(fits)  # file, row, 1
-
-    def _sizes(self, file: TokenFile) -> np.ndarray:
-        """Positions that the two dialogues of each row take together."""
-        sizes, first, _ = _message_sizes(file, self._tokenizer)
-        is_choice = np.isin(file.roles, [ROLES.index(role) for role in CHOICES])
-        # All that comes before the answers is read twice.
-        return np.add.reduceat(np.where(is_choice, sizes, 2 * sizes), first)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, number: int, _rng: np.random.Generator) -> Pair:
-        file, place, _ = self._rows[number].tolist()
-        *before, chosen, rejected = self.files[file].pieces(place)
-        asked = [{"role": role, "content": [ids]} for role, ids in before]
-        return Pair(*(self._answered(asked, ids) for _, ids in (chosen, rejected)))
-
-    def _answered(self, asked: list[dict], answer: np.ndarray) -> Row:
-        tokens, targets = _supervised(
-            self._tokenizer, [*asked, {"role": "assistant", "content": [answer]}]
-        )
-        targets[: len(self._tokenizer.render_prompt(asked)) - 1] = IGNORED  # earlier answers
-        return tokens, targets
-
-
-class Summaries:
+class Summaries(Source):
     """A summary source: each row in a wording drawn anew, its text cut to fit."""
 
-    def __init__(
-        self,
-        name: str,
-        files: list[TokenFile],
-        prompts: SummaryPrompts,
-        max_seq_len: int,
-        supervise: str = "answers",
-    ) -> None:
-        self.name, self._supervise = name, supervise
-        self._prompts = prompts
-        frame = prompts.tokenizer.render_chat(
+    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
+        self._prompts = SummaryPrompts.load(from_repo(self._config.prompts), self._tokenizer)
+        frame = self._tokenizer.render_chat(
             [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
         )[0]
-        self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
-        self.files = files
-        sizes = [_sizes(file) for file in files]
+        self._room = max_seq_len + 1 - len(frame) - self._prompts.longest  # for text and summary
+        sizes = [_sizes(file) for file in self.files]
         fits = [np.minimum(s[:, 0], _LEAST_TEXT) + s[:, 1] <= self._room for s in sizes]
         cut = [f & (s.sum(axis=1) > self._room) for f, s in zip(fits, sizes, strict=True)]
         self.dropped = {
             "summary_does_not_fit": int(sum((~f).sum() for f in fits)),
             "text_cut": int(sum(c.sum() for c in cut)),
             "no_room_for_second_turn": sum(
-                self._lacks_room(file, s) for file, s in zip(files, sizes, strict=True)
+                self._lacks_room(file, s) for file, s in zip(self.files, sizes, strict=True)
             ),
         }
-        self._rows = _kept(fits)  # file, row, 1
-        asks = "keywords" in prompts.turns and prompts.share > 0
-        has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in files)
+        asks = "keywords" in self._prompts.turns and self._prompts.share > 0
+        has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in self.files)
         self.teaches = ("title", "keywords") if asks and has_keywords else ("title",)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        return fits
 
     def _lacks_room(self, file: TokenFile, sizes: np.ndarray) -> int:
         """Rows whose meta some second turn asks about, none of which fits behind the text."""
@@ -321,7 +282,7 @@ class Summaries:
         (_, text), (_, summary) = pieces[:2]
         room = self._room - len(summary)
         messages = self._prompts.messages(text, summary, rng, room, _meta(pieces))
-        return _supervised(self._prompts.tokenizer, messages, self._supervise)
+        return supervised(self._tokenizer, messages, self._config.supervise)
 
 
 def _sizes(file: TokenFile) -> np.ndarray:
@@ -348,7 +309,7 @@ def _kept(counts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def _supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str = "answers") -> Row:
+def supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str = "answers") -> Row:
     """A dialogue as inputs and shifted targets; see DataConfig.supervise."""
     ids, mask = (np.array(part, dtype=np.int64) for part in tokenizer.render_chat(messages))
     if supervise == "all":
@@ -356,15 +317,23 @@ def _supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str =
     return ids[:-1], np.where(mask[1:] == 1, ids[1:], IGNORED)
 
 
-Source = Windows | Dialogues | Summaries | Pairs
+Reader = Callable[[str, list[TokenFile], Tokenizer, int, DataConfig], Source]
+READERS: dict[str, Reader] = {"text": Windows, "chat": Dialogues, "summary": Summaries}
 
 
 def open_source(
-    config: SourceConfig, split: str, tokenizer: Tokenizer, data: DataConfig, max_seq_len: int
+    config: SourceConfig,
+    split: str,
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    max_seq_len: int,
+    readers: Mapping[str, Reader] = READERS,
 ) -> Source:
     """One source's token files, checked.
 
-    raises: DataError with the command that makes them, where there are none
+    readers: of the kinds that the objective learns from
+    raises: DataError with the command that makes them, where there are none; ConfigError for rows
+        of another kind
     """
     where = token_directory(config.name, tokenizer)
     stems = sorted(where.glob(f"{split}-*.idx"))
@@ -377,21 +346,15 @@ def open_source(
     kinds = {file.kind for file in files}
     if len(kinds) > 1:
         raise DataError(f"{shown(where)}: files of several kinds {sorted(kinds)} in one directory")
-    source: Source
     if kinds == {"vqa"}:
         raise DataError(f"{shown(where)}: its rows are about pictures; use python -m vqa.train")
-    if kinds == {"text"}:
-        source = Windows(config.name, files, max_seq_len)
-    elif kinds == {"chat"}:
-        tokenizer.require_dialogue()
-        source = Dialogues(config.name, files, tokenizer, max_seq_len, data.supervise)
-    elif kinds == {"preference"}:
-        tokenizer.require_dialogue()
-        source = Pairs(config.name, files, tokenizer, max_seq_len)
-    else:
-        tokenizer.require_dialogue()
-        prompts = SummaryPrompts.load(from_repo(data.prompts), tokenizer)
-        source = Summaries(config.name, files, prompts, max_seq_len, data.supervise)
+    (kind,) = kinds
+    if kind not in readers:
+        raise ConfigError(
+            f"data.sources: wanted {' or '.join(readers)} rows for this objective, found {kind} "
+            f"rows in {config.name}; objective dpo and preference rows belong together"
+        )
+    source = readers[kind](config.name, files, tokenizer, max_seq_len, data)
     if len(source) == 0:
         raise DataError(
             f"{shown(where)}: no row of {split} can be trained on in {max_seq_len} tokens "

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded
@@ -22,7 +20,7 @@ from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
 from babyllama.sampling import SamplingConfig
 from bench.cache import Store
-from model import IGNORED, SLICE, KVCache
+from model import IGNORED, KVCache, token_losses
 from tokenizer import LABELS, SEPARATOR
 
 # End the question in a plain text; in a dialogue the assistant's label does.
@@ -247,24 +245,9 @@ class Scorer:
             cache.keep(rows)
             more = net.hidden(targets[:, :-1].clamp(min=0), cache=cache)
             hidden = torch.cat((hidden, more), dim=1)  # (N, n_after, D)
-        losses, hits = _losses(hidden, net.output.weight, targets)
-        return list(zip((-losses).tolist(), hits.tolist(), strict=True))
-
-
-def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of each row, and whether each of its targets was the likeliest token."""
-    chosen = targets != IGNORED
-    parts, goal = hidden[chosen], targets[chosen]
-    losses, hits = [], []
-    for at in range(0, len(goal), SLICE):
-        logits = F.linear(parts[at : at + SLICE], weight).float()
-        losses.append(F.cross_entropy(logits, goal[at : at + SLICE], reduction="none"))
-        hits.append(logits.argmax(dim=1) == goal[at : at + SLICE])
-    summed = torch.zeros(targets.shape, device=hidden.device)
-    summed[chosen] = torch.cat(losses)
-    right = torch.ones(targets.shape, dtype=torch.bool, device=hidden.device)
-    right[chosen] = torch.cat(hits)
-    return summed.sum(dim=1), right.all(dim=1)
+        losses, hits = token_losses(hidden, net.output.weight, targets)
+        are_hit = (hits | (targets == IGNORED)).all(dim=1)
+        return list(zip((-losses.sum(dim=1)).tolist(), are_hit.tolist(), strict=True))
 
 
 def _bare(message: dict) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from babyllama.analysis.terminal_text import BOLD, DIM, Painter, width_of
 from babyllama.data import TrainData, pack, targets_per_row
-from babyllama.sources import Pair, Row
+from babyllama.sources import Row
 from model import IGNORED
 
 
@@ -42,16 +42,16 @@ def shown_batch(data: TrainData, n_sequences: int, painter: Painter) -> Iterator
         yield painter.ink(DIM, f"\n{left} more sequences in this step")
 
 
-def _labels(data: TrainData, rows: list[Row | Pair]) -> dict[int, str]:
+def _labels(data: TrainData, rows: list[Row | tuple[Row, ...]]) -> dict[int, str]:
     """Source and number of each row, by the identity of its tokens."""
     found = {}
     for position, row in enumerate(rows):
         _, source, number, copy = data.mixture.place(position)
         again = f" copy {copy + 1}" if copy else ""
         name = f"{data.mixture.sources[source].name} row {number}{again}"
-        if isinstance(row, Pair):
-            found[id(row.chosen[0])] = f"{name} chosen"
-            found[id(row.rejected[0])] = f"{name} rejected"
+        if hasattr(row, "_fields"):  # several that belong together
+            for part, (ids, _) in zip(row._fields, row, strict=True):
+                found[id(ids)] = f"{name} {part}"
         else:
             found[id(row[0])] = name
     return found

@@ -31,7 +31,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,7 +48,7 @@ from babyllama.run_dir import beside, checksums, find_checkpoint
 from babyllama.scoring import rouge
 from babyllama.sources import Row
 from babyllama.token_file import TokenFile
-from model import IGNORED, Transformer
+from model import IGNORED, Transformer, token_losses
 from tokenizer import Tokenizer
 
 # A summary row whose text would keep less than this is left out.
@@ -228,10 +227,6 @@ def fingerprint(documents: Sequence[Document]) -> str:
     return hashlib.sha256(texts.encode()).hexdigest()
 
 
-# Positions whose logits exist at once: 256 x 65,000 pieces are 67 MB.
-_SLICE = 256
-
-
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Which checkpoints are measured, on what, and how.
@@ -325,12 +320,8 @@ def _losses(model: Transformer, batch: dict[str, Tensor]) -> tuple[np.ndarray, n
     targets = batch.pop("targets").to(device)
     hidden = model.hidden(**{key: value.to(device) for key, value in batch.items()})
     chosen = targets != IGNORED
-    hidden, goals, losses, hits = hidden[chosen], targets[chosen], [], []
-    for part, goal in zip(hidden.split(_SLICE), goals.split(_SLICE), strict=True):
-        logits = model.output(part).float()
-        losses.append(F.cross_entropy(logits, goal, reduction="none"))
-        hits.append(logits.argmax(dim=1) == goal)
-    return tuple(torch.cat(each).double().cpu().numpy() for each in (losses, hits))
+    found = token_losses(hidden, model.output.weight, targets)
+    return tuple(each[chosen].double().cpu().numpy() for each in found)
 
 
 def figures(sums: np.ndarray, n_bytes: Sequence[int]) -> dict:

@@ -26,8 +26,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,10 +46,51 @@ from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, repeats,
 from babyllama.scoring.rouge import clipped_f
 from babyllama.scoring.summarise import consensus, templates
 from babyllama.scoring.test_sets import read_pairs
-from babyllama.token_file import CHOICES, TokenFileWriter
+from babyllama.sources import Reader, Row, Source, message_sizes, supervised
+from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter
 from babyllama.trainer import Batch, Objective
-from model import Loss
+from model import IGNORED, Loss
 from tokenizer import Tokenizer
+
+
+class Pair(NamedTuple):
+    """Two dialogues that differ in their last answer, of which alone the tokens are targets."""
+
+    chosen: Row
+    rejected: Row
+
+
+class Pairs(Source):
+    """A source of preferences. Both dialogues of a row share a sequence; a row whose two do not
+    fit together is dropped, and counted."""
+
+    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
+        fits = [self._sizes(file) <= max_seq_len for file in self.files]
+        self.dropped = {"pair_does_not_fit": int(sum((~f).sum() for f in fits))}
+        return fits
+
+    def _sizes(self, file: TokenFile) -> np.ndarray:
+        """Positions that the two dialogues of each row take together."""
+        sizes, first, _ = message_sizes(file, self._tokenizer)
+        is_choice = np.isin(file.roles, [ROLES.index(role) for role in CHOICES])
+        # All that comes before the answers is read twice.
+        return np.add.reduceat(np.where(is_choice, sizes, 2 * sizes), first)
+
+    def row(self, number: int, _rng: np.random.Generator) -> Pair:
+        file, place, _ = self._rows[number].tolist()
+        *before, chosen, rejected = self.files[file].pieces(place)
+        asked = [{"role": role, "content": [ids]} for role, ids in before]
+        return Pair(*(self._answered(asked, ids) for _, ids in (chosen, rejected)))
+
+    def _answered(self, asked: list[dict], answer: np.ndarray) -> Row:
+        tokens, targets = supervised(
+            self._tokenizer, [*asked, {"role": "assistant", "content": [answer]}]
+        )
+        targets[: len(self._tokenizer.render_prompt(asked)) - 1] = IGNORED  # earlier answers
+        return tokens, targets
+
+
+READERS: dict[str, Reader] = {"preference": Pairs}
 
 
 def dpo(reference: nn.Module, beta: float = 0.1, nll: float = 0.0) -> Objective:

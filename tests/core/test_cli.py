@@ -92,6 +92,10 @@ WRONG_YAML = {
     "text for sources": "data: {sources: wiki}\n",
     "no such file inside": "model: nowhere.yaml\n",
     "a name that is none": "name: [1]\n",
+    "a tag that does not fit": "name: !!int x\n",
+    "too many digits": "train: {seed: " + "1" * 5000 + "}\n",
+    "a tag of another kind": "name: !!timestamp {}\n",
+    "no angle": "model: {rope_theta: 0}\n",
 }
 
 

@@ -36,7 +36,7 @@ from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from model import IGNORED
 
 REPO = Path(__file__).parents[2]
-MAX_SEQ_LEN = 96
+MAX_SEQ_LEN = 112
 
 relaxed = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -67,7 +67,7 @@ def text_file(stem: Path, *documents: list[int], tokenizer: object = None) -> To
 def numbered(tmp_path: Path, n_rows: int, first: int = 0) -> Windows:
     """A source of `n_rows` rows of one token each, whose ids count from `first`."""
     ids = list(range(first, first + n_rows + 1))
-    return Windows(f"from {first}", [text_file(tmp_path / f"{first}", ids)], 1)
+    return Windows(f"from {first}", [text_file(tmp_path / f"{first}", ids)], None, 1)
 
 
 def config_of(token_root: Path, **weights: float) -> DataConfig:
@@ -209,7 +209,7 @@ def test_windows_make_each_id_a_target_once(tmp_path_factory, lengths, max_seq_l
         # Documents of any length, which windows cross.
         files.append(text_file(directory / f"{number}", ids[: length // 3], [], ids[length // 3 :]))
         wanted += ids[1:]
-    source = Windows("x", files, max_seq_len)
+    source = Windows("x", files, None, max_seq_len)
     rows = [source.row(i, np.random.default_rng(0)) for i in range(len(source))]
     assert [int(target) for _, targets in rows for target in targets] == wanted
     for tokens, targets in rows:
@@ -560,8 +560,8 @@ def test_a_file_without_rows_beside_others_does_no_harm(tmp_path, token_root, to
 @pytest.mark.parametrize(
     "write, reason",
     [
-        (lambda s, t: chat_files(s, t, [[("user", [5] * 99), ("assistant", [5])]]), "answer"),
-        (lambda s, t: write_summaries(s / "train-00000", t, [(20, 99)]), "summary"),
+        (lambda s, t: chat_files(s, t, [[("user", [5] * 199), ("assistant", [5])]]), "answer"),
+        (lambda s, t: write_summaries(s / "train-00000", t, [(20, 199)]), "summary"),
     ],
     ids=["chat", "summary"],
 )

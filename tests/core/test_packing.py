@@ -9,8 +9,9 @@ import torch
 from babyllama.data import TrainData, best_fit, collate, open_data, pack, share, targets_per_row
 from babyllama.device import Scaler
 from babyllama.distributed import World
-from babyllama.sources import DataConfig, Pair, SourceConfig
+from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, forward_backward, next_token_loss
+from babyllama.tuning.preference import Pair
 from model import IGNORED
 from tokenizer import Tokenizer
 

@@ -19,9 +19,12 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.generate import Reply
 from babyllama.rows import check_row, read_rows, write_rows
 from babyllama.run_dir import list_checkpoints
-from babyllama.sources import Pairs, SourceConfig, open_source
+from babyllama.sources import READERS as OTHERS
+from babyllama.sources import SourceConfig, open_source
 from babyllama.trainer import TrainConfig, forward_backward
 from babyllama.tuning.preference import (
+    READERS,
+    Pairs,
     PairsConfig,
     answer_log_probs,
     dpo,
@@ -62,7 +65,7 @@ def pairs(tmp_path, tokenizer) -> Path:
 @pytest.fixture
 def batches(pairs, tokenizer) -> list[dict]:
     config = DataConfig((SourceConfig(str(pairs)),))
-    data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), preference=True)
+    data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), readers=READERS)
     return data.train.batches(0, 2)
 
 
@@ -89,7 +92,7 @@ def test_loss_and_gradients_are_those_of_the_formula(batches, pairs, tokenizer, 
     found = [weight.grad.clone() for weight in model.parameters()]
     # The same twelve rows, one by one.
     config = DataConfig((SourceConfig(str(pairs)),))
-    data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), preference=True)
+    data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), readers=READERS)
     train = [row for n, row in enumerate(rows()) if n % 20]
     losses, wins = [], 0
     for position in range(12):
@@ -126,7 +129,7 @@ def test_the_loss_begins_at_log_two_and_moves_the_right_way(batches, model):
 @pytest.mark.parametrize("micro", [1, 3, 9])
 def test_the_split_into_micro_batches_does_not_matter(pairs, tokenizer, model, micro):
     config = DataConfig((SourceConfig(str(pairs)),))
-    data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), preference=True)
+    data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), readers=READERS)
     objective = dpo(Transformer(small_config(tokenizer.vocab_size)), 0.3, 0.5)
     found = []
     for size in (2, micro):
@@ -153,13 +156,13 @@ def test_a_batch_without_pairs_gives_no_gradient(model):
 
 def test_pairs_that_do_not_fit_together_are_dropped_and_counted(pairs, tokenizer):
     lengths = []
-    full = open_source(SourceConfig(str(pairs)), "train", tokenizer, DataConfig(), 1000)
+    full = open_source(SourceConfig(str(pairs)), "train", tokenizer, DataConfig(), 1000, READERS)
     for number in range(len(full)):
         pair = full.row(number, None)
         lengths.append(len(pair.chosen[0]) + len(pair.rejected[0]))
     assert isinstance(full, Pairs) and full.dropped == {"pair_does_not_fit": 0}
     limit = sorted(lengths)[10]
-    less = open_source(SourceConfig(str(pairs)), "train", tokenizer, DataConfig(), limit)
+    less = open_source(SourceConfig(str(pairs)), "train", tokenizer, DataConfig(), limit, READERS)
     assert len(less) == sum(n <= limit for n in lengths) == 22 - less.dropped["pair_does_not_fit"]
 
 
@@ -167,8 +170,8 @@ def test_pairs_that_do_not_fit_together_are_dropped_and_counted(pairs, tokenizer
 def test_pairs_and_dialogues_are_not_mixed_up(pairs, token_root, tokenizer, preference):
     name = token_root / "chat" if preference else pairs
     config = DataConfig((SourceConfig(str(name)),))
-    with pytest.raises(ConfigError, match="objective dpo and sets of preference rows belong"):
-        open_data(config, tokenizer, 128, TrainConfig(), preference)
+    with pytest.raises(ConfigError, match="objective dpo and preference rows belong"):
+        open_data(config, tokenizer, 128, TrainConfig(), READERS if preference else OTHERS)
 
 
 def replies(*given: tuple[str, str]) -> list[Reply]:
@@ -294,7 +297,7 @@ def test_pairs_are_made_from_a_checkpoint_or_from_rows(tmp_path, checkpoint, tok
                   "--tokens", tmp_path / "tokens")  # fmt: skip
     assert done.code == 0 and "val 1, train 4" in done.out
     place = tmp_path / "tokens/small/loops"
-    source = open_source(SourceConfig(str(place)), "train", tokenizer, DataConfig(), 128)
+    source = open_source(SourceConfig(str(place)), "train", tokenizer, DataConfig(), 128, READERS)
     for number, row in enumerate(rows(5)[1:]):
         for name, (_, targets) in source.row(number, None)._asdict().items():
             *learnt, last = [int(i) for i in targets if i >= 0]  # no earlier answer is
