@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from babyllama.config import REPO, atomic_write, lock, plain, read_yaml, shown, to_yaml
+from babyllama.config import REPO, atomic_write, from_repo, lock, plain, read_yaml, shown, to_yaml
 from babyllama.distributed import World
 from babyllama.errors import CheckpointError, ConfigError
 from model import ModelConfig
@@ -164,6 +164,21 @@ def newest_run(out: Path | None = None, kind: str | None = None) -> Path | None:
         if steps and (kind is None or read_info(steps[-1])["kind"] == kind):
             newest[steps[-1].stat().st_mtime] = run
     return newest[max(newest)] if newest else None
+
+
+def chosen_run(named: Path | None, kind: str | None = None) -> Path:
+    """What the user named, else the newest run in out/ (of a kind, as newest_run).
+
+    raises: CheckpointError if nothing is named and there is none
+    """
+    found = from_repo(named) if named else newest_run(kind=kind)
+    if found is None:
+        what = {"sft": "SFT run", "pretrain": "base"}.get(kind, "run")
+        raise CheckpointError(
+            f"wanted a checkpoint, found no {what} in out/; name one (out/<run> or one of its "
+            f"steps), or make one with `python quickstart.py`"
+        )
+    return found
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -25,8 +25,8 @@ from typing import Literal
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
-from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.run_dir import beside, checksums, newest_run
+from babyllama.errors import ConfigError, DataError
+from babyllama.run_dir import beside, checksums, chosen_run
 from bench import contamination
 from bench import report as cards
 from bench.cache import Store
@@ -223,9 +223,7 @@ def main(cfg: BenchConfig) -> None:
         return
     require_harness()
     go_offline()
-    path = from_repo(cfg.checkpoint) if cfg.checkpoint else newest_run()
-    if path is None:
-        raise CheckpointError("wanted a checkpoint, found no run in out/; name one")
+    path = chosen_run(cfg.checkpoint)
     loaded = load_model(path, pick_device(cfg.device))
     out = from_repo(cfg.out) if cfg.out else beside(loaded.path) / f"bench-{loaded.path.name}"
     out.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 
 from babyllama.config import atomic_dir, from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.run_dir import newest_run
 
 # Every export holds it, and nothing without it is ever replaced.
 REPORT = "parity.json"
@@ -22,20 +21,6 @@ REPORT = "parity.json"
 
 class NotEqualError(CheckpointError):
     """The exported model does not behave like the checkpoint."""
-
-
-def source_of(wanted: Path | None) -> Path:
-    """The checkpoint or run that the user named, else the newest run.
-
-    raises: ConfigError if none was named and there is none
-    """
-    found = from_repo(wanted) if wanted else newest_run()
-    if found is None:
-        raise ConfigError(
-            "wanted a checkpoint to export, found no run in out/; name one: out/<run> or "
-            "out/<run>/step-000500"
-        )
-    return found
 
 
 def check_out(out: Path | None, force: bool, source: Path) -> Path:

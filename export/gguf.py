@@ -39,7 +39,8 @@ from tqdm import tqdm
 from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
 from babyllama.generate import SamplingConfig, generate
-from export.folder import check_out, new_folder, settle, show, source_of
+from babyllama.run_dir import chosen_run
+from export.folder import check_out, new_folder, settle, show
 from export.parity import (
     AT_ONCE,
     N_NEW,
@@ -345,7 +346,7 @@ def prove_llama_cpp(
 
 def main(cfg: GgufConfig) -> None:
     """Write the file, prove it, put its directory in its place."""
-    source = source_of(cfg.checkpoint)
+    source = chosen_run(cfg.checkpoint)
     out = check_out(cfg.out, cfg.force, source)
     package("gguf"), package("transformers")
     loaded = load_model(source)

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 
 from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
+from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
-from export.folder import check_out, new_folder, settle, show, source_of, write_json
+from export.folder import check_out, new_folder, settle, show, write_json
 from export.parity import (
     Material,
     compare_ids,
@@ -184,7 +185,7 @@ def prove(loaded: Loaded, place: Path, material: Material) -> dict:
 
 def main(cfg: HfConfig) -> None:
     """Write the folder, prove it, put it in its place."""
-    source = source_of(cfg.checkpoint)
+    source = chosen_run(cfg.checkpoint)
     out = check_out(cfg.out, cfg.force, source)
     package("transformers")
     loaded = load_model(source)

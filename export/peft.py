@@ -36,7 +36,8 @@ from babyllama.checkpoint import (
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import LoraConfig
-from export.folder import check_out, new_folder, settle, show, source_of
+from babyllama.run_dir import chosen_run
+from export.folder import check_out, new_folder, settle, show
 from export.hf import LAYER_NAMES, OUTER_NAMES, hf_names, model_config
 from export.parity import Material, compare_logits, compare_replies, origin_of, read_material
 from export.tools import PeftFolder, package
@@ -260,7 +261,7 @@ def to_ours(cfg: PeftConfig, source: Path, out: Path) -> None:
 
 def main(cfg: PeftConfig) -> None:
     """Turn one layout into the other."""
-    source = source_of(cfg.checkpoint)
+    source = chosen_run(cfg.checkpoint)
     out = check_out(cfg.out, False, source)
     (to_peft if cfg.from_ is None else to_ours)(cfg, source, out)
 

@@ -26,7 +26,8 @@ from babyllama.checkpoint import Loaded, load_model, write_small
 from babyllama.config import parse, run
 from babyllama.errors import ConfigError
 from babyllama.log import perplexity
-from export.folder import check_out, new_folder, settle, show, source_of
+from babyllama.run_dir import chosen_run
+from export.folder import check_out, new_folder, settle, show
 from export.gguf import drift
 from export.parity import Material, compare_logits, origin_of, read_material
 from model import Transformer
@@ -121,7 +122,7 @@ def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: Material) -
 
 def main(cfg: ReleaseConfig) -> None:
     """Write the directory, prove it, put it in its place."""
-    source = source_of(cfg.checkpoint)
+    source = chosen_run(cfg.checkpoint)
     out = check_out(cfg.out, cfg.force, source)
     loaded = load_model(source)
     material = read_material(cfg.text)

@@ -20,11 +20,11 @@ from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.errors import ConfigError
 from babyllama.generate import Reply, Weights, generate_replies
 from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import write_rows
-from babyllama.run_dir import newest_run
+from babyllama.run_dir import chosen_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
 
 
@@ -127,12 +127,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 def main(cfg: LoopsConfig) -> None:
     """Answer every prompt in every way, count, print."""
-    path = from_repo(cfg.checkpoint) if cfg.checkpoint else newest_run()
-    if path is None:
-        raise CheckpointError(
-            "wanted a checkpoint, found no run in out/; make one with `python quickstart.py`, or "
-            "name one: python -m babyllama.analysis.loops CHECKPOINT"
-        )
+    path = chosen_run(cfg.checkpoint)
     prompts = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else PROMPTS
     loaded = load_model(path, pick_device(cfg.device))
     decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer

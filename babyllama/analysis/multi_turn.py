@@ -38,7 +38,7 @@ from babyllama.device import Device, pick_device
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.generate import Decoder, Weights, generate_replies
 from babyllama.rows import read_rows, write_rows
-from babyllama.run_dir import newest_run
+from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.rouge import bootstrap_interval
 
@@ -181,12 +181,7 @@ def line(gap: int, found: dict) -> str:
 
 def ask_for_facts(cfg: RecallConfig) -> None:
     """Talk, count, print."""
-    path = from_repo(cfg.checkpoint) if cfg.checkpoint else newest_run(kind="sft")
-    if path is None:
-        raise CheckpointError(
-            "wanted a checkpoint, found no SFT run in out/; make one with `python sft.py`, or name "
-            "one: python -m babyllama.analysis.multi_turn CHECKPOINT"
-        )
+    path = chosen_run(cfg.checkpoint, kind="sft")
     loaded = load_model(path, pick_device(cfg.device))
     if loaded.kind == "pretrain":
         raise CheckpointError(
