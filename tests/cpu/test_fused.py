@@ -9,6 +9,7 @@ from torch import nn
 from babyllama.cpu import compile, fused
 from babyllama.cpu.fused import fuse
 from babyllama.device import Scaler
+from babyllama.distributed import World
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from model import IGNORED, ModelConfig, Transformer
@@ -119,6 +120,15 @@ def test_the_numbers_do_not_depend_on_run_or_threads() -> None:
             assert all(torch.equal(found[3][name], grad) for name, grad in wanted[3].items())
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_activation_checkpointing_changes_no_bit() -> None:
+    model, batch = make(150, packed=True)
+    wanted = losses_of(fuse(model), batch)
+    found = losses_of(World(0, 1, CPU).wrap(model, recompute=True), batch)
+    assert found[:3] == wanted[:3]
+    assert all(torch.equal(found[3][name], grad) for name, grad in wanted[3].items())
 
 
 @needs_kernels
