@@ -1,8 +1,8 @@
 """What bounds a model: its parameters or its tokens? Real runs of several sizes and token counts.
 
     python -m benchmarks.scaling                     nine runs, about 25 minutes of one core
-    python -m benchmarks.scaling --also '[out/release_base]'   a run made before, beside them
-    python -m benchmarks.scaling --titles csl_computing --titles_data data/raw/csl/csl_title_public
+    python -m benchmarks.scaling --also '[out/flagship_base]'   a run made before, beside them
+    python -m benchmarks.scaling --titles title_computing --titles_data data/raw/csl/csl_title_public
     python -m benchmarks.scaling --sizes '[64x2]' --tokens '[100000]' --out /tmp/few.png
 
 Every run is `pretrain.py` with the released model's recipe, its own shape and its own schedule to
@@ -53,8 +53,8 @@ class ScalingConfig:
         out: the picture
     """
 
-    data: Path = Path("data/mixtures/release_text.yaml")
-    recipe: Path = Path("release/recipe/pretrain/release.yaml")
+    data: Path = Path("release/recipe/pretrain/base.yaml")
+    recipe: Path = Path("release/recipe/pretrain/base.yaml")
     sizes: tuple[str, ...] = ("64x2", "96x3", "160x4")
     tokens: tuple[int, ...] = (250_000, 500_000, 1_000_000)
     name: str = "scaling"
@@ -112,7 +112,7 @@ def pretrain(cfg: ScalingConfig, size: str, tokens: int) -> Path:
         "name": name, "model.dim": dim, "model.n_layers": n_layers,
         "model.n_heads": max(1, dim // 32), "model.max_seq_len": CONTEXT,
         "optim.warmup_steps": min(recipe["optim"]["warmup_steps"], steps // 10),
-        "train.max_steps": steps, "train.eval_every": steps, "train.save_every": 200,
+        "optim.min_lr_ratio": 0.1, "train.max_steps": steps, "train.eval_every": steps, "train.save_every": 200,
         "train.keep": 1, "train.keep_best": "false", "train.samples": "[]",
     }  # fmt: skip
     flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
@@ -126,7 +126,7 @@ def titles(cfg: ScalingConfig, base: Path) -> float:
     scores = place / "titles.scores.json"
     if not scores.is_file():
         command(
-            "sft.py", "--config", "release/recipe/sft/release.yaml", "--dataset", cfg.titles,
+            "sft.py", "--config", "release/recipe/sft/chat.yaml", "--dataset", cfg.titles,
             "--name", place, "--base", base, "--train.max_steps", cfg.titles_steps,
             "--train.eval_every", cfg.titles_steps, "--train.save_every", cfg.titles_steps,
             "--optim.warmup_steps", cfg.titles_steps // 10, "--data.max_val_rows", 64,

@@ -49,11 +49,11 @@ class VocabulariesConfig:
     """
 
     root: Path = Path("data")
-    sets: tuple[str, ...] = ("abstracts", "wikipedia")
+    sets: tuple[str, ...] = ("f_csldcp", "f_wikipedia")
     pieces: tuple[int, ...] = (6_000, 8_000, 16_000, 32_000)
     also: tuple[Path, ...] = ()
     seconds: float = 150.0
-    recipe: Path = Path("release/recipe/pretrain/release.yaml")
+    recipe: Path = Path("release/recipe/pretrain/base.yaml")
     name: str = "vocabulary"
 
 

@@ -15,9 +15,14 @@ import yaml
 
 from babyllama.checkpoint import load_model
 from babyllama.config import REPO
+from babyllama.log import read_metrics
 
 DATA = REPO / "../shared/data"
 RELEASE = REPO / "release/recipe"
+FOLDERS = (
+    "csl", "science_abstracts", "news_zh", "prose", "reading", "dialogue", "wikipedia_zh", "d2l_zh",
+    "oi_wiki", "clue_corpus_small", "luxun", "sft",
+)  # fmt: skip
 REHEARSAL = yaml.safe_load((RELEASE / "rehearsal.yaml").read_text("utf-8"))
 
 pytestmark = [
@@ -45,8 +50,9 @@ def few(path: Path, n: int) -> bytes:
 
 def n_rows(path: Path) -> int:
     """Enough for a validation part of each set (lines are short, many are dropped)."""
-    few_rows = {"csl_title_dev.json": 16, "fewclue_csldcp.jsonl.xz": 30}
-    return few_rows.get(path.name, 600 if ".txt" in path.name else 300)
+    if path.name == "csl_title_dev.json":
+        return 16
+    return 600 if path.suffix == ".tsv" or ".txt" in path.name else 300
 
 
 def packed(content: bytes, path: Path) -> bytes:
@@ -57,16 +63,10 @@ def packed(content: bytes, path: Path) -> bytes:
 def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A raw folder like the one that the release was made from, with a few rows of each set."""
     place = tmp_path_factory.mktemp("raw")
-    sources = ["csl/benchmark"]
-    for mixture in ("text", "dialogues"):
-        sets = yaml.safe_load((RELEASE / f"{mixture}.yaml").read_text("utf-8"))["sets"]
-        sources += [one.get("raw", "none") for one in sets]
-    for source in (DATA / name for name in sources):
-        files = source.rglob("*") if source.is_dir() else [source]
-        for path in (path for path in files if path.is_file()):
-            target = place / path.relative_to(DATA)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(packed(few(path, n_rows(path)), path))
+    for path in (path for name in FOLDERS for path in (DATA / name).rglob("*") if path.is_file()):
+        target = place / path.relative_to(DATA)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(packed(few(path, n_rows(path)), path))
     return place
 
 
@@ -105,27 +105,28 @@ def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
     n_trainings = len(re.findall(r"^train \w+\.py", chain, re.MULTILINE))
     limits = REHEARSAL["train"]
     code, said = reproduce(tree, raw, kill_at=f"val step {limits['eval_every']}/")
-    assert code == -signal.SIGKILL and "release_base starts" in said, said
+    assert code == -signal.SIGKILL and "flagship_base starts" in said, said
 
     code, said = reproduce(tree, raw)
     assert code == 0, said
-    assert re.search(r"release_base continues at step \d+", said)
+    assert re.search(r"flagship_base continues at step \d+", said)
     assert said.count("nothing has changed, the clean rows are used again") >= 2
-    assert "tokenizer.py train" not in said, "the vocabulary was made already"
+    assert "release.recipe.papers" not in said and "tokenizer.py train" not in said  # made already
     ends = list((tree / "out").glob(f"*/step-{limits['max_steps']:06d}"))
-    assert {path.parent.name for path in ends} >= {"release_base", "release", "release_mean"}
-    assert len(ends) == n_trainings + 2 >= 6
-    one, pool = (
-        json.loads((tree / f"out/release_scores/{name}.scores.json").read_text("utf-8"))
-        for name in ("one", "all")
-    )
-    assert one["n"] == pool["n"] == 16
-    assert {"greedy", "consensus"} <= one["decoding"].keys() and len(pool["models"]) == 3
+    assert {path.parent.name for path in ends} == {"flagship_base", "flagship_decay", "flagship"}
+    assert len(ends) == n_trainings
+    rates = [row["lr"] for row in read_metrics(tree / "out/flagship_decay") if "lr" in row]
+    assert rates == sorted(rates, reverse=True) and rates[0] == 5e-3 > 6 * rates[-1]
+    for name in ("computing", "papers", "cnki"):
+        path = tree / f"out/flagship_scores/{name}.scores.json"
+        assert {"greedy", "beam"} <= json.loads(path.read_text("utf-8"))["decoding"].keys()
+    assert len((tree / "out/flagship_scores/openings.jsonl").read_text("utf-8").splitlines()) == 80
 
     assert (tree / "release/README.md").read_bytes() == card
+    assert (tree / "release/recipe/reproduce.sh").is_file()
     assert (tree / "release/parity.json").read_bytes() != report
-    released, last = load_model(tree / "release"), load_model(tree / "out/release_last")
+    released, half, last = (
+        load_model(tree / name) for name in ("release", "out/flagship_float16", "out/flagship")
+    )
     assert released.tokenizer.fingerprint == last.tokenizer.fingerprint
-    assert released.model.n_parameters() == last.model.n_parameters()
-    for name in ("second", "third"):
-        assert load_model(tree / "release" / name).step == limits["max_steps"]
+    assert released.model.n_parameters() == half.model.n_parameters() == last.model.n_parameters()

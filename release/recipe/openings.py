@@ -1,0 +1,169 @@
+"""Forty everyday openings with a follow-up each: how often a checkpoint replies sensibly.
+
+    python -m release.recipe.openings out/release_chat --out out/openings.jsonl
+    python -m release.recipe.openings --rows '[data/clean/talk, data/clean/turns]'    the check
+
+openings.jsonl says of each turn which words a sensible reply has one of (`must`) and which it has
+none of (`must_not`), both as regular expressions. A reply also fails that is blank, repeats the
+question, loops, does not come to an end, or speaks of titles and papers. Words are a coarse judge:
+they find what is off the subject, not what is clumsy, so the card shows conversations beside the
+figure. The follow-up is asked after the model's own first reply. Nothing of this is trained on:
+--rows looks for the openings among the users' turns of the sets named, and finds none.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from babyllama.checkpoint import Loaded, load_answering
+from babyllama.config import from_repo, parse, run, shown
+from babyllama.cpu.decoder import make_decoder
+from babyllama.device import Device, pick_device
+from babyllama.errors import ConfigError, DataError
+from babyllama.generate import Reply, Weights, generate_replies
+from babyllama.rows import numbered_lines, read_rows, write_rows
+from babyllama.sampling import SamplingConfig, loops, squeeze
+
+OPENINGS = Path(__file__).parent / "openings.jsonl"
+OFF = re.compile("论文|摘要|标题|关键词|资料")  # nobody asked for these
+LEAST = 5  # characters: what is shorter, such as a greeting, stands in any set
+
+
+@dataclass(frozen=True)
+class OpeningsConfig(SamplingConfig):
+    """What is asked of which checkpoint.
+
+    Args:
+        checkpoint: a fine-tuned run (its newest step) or one of its steps
+        rows: folders of cleaned dialogues that are looked through instead
+        out: file for the conversations, as JSON lines
+        device: auto, cpu, cuda or mps
+        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
+    """
+
+    checkpoint: Path = Path("release")
+    rows: tuple[Path, ...] = ()
+    out: Path | None = None
+    device: Device = "auto"
+    weights: Weights = "auto"
+    max_new_tokens: int = 96
+    loop_guard: Literal["off", "end", "redraw"] = "redraw"  # as chat.py draws
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature == 0 or self.n > 1:
+            raise ConfigError(
+                f"wanted one drawn reply beside the greedy one, found n {self.n} at temperature "
+                f"{self.temperature:g}; leave both out"
+            )
+
+
+def read_openings(path: Path = OPENINGS) -> list[list[dict]]:
+    """The turns of each opening."""
+    return [json.loads(line)["turns"] for _, line in numbered_lines(path)]
+
+
+def fault(reply: Reply, turn: dict) -> str | None:
+    """Why a reply to a turn is not sensible, or None if nothing speaks against it."""
+    text, asked = squeeze(reply.text), bare(turn["say"])
+    if not bare(text):
+        return "blank"
+    if loops(text):
+        return "loops"
+    if reply.reason != "eos":
+        return "no_end"
+    if bare(text) == asked:
+        return "echo"
+    if OFF.search(text) or re.search(turn["must_not"], text):
+        return "wrong_word"
+    return None if re.search(turn["must"], text) else "off_subject"
+
+
+def bare(text: str) -> str:
+    """A text without white space and punctuation."""
+    return re.sub(r"[\W_]", "", text)
+
+
+def talk(
+    loaded: Loaded, openings: Sequence[list[dict]], cfg: OpeningsConfig, way: SamplingConfig
+) -> list[dict]:
+    """Each opening as a conversation, with the fault of each reply."""
+    decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer
+    found: list[dict] = [{"messages": [], "faults": [], "ends": []} for _ in openings]
+    for number in range(max(map(len, openings))):
+        going = [pair for pair in zip(found, openings, strict=True) if number < len(pair[1])]
+        for one, turns in going:
+            one["messages"].append({"role": "user", "content": turns[number]["say"]})
+        prompts = [tokenizer.render_prompt(one["messages"]) for one, _ in going]
+        replies = generate_replies(decoder, prompts, way, tokenizer.eos_id, tokenizer)
+        for (one, turns), reply in zip(going, replies, strict=True):
+            one["faults"].append(fault(reply, turns[number]))
+            one["ends"].append(reply.reason)
+            said = reply.text.strip() or "……"
+            one["messages"].append({"role": "assistant", "content": said})
+    return found
+
+
+def figures(found: Sequence[dict]) -> dict[str, float]:
+    """Shares in per cent: sensible replies, conversations of such alone, loops; and faults."""
+    faults = [fault for one in found for fault in one["faults"]]
+    sensible = [not any(one["faults"]) for one in found]
+    return {
+        "sensible": 100 * faults.count(None) / len(faults),
+        "both turns": 100 * sum(sensible) / len(sensible),
+        "loops": 100 * faults.count("loops") / len(faults),
+    }
+
+
+def trained_on(openings: Sequence[list[dict]], places: Sequence[Path]) -> Iterator[str]:
+    """The users' turns of cleaned sets that hold a turn of the openings, punctuation aside."""
+    said = {bare(turn["say"]) for turns in openings for turn in turns}
+    said = {text for text in said if len(text) >= LEAST}
+    pattern = re.compile("|".join(map(re.escape, sorted(said))))
+    for place in places:
+        files = sorted(place.glob("train-*.jsonl")) if place.is_dir() else [place]
+        if not files:
+            raise DataError(f"{shown(place)}: wanted train-*.jsonl, found none; make the set first")
+        for row in (row for path in files for row in read_rows(path)):
+            for message in row.get("messages", ()):
+                if message["role"] == "user" and pattern.search(bare(message["content"])):
+                    yield f"{row['id']}: {message['content'][:60]}"
+
+
+def main(cfg: OpeningsConfig) -> None:
+    """Look for the openings in sets, or talk and count."""
+    openings = read_openings()
+    if cfg.rows:
+        found = list(trained_on(openings, list(map(from_repo, cfg.rows))))
+        if found:
+            raise DataError(
+                f"wanted no opening of {shown(OPENINGS)} in the sets, found {len(found)}: "
+                f"{'; '.join(found[:10])}; take them out of the sets, or write other openings"
+            )
+        print(f"none of {len(openings)} openings stands in {len(cfg.rows)} sets")
+        return
+    loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
+    drawn = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
+    rows = []
+    print(f"{shown(loaded.path)}: {len(openings)} openings with their follow-ups")
+    for name, way in {
+        "greedy": replace(drawn, temperature=0.0, loop_guard="off"),
+        "drawn": drawn,
+    }.items():
+        talked = talk(loaded, openings, cfg, way)
+        line = "  ".join(f"{what} {share:5.1f} %" for what, share in figures(talked).items())
+        faults = Counter(fault for one in talked for fault in one["faults"] if fault)
+        print(f"{name:<7} {line}  {dict(faults.most_common())}")
+        rows += [{"way": name, **one} for one in talked]
+    if cfg.out:
+        write_rows(from_repo(cfg.out), rows)
+        print(f"conversations: {shown(from_repo(cfg.out))}")
+
+
+if __name__ == "__main__":
+    run(main, parse(OpeningsConfig, __doc__, positional=["checkpoint"]))

@@ -1,0 +1,199 @@
+"""Talk for the last stages: the project's own, and dialogues of others in the layouts of readers.
+
+    python -m release.recipe.talk RAW --out data/raw/recipe
+
+talk      talk.yaml drawn out: every talk in many wordings
+turns     two to four of these talks, of identity.jsonl or about an abstract, one after the other: a
+          model that only saw one subject at a time loses the thread
+short     questions of Alpaca and others whose answer is short Chinese
+paper_dialogues, duconv, persona   about a 资料, as {"reference", "dialogue"}
+crosswoz, smile, liver             as {"messages"}
+
+papers.py comes first, for turns takes its dialogues.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from babyllama.config import from_repo, parse, run, shown
+from babyllama.rows import write_rows
+from data_process.clean import han_share
+from data_process.datasets.instruction import read
+from data_process.raw import Skip, records
+from release.recipe.papers import filled, turn
+from release.recipe.passages import HERE, grounded, objects
+
+SLOT = re.compile(r"\{([a-z]+)\d?\}")
+SHORT = (
+    "sft/alpaca_zh_train.jsonl.xz", "sft/alpaca_zh_carbonz0.jsonl.xz", "sft/chatlm_mini",
+    "sft/llama_factory/alpaca_zh_demo.json", "sft/sharegpt_zh_1K.jsonl.xz",
+)  # fmt: skip
+LONGEST_ASKED, LONGEST_ANSWER = 150, 110  # characters
+NOT_TALK = re.compile(r"[`<>{}\\]|https?:|\n\s*\n")
+ABOUT_TITLES = re.compile("标题|题目|起个名|取个名")
+ROLES = {"usr": "user", "client": "user", "sys": "assistant", "counselor": "assistant",
+         "bot": "assistant"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TalkConfig:
+    """What is made of which files.
+
+    Args:
+        raw: folder with the files
+        out: folder for the sets, where papers.py wrote about_real
+        most: wordings of a talk, at most
+        turns: dialogues that are joined
+        smile: dialogues of the counselling set that are taken
+        seed: other numbers draw others
+    """
+
+    raw: Path
+    out: Path = Path("data/raw/recipe")
+    most: int = 36
+    turns: int = 4000
+    smile: int = 2500
+    seed: int = 0
+
+
+def drawn(talks: list[list[str]], slots: dict[str, list[str]], most: int, seed: int) -> list[dict]:
+    """Each talk in up to `most` wordings, as rows of a dialogue each."""
+    rows = []
+    for number, talk in enumerate(talks):
+        chance = random.Random(f"{seed} {number}")
+        mine = {}
+        for _ in range(most):
+            said = [chance.choice(str(variants).split("|")) for variants in talk]
+            said = list(_with_words(said, slots, chance))
+            asked = zip(said[::2], said[1::2], strict=True)
+            messages = [message for pair in asked for message in turn(*pair)]
+            mine["\n".join(said)] = {"messages": messages}
+        rows += mine.values()
+    return rows
+
+
+def _with_words(
+    said: list[str], slots: dict[str, list[str]], chance: random.Random
+) -> Iterator[str]:
+    """The turns with the same word for a slot in all of them, {a} and {a2} different ones."""
+    words = {}
+    for name, choices in slots.items():
+        words[name], words[f"{name}2"] = chance.sample(choices, 2)
+    for one in said:
+        yield filled(one, words)
+
+
+def joined(
+    dialogues: list[list[dict]], papers: list[list[dict]], n: int, seed: int
+) -> Iterator[dict]:
+    """Rows of two to four dialogues; in two of five one of them is about an abstract."""
+    chance = random.Random(seed)
+    for _ in range(n):
+        some = chance.sample(dialogues, chance.randint(2, 4))
+        if papers and chance.random() < 0.4:
+            some = some[:2]
+            some.insert(chance.randint(0, 1), chance.choice(papers))
+        yield {"messages": [message for dialogue in some for message in dialogue]}
+
+
+def short(paths: Iterable[Path]) -> Iterator[dict]:
+    """Dialogues whose questions and answers are short and Chinese."""
+    for path in paths:
+        for row in read(records(path, "utf-8")):
+            if isinstance(row, Skip):
+                continue
+            said = [message["content"] for message in row["messages"]]
+            if all(map(_is_talk, said)) and max(map(len, said[1::2])) <= LONGEST_ANSWER:
+                yield {"messages": row["messages"]}
+
+
+def _is_talk(text: str) -> bool:
+    fits = len(text) <= LONGEST_ASKED and text.count("\n") < 3
+    return fits and not NOT_TALK.search(text) and han_share(text) > 0.6
+
+
+def paper_dialogues(path: Path, gists: list[str], seed: int) -> Iterator[dict]:
+    """Dialogues about abstracts. What answers "give it a title" is a gist, so a gist is asked."""
+    chance = random.Random(seed)
+    for one in objects(path):
+        lines = one["dialogue"].split("\n")
+        asked = [
+            f"Human: {chance.choice(gists)}"
+            if line.startswith("Human:") and ABOUT_TITLES.search(line)
+            else line
+            for line in lines
+        ]
+        yield {"reference": one["reference"], "dialogue": "\n".join(asked)}
+
+
+def duconv(path: Path) -> Iterator[dict]:
+    """Talk about films whose leader knows the 资料: the leader is the assistant, so asks first."""
+    for one in objects(path):
+        known = dict.fromkeys(
+            "".join(triple[:1]) + f"的{triple[1]}是{triple[2]}" for triple in one["knowledge"]
+        )
+        said = [f"聊聊{one['goal'][0][1]}吧。", *one["conversation"]]
+        pairs = list(zip(said[::2], said[1::2], strict=False))
+        yield grounded("；".join(known) + "。", pairs)
+
+
+def persona(path: Path) -> Iterator[dict]:
+    """Small talk of somebody whose persona is the 资料."""
+    for one in objects(path):
+        said = [utterance.split(": ", 1)[-1].strip() for utterance in one["conversation"]]
+        pairs = list(zip(said[::2], said[1::2], strict=False))
+        if all(a and b for a, b in pairs) and pairs:
+            yield grounded("。".join(one["p2_persona"]) + "。", pairs)
+
+
+def with_roles(path: Path) -> Iterator[dict]:
+    """Dialogues whose speakers have other names."""
+    for one in objects(path):
+        yield {
+            "messages": [
+                {"role": ROLES.get(m["role"], m["role"]), "content": m["content"]}
+                for m in one["messages"]
+            ]
+        }
+
+
+def main(cfg: TalkConfig) -> None:
+    """Make all sets."""
+    raw, out = from_repo(cfg.raw), from_repo(cfg.out)
+    own = yaml.safe_load((HERE / "talk.yaml").read_text("utf-8"))
+    gists = yaml.safe_load((HERE / "wordings.yaml").read_text("utf-8"))["later"]["gist"]
+    talk = drawn(own["talks"], own["slots"], cfg.most, cfg.seed)
+    identity = [turn(one["instruction"], one["output"]) for one in objects(HERE / "identity.jsonl")]
+    talks = [row["messages"] for row in talk] + identity * 5
+    about = [
+        row["messages"]
+        for path in sorted(out.glob("about_real/*/train.jsonl"))
+        for row in objects(path)
+    ]
+    smile = list(with_roles(raw / "dialogue/smilechat.jsonl.xz"))
+    chance = random.Random(cfg.seed)
+    sets = {
+        "talk": talk,
+        "turns": joined(talks, about, cfg.turns, cfg.seed),
+        "short": short(raw / place for place in SHORT if (raw / place).exists()),
+        "paper_dialogues": paper_dialogues(
+            raw / "dialogue/paper_dialogues.jsonl.xz", gists, cfg.seed
+        ),
+        "duconv": duconv(raw / "dialogue/duconv_dev.jsonl.xz"),
+        "persona": persona(raw / "dialogue/persona_dev.jsonl.xz"),
+        "crosswoz": with_roles(raw / "dialogue/crosswoz_val_test.jsonl.xz"),
+        "smile": chance.sample(smile, min(cfg.smile, len(smile))),
+        "liver": with_roles(raw / "dialogue/huatuo_liver_cancer.jsonl.xz"),
+    }
+    for name, rows in sets.items():
+        path = out / name / "train.jsonl"
+        print(f"{shown(path)}: {write_rows(path, rows):,} rows")
+
+
+if __name__ == "__main__":
+    run(main, parse(TalkConfig, __doc__, positional=("raw",)))
