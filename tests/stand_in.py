@@ -122,7 +122,14 @@ def card(patch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     Left out: autocast and fused optimizers, which do not know the stand-in's device.
     """
     waits.clear()
-    adamw = torch.optim.AdamW.__init__
+    adamw, tensor = torch.optim.AdamW.__init__, torch.tensor
+
+    def made(data: object, *args: object, device: object = None, **kwargs: object) -> Tensor:
+        on_card = device is not None and torch.device(device) == CARD
+        found = tensor(data, *args, device=None if on_card else device, **kwargs)
+        return OnCard(found) if on_card else found
+
+    patch.setattr(torch, "tensor", made)
     patch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     patch.setattr(torch, "inference_mode", torch.no_grad)

@@ -17,7 +17,8 @@ FLOOR_0 = ("model", "tokenizer", "babyllama.errors")
 LENT = {"tokenizer": ("babyllama.config", "babyllama.rows")}
 # Folders of babyllama/ that can be deleted, and the other ones that each may import.
 EXTRAS = {
-    "cpu": (),
+    "cuda": (),
+    "cpu": ("cuda",),  # whose chooser of a decoder knows both
     "retrieval": (),
     "scoring": ("cpu",),
     "chat": ("cpu", "retrieval", "scoring"),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from babyllama.cpu import compile, draw, int8
+from babyllama.cuda.decoder import card_decoder
 from babyllama.errors import ConfigError
 from babyllama.generate import Decoder, Weights, plain_decoder
 from model import KVCache, Transformer, rotate
@@ -24,8 +25,8 @@ from model import KVCache, Transformer, rotate
 def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
     """The fastest way to continue that keeps what `weights` asks for.
 
-    auto: int8 on a processor with a C compiler, float32 on one without (with a warning), on other
-        devices as the model is
+    auto: int8 on a processor with a C compiler, float32 on one without (with a warning); bfloat16
+        on a CUDA card that has it; on other devices as the model is
     raises: ConfigError if `weights` cannot be had here
     """
     kind, reason = choose_weights(model, weights)
@@ -34,6 +35,12 @@ def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
         return Decoder(model, step, kind, reason, step.read, step.cache_dtype, draw.choose)
     if kind == "float32":
         return Decoder(model, Float32Step(model), kind, reason, choose=draw.choose)
+    if model.rope.is_cuda:
+        dtype = model.output.weight.dtype
+        is_late = torch.cuda.get_device_capability(model.rope.device) >= (8, 0)
+        if weights == "auto" and dtype == torch.float32 and is_late:
+            dtype, reason = torch.bfloat16, "half the bytes, and the card has it"
+        return replace(card_decoder(model, dtype), reason=reason)
     return replace(plain_decoder(model), reason=reason, choose=draw.choose)
 
 

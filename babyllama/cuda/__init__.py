@@ -1,0 +1,1 @@
+"""Decoding for CUDA cards; a folder that can be deleted."""
