@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling                     nine runs, about 25 minutes of one core
     python -m benchmarks.scaling --also '[out/flagship_base]'   a run made before, beside them
-    python -m benchmarks.scaling --titles title_computing --titles_data data/raw/csl/csl_title_public
+    python -m benchmarks.scaling --titles title_computing --titles_data RAW/csl/csl_title_public
     python -m benchmarks.scaling --sizes '[64x2]' --tokens '[100000]' --out /tmp/few.png
 
 Every run is `pretrain.py` with the released model's recipe, its own shape and its own schedule to
@@ -112,7 +112,8 @@ def pretrain(cfg: ScalingConfig, size: str, tokens: int) -> Path:
         "name": name, "model.dim": dim, "model.n_layers": n_layers,
         "model.n_heads": max(1, dim // 32), "model.max_seq_len": CONTEXT,
         "optim.warmup_steps": min(recipe["optim"]["warmup_steps"], steps // 10),
-        "optim.min_lr_ratio": 0.1, "train.max_steps": steps, "train.eval_every": steps, "train.save_every": 200,
+        "optim.min_lr_ratio": 0.1,
+        "train.max_steps": steps, "train.eval_every": steps, "train.save_every": 200,
         "train.keep": 1, "train.keep_best": "false", "train.samples": "[]",
     }  # fmt: skip
     flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
