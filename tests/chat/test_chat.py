@@ -548,7 +548,7 @@ def test_titles_and_commands_work_without_a_terminal(script, polite, tmp_path):
 
 def test_commands_are_those_for_what_the_model_was_trained_for(tmp_path, tokenizer):
     run = make_checkpoint(tmp_path / "titles", tokenizer, None)
-    loaded, user = load_model(run), User(input, print)
+    loaded, user = load_model(run), User(input, print, input)
     loaded.model.more_info = {"tasks": ["title"]}
     optimizer = torch.optim.AdamW(loaded.model.parameters())
     path = save_checkpoint(tmp_path / "stated", 1, loaded.model, tokenizer, optimizer, {}, "sft")
