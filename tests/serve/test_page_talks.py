@@ -300,6 +300,7 @@ def test_markdown_is_shown_and_nothing_in_it_runs(page):
     put_talk(page, {"messages": messages})
     shown = page.locator("#messages li.assistant .text")
     assert shown.locator("h2, li, strong, pre code, td").count() == 7
+    assert shown.locator("li").first.evaluate("e => getComputedStyle(e).display") == "list-item"
     assert shown.locator("img, script, iframe, style").count() == 0
     links = shown.locator("a").evaluate_all("all => all.map(e => e.getAttribute('href'))")
     assert [link for link in links if link] == ["https://example.org/"]
