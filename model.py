@@ -103,7 +103,7 @@ class Loss(NamedTuple):
 
     loss_sum: Tensor  # (), float32
     n_targets: Tensor  # (), int64
-    n_correct: Tensor  # (), int64: the target had the largest logit
+    n_correct: Tensor  # (), int64: the target alone had the largest logit
 
 
 class RMSNorm(nn.Module):
@@ -440,6 +440,8 @@ def _softmax_loss(
     if smoothing:
         aimed = (1 - smoothing) * aimed + smoothing * logits.mean(dim=1, keepdim=True)
     powers = logits.sub_(largest).exp_()
+    # Of equal logits none is the largest: a model that has run away is not right everywhere.
+    hits[hits.clone()] = (powers[hits] == 1).sum(dim=1) == 1
     total = powers.sum(dim=1, keepdim=True)
     losses = (total.log() + largest - aimed).squeeze(1)
     error = powers.div_(total)

@@ -284,6 +284,7 @@ class Run:
         self.seen, self.last = self._resumed(), total_steps(config, self.data.train)
         self.log = Log(self.directory, self.seen.step, self.last, world.is_main, config.track)
         self.window = Window(mfu_per_rate(self.model, world, precision), self.seen.window)
+        self.val_loss = 0.0  # of the last validation
         self.bad_steps = 0  # the last ones in a row whose numbers were not finite
 
     def _resumed(self) -> Seen:
@@ -357,6 +358,7 @@ class Run:
                 self.wrapped, self.data.val, config.micro_batch_size, self.scaler, self.world,
                 of_bytes, self.objective.measure,
             )  # fmt: skip
+            self.val_loss = figures["loss"]
             self.log.record("val", seen.step, figures)
             pairs = samples(self.model, self.tokenizer, config.samples, self.kind)
             self.log.samples(seen.step, pairs)
@@ -434,6 +436,12 @@ def train(
     if run.bad_steps > 1:  # one alone is how float16 finds its scale
         return run.end(BAD_NUMBERS, _bad_numbers(run))
     newest = list_checkpoints(directory)[-1].name
+    if not math.isfinite(run.val_loss):
+        return run.end(
+            BAD_NUMBERS,
+            f"stopped: the validation loss of {shown(directory)} ({newest}) is no number; try a "
+            f"lower --optim.lr",
+        )
     return run.end(0, f"done: {shown(directory)} (checkpoint {newest}, curves.png)")
 
 

@@ -343,3 +343,10 @@ def test_a_sequence_longer_than_the_context_is_refused():
     model = random_model(max_seq_len=8)
     with pytest.raises(ConfigError, match="9 tokens do not fit the model's context of 8"):
         model(random_tokens(1, 9))
+
+
+def test_where_all_logits_are_equal_no_target_counts_as_right():
+    model, tokens = random_model(), random_tokens(2, 8)
+    with torch.no_grad():
+        model.output.weight.zero_()
+        assert model(tokens, tokens).n_correct == 0

@@ -43,6 +43,7 @@ from babyllama.run_dir import MODEL_FILES, STATE_FILES, list_checkpoints, verify
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import (
+    Objective,
     TrainConfig,
     evaluate,
     forward_backward,
@@ -791,3 +792,12 @@ def test_a_run_whose_last_steps_had_bad_numbers_is_no_success(
 
     cfg = Settings(TrainConfig(max_steps=3))
     assert train(model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", loss_function) == 3
+
+
+def test_a_validation_that_is_no_number_is_no_success(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def measure(model: torch.nn.Module, batch: dict) -> Loss:
+        loss = model(**batch)
+        return loss._replace(loss_sum=loss.loss_sum * math.nan)
+
+    cfg, objective = Settings(TrainConfig(max_steps=1)), Objective(measure=measure)
+    assert train(rows_model(), rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", objective) == 3
