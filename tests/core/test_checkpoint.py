@@ -24,6 +24,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from babyllama import run_dir
 from babyllama.checkpoint import (
     checkpoint_bytes,
     load_model,
@@ -40,6 +41,7 @@ from babyllama.optim import OptimConfig, make_optimizer, move_averages
 from babyllama.run_dir import (
     MODEL_FILES,
     STATE_FILES,
+    chosen_run,
     differences,
     find_checkpoint,
     list_checkpoints,
@@ -729,3 +731,14 @@ def test_yaml_of_a_stranger_is_refused_in_one_line(text: str, checkpoint: Path) 
     with pytest.raises(CheckpointError, match=r"wanted the model\.yaml") as error:
         load_model(seal(checkpoint))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_where_no_checkpoint_is_named_the_newest_run_is_meant(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_dir, "REPO", tmp_path)
+    with pytest.raises(CheckpointError, match=r"found no SFT run in out/; name one"):
+        chosen_run(None, "sft")
+    run = save(tmp_path / "out/a", tokenizer).parent
+    assert chosen_run(None) == run
+    assert chosen_run(tmp_path / "other") == tmp_path / "other"
