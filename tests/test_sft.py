@@ -111,7 +111,7 @@ def test_two_sets_train_with_their_weights(tmp_path, token_root, checkpoint, scr
 def data(token_root: Path, tokenizer: Tokenizer) -> Callable:
     """Training data of the three small sets."""
 
-    def call(length: int = 96, **changes: object):
+    def call(length: int = 112, **changes: object):
         sources = tuple(SourceConfig(str(token_root / n)) for n in ("text", "chat", "summary"))
         order = TrainConfig(batch_size=12)
         return open_data(DataConfig(sources, **changes), tokenizer, length, order).train
@@ -164,7 +164,7 @@ def test_inspecting_shows_the_batch_and_trains_nothing(
 
 
 def test_a_shorter_length_than_the_context_is_kept(data):
-    short = data(120, max_seq_len=96)
-    assert short.max_seq_len == 96
+    short = data(136, max_seq_len=112)
+    assert short.max_seq_len == 112
     assert all(sum(len(tokens) for tokens, _ in s) <= 96 for s in short.sequences(0))
-    assert data(120, max_seq_len=640).max_seq_len == data(120).max_seq_len == 120
+    assert data(136, max_seq_len=640).max_seq_len == data(136).max_seq_len == 136
