@@ -166,5 +166,5 @@ def test_inspecting_shows_the_batch_and_trains_nothing(
 def test_a_shorter_length_than_the_context_is_kept(data):
     short = data(136, max_seq_len=112)
     assert short.max_seq_len == 112
-    assert all(sum(len(tokens) for tokens, _ in s) <= 96 for s in short.sequences(0))
+    assert all(sum(len(tokens) for tokens, _ in s) <= 112 for s in short.sequences(0))
     assert data(136, max_seq_len=640).max_seq_len == data(136).max_seq_len == 136
