@@ -27,6 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 * 2**20
 # A picture of 48 megapixels takes 144 MB while it is made smaller.
 MAX_PIXELS = 50_000_000
+MAX_SCANS = 100  # cameras and programs write 1 to 20
 
 # What Pillow's decoders raise on bytes that are wrong.
 _BAD = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
@@ -55,6 +56,11 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
     """
     name = name or (shown(source) if isinstance(source, Path) else "the picture")
     data = _read(source, name)
+    # Each scan of a JPEG goes over all of the picture; one with thousands takes minutes.
+    if data.startswith(b"\xff\xd8") and (n_scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise DataError(
+            f"{name}: wanted a JPEG of at most {MAX_SCANS} scans, found {n_scans}; save it again"
+        )
     try:
         from PIL import Image
     except ImportError:

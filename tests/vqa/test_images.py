@@ -200,6 +200,15 @@ def test_a_large_jpeg_is_read_smaller_and_looks_the_same():
     assert (small - large).abs().max() < 0.2
 
 
+def test_a_jpeg_that_goes_over_itself_thousands_of_times_is_refused():
+    data = stored(picture(), "JPEG", progressive=True)
+    assert images.decode(data).size == picture().size
+    last = data.rindex(b"\xff\xda")
+    scan = data[last:-2]
+    with pytest.raises(DataError, match=r"at most 100 scans, found \d{4}; save it again"):
+        images.decode(data[:-2] + scan * 5000 + data[-2:])
+
+
 def test_a_data_url_gives_its_bytes_and_nothing_is_fetched():
     data = stored(picture())
     url = "data:image/png;base64," + base64.b64encode(data).decode()
