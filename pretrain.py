@@ -2,13 +2,16 @@
 
     python pretrain.py                                        43M on Chinese Wikipedia
     python pretrain.py --config configs/pretrain/sample.yaml  the quick start's run
+    python pretrain.py --text diary.txt                       release/ learns to write as you do
     python pretrain.py --name deepctrl --base out/wiki        continue from another run's weights
     python pretrain.py --dry-run                              parameters, memory, time; no training
 
-Any setting below can be given as a flag or in a YAML file. The same command, started again,
-continues a stopped run. Ctrl-C saves first.
+--text takes .txt, .md, .docx, JSON or tables, or a folder of them; tokens and settings are made to
+fit (data_process/own.py). Any setting below can be given as a flag or in a YAML file. The same
+command, started again, continues a stopped run. Ctrl-C saves first.
 """
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,17 +19,18 @@ import torch
 
 from babyllama.analysis.estimate import dry_run
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import confirm, from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
-from babyllama.run_dir import open_run, require_same
+from babyllama.run_dir import open_run, read_base, require_same
 from babyllama.sources import DataConfig
 from babyllama.trainer import TrainConfig, next_token, train
 from babyllama.tuning.regularise import RegulariseConfig, regularise
+from data_process import own
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -41,6 +45,8 @@ class PretrainConfig:
     Args:
         name: the run's directory, out/<name>
         tokenizer: SentencePiece model; token files lie in data/tokens/<its name>/<set>
+        text: texts of your own, a file or a folder; starts from release unless --base says another,
+            with its tokenizer and settings that fit their length
         base: start from the weights of this run or checkpoint instead of random ones
         model: shape of the model (configs/model/*.yaml)
         data: what is trained on
@@ -54,6 +60,7 @@ class PretrainConfig:
 
     name: str
     tokenizer: Path
+    text: Path | None = None
     base: Path | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -99,7 +106,7 @@ def load_base(base: Path, tokenizer: Tokenizer) -> Loaded:
     loaded = load_model(from_repo(base))
     if loaded.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"--base {shown(loaded.path)} was trained with tokenizer {loaded.tokenizer.path.stem} "
+            f"--base {shown(loaded.path)} was trained with tokenizer {loaded.tokenizer.name} "
             f"({loaded.tokenizer.fingerprint[:12]}…), --tokenizer {shown(tokenizer.path)} is "
             f"another ({tokenizer.fingerprint[:12]}…); use the same for both"
         )
@@ -119,8 +126,21 @@ def main(cfg: PretrainConfig) -> int:
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
-            return train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
+            code = train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
+            if code == 0 and world.is_main:
+                print(f"let it write on: python chat.py {shown(directory)}", file=sys.stderr)
+            return code
+
+
+def start_run() -> int:
+    """Read the command line, with the settings that fit the user's own texts below it."""
+    cfg = parse(PretrainConfig, __doc__, default_config=Path("configs/pretrain/wiki.yaml"))
+    if cfg.text:
+        name = cfg.name if cfg.name != "wiki" else None
+        first = own.settings_for(cfg.text, "text", cfg.base, name, read_base, confirm)
+        cfg = parse(PretrainConfig, __doc__, first=first)
+    return main(cfg)
 
 
 if __name__ == "__main__":
-    run(main, parse(PretrainConfig, __doc__, default_config=Path("configs/pretrain/wiki.yaml")))
+    run(start_run)

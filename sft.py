@@ -1,5 +1,7 @@
 """Fine-tune a base checkpoint on dialogues and summaries: base -> chat checkpoint.
 
+    python sft.py --rows my.jsonl                     release/ learns dialogues of your own
+    python sft.py --rows my.xlsx --base out/wiki      … or questions and answers in a table
     python sft.py --dataset sample                    the quick start's run
     python sft.py --dataset csl --base out/wiki       titles for CSL abstracts
     python sft.py --dataset redgpt --optim.lr 2e-5    any setting can be a flag; later wins
@@ -7,10 +9,12 @@
     python sft.py --dataset csl:2,belle_multiturn:1   several sets: every row of csl comes twice
     python sft.py --dataset csl --inspect             show the first batch, train nothing
 
---dataset NAME reads configs/sft/NAME.yaml where there is one, else the defaults with the set's
-token files; of several sets the first one's config holds. Only the assistant's tokens are learnt.
-Summary rows become dialogues in a new wording each epoch. The same command, started again,
-continues a stopped run. Ctrl-C saves first.
+--rows takes a file or a folder: dialogues, instructions or texts with titles, as JSON, tables or
+labelled text; tokens and settings are made to fit (data_process/own.py). --dataset NAME reads
+configs/sft/NAME.yaml where there is one, else the defaults with the set's token files; of several
+sets the first one's config holds. Only the assistant's tokens are learnt. Summary rows become
+dialogues in a new wording each epoch. The same command, started again, continues a stopped run.
+Ctrl-C saves first.
 """
 
 import copy
@@ -24,7 +28,7 @@ from babyllama.analysis.estimate import dry_run
 from babyllama.analysis.inspect_batch import shown_batch
 from babyllama.analysis.terminal_text import painter_of
 from babyllama.checkpoint import load_model
-from babyllama.config import REPO, from_repo, parse, run, shown
+from babyllama.config import REPO, confirm, from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
@@ -32,11 +36,13 @@ from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
 from babyllama.lora import LoraConfig, apply_lora, describe
 from babyllama.optim import OptimConfig
-from babyllama.run_dir import newest_run, open_run, read_info
+from babyllama.run_dir import newest_run, open_run, read_base, read_info
 from babyllama.sources import READERS, DataConfig, named_sources
 from babyllama.trainer import Objective, TrainConfig, next_token, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
+from data_process import own
+from data_process.registry import require_known
 from model import Transformer
 
 # What a run shows of itself at each evaluation.
@@ -48,6 +54,8 @@ class SftConfig:
     """Settings of a fine-tuning run.
 
     Args:
+        rows: dialogues, instructions or titles of your own, a file or a folder; starts from release
+            unless --base says another, with settings that fit their number
         dataset: a set, whose config is configs/sft/<dataset>.yaml where there is one; or several
             with weights, csl:2,belle:0.5
         name: the run's directory, out/<name>; null: the names of its sets
@@ -67,6 +75,7 @@ class SftConfig:
         inspect: only print the first batch, with what is learnt in colour
     """
 
+    rows: Path | None = None
     dataset: str | None = None
     name: str | None = None
     base: Path | None = None
@@ -91,9 +100,13 @@ def resolve(cfg: SftConfig) -> SftConfig:
     """
     named = named_sources(cfg.dataset) if cfg.dataset is not None else ()
     if not named and not cfg.data.sources:
-        raise ConfigError("nothing to train on: name a set, python sft.py --dataset sample")
+        raise ConfigError(
+            "nothing to train on: name a file of your own, python sft.py --rows my.jsonl, or a "
+            "set, python sft.py --dataset sample"
+        )
     # The name of one set alone can be that of a config with sources of its own.
     if named and (not cfg.data.sources or cfg.dataset != named[0].name):
+        require_known([source.name for source in named])
         cfg = replace(cfg, data=replace(cfg.data, sources=named))
     name = cfg.name or "+".join(Path(source.name).name for source in named)
     if not name:
@@ -129,7 +142,10 @@ def main(cfg: SftConfig) -> int:
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
-            return train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
+            code = train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
+            if code == 0 and world.is_main:
+                print(f"talk to it: python chat.py {shown(directory)}", file=sys.stderr)
+            return code
 
 
 def make_objective(cfg: SftConfig, base: Transformer) -> Objective:
@@ -137,6 +153,13 @@ def make_objective(cfg: SftConfig, base: Transformer) -> Objective:
     if cfg.objective == "dpo":
         return preference.dpo(copy.deepcopy(base), cfg.dpo_beta, cfg.dpo_nll)
     return next_token(cfg.regularise.label_smoothing)
+
+
+def own_settings(cfg: SftConfig) -> Path:
+    """The settings that fit --rows and the base, as a file to be read before the flags."""
+    if cfg.dataset:
+        raise ConfigError(f"--rows or --dataset, not both; found {cfg.rows} and {cfg.dataset}")
+    return own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base, confirm)
 
 
 def config_of(argv: Sequence[str]) -> Path | None:
@@ -149,5 +172,11 @@ def config_of(argv: Sequence[str]) -> Path | None:
     return None
 
 
+def start_run() -> int:
+    """Read the command line, with the settings that fit the user's own rows below it."""
+    cfg = parse(SftConfig, __doc__, default_config=config_of(sys.argv[1:]))
+    return main(parse(SftConfig, __doc__, first=own_settings(cfg)) if cfg.rows else cfg)
+
+
 if __name__ == "__main__":
-    run(main, parse(SftConfig, __doc__, default_config=config_of(sys.argv[1:])))
+    run(start_run)

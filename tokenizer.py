@@ -18,6 +18,7 @@ import codecs
 import hashlib
 import io
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Tokenizer:
     are encoded piece by piece; text so round-trips exactly, but for U+2581, which comes back as
     the space that SentencePiece writes with it.
 
+    name: by which token files are found: the file's; of the copy in a checkpoint the original's
     vocab_size: number of pieces
     bos_id, eos_id: as the model file says; pad_id is eos_id where the model has no pad piece
     fingerprint: SHA-256 of the model file, kept in every token file and checkpoint
@@ -55,6 +57,10 @@ class Tokenizer:
                 f"tokenizer {self.path}: no such file; name a SentencePiece .model, or train one: "
                 f"python tokenizer.py train --rows data/clean/inews --out {self.path}"
             )
+        card = self.path.with_name("model.yaml")
+        text = card.read_text("utf-8", errors="replace") if card.is_file() else ""
+        original = re.search(r"^tokenizer: ([\w.-]+)$", text, re.MULTILINE)
+        self.name = original[1] if original else self.path.stem
         self.bytes = self.path.read_bytes()
         self.fingerprint = hashlib.sha256(self.bytes).hexdigest()
         self._sp = _load(self.path, self.bytes)

@@ -168,7 +168,7 @@ def _info(
         "kind": kind,
         "step": step,
         "parent": parent,
-        "tokenizer": tokenizer.path.stem,
+        "tokenizer": tokenizer.name,
         "fingerprint": tokenizer.fingerprint,
         "model": asdict(model.config),
         **getattr(model, "more_info", {}),  # of a model that holds more than a Transformer
@@ -431,8 +431,6 @@ def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
             f"{tokenizer.fingerprint[:12]}…) is not the one it was trained with "
             f"({info['model'].vocab_size} pieces, {info['fingerprint'][:12]}…)"
         )
-    # The copy keeps the name of the original, by which token files are found.
-    tokenizer.path = Path("data/tokenizers") / f"{info['tokenizer']}.model"
     return info, tokenizer, widen(read_tensors(path / "model.safetensors"), shown(path))
 
 

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ import yaml
 from docstring_parser import parse as docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.errors import CheckpointError, ConfigError, DataError, nearest
 
 Config = TypeVar("Config")
 
@@ -212,12 +213,26 @@ def read_yaml(path: Path) -> object:
         raise ValueError(" ".join(f"{type(error).__name__} {error}".split())) from None
 
 
+def similar(path: Path) -> str:
+    """What to add to a message about a missing file: the one beside it that was probably meant."""
+    there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    return nearest(path.name, there)
+
+
+def confirm(question: str) -> bool:
+    """The user's answer; where nobody can be asked it is yes, and that is said."""
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    print(question, "[Y/n] " if asks else "(no terminal to ask: yes)", file=sys.stderr)
+    return not asks or input().strip().lower() not in ("n", "no", "否", "不")
+
+
 def parse(
     config_class: type[Config],
     doc: str,
     argv: Sequence[str] | None = None,
     default_config: Path | None = None,
     positional: Sequence[str] = (),
+    first: Path | None = None,
 ) -> Config:
     """Read the command line into `config_class`.
 
@@ -225,6 +240,7 @@ def parse(
     default_config: the YAML that is read when the user names none with --config
     positional: optional leading arguments, names of fields of `config_class`; one whose field is
         a tuple takes all words before the first flag
+    first: a YAML that is read before all that the user names
 
     A flag for yes may stand alone (--dry-run), and "-" may stand for "_" in names of flags.
     """
@@ -245,8 +261,8 @@ def parse(
     parser.add_class_arguments(config_class, skip=set(positional))
     argv = _spelled(list(sys.argv[1:] if argv is None else argv), config_class, positional)
     argv = [part for word in argv for part in _split_config(word)]
-    if default_config and "--config" not in argv:
-        argv = ["--config", str(default_config), *argv]
+    if first or (default_config and "--config" not in argv):
+        argv = ["--config", str(first or default_config), *argv]
     argv = [
         str(from_repo(word)) if before == "--config" else word
         for before, word in zip(["", *argv], argv, strict=False)
@@ -324,8 +340,22 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         reason = " ".join(message.split()) if message else str(ex)
+        reason = self._plainly(reason)
         print(f"error: {reason}; --help explains every setting", file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+    def _plainly(self, reason: str) -> str:
+        """jsonargparse's words in ours, with the flag, value or file that was probably meant."""
+        if found := re.match(r"unrecognized arguments: (\S+)", reason):
+            flag = found[1].partition("=")[0]
+            return f"no such setting: {flag}{nearest(flag, self._option_string_actions)}"
+        if found := re.match(r'Parser key "(\S+)": .*Literal\[(.+?)\].*Got value: (.*)', reason):
+            name, known, value = found[1], found[2].replace("'", "").split(", "), found[3]
+            return f"{name}: wanted one of {', '.join(known)}, found {value}{nearest(value, known)}"
+        if found := re.match(r"Parser key \"(\S+)\": File does not exist: '(.+)'", reason):
+            path = Path(found[2])
+            return f"--{found[1]}: no such file {shown(path)}{similar(path)}"
+        return reason
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):

@@ -4,6 +4,9 @@ A message says what was wanted, what was found, where, and what to do. Anything 
 raised is a bug of ours and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(ValueError):
     """A setting, a flag or a combination of them that cannot work."""
@@ -15,3 +18,9 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint or run directory that is missing, damaged or belongs to something else."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What to add to a message about an unknown word: the known one most like it, if one is."""
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -166,6 +166,8 @@ class Log:
             with open(self.run / "samples.jsonl", "a", encoding="utf-8") as file:
                 for prompt, reply in pairs:
                     file.write(_line({"step": step, "prompt": prompt, "reply": reply}))
+            prompt, reply = pairs[0]
+            self.say(f"      {prompt} → {' '.join(reply.split())[:60]}")
 
     def draw(self) -> None:
         """Redraw curves.png from all records."""

@@ -15,7 +15,17 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 
-from babyllama.config import REPO, atomic_write, from_repo, lock, plain, read_yaml, shown, to_yaml
+from babyllama.config import (
+    REPO,
+    atomic_write,
+    from_repo,
+    lock,
+    plain,
+    read_yaml,
+    shown,
+    similar,
+    to_yaml,
+)
 from babyllama.distributed import World
 from babyllama.errors import CheckpointError, ConfigError
 from model import ModelConfig
@@ -26,7 +36,7 @@ FREE = (
     "train.micro_batch_size", "train.log_every", "train.eval_every", "train.save_every",
     "train.keep", "train.keep_best", "train.compile", "train.recompute", "train.blocks",
     "train.samples", "train.track", "device.device", "parallel.engine", "parallel.timeout_s",
-    "dry_run",
+    "dry_run", "rows", "text",
 )  # fmt: skip
 
 
@@ -189,6 +199,7 @@ def find_checkpoint(path: Path) -> Path:
     if not path.is_dir():
         raise CheckpointError(
             f"{shown(path)}: no such checkpoint; wanted a run (out/<name>) or one of its steps"
+            f"{similar(path)}"
         )
     if (path / "model.yaml").is_file():
         return path
@@ -196,6 +207,13 @@ def find_checkpoint(path: Path) -> Path:
     if not steps:
         raise CheckpointError(f"{shown(path)}: no complete checkpoint in this directory")
     return steps[-1]
+
+
+def read_base(base: Path | None) -> tuple[Path, Path, ModelConfig]:
+    """Where one's own data starts from, release/ if nothing is named; its checkpoint, its shape."""
+    place = from_repo(base or "release").resolve()
+    checkpoint = find_checkpoint(place)
+    return place, checkpoint, read_info(checkpoint)["model"]
 
 
 def kind_of(path: Path) -> str:

@@ -99,7 +99,7 @@ def named_sources(text: str) -> tuple[SourceConfig, ...]:
 def token_directory(name: str, tokenizer: Tokenizer) -> Path:
     """Where the token files of a source lie."""
     is_path = "/" in name or "\\" in name
-    return from_repo(name if is_path else Path("data/tokens") / tokenizer.path.stem / name)
+    return from_repo(name if is_path else Path("data/tokens") / tokenizer.name / name)
 
 
 def require_token_files(names: Sequence[str], tokenizer: Tokenizer) -> None:

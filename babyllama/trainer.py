@@ -442,7 +442,26 @@ def train(
             f"stopped: the validation loss of {shown(directory)} ({newest}) is no number; try a "
             f"lower --optim.lr",
         )
-    return run.end(0, f"done: {shown(directory)} (checkpoint {newest}, curves.png)")
+    made = f"{shown(directory)} (checkpoint {newest}, curves.png)"
+    doubt = _doubt(run.log.records, cfg.optim, last) if world.is_main else ""
+    return run.end(0, f"warning: finished, but {doubt}: {made}" if doubt else f"done: {made}")
+
+
+def _doubt(records: list[dict], optim: OptimConfig, last: int) -> str:
+    """Why a finished run may have learnt little, and what to change; empty if it has learnt."""
+    if optim.warmup_steps >= last:
+        return (
+            f"its learning rate was rising to the end ({last} steps, {optim.warmup_steps} of "
+            f"warm-up); give --optim.warmup_steps {last // 10}, and more --train.epochs"
+        )
+    for kind in ("train", "val"):
+        losses = [record["loss"] for record in records if record["kind"] == kind]
+        if len(losses) > 1 and losses[-1] < 0.99 * losses[0]:
+            return ""
+    return (
+        "its loss did not fall; give more --train.epochs, or another --optim.lr (ten times less "
+        "where the loss rose, more where it stood still)"
+    )
 
 
 def _bad_numbers(run: Run) -> str:
@@ -489,6 +508,7 @@ def forward_backward(
 def _opening(run: Run) -> str:
     data, step = run.data.train, run.seen.step
     how = f"continues at step {step}" if step else "starts"
+    how += f" from {run.parent}" if run.parent else ""
     sources = ", ".join(f"{s.name} {len(s)}" for s in data.mixture.sources)
     drops = [f"{s.name} {reason} {n}" for s in data.mixture.sources
              for reason, n in s.dropped.items() if n]  # fmt: skip
@@ -500,5 +520,5 @@ def _opening(run: Run) -> str:
         f"{run.last / data.steps_per_epoch:.2f} epochs",
     ]
     if drops:
-        lines.append("too long for the context: " + ", ".join(drops))
+        lines.append("left out or cut: " + ", ".join(drops))
     return "\n".join(lines)

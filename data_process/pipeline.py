@@ -489,6 +489,8 @@ def put_together(making: Making, made: list[tuple[Job, dict]]) -> None:
                 if count["parts"][name]["rows"]:
                     source = job.target.with_name(f"{job.target.name}.{name}.jsonl")
                     _append(fresh, name, source, sizes[name], count["parts"][name])
+        if making.raw.data_set.shares.get("val") and not sizes["val"]["rows"]:
+            _hold_out(fresh, sizes)
         counts = _counts(making, [count for _, count in made], sizes)
         text = json.dumps(counts, ensure_ascii=False, indent=1) + "\n"
         write_whole(fresh / "counts.json", text)
@@ -496,6 +498,24 @@ def put_together(making: Making, made: list[tuple[Job, dict]]) -> None:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     shutil.rmtree(making.work / "rows" if making.cfg.keep_work else making.work, ignore_errors=True)
+
+
+def _hold_out(fresh: Path, sizes: dict[str, Counter]) -> None:
+    """Give a small set, of whose rows no hash is small enough, one entry to validate with: that of
+    the smallest hash. Nothing happens to a set of a single entry."""
+    train, val = fresh / "train-00000.jsonl", fresh / "val-00000.jsonl"
+    lines = train.read_bytes().splitlines(keepends=True) if sizes["train"]["shards"] == 1 else []
+    entries = [TAIL.sub("", json.loads(line)["id"]) for line in lines]
+    if len(set(entries)) < 2:
+        return
+    held = min(entries, key=share_of)
+    for path, name in ((train, "train"), (val, "val")):
+        kept = [line for line, entry in zip(lines, entries, strict=True)
+                if (entry == held) == (name == "val")]  # fmt: skip
+        path.write_bytes(b"".join(kept))
+        n_chars = sum(len(text) for line in kept for text in texts(json.loads(line)))
+        sizes[name].update({key: -n for key, n in sizes[name].items()})
+        sizes[name].update(rows=len(kept), chars=n_chars, shards=1)
 
 
 def _append(fresh: Path, name: str, source: Path, size: Counter, count: dict) -> None:

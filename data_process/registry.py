@@ -9,13 +9,13 @@ import importlib.util
 import pickle
 import pkgutil
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from babyllama.config import shown
-from babyllama.errors import ConfigError, DataError
+from babyllama.config import REPO, shown
+from babyllama.errors import ConfigError, DataError, nearest
 from data_process import datasets
 
 
@@ -97,12 +97,32 @@ def data_sets(reader: str, name: str | None = None) -> list[DataSet]:
     raises: ConfigError if the reader is not known, or the name is no file name
     """
     if reader not in (*MODULES, *GROUPS):
-        known = ", ".join([*GROUPS, *MODULES])
-        raise ConfigError(f"wanted a data set, found {reader!r}; known are {known}")
+        raise _unknown(reader)
     if name and (reader in GROUPS or "/" in name or name.startswith(".") or "\\" in name):
         raise ConfigError(f"--name {name!r} does not fit {reader}: a group keeps its names, "
                           f"and a name is one plain word")  # fmt: skip
     return [_data_set(member, name or member) for member in GROUPS.get(reader, (reader,))]
+
+
+def require_known(names: Iterable[str]) -> None:
+    """raises: ConfigError at a name that is no reader's, no set's that was made, and no path"""
+    for name in names:
+        if not {"/", "\\"} & set(name) and name not in known_names():
+            raise _unknown(name)
+
+
+def known_names() -> list[str]:
+    """Readers, groups, sets that were made, and the configs of sft.py."""
+    made = [*(REPO / "data").glob("clean/*/"), *(REPO / "data").glob("tokens/*/*/")]
+    configs = (REPO / "configs/sft").glob("*.yaml")
+    return [*GROUPS, *MODULES, *(path.name for path in made), *(path.stem for path in configs)]
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(
+        f"wanted a data set, found {name!r}{nearest(name, known_names())}; "
+        f"python -m data_process.tools.list shows all"
+    )
 
 
 def _data_set(reader: str, name: str) -> DataSet:

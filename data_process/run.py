@@ -14,6 +14,7 @@ data/mixtures/, an index to data/index/<set>/. A second run with nothing changed
 again with the same command. A set is replaced only when the new one is whole.
 """  # noqa: E501
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ from data_process.dedup import DedupConfig
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
 from data_process.pipeline import SPLITS, PipelineConfig, RawSet, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.registry import GROUPS, DataSet, data_sets
+from data_process.registry import GROUPS, MODULES, DataSet, data_sets
 from tokenizer import Tokenizer
 
 
@@ -148,6 +149,16 @@ def chosen(cfg: ProcessConfig) -> list[RawSet]:
     return found
 
 
+def made_before(cfg: ProcessConfig) -> tuple[DataSet, dict] | None:
+    """A set of the user's own name whose clean rows stand, with its counts: its raw files need
+    not be named again to make token files or an index of it."""
+    place = from_repo(cfg.out) / "clean" / cfg.dataset / "counts.json"
+    if cfg.sets or cfg.raw or cfg.dataset in (*MODULES, *GROUPS) or not place.is_file():
+        return None
+    counts = json.loads(place.read_text("utf-8"))
+    return data_sets(counts["reader"], cfg.dataset)[0], counts
+
+
 def make_tokens(
     sets: list[DataSet], tokenizer: Tokenizer, cfg: ProcessConfig
 ) -> dict[str, Counter[str]]:
@@ -159,7 +170,7 @@ def make_tokens(
     jobs, owners = [], []
     for data_set in sets:
         settings = PretokenizeConfig(tokenizer.path, data_set.kind)
-        target = root / "tokens" / tokenizer.path.stem / data_set.name
+        target = root / "tokens" / tokenizer.name / data_set.name
         target.mkdir(parents=True, exist_ok=True)
         source = root / "clean" / data_set.name
         for path in sorted(source.glob("*-*.jsonl")):
@@ -185,7 +196,7 @@ def make_tokens(
 def write_mixture(cfg: ProcessConfig, sets: list[DataSet], tokenizer: Tokenizer) -> Path:
     """The file that pretrain.py or sft.py take with --config: where the sets lie, and weights."""
     root = from_repo(cfg.out)
-    tokens = root / "tokens" / tokenizer.path.stem
+    tokens = root / "tokens" / tokenizer.name
     sources = [
         {"name": shown(tokens / data_set.name), "weight": one.weight}
         for data_set, one in zip(sets, cfg.sets, strict=True)
@@ -259,14 +270,15 @@ def main(cfg: ProcessConfig) -> None:
     """Make every set that is named, then print the table."""
     check(cfg)
     tokenizer = Tokenizer(from_repo(cfg.tokenizer)) if cfg.tokenizer else None
-    raw_sets = chosen(cfg)
-    if cfg.index and (others := [s.data_set.name for s in raw_sets if s.data_set.kind != "text"]):
+    standing = made_before(cfg)
+    raw_sets = [] if standing else chosen(cfg)
+    sets = [standing[0]] if standing else [raw_set.data_set for raw_set in raw_sets]
+    if cfg.index and (others := [one.name for one in sets if one.kind != "text"]):
         raise ConfigError(f"--index wants sets of texts, found {', '.join(others)}; leave them out")
-    made = make_clean(raw_sets, settings_of(cfg))
+    made = [(standing[1], True)] if standing else make_clean(raw_sets, settings_of(cfg))
     for counts, stood in made:
         if stood:
             print(f"{counts['set']}: nothing has changed, the clean rows are used again")
-    sets = [raw_set.data_set for raw_set in raw_sets]
     for data_set in sets if cfg.index else ():
         print(make_index(data_set, cfg))
     tokens = make_tokens(sets, tokenizer, cfg) if tokenizer else {}

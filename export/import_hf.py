@@ -236,6 +236,7 @@ def vocabulary(cfg: ImportConfig, folder: Path, shape: ModelConfig, name: str) -
         if one.read_bytes() == tokenizer.bytes
     )
     tokenizer.path = next(known, path if cfg.tokenizer else Path(f"{name}.model"))
+    tokenizer.name = tokenizer.path.stem
     return tokenizer
 
 

@@ -111,7 +111,7 @@ def origin_of(loaded: Loaded, material: Material, packages: list[str]) -> dict:
         "source": shown(loaded.path),
         "kind": loaded.kind,
         "step": loaded.step,
-        "tokenizer": loaded.tokenizer.path.stem,
+        "tokenizer": loaded.tokenizer.name,
         "fingerprint": loaded.tokenizer.fingerprint,
         "parameters": loaded.model.n_parameters(),
         "text": material.origin,

@@ -90,10 +90,10 @@ def test_the_sets_that_are_spoken_of_have_settings():
     assert wanted | {"lcsts"} <= set(own_settings())
 
 
-def test_all_missing_sets_are_named_with_their_commands(checkpoint, tokenizer, script):
-    found = script("sft.py", "--dataset", "nowhere:2,elsewhere", "--base", checkpoint).error
-    model = f"--tokenizer data/tokenizers/{tokenizer.path.name}"
-    commands = [f"python -m data_process.run {name} {model}" for name in ("nowhere", "elsewhere")]
+def test_all_missing_sets_are_named_with_their_commands(checkpoint, script):
+    found = script("sft.py", "--dataset", "quac:2,boolq", "--base", checkpoint).error
+    model = f"--tokenizer {checkpoint}/tokenizer.model"
+    commands = [f"python -m data_process.run {name} {model}" for name in ("quac", "boolq")]
     assert found.endswith(f"make them: {commands[0]} && {commands[1]}")
 
 

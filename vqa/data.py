@@ -238,7 +238,7 @@ def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
 
     raises: DataError with the commands that make them, where there are none
     """
-    where = from_repo(Path("data/tokens") / tokenizer.path.stem / name)
+    where = from_repo(Path("data/tokens") / tokenizer.name / name)
     where = from_repo(name) if "/" in name else where
     files = [
         TokenFile(stem, tokenizer.fingerprint) for stem in sorted(where.glob(f"{split}-*.idx"))

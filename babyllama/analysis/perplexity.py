@@ -96,7 +96,7 @@ def find_files(item: str, split: str, tokenizer: Tokenizer) -> list[Path]:
         return [path.with_suffix(".idx") if path.suffix == ".bin" else path]
     folders = [path] if path.is_dir() else []
     if "/" not in item and "\\" not in item:
-        tokens = Path("data/tokens") / tokenizer.path.stem
+        tokens = Path("data/tokens") / tokenizer.name
         folders += [from_repo(root / item) for root in (Path("data/clean"), tokens)]
     for folder in folders:
         for ending in ("jsonl", "idx"):

@@ -383,7 +383,7 @@ def main(cfg: PairsConfig) -> None:
             )
         write_rows(path, rows)
         print(f"rows: {shown(path)}")
-    place = from_repo(cfg.tokens) / tokenizer.path.stem / path.parent.name
+    place = from_repo(cfg.tokens) / tokenizer.name / path.parent.name
     parts = write_tokens(rows, tokenizer, place)
     print(f"tokens: {shown(place)} ({', '.join(f'{split} {n}' for split, n in parts.items())})")
 

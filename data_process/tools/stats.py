@@ -422,7 +422,7 @@ def _part(split: str, files: list[Path], tokenizer: Tokenizer | None, bar: tqdm)
 
 def token_file(rows: Path, tokenizer: Tokenizer, n_rows: int) -> TokenFile:
     """The token file that belongs to a file of clean rows."""
-    place, name = rows.parent, tokenizer.path.stem
+    place, name = rows.parent, tokenizer.name
     stem = place.parent.parent / "tokens" / name / place.name / rows.stem
     command = f"python -m data_process.run {place.name} --tokenizer {shown(tokenizer.path)}"
     if not stem.with_name(stem.name + ".idx").is_file():
@@ -520,7 +520,7 @@ def main(cfg: StatsConfig) -> None:
         if one.dropped is None:
             print(f"{one.name}: there is no counts.json that says what was dropped")
     cfg.picture.parent.mkdir(parents=True, exist_ok=True)
-    draw(sets, cfg.picture, font, tokenizer.path.stem if tokenizer else None)
+    draw(sets, cfg.picture, font, tokenizer.name if tokenizer else None)
     print(f"picture: {cfg.picture}")
 
 

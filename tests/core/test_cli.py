@@ -331,15 +331,11 @@ def test_sft_says_what_it_lacks(fault: str, script: Callable) -> None:
 
 
 def test_sft_without_token_files_prints_the_command_that_makes_them(
-    checkpoint: Path, tmp_path: Path, script: Callable, tokenizer: Tokenizer
+    checkpoint: Path, tmp_path: Path, script: Callable
 ) -> None:
     before = contents(tmp_path)
-    found = script(
-        "sft.py", "--dataset", "nowhere", "--base", checkpoint, "--name", tmp_path / "run"
-    )
-    command = (
-        f"python -m data_process.run nowhere --tokenizer data/tokenizers/{tokenizer.path.name}"
-    )
+    found = script("sft.py", "--dataset", "quac", "--base", checkpoint, "--name", tmp_path / "run")
+    command = f"python -m data_process.run quac --tokenizer {checkpoint}/tokenizer.model"
     assert command in found.error
     assert contents(tmp_path) == before
 

@@ -162,6 +162,14 @@ def test_sliced_loss_and_its_gradients_equal_plain_cross_entropy(n_targets, tied
         )
 
 
+def test_equal_logits_are_no_right_answer():
+    model = random_model()
+    for weight in model.parameters():
+        torch.nn.init.zeros_(weight)
+    found = model(random_tokens(2, 8), random_tokens(2, 8))
+    assert (int(found.n_targets), int(found.n_correct)) == (16, 0)
+
+
 def test_a_batch_without_targets_has_a_zero_loss_and_zero_gradients():
     model = random_model()
     found = model(random_tokens(2, 8), torch.full((2, 8), IGNORED))

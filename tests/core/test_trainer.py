@@ -377,8 +377,28 @@ def test_token_files_removed_while_a_run_reads_them_do_not_stop_it(
         open_data(sources, tokenizer, 32, cfg.train)
 
 
+DOUBTS = {
+    "a warm-up that does not end": ({"warmup_steps": 50}, {}, "--optim.warmup_steps 0"),
+    "a rate that moves nothing": ({"lr": 1e-9, "warmup_steps": 0}, {}, "its loss did not fall"),
+}
+
+
+@pytest.mark.parametrize("name", DOUBTS)
+def test_a_run_that_learnt_nothing_is_not_called_done(
+    name: str, tmp_path: Path, tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    optim, loop, words = DOUBTS[name]
+    cfg = Settings(TrainConfig(max_steps=6, log_every=1, **loop), OptimConfig(**optim))
+    assert train(rows_model(), rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft") == 0
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("warning: finished, but") and words in last
+
+
 def test_samples_of_fixed_prompts_are_kept_at_each_evaluation(
-    tmp_path: Path, token_root: Path, tokenizer: Tokenizer
+    tmp_path: Path,
+    token_root: Path,
+    tokenizer: Tokenizer,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     sources = DataConfig(sources=(SourceConfig(str(token_root / "text")),))
     prompts = ("今天", "很长的话" * 99)  # the second one leaves no room for a reply
@@ -388,6 +408,7 @@ def test_samples_of_fixed_prompts_are_kept_at_each_evaluation(
         (tmp_path / kind).mkdir()
         model = Transformer(small_config(tokenizer.vocab_size))
         train(model, data, tokenizer, cfg, WORLD, tmp_path / kind, kind)
+        assert "今天 → " in capfd.readouterr().err  # and shown as they come
         found = read_records(tmp_path / kind / "samples.jsonl")
         assert [(r["step"], r["prompt"]) for r in found] == [(n, "今天") for n in range(3)]
         assert all(isinstance(r["reply"], str) for r in found)

@@ -147,12 +147,34 @@ def test_conversations_drop_what_cannot_be_a_dialogue(tmp_path):
 
 def test_instructions_are_joined_with_their_input_and_follow_their_history(tmp_path):
     made("instruction", tmp_path)
-    rows = rows_of(tmp_path / "clean/instruction")
+    rows = sorted(rows_of(tmp_path / "clean/instruction"), key=lambda row: row["id"])
     first = [row["messages"][0]["content"] for row in rows]
     assert first[0] == "把下面的句子改得更礼貌。\n把门关上。"
     assert first[1] == "给出两条早睡的建议。"
     assert first[2] == "对联：春风得意"
     assert [m["role"] for m in rows[3]["messages"]] == ["user", "assistant"] * 2
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 60])
+def test_a_small_set_has_an_entry_to_validate_with(tmp_path, n):
+    rows = [{"instruction": f"{i} 加一是多少？", "output": f"答案是 {i + 1}。"} for i in range(n)]
+    (tmp_path / "raw.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    cfg = ProcessConfig("instruction", "mine", tmp_path / "raw.json", tmp_path, dedup=None)
+    counts, _ = make(cfg)
+    parts = {part: len(rows_of(tmp_path / "clean/mine", part)) for part in ("train", "val")}
+    assert {part: counts["parts"][part]["rows"] for part in parts} == parts
+    assert sum(parts.values()) == n and (parts["val"] > 0) == (n > 1) and parts["train"] > 0
+
+
+def test_a_set_of_ones_own_name_needs_its_raw_files_once(tmp_path, tokenizer, script):
+    (tmp_path / "raw").mkdir()
+    rows = [{"instruction": f"{i} 加一是多少？", "output": f"答案是 {i + 1}。"} for i in range(5)]
+    (tmp_path / "raw/a.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+    out = ("--out", tmp_path / "data")
+    run = "data_process/run.py"
+    assert not script(run, "instruction", "--name", "mine", "--raw", tmp_path / "raw", *out).code
+    assert not script(run, "mine", "--tokenizer", tokenizer, *out).code
+    assert (tmp_path / "data/tokens/tiny/mine/val-00000.idx").is_file()
 
 
 def test_text_is_tidied_and_repeats_go(tmp_path):

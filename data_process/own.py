@@ -1,0 +1,524 @@
+"""One's own files as what trains: rows, token files, and settings that fit them. No torch.
+
+    python sft.py --rows my.jsonl           dialogues, instructions, texts with titles
+    python pretrain.py --text diary.txt     texts
+
+The layout is recognised by content: each reader that could fit tries the first records, and the one
+that understands most of them reads all. Nothing is dropped for what it says, only for what cannot
+train, each with its reason. The parts are divided by count, so that twelve rows have one to check
+with, unless the files are named train and val; a test part is left alone.
+
+    data/own/<name>-<key>/{train,val}-00000.jsonl   rows, as they are trained
+                          {train,val}-00000.{bin,idx}
+                          report.json               what was found (OwnData)
+                          settings.yaml             for --config; flags come after it
+
+The key belongs to the files' content and the tokenizer: changed files become another set, and a run
+that reads the old one can still be continued.
+"""
+
+import codecs
+import json
+import math
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import yaml
+
+from babyllama.config import REPO, from_repo, shown, similar
+from babyllama.errors import DataError
+from babyllama.rows import check_row
+from data_process import office
+from data_process.clean import fix
+from data_process.datasets import csl, instruction, news, text
+from data_process.datasets.conversations import labelled, split_at_labels
+from data_process.executor import key_of, write_whole
+from data_process.pipeline import share_of
+from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
+from data_process.raw import HEAD, Part, Record, Skip, data_files, layout_of, records, split_of
+from tokenizer import LABELS, Tokenizer
+
+Purpose = Literal["dialogue", "text"]
+Rows = Iterable[dict | Skip]
+# What could fit: words for it, the kind of its rows, the reader.
+READERS = {
+    "dialogue": (
+        ("dialogues", "chat", instruction.read),
+        ("texts with titles", "summary", csl.read),
+        ("texts with titles", "summary", news.read),
+    ),
+    "text": (("texts", "text", text.read),),
+}
+COMMANDS = {"dialogue": "sft.py --rows", "text": "pretrain.py --text"}
+RULES = {"chat": "reference", "summary": "summary", "text": "text"}  # in clean.py
+# What people write above the columns of a table, as the readers call it.
+COLUMNS = {
+    name: key
+    for key, names in {
+        "instruction": "question Question Q 问题 提问 问 指令 用户 输入",
+        "output": "answer Answer A 答案 回答 答 回复 输出 助手",
+        "system": "资料 背景",
+        "title": "标题 题目",
+        "content": "正文 内容 文章 摘要",
+    }.items()
+    for name in names.split()
+}
+# Turns in a text file: 问：… 答：…
+LABEL = re.compile(
+    r"^\s*(问|用户|人类|Q|User|Human|答|助手|A|Assistant)\s*[:：]", re.IGNORECASE | re.MULTILINE
+)
+SPEAKERS = {"问": "user", "用户": "user", "人类": "user", "q": "user", "答": "assistant",
+            "助手": "assistant", "a": "assistant"}  # fmt: skip
+TRIED = 200  # records by which the layout is recognised
+VAL_SHARE, MAX_VAL = 0.05, 500
+
+
+@dataclass
+class OwnData:
+    """What was made of one's files.
+
+    place: directory of the token files
+    parts: number of rows and tokens by part
+    left_out: rows that cannot train, by reason
+    example: one row as it trains
+    prompts: how the first rows to check with begin
+    """
+
+    name: str
+    place: str
+    kind: str
+    layout: str
+    parts: dict[str, dict[str, int]]
+    left_out: dict[str, int]
+    example: str
+    prompts: list[str]
+
+    def lines(self) -> list[str]:
+        """What the user sees before training begins."""
+        train, val = self.parts["train"], self.parts["val"]
+        told = [
+            f"data: {self.layout}; {train['rows']:,} rows to learn from and {val['rows']:,} to "
+            f"check with, {train['tokens']:,} tokens; in {self.place}",
+            f"a row as it trains: {self.example}",
+        ]
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in self.left_out.items())
+        return [*told, f"left out: {reasons}"] if reasons else told
+
+
+def prepare(
+    place: Path, purpose: Purpose, tokenizer: Tokenizer, ask: Callable[[str], bool]
+) -> OwnData:
+    """Rows and token files of one's own files, made once for a content and a tokenizer.
+
+    place: a file or a folder
+    ask: answers a question where something is unclear
+    raises: DataError if the place is missing, not understood, or fewer than two rows can train
+    """
+    if not place.exists():
+        raise DataError(f"{shown(place)}: wanted a file or a folder, found none{similar(place)}")
+    if purpose == "dialogue":
+        tokenizer.require_dialogue()
+    files = data_files(place)
+    code = [Path(module.__file__) for module in (office, csl, instruction, news, text)]
+    key = key_of(purpose, tokenizer.fingerprint, Path(__file__), *code, *map(str, files), *files)[
+        :8
+    ]
+    name = re.sub(r"[^\w-]+", "-", place.resolve().stem).strip("-_") or "own"
+    target = REPO / "data/own" / f"{name}-{key}"
+    if not (target / "report.json").is_file():
+        # Processes of one run may come here at once; each makes it alone, and one of them stays.
+        fresh = target.with_name(f"tmp-{os.getpid()}-{target.name}")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            made = _make(_recognised(files, purpose, ask), name, fresh, target, tokenizer)
+            write_whole(fresh / "report.json", json.dumps(asdict(made), ensure_ascii=False))
+            if not target.exists():
+                fresh.rename(target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return OwnData(**json.loads((target / "report.json").read_text("utf-8")))
+
+
+class _Found(NamedTuple):
+    """Files whose layout is known.
+
+    kind: of the rows
+    has_parts: the files' names say which part their rows belong to
+    """
+
+    layout: str
+    kind: str
+    rows: Rows
+    has_parts: bool
+
+
+def _recognised(files: list[Path], purpose: Purpose, ask: Callable[[str], bool]) -> _Found:
+    """raises: DataError that says what stands there, if no reader understands it"""
+    has_parts = len(files) > 1 or split_of(files[0].name) in (None, "train")
+    if not has_parts and not ask(
+        f"{files[0].name} is named like a part to score with; train on it?"
+    ):
+        raise DataError(f"{shown(files[0])}: left alone; name the file to train on")
+    prose = [path for path in files if _is_prose(path)]
+    if prose and prose != files:
+        other = next(path for path in files if path not in prose)
+        raise DataError(
+            f"{shown(files[0].parent)}: wanted plain texts, or JSON and tables, found both "
+            f"({prose[0].name}, {other.name}); put them into two folders"
+        )
+    if prose and purpose == "text":
+        size = min(2000, max(200, sum(path.stat().st_size for path in prose) // 120))
+        words = f"texts, in pieces of about {size} characters"
+        return _Found(words, "text", _pieces(prose, size), has_parts)
+    if prose:
+        if not any(LABEL.match(line) for path in prose for line in _text_lines(path)):
+            raise DataError(_wrong_script(prose[0], "text"))
+        return _Found("dialogues with labels (问：… 答：…)", "chat", _labelled(prose), has_parts)
+    first = list(islice(_records(files), TRIED))
+    objects = (r.data for r in first if isinstance(r, Record) and isinstance(r.data, dict))
+    keys, names = list(next(objects, ())), COLUMNS
+    best = _best([_renamed(record, names) for record in first], READERS[purpose])
+    if not best[3] and purpose == "dialogue" and len(keys) == 2:
+        names = dict(zip(keys, ("instruction", "output"), strict=True))
+        best = _best([_renamed(record, names) for record in first], READERS[purpose])
+        if best[3] and not ask(f"is {keys[0]!r} the question and {keys[1]!r} the answer?"):
+            names = dict(zip(keys, ("output", "instruction"), strict=True))
+    words, kind, reader, n_rows = best
+    if not n_rows:
+        raise DataError(_not_understood(files[0], first, keys, purpose))
+    entries = (_renamed(record, names) for record in _records(files))
+    return _Found(f"{words} ({', '.join(keys)})", kind, reader(entries), has_parts)
+
+
+def _renamed(record: Record | Skip, names: dict[str, str]) -> Record | Skip:
+    """A record whose keys are called as the readers call them."""
+    if isinstance(record, Skip) or not isinstance(record.data, dict):
+        return record
+    return record._replace(data={names.get(key.strip(), key): v for key, v in record.data.items()})
+
+
+def _best(first: list[Record | Skip], readers: tuple) -> tuple[str, str, Callable, int]:
+    """Of several readers the one that makes most rows of the first records, and their number."""
+    counted = [(*one, sum(isinstance(row, dict) for row in one[2](first))) for one in readers]
+    return max(counted, key=lambda one: one[3])
+
+
+def _not_understood(file: Path, first: list, keys: list[str], purpose: Purpose) -> str:
+    """What to say of records that no reader makes a row of."""
+    other = "text" if purpose == "dialogue" else "dialogue"
+    if _best(first, READERS[other])[3]:
+        return _wrong_script(file, other)
+    wanted = {
+        "dialogue": "question and answer, instruction and output, messages, conversations, or "
+        "title and content",
+        "text": "text or content",
+    }
+    skipped = (f"{skip.reason} at {skip.where}" for skip in first if isinstance(skip, Skip))
+    found = f"the keys {', '.join(keys)}" if keys else next(skipped, "no entry")
+    return f"{shown(file)}: wanted entries with {wanted[purpose]}, found {found}; rename the keys"
+
+
+def _wrong_script(file: Path, purpose: Purpose) -> str:
+    return (
+        f"{shown(file)}: these are {READERS[purpose][0][0]}; train on them with: "
+        f"python {COMMANDS[purpose]} {shown(file)}"
+    )
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-8, UTF-16 with its mark, or GB18030.
+
+    raises: DataError if the bytes are no text
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if b"\0" in head:
+        raise DataError(f"{shown(path)}: wanted text, found a file of another kind; save it as "
+                        f".txt, .docx, .csv, .xlsx or JSON lines")  # fmt: skip
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return "gb18030"
+    return "utf-8-sig"
+
+
+def _is_prose(path: Path) -> bool:
+    if path.suffix.lower() == ".docx":
+        return True
+    if path.suffix.lower() in office.TABLES or _is_packed(path):
+        return False
+    with open(path, "rb") as file:
+        return layout_of(file.read(HEAD), encoding_of(path), path.name) in ("text", "document")
+
+
+def _is_packed(path: Path) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(512)
+    return (
+        head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04"))
+        or head[257:262] == b"ustar"
+    )
+
+
+def _records(files: list[Path]) -> Iterator[Record | Skip]:
+    """Every entry of tables, JSON files and archives."""
+    number = count()
+    for path in files:
+        if path.suffix.lower() in office.TABLES:
+            rows = office.table_rows(path, encoding_of(path) if path.suffix != ".xlsx" else "")
+            found = (
+                Record(0, f"{path.name}[{n}]", split_of(path.name), row)
+                for n, row in enumerate(rows, 2)
+            )
+        else:
+            found = records(
+                [Part(path, path.name)], "utf-8-sig" if _is_packed(path) else encoding_of(path)
+            )
+        for record in found:
+            n = next(number)
+            yield record._replace(n=n) if isinstance(record, Record) else record
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    if path.suffix.lower() == ".docx":
+        yield from office.paragraphs(path)
+        return
+    with open(path, encoding=encoding_of(path), errors="replace") as file:
+        yield from (line.rstrip() for line in file)
+
+
+def _pieces(files: list[Path], size: int) -> Rows:
+    """The lines of texts, put together to pieces of at least `size` characters that end with a
+    line; a longer line stays whole. No piece crosses files."""
+    number = count()
+    for path in files:
+        piece, n_chars = [], 0
+        for line in _text_lines(path):
+            piece.append(line)
+            n_chars += len(line)
+            if n_chars >= size:
+                yield {"id": next(number), "text": "\n".join(piece), "split": split_of(path.name)}
+                piece, n_chars = [], 0
+        if n_chars:
+            yield {"id": next(number), "text": "\n".join(piece), "split": split_of(path.name)}
+
+
+def _labelled(files: list[Path]) -> Rows:
+    """Dialogues between blank lines; without blank lines each question with its answer."""
+    number = count()
+    for path in files:
+        whole = "\n".join(_text_lines(path))
+        blocks = [block for block in re.split(r"\n\s*\n", whole) if block.strip()]
+        if len(blocks) == 1:
+            blocks = re.split(r"(?m)^(?=\s*(?:问|用户|人类|Q|User|Human)\s*[:：])", whole)
+        for block in filter(str.strip, blocks):
+            before, turns = split_at_labels(LABEL, block)
+            where = f"{path.name} {block.strip()[:20]!r}"
+            if before.strip() or not turns:
+                yield Skip("no_label", where, block)
+                continue
+            pairs = [(SPEAKERS.get(label.lower(), label), content) for label, content in turns]
+            yield {"id": next(number), "messages": labelled(pairs), "split": split_of(path.name)}
+
+
+def _make(found: _Found, name: str, fresh: Path, target: Path, tokenizer: Tokenizer) -> OwnData:
+    """Write rows and token files of both parts into `fresh`, which will be `target`."""
+    left_out: Counter[str] = Counter()
+    shares, named, systems = [], [], Counter()
+    every = fresh / "rows.jsonl"
+    with open(every, "w", encoding="utf-8", newline="\n") as file:
+        for row, part in _kept(found, name, left_out):
+            shares.append(share_of(json.dumps(row, ensure_ascii=False)))
+            named.append(part)
+            systems[_system(row)] += len(systems) < 3
+            row["id"] = f"{name}/{len(shares) - 1}"
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    parts = _parts(shares, named)
+    left_out["test_part"] = parts.count("test")
+    if not {"train", "val"} <= set(parts):
+        reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.items() if n)
+        raise DataError(
+            f"{name}: wanted two rows at least, one to learn from and one to check with, found "
+            f"{len(parts)}{f' (left out: {reasons})' if reasons else ''}; add some"
+        )
+    # What every dialogue is told alike says nothing about any of them.
+    persona = len(systems) == 1 and None not in systems
+    _divide(every, parts, fresh, persona)
+    every.unlink()
+    counts, examples = {}, {}
+    for part in ("train", "val"):
+        path = fresh / f"{part}-00000.jsonl"
+        cfg = PretokenizeConfig(tokenizer.path, found.kind)
+        counts[part] = pretokenize_shard(path, path.with_suffix(""), cfg)
+        del counts[part]["files"]
+        with open(path, encoding="utf-8") as file:
+            examples[part] = [json.loads(line) for line in islice(file, 2)]
+    layout = found.layout + "; their one system text is left out" * persona
+    return OwnData(
+        name, shown(target), found.kind, layout, counts, {k: n for k, n in left_out.items() if n},
+        as_it_trains(examples["train"][0]), [beginning(row) for row in examples["val"]],
+    )  # fmt: skip
+
+
+def _system(row: dict) -> str | None:
+    first = row["messages"][0] if "messages" in row else {}
+    return first["content"] if first.get("role") == "system" else None
+
+
+def _kept(found: _Found, name: str, left_out: Counter[str]) -> Iterator[tuple[dict, str | None]]:
+    """The rows that can train, cleaned, each once, with the part that its file is named after."""
+    seen = set()
+    for item in found.rows:
+        if isinstance(item, Skip):
+            left_out[item.reason] += 1
+            continue
+        part = item.pop("split", None) if found.has_parts else None
+        item.pop("split", None)
+        row, _ = fix(item | {"id": f"{name}/0"}, RULES[found.kind])
+        digest = key_of(row)[:16]
+        reason = check_row(row) or ("duplicate" if digest in seen else None)
+        if reason:
+            left_out[reason] += 1
+            continue
+        seen.add(digest)
+        yield row, part
+
+
+def _parts(shares: list[float], named: list[str | None]) -> list[str]:
+    """The part of each row: as its file is named, or, where no file is named val, val for the
+    twentieth of the rows whose content has the smallest hashes, but one at least."""
+    parts = [part or "train" for part in named]
+    if "val" not in parts:
+        free = sorted((share, n) for n, share in enumerate(shares) if parts[n] == "train")
+        n_val = min(MAX_VAL, max(1, round(VAL_SHARE * len(free)))) if len(free) > 1 else 0
+        for _, n in free[:n_val]:
+            parts[n] = "val"
+    return parts
+
+
+def _divide(every: Path, parts: list[str], fresh: Path, persona: bool) -> None:
+    with (
+        open(every, encoding="utf-8", newline="\n") as rows,
+        open(fresh / "train-00000.jsonl", "w", encoding="utf-8", newline="\n") as train,
+        open(fresh / "val-00000.jsonl", "w", encoding="utf-8", newline="\n") as val,
+    ):
+        for line, part in zip(rows, parts, strict=True):
+            if persona:
+                row = json.loads(line)
+                line = (
+                    json.dumps(row | {"messages": row["messages"][1:]}, ensure_ascii=False) + "\n"
+                )
+            if part != "test":
+                {"train": train, "val": val}[part].write(line)
+
+
+def as_it_trains(row: dict, most: int = 70) -> str:
+    """A row in one line; what is learnt stands in 【】."""
+
+    def short(content: str) -> str:
+        content = content.replace("\n", "⏎")
+        return content if len(content) <= most else content[:most] + "…"
+
+    if "messages" in row:
+        return " ".join(
+            LABELS[m["role"]]
+            + (f"【{short(m['content'])}】" if m["role"] == "assistant" else short(m["content"]))
+            for m in row["messages"][:4]
+        )
+    if "summary" in row:
+        return f"{short(row['text'])} →【{short(row['summary'])}】"
+    return f"【{short(row['text'])}】"
+
+
+def beginning(row: dict) -> str:
+    """What a run asks or continues, to show what it learns of a row to check with."""
+    if "messages" in row:
+        return next(m["content"] for m in row["messages"] if m["role"] == "user")[:100]
+    return row["text"][: 8 if "summary" not in row else 100]
+
+
+class Shape(Protocol):
+    """What settings depend on of a base."""
+
+    n_parameters: int
+    max_seq_len: int
+
+
+def settings_for(
+    place: Path,
+    purpose: Purpose,
+    base: Path | None,
+    name: str | None,
+    read_base: Callable[[Path | None], tuple[Path, Path, Shape]],
+    ask: Callable[[str], bool],
+) -> Path:
+    """Prepare one's own files for a base, say what was found, and write the settings.
+
+    base: a run or checkpoint, None: release
+    read_base: where the base and its newest checkpoint lie, and its shape
+    """
+    base, checkpoint, shape = read_base(base)
+    print(f"base: {shown(base)}, {shape.n_parameters:,} parameters", file=sys.stderr)
+    tokenizer = Tokenizer(checkpoint / "tokenizer.model")
+    found = prepare(from_repo(place), purpose, tokenizer, ask)
+    print(*found.lines(), sep="\n", file=sys.stderr)
+    return write_settings(found, base, shape, tokenizer.path, name)
+
+
+def write_settings(
+    own: OwnData, base: Path, shape: Shape, tokenizer: Path, name: str | None
+) -> Path:
+    """The file of settings that fit the data and the base; small sets are seen more often, in
+    smaller batches, and every schedule ends within its steps."""
+    rows, is_text = own.parts["train"]["rows"], own.kind == "text"
+    if is_text:
+        tokens = own.parts["train"]["tokens"]
+        length = min(shape.max_seq_len, next((n for n in (512, 256) if tokens >= 64 * n), 128))
+        rows = max(1, tokens // length)
+    epochs = min(12.0 if is_text else 20.0, max(1.0, 60 * rows**-0.3))
+    batch = min(64, max(2, 2 ** round(math.log2(rows) / 2)))
+    steps = max(1, round(epochs * rows / batch))
+    settings = {
+        "name": name or _free_name(own, shown(base)),
+        "base": shown(base),
+        **({"tokenizer": shown(tokenizer)} if is_text else {}),
+        "data": {"sources": [{"name": own.place}], **({"max_seq_len": length} if is_text else {})},
+        "optim": {
+            "lr": float(f"{1e-3 * min(1, (2.5e6 / shape.n_parameters) ** 0.5):.1e}"),
+            "warmup_steps": steps // 10,
+        },
+        "train": {
+            "max_steps": steps, "batch_size": batch, "micro_batch_size": min(8, batch),
+            "log_every": max(1, steps // 10), "eval_every": max(1, -(-steps // 4)),
+            "save_every": min(500, steps), "keep": 1, "keep_best": False,
+            "samples": own.prompts,
+        },
+    }  # fmt: skip
+    path = REPO / own.place / "settings.yaml"
+    script = "pretrain.py" if is_text else "sft.py"
+    head = f"# Settings that fit these rows and this base: python {script} --config {shown(path)}\n"
+    write_whole(path, head + yaml.safe_dump(settings, allow_unicode=True, sort_keys=False))
+    return path
+
+
+def _free_name(own: OwnData, base: str) -> str:
+    """The data's name, with a number where a run of that name read other rows or began from
+    another base; a run of the same is so continued."""
+    for number in count(1):
+        name = own.name if number == 1 else f"{own.name}-{number}"
+        saved = REPO / "out" / name / "config.yaml"
+        text = saved.read_text("utf-8", errors="replace") if saved.is_file() else ""
+        if not text or (own.place in text and re.search(f"^base: {re.escape(base)}$", text, re.M)):
+            return name
+    raise AssertionError
