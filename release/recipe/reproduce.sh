@@ -49,7 +49,8 @@ make_rows papers ${kept_out:+--kept_out "[$kept_out]"}
 make_rows passages
 make_rows talk
 for sets in text titles dialogues; do process "$sets"; done
-run python -m release.recipe.openings --rows '[data/clean/talk, data/clean/turns, data/clean/identity]'
+talks=$(printf ', data/clean/%s' identity talk turns smalltalk short persona duconv kdconv diamante lccc smile)
+run python -m release.recipe.openings --rows "[${talks:2}]"
 [ -e "$vocabulary" ] || {
     run python -m release.recipe.vocabulary "$raw"
     run python tokenizer.py train --rows data/vocabulary.jsonl --vocab_size 16000 --out "$vocabulary"
