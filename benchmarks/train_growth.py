@@ -1,6 +1,6 @@
 """How tokens/s and peak memory of a training step grow with batch, context, vocabulary and layers.
 
-    python -m benchmarks.train_growth            about 10 minutes on two cores; assert/growth.png
+    python -m benchmarks.train_growth            about 10 minutes on two cores; out/growth.png
     python -m benchmarks.train_growth --batch '[1,4]' --layers '[6,12]' --context '[]' \\
         --vocabulary '[]' --out /tmp/few.png     a few points
 
@@ -51,7 +51,7 @@ class GrowthConfig:
     context: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     vocabulary: tuple[int, ...] = (8_000, 16_000, 32_000, 65_000, 128_000)
     layers: tuple[int, ...] = (6, 12, 24, 48)
-    out: Path = Path("assert/growth.png")
+    out: Path = Path("out/growth.png")
     only: str | None = None
 
 
