@@ -616,7 +616,8 @@ class Worker:
             env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, start_new_session=True,
         )  # fmt: skip
         self._lines: queue.Queue[dict | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         for line in self._process.stdout:
@@ -645,6 +646,8 @@ class Worker:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.wait()
+        self._reader.join()  # the pipe has ended with the process
+        self._process.stdout.close()
         self._log.close()
 
 
