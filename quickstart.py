@@ -50,7 +50,7 @@ STEPS = (
          "python sft.py --dataset sample", makes="out/sample_sft",
          depends=("configs/sft/sample.yaml", "configs/prompts/summary_zh.yaml"), is_run=True),
     Step("score", "用 ROUGE 评测 / score with ROUGE",
-         "python eval_rouge.py out/sample_sft --base out/sample"
+         "python eval_rouge.py out/sample_sft out/sample"
          " --out out/sample_sft/predictions.jsonl", makes="out/sample_sft/predictions.jsonl"),
     Step("chat", "对话 / talk to it", "python chat.py out/sample_sft"),
 )  # fmt: skip

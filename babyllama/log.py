@@ -198,6 +198,23 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def table(lines: Sequence[Sequence[object]]) -> str:
+    """Cells in columns as a terminal shows them, where a Chinese character takes two places.
+
+    The first column is aligned to the left, the others to the right.
+    """
+    from rich.cells import cell_len
+
+    cells = [list(map(str, line)) for line in lines]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    rows = []
+    for line in cells:
+        space = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
+        rest = [before + cell for before, cell in zip(space[1:], line[1:], strict=True)]
+        rows.append("  ".join([line[0] + space[0], *rest]).rstrip())
+    return "\n".join(rows)
+
+
 def read_metrics(run: Path, last_step: int | None = None) -> list[dict]:
     """The figures of a run up to a step."""
     return read_records(run / "metrics.jsonl", last_step)

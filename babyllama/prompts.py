@@ -26,6 +26,7 @@ from tokenizer import Tokenizer
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _STORED = ("text", "summary", *META)
+_TELLING = 4  # characters: so many of a template in a title are no accident
 
 Ids = Sequence[int]
 Numbers = int | np.ndarray
@@ -140,7 +141,7 @@ class SummaryPrompts:
                 faults.append(f"eval.unseen {question!r} is a wording of training; write another")
             if question in self.unseen[:number]:
                 faults.append(f"eval.unseen holds {question!r} twice; write another")
-        for (lead, end), (same, other) in product(self._frames, repeat=2):
+        for (lead, end), (same, other) in product(self._frames["summary"], repeat=2):
             if lead == same and end != other and end.endswith(other):
                 faults.append(
                     f"answers that begin {lead!r} end in {end!r} or {other!r}, so it is open what "
@@ -256,6 +257,11 @@ class SummaryPrompts:
         """The question that scoring asks, or another one; it wants the summary alone."""
         return [_message("user", self._lay(question or self.eval_question, text[:max_text]))]
 
+    def first_question(self, name: str) -> str:
+        """The first question of the second turn about a thing, with the first word of each slot."""
+        words = {slot: words[0] for slot, words in self.slots.items()}
+        return _fill(self.turns[name].questions[0], words)
+
     def eval_prompt(
         self, text: str, max_ids: int, question: str | None = None
     ) -> tuple[list[int], int]:
@@ -276,23 +282,42 @@ class SummaryPrompts:
         asked = self.eval_messages(ids, room, question)
         return self.tokenizer.render_prompt(asked), max(0, len(ids) - room)
 
-    def strip_frame(self, reply: str) -> str:
+    def strip_frame(self, reply: str, name: str = "summary") -> str:
         """A reply without what an answer template adds to a summary; any other reply as it is.
 
         Beginning and end must be those of one template with one choice of words, letter by
         letter; where several fit, the one that adds most.
+
+        name: of what was asked for; one of `turns`, else the summary
         """
-        for lead, end in self._frames:
+        for lead, end in self._frames[name]:
             if reply.startswith(lead) and reply.endswith(end) and len(reply) >= len(lead + end):
                 return reply[len(lead) : len(reply) - len(end)]
         return reply
 
     @cached_property
-    def _frames(self) -> list[tuple[str, str]]:
-        """What the answers of all families say before and after a summary, the longest first."""
-        filled = {f for _, answers in self.families for a in answers for f in self._fillings(a)}
-        frames = [tuple(answer.split("{summary}")) for answer in filled]
-        return sorted(frames, key=lambda frame: (-len("".join(frame)), frame))
+    def _frames(self) -> dict[str, list[tuple[str, str]]]:
+        """What answers say before and after a summary or a thing in a row's meta, longest first."""
+        answers = {"summary": [a for _, of_family in self.families for a in of_family]}
+        answers |= {name: turn.answers for name, turn in self.turns.items()}
+        frames = {
+            name: {tuple(f.split(f"{{{name}}}")) for t in own for f in self._fillings(t)}
+            for name, own in answers.items()
+        }
+        return {
+            name: sorted(own, key=lambda frame: (-len("".join(frame)), frame))
+            for name, own in frames.items()
+        }
+
+    def echoes(self, title: str, text: str) -> bool:
+        """Whether a title repeats words of a template that do not stand in the text."""
+        return any(phrase in title and phrase not in text for phrase in self._phrases)
+
+    @cached_property
+    def _phrases(self) -> set[str]:
+        """What stands between the slots of all templates, where it is long enough to be telling."""
+        parts = (p.strip("：。，？\n") for t, _ in self._templates() for p in _SLOT.split(t)[::2])
+        return {part for part in parts if len(part) >= _TELLING}
 
     def _lay(self, filled: str, *stored: Ids) -> list[Ids]:
         # What stands between the slots, and the names of the slots, take turns.

@@ -107,7 +107,7 @@ def do_summary(session: Session, value: str, user: User) -> str:
     text = read_reference(value).strip()
     if not text:
         return "已取消"
-    titles, n_read = session.summarise(text)
+    titles, n_read, _ = session.summarise(text)
     if titles:
         session.talk.turns.append((f"{TITLE_REQUEST}{text}", titles[0]))
     cut = f"\n（原文太长，只读了前 {n_read} 字）" * (n_read < len(text))

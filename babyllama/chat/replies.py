@@ -85,7 +85,7 @@ def write_title(session: Session, title: str, is_json: bool) -> int:
     text = (sys.stdin.read() if title == "-" else read_reference(title)).strip()
     if not text:
         raise DataError("--title: wanted a text, found it blank")
-    titles, n_read = session.summarise(whole(text), 3)
+    titles, n_read, _ = session.summarise(whole(text), 3)
     if is_json:
         found = {"titles": titles, "n_read": n_read, "n_characters": len(text)}
         print(json.dumps(found, ensure_ascii=False))

@@ -151,8 +151,13 @@ def clipped_f_of_all(texts: Sequence[str], n: int, beta: float) -> np.ndarray:
     return (1 + beta**2) * shared / np.where(weighted, weighted, 1.0)
 
 
-def _counts(tokens: Sequence[str], n: int) -> Counter:
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+def ngrams(text: str | tuple[str, ...], n: int) -> list[str | tuple[str, ...]]:
+    """Every run of `n` characters of a text, or of `n` tokens."""
+    return [text[i : i + n] for i in range(len(text) - n + 1)]
+
+
+def _counts(text: str | tuple[str, ...], n: int) -> Counter:
+    return Counter(ngrams(text, n))
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
@@ -182,7 +187,7 @@ def bleu_published(predictions: Sequence[str], references: Sequence[str]) -> np.
 
 
 def _bleu(prediction: str, reference: str) -> float:
-    a, b = (" ".join(text.lower()).split(" ") for text in (prediction, reference))
+    a, b = (tuple(" ".join(text.lower()).split(" ")) for text in (prediction, reference))
     matches = [(_counts(a, n) & _counts(b, n)).total() for n in range(1, 5)]
     if matches[0] == 0:
         return 0.0

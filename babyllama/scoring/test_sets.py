@@ -1,4 +1,4 @@
-"""Test sets of summaries, and files of predictions: reading them, and knowing which set it is.
+"""Test sets of summaries, and the systems compared on them: checkpoints and files of titles.
 
     .tsv    CSL's benchmark/ts: `to title`, abstract, title
     .json   one object a line: {"id", "abst", "title"} (csl_title_public), {"content", "title"} and
@@ -6,20 +6,21 @@
     folder  its files whose name begins with the split, or holds it; beside benchmark/ts the
             folders kg and cls_dcp, which give its papers their keywords and disciplines
 
-A file of predictions has the keys id, text, reference and prediction. No torch.
+A file of titles has the keys id, text, reference and prediction.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.config import from_repo, shown
-from babyllama.errors import ConfigError, DataError
-from babyllama.rows import check_row, numbered_lines, row_kind
-from babyllama.scoring.tables import SETS
+from babyllama.config import REPO, from_repo, shown
+from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
+from babyllama.run_dir import beside, checksums, find_checkpoint, newest_run
+from babyllama.scoring.tables import System
 
 PREDICTION_KEYS = ("id", "text", "reference", "prediction")
 BODIES = ("short_text", "content", "source", "article")
@@ -35,11 +36,13 @@ BESIDE_TS = {"kg": ("to keywords", "keywords"), "cls_dcp": ("to discipline", "di
 class SummarySet:
     """A test set.
 
-    published: the set that others' figures are known of (babyllama/scoring/tables.py), or None
+    name: as it was asked for; label: what files of its titles are called
+    published: the set of published.yaml that it is, or None
     rows: summary rows (rows.py)
     """
 
     name: str
+    label: str
     published: str | None
     files: list[Path]
     rows: list[dict]
@@ -53,12 +56,25 @@ class SummarySet:
         return [row[key] for row in self.rows]
 
 
-def open_set(data: Path | None, dataset: str, split: str, limit: int | None) -> SummarySet:
-    """The set that is asked for: a file or folder, or else the clean rows of a set.
+def open_set(
+    data: Path | None,
+    dataset: str | None,
+    split: str,
+    limit: int | None,
+    systems: Sequence[Path] = (),
+) -> SummarySet:
+    """The first rows of a file or folder, or of a set's clean rows, or of the first file of titles.
 
+    systems: where the titles come from; if all are files of titles, no set need be named
     raises: DataError if it is missing, or at the first line that is no text with its summary
     """
+    if not (data or dataset) and systems and all(path.is_file() for path in systems):
+        keys = {"id": "id", "text": "text", "summary": "reference"}
+        found = read_predictions(systems[0])[:limit]
+        rows = [{ours: row[key] for ours, key in keys.items()} for row in found]
+        return SummarySet(shown(systems[0]), systems[0].stem, None, [systems[0]], rows)
     if data is None:
+        dataset = dataset or "inews_title"
         folder, name = from_repo(Path("data/clean") / dataset), dataset
         files = sorted(folder.glob(f"{'val' if split == 'dev' else split}-*.jsonl"))
         if not files:
@@ -77,7 +93,8 @@ def open_set(data: Path | None, dataset: str, split: str, limit: int | None) -> 
         published = "lcsts"
     if published == "csl_ts":
         _add_meta(rows, files[0], split)
-    return SummarySet(name, published, files, rows)
+    label = (Path(name).stem if data else f"{name}-{split}") + (f"-{limit}" if limit else "")
+    return SummarySet(name, label, published, files, rows)
 
 
 def _of_split(folder: Path, split: str) -> list[Path]:
@@ -173,11 +190,6 @@ def _add_meta(rows: Sequence[dict], ts: Path, split: str) -> None:
                 row.setdefault("meta", {})[key] = words if key == "keywords" else value
 
 
-def is_predictions(path: Path) -> bool:
-    """Whether a path is a file, which a checkpoint never is."""
-    return path.is_file()
-
-
 def read_predictions(path: Path) -> list[dict]:
     """The rows of a file of predictions.
 
@@ -201,15 +213,6 @@ def read_predictions(path: Path) -> list[dict]:
     return rows
 
 
-def set_of_predictions(path: Path, limit: int | None) -> SummarySet:
-    """The set that a file of predictions was made from, as far as the file tells."""
-    rows = [
-        {"id": row["id"], "text": row["text"], "summary": row["reference"]}
-        for row in read_predictions(path)[:limit]
-    ]
-    return SummarySet(shown(path), None, [path], rows)
-
-
 def predictions_for(path: Path, wanted: SummarySet) -> list[str]:
     """What a file predicts for the rows of a set.
 
@@ -231,7 +234,7 @@ def predictions_for(path: Path, wanted: SummarySet) -> list[str]:
     return [row["prediction"] for row in found]
 
 
-def choose_published(wanted: str, found: SummarySet, known: Sequence[str]) -> str | None:
+def choose_published(wanted: str, found: SummarySet, known: Collection[str]) -> str | None:
     """Which published set the rows are: what the user says, or what their layout says."""
     if wanted == "none":
         return None
@@ -240,16 +243,94 @@ def choose_published(wanted: str, found: SummarySet, known: Sequence[str]) -> st
     return found.published if wanted == "auto" else wanted
 
 
-def known_as(published: str | None) -> str:
-    """What can be said of others' figures for a set."""
-    if published is None:
-        return "no published set that is known here (--published names one)"
-    n = len(SETS[published])
-    return f"published as {published}, {n or 'no'} systems known by this protocol"
-
-
 def stored_outputs(found: SummarySet) -> dict[str, list[str]]:
     """A system's outputs that the set itself holds, if it holds one for each row."""
     outputs = [row.get("meta", {}).get("system") for row in found.rows]
     held = all(isinstance(output, str) for output in outputs)
     return {"outputs in the file": outputs} if held else {}
+
+
+def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
+    """The file of titles or the checkpoints of each system, by a name as short as can be.
+
+    named: checkpoints, several joined by "+", or files; if empty the newest SFT run is taken
+    raises: CheckpointError if there is none; ConfigError if one is named twice
+    """
+    newest = None if named else newest_run(kind="sft")
+    if not named and newest is None:
+        raise CheckpointError(
+            "wanted a checkpoint, found no SFT run in out/; make one with `python sft.py`, or "
+            "name one: python eval_rouge.py CHECKPOINT"
+        )
+    groups = [
+        [from_repo(one)] if from_repo(one).exists() else list(map(from_repo, str(one).split("+")))
+        for one in named or [newest]
+    ]
+    groups = [
+        [p.resolve() if p.is_file() else find_checkpoint(p).resolve() for p in paths]
+        for paths in groups
+    ]
+    alone = all(len(set(paths)) == len(paths) for paths in groups)
+    if not alone or len(set(map(tuple, groups))) < len(groups):
+        raise ConfigError(
+            f"wanted different systems, found the same checkpoint or file twice among "
+            f"{', '.join(shown(path) for paths in groups for path in paths)}; leave one out"
+        )
+    every = dict.fromkeys(path for paths in groups for path in paths)
+    places = [path.relative_to(REPO) if path.is_relative_to(REPO) else path for path in every]
+    for n_parts in (2, 3, 99):
+        names = ["/".join(place.parts[-n_parts:]) for place in places]
+        if len(set(names)) == len(names):
+            break
+    names = dict(zip(every, names, strict=True))
+    return {" + ".join(names[path] for path in paths): paths for paths in groups}
+
+
+def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> Path:
+    """Where the titles go; refuses at the start what would fail after the last title."""
+    first = systems[0]
+    usual = beside(first) / f"rouge-{found.label}-{first.name}.jsonl"
+    if first.is_file():
+        usual = first.with_name(f"{first.stem}-compared.jsonl")
+    out = from_repo(out or usual)
+    taken = [path.resolve() for path in (*found.files, *systems)]
+    if out.is_dir() or out.resolve() in taken:
+        raise ConfigError(f"--out {shown(out)} is a directory or the data; name a new .jsonl file")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(from_repo(path).read_bytes()).hexdigest()
+
+
+def describe(systems: Sequence[Path]) -> list[dict]:
+    """Where each system lies, and the checksums by which it is known again."""
+    return [
+        {"path": shown(path), "sha256": sha256(path) if path.is_file() else checksums(path)}
+        for path in systems
+    ]
+
+
+def write_titles(
+    out: Path, found: SummarySet, lines: Sequence[System]
+) -> Iterator[tuple[System, Path]]:
+    """Write the titles that are new: the first system's to `out`, further ones beside it."""
+    for number, line in enumerate((line for line in lines if line.seconds is not None), 1):
+        place = out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+        rows = zip(found.rows, line.titles, strict=True)
+        cells = ((row["id"], row["text"], row["summary"], title) for row, title in rows)
+        write_rows(place, (dict(zip(PREDICTION_KEYS, c, strict=True)) for c in cells))
+        yield line, place
+
+
+def samples(found: SummarySet, lines: Sequence[System], n: int = 5) -> str:
+    """A few rows with their titles, spread evenly over the set."""
+    columns = {"text": found.column("text"), "reference": found.column("summary")}
+    columns |= {line.name: line.titles for line in lines}
+    chosen = sorted({i * (len(found.rows) - 1) // (n - 1) for i in range(n)})
+    width = max(map(len, columns)) + 2
+    return "\n\n".join(
+        "\n".join(f"{name:<{width}}{' '.join(c[i].split())[:60]}" for name, c in columns.items())
+        for i in chosen
+    )

@@ -44,7 +44,7 @@ from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, repeats, squeeze
 from babyllama.scoring.rouge import clipped_f
-from babyllama.scoring.summarise import consensus, templates
+from babyllama.scoring.summarise import ranked, templates
 from babyllama.scoring.test_sets import read_pairs
 from babyllama.sources import Reader, Row, Source, message_sizes, supervised
 from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter
@@ -253,7 +253,7 @@ def pair_of(
     ]
     if not looping:
         return "no_loop"
-    return (consensus(good), looping[0]) if good else "no_reply_without_loop"
+    return (ranked(good)[0], looping[0]) if good else "no_reply_without_loop"
 
 
 def ranked_pair(replies: Sequence[Reply], title: str) -> tuple[str, str] | str:

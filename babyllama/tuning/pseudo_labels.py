@@ -1,14 +1,18 @@
-"""Titles of checkpoints' own for texts that have none, to fine-tune on.
+"""Pseudo-labels: titles of our own checkpoints for abstracts that have none, to fine-tune on.
 
     python -m babyllama.tuning.pseudo_labels out/release --rows data/clean/abstracts
-    python -m babyllama.tuning.pseudo_labels release release/second --n 16    both vote
+    python -m babyllama.tuning.pseudo_labels out/a out/b out/c       three teachers decide together
+    python -m babyllama.tuning.pseudo_labels out/reverse --rows data/clean/titles --swap \\
+        --prompts configs/prompts/abstract_zh.yaml --beams 1 --n 1 --temperature 0.8 \\
+        --max_new_tokens 300 --min_chars 6 --max_chars 40            abstracts for real titles
     python -m data_process.run csl --name own_titles --raw data/raw/own_titles --tokenizer FILE
 
-Of many drawn replies the one most like the others is better than the greedy one, and costs as many
-times more; a model that learns from such choices gives them greedily (Finkelstein and Freitag 2023,
-arXiv:2309.10966). Titles that are blank, loop or are cut short are left out and counted. Written in
-files of 500 texts as JSON lines with the keys "abst" and "title"; started again, the files that
-are there are kept.
+The titles are those of the search behind every title that people see (scoring/summarise.py). A
+student trained on what its ensemble agrees on comes near the ensemble (Freitag et al. 2017,
+arXiv:1702.01802); abstracts written for real titles are back-translation (Sennrich et al. 2016,
+arXiv:1511.06709). Blank and looping replies and overlong titles are left out and counted. Written
+in files of 500 rows as JSON lines with the keys "abst" and "title"; files of an earlier run are
+kept, so a stopped run continues.
 """
 
 from collections import Counter
@@ -18,33 +22,27 @@ from pathlib import Path
 
 from babyllama.checkpoint import load_answering
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.device import Device, pick_device
+from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Weights
 from babyllama.rows import read_rows, write_rows
-from babyllama.sampling import SamplingConfig, repeats, squeeze
-from babyllama.scoring.summarise import Asking, summarise_together
+from babyllama.sampling import SamplingConfig, loops, repeats, squeeze
+from babyllama.scoring.summarise import BEST, AskConfig, ReadyModel, summarise
 
-TEXTS_A_FILE = 500
-LOOP_LENGTH, LOOP_TIMES = 4, 2  # four characters that stand twice: no title needs that
+ROWS_A_FILE = 500
 
 
 @dataclass(frozen=True)
-class OwnTitlesConfig(SamplingConfig):
+class PseudoLabelConfig(AskConfig):
     """Which checkpoints read which texts.
 
     Args:
-        checkpoints: fine-tuned runs (their newest steps) or single steps
+        checkpoints: fine-tuned runs (their newest steps) or single steps, which decide together
         rows: a set's folder, whose train-*.jsonl are read, or one file; rows need a "text"
-        out: folder for the titles
+        out: folder for the rows
         min_chars: shorter texts are left out
         max_chars: longer texts are left out
         limit: only so many texts, the first
-        prompts: wordings; the `eval` question is asked
-        batch_size: replies written at once
-        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
-        device: auto, cpu, cuda or mps
-        n: replies of each checkpoint to each text, of which the consensus is taken
+        swap: the texts are titles, and abstracts are asked for
     """
 
     checkpoints: tuple[Path, ...] = (Path("release"),)
@@ -53,31 +51,24 @@ class OwnTitlesConfig(SamplingConfig):
     min_chars: int = 80
     max_chars: int = 600
     limit: int | None = None
-    prompts: Path = Path("configs/prompts/summary_zh.yaml")
-    batch_size: int = 48
-    weights: Weights = "auto"
-    device: Device = "auto"
-    n: int = 24
-    temperature: float = 0.8
-    no_repeat_ngram: int = 3
-    max_new_tokens: int = 48
+    swap: bool = False
+    batch_size: int = 64
+    max_new_tokens: int = BEST.max_new_tokens
+    temperature: float = BEST.temperature
+    no_repeat_ngram: int = BEST.no_repeat_ngram
+    beams: int = BEST.beams
+    n: int = BEST.n
+    length_penalty: float = BEST.length_penalty
     seed: int | None = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.checkpoints:
             raise ConfigError("wanted a checkpoint or several, found none; name one, as in release")
-        if self.n < 2 or self.temperature == 0:
+        if not 1 <= self.min_chars <= self.max_chars:
             raise ConfigError(
-                f"wanted several drawn replies to choose from, found n {self.n} at temperature "
-                f"{self.temperature:g}; try --n 24 --temperature 0.8"
-            )
-        limit = 1 if self.limit is None else self.limit
-        if min(self.batch_size, limit, self.min_chars) < 1 or self.max_chars < self.min_chars:
-            raise ConfigError(
-                f"wanted batch_size, limit and min_chars of 1 or more and max_chars of min_chars "
-                f"or more, found {self.batch_size}, {self.limit}, {self.min_chars} and "
-                f"{self.max_chars}"
+                f"wanted min_chars of 1 or more and max_chars of min_chars or more, found "
+                f"{self.min_chars} and {self.max_chars}"
             )
 
 
@@ -108,53 +99,56 @@ def read_texts(place: Path, shortest: int, longest: int) -> tuple[list[str], int
     return list(texts), len(rows) - len(texts)
 
 
-def wrong(title: str, text: str) -> str | None:
-    """Why a title is not worth learning, or None."""
-    if not squeeze(title):
+def fault(reply: str, text: str, swap: bool) -> str | None:
+    """Why a reply is not worth training on, or None."""
+    if not squeeze(reply):
         return "blank"
-    if len(title) >= len(text) / 2:
+    if not swap and len(reply) >= len(text) / 2:
         return "as_long_as_half_the_text"
-    if repeats(squeeze(title), LOOP_LENGTH, LOOP_TIMES):
+    if loops(reply) if swap else repeats(squeeze(reply), 4):
         return "loops"
     return None
 
 
-def keep_good(texts: Sequence[str], titles: Sequence[str]) -> tuple[list[dict], Counter[str]]:
-    """Rows of abstract and title, and how many titles are left out, by reason."""
-    rows, left_out = [], Counter()
-    for text, title in zip(texts, titles, strict=True):
-        reason = wrong(title, text)
-        if reason:
-            left_out[reason] += 1
-        else:
-            rows.append({"abst": text, "title": title})
-    return rows, left_out
+def keep_good(
+    texts: Sequence[str], replies: Sequence[str], swap: bool = False
+) -> tuple[list[dict], Counter[str]]:
+    """Rows of abstract and title, and how many replies are left out, by reason."""
+    faults = [fault(reply, text, swap) for reply, text in zip(replies, texts, strict=True)]
+    pairs = zip(replies, texts, strict=True) if swap else zip(texts, replies, strict=True)
+    rows = [
+        {"abst": abstract, "title": title}
+        for (abstract, title), reason in zip(pairs, faults, strict=True)
+        if reason is None
+    ]
+    return rows, Counter(filter(None, faults))
 
 
-def main(cfg: OwnTitlesConfig) -> None:
+def main(cfg: PseudoLabelConfig) -> None:
     """Read, ask file by file, write."""
     texts, n_left = read_texts(from_repo(cfg.rows), cfg.min_chars, cfg.max_chars)
     texts = texts[: cfg.limit]
     device = pick_device(cfg.device)
-    systems = [load_answering(from_repo(path), device) for path in cfg.checkpoints]
-    ways = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
-    how = Asking(ways, cfg.prompts, cfg.batch_size, cfg.weights)
+    loaded = [load_answering(from_repo(path), device) for path in cfg.checkpoints]
+    models = [ReadyModel.of(one, cfg.weights) for one in loaded]
+    sampling = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
     out, left_out = from_repo(cfg.out), Counter()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(texts)} texts, {n_left} rows of another length or double left out")
-    for number, start in enumerate(range(0, len(texts), TEXTS_A_FILE)):
+    for number, start in enumerate(range(0, len(texts), ROWS_A_FILE)):
         path = out / f"titles-{number:05d}.jsonl"
         if path.exists():
-            print(f"{shown(path)} is there")
+            print(f"{shown(path)} exists and is kept")
             continue
-        some = texts[start : start + TEXTS_A_FILE]
-        rows, without = keep_good(some, summarise_together(systems, some, how).titles)
+        some = texts[start : start + ROWS_A_FILE]
+        made = summarise(models, some, sampling, cfg.batch_size, cfg.prompts)
+        rows, without = keep_good(some, [each.title for each in made], cfg.swap)
         left_out.update(without)
         write_rows(path, rows)
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))
-        print(f"{shown(path)}: {len(rows)} titles{reasons}")
-    print(f"titles: {shown(out)} ({left_out.total()} left out)")
+        print(f"{shown(path)}: {len(rows)} rows{reasons}")
+    print(f"rows: {shown(out)} ({left_out.total()} left out)")
 
 
 if __name__ == "__main__":
-    run(main, parse(OwnTitlesConfig, __doc__, positional=["checkpoints"]))
+    run(main, parse(PseudoLabelConfig, __doc__, positional=["checkpoints"]))

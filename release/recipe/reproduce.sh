@@ -40,7 +40,7 @@ train() {
 
 score() {
     [ -e "out/flagship_scores/$1.scores.json" ] || run python eval_rouge.py release --data "$2" \
-        --split dev --decoding greedy,beam --no_repeat_ngram 3 --out "out/flagship_scores/$1.jsonl"
+        --split dev --decoding greedy,best --out "out/flagship_scores/$1.jsonl"
 }
 
 kept_out=$(grep -oE '[^, ]+\.u64' <<< "$evaluation" | paste -sd, || true)

@@ -67,8 +67,6 @@ def test_the_released_model_titles_abstracts_and_finished_files_are_kept(
         abstracts,
         "--out",
         out,
-        "--n",
-        4,
     )
     done = script(*words)
     assert done.code == 0, done.err
@@ -80,7 +78,14 @@ def test_the_released_model_titles_abstracts_and_finished_files_are_kept(
         assert len(set(row["summary"]) & set(row["text"])) > len(set(row["summary"])) / 2
     path.write_text("kept", "utf-8")
     again = script(*words)
-    assert again.code == 0 and "is there" in again.out and path.read_text("utf-8") == "kept"
+    assert again.code == 0 and "is kept" in again.out and path.read_text("utf-8") == "kept"
+
+
+def test_abstracts_for_titles_are_swapped_rows():
+    titles = ["图像分割方法", "语音识别", "文本分类"]
+    rows, left_out = keep_good(titles, [ABSTRACTS[0], "", "循环循环循环循环循环" * 9], swap=True)
+    assert rows == [{"abst": ABSTRACTS[0], "title": titles[0]}]
+    assert left_out == {"blank": 1, "loops": 1}
 
 
 def test_several_checkpoints_vote(abstracts, tmp_path, script):
@@ -88,7 +93,7 @@ def test_several_checkpoints_vote(abstracts, tmp_path, script):
     done = script(
         "babyllama/tuning/pseudo_labels.py", "release", "release/second",
         "--rows", abstracts, "--out", out,
-        "--n", 2, "--limit", 2,
+        "--beams", 4, "--n", 4, "--limit", 2,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "release/second: 100%" in done.err and data_files(out)
@@ -97,9 +102,8 @@ def test_several_checkpoints_vote(abstracts, tmp_path, script):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--n", 1), "wanted several drawn replies"),
-        (("--temperature", 0), "wanted several drawn replies"),
-        (("--limit", 0), "limit and min_chars of 1 or more"),
+        (("--limit", 0), "limit must be at least 1"),
+        (("--min_chars", 0), "min_chars of 1 or more"),
         (("--max_chars", 10), "max_chars of min_chars"),
     ],
 )

@@ -256,3 +256,54 @@ def test_of_many_texts_each_pair_is_scored_as_one_pair_is(n, beta):
     assert rouge.clipped_f_of_all(texts, n, beta) == pytest.approx(np.array(wanted), abs=1e-12)
     assert rouge.clipped_f_of_all([], n, beta).shape == (0, 0)
     assert rouge.clipped_f_of_all([""], n, beta) == np.zeros((1, 1))
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("目的。方法。", "目的"),
+        ("目的. 方法.", "目的"),
+        ("What?是", "What"),
+        ("提高了3.14倍!好", "提高了3.14倍"),
+        ("  \n标题\n正文。", "标题"),
+        ("！目的！方法", "目的"),
+        ("没有句号", "没有句号"),
+        ("。", "。"),
+    ],
+)
+def test_first_sentence(text, sentence):
+    assert rouge.first_sentence(text) == sentence
+
+
+def test_first_characters():
+    assert rouge.first_characters("\n" + "一" * 30) == "一" * 25
+
+
+@pytest.mark.parametrize(
+    "text, clause",
+    [
+        ("针对问题，提出方法。好", "针对问题"),
+        ("共1,000人:好", "共1,000人"),
+        ("在12:30，来", "在12:30"),
+        ("没有", "没有"),
+    ],
+)
+def test_first_clause(text, clause):
+    assert rouge.first_clause(text) == clause
+
+
+def test_no_sentence_is_more_like_the_reference_than_the_best():
+    text = "本文研究了很多东西。提出一种图像去噪的方法！实验表明有效。"
+    title = "图像去噪方法"
+    best = rouge.best_sentence(text, title)
+    assert best == "提出一种图像去噪的方法"
+    for sentence in rouge.parts(text):
+        assert sum(rouge.clipped_pair(sentence, "图像去噪方法")) <= sum(
+            rouge.clipped_pair(best, "图像去噪方法")
+        )
+
+
+def test_every_baseline_has_a_line_for_each_text():
+    found = rouge.copies(["一。二。", "三"], ["二", "四"])
+    assert {len(lines) for lines in found.values()} == {2} and len(found) == 4
+    assert found["best sentence (knows the reference)"] == ["二", "三"]
