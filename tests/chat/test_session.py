@@ -10,6 +10,7 @@ import pytest
 from test_chat import ENVIRONMENT, REPLY, endless, make_checkpoint, polite  # noqa: F401
 
 import chat
+from babyllama.chat import replies
 from babyllama.chat.session import Session
 from babyllama.checkpoint import load_model
 from babyllama.config import REPO
@@ -34,7 +35,7 @@ def test_why_a_reply_ended_early_is_known(endless, polite):  # noqa: F811
     assert reason(endless, max_new_tokens=30) == "length"
     assert reason(endless, max_new_tokens=4000, n=2) == "context"
     assert reason(endless, max_new_tokens=4000) == "context"
-    assert {"length", "context", "loop", "interrupted"} == set(chat.ENDINGS)
+    assert {"length", "context", "loop", "interrupted"} == set(replies.ENDINGS)
 
 
 def test_a_title_is_the_choice_of_many_and_the_same_every_time(tmp_path, tokenizer):
