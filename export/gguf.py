@@ -3,6 +3,7 @@
     python -m export.gguf out/redgpt --out out/redgpt-gguf                  float32
     python -m export.gguf out/redgpt --out out/redgpt-q8 --type q8_0        a quarter of the size
     llama-server -m out/redgpt-q8/redgpt-q8_0.gguf --jinja
+    ollama create redgpt -f out/redgpt-q8/Modelfile
 
 The file holds weights, shape, vocabulary and chat template; parity.json beside it tells what was
 compared. transformers reads the file back: its logits and greedy replies must be those of the
@@ -63,6 +64,7 @@ from export.tools import (
     require_convertible,
 )
 from model import ModelConfig, Transformer
+from tokenizer import LABELS, SEPARATOR
 
 GgufType = Literal["f32", "f16", "q8_0"]
 
@@ -344,6 +346,32 @@ def prove_llama_cpp(
     return found
 
 
+def modelfile(loaded: Loaded, file: str) -> str:
+    """What `ollama create NAME -f Modelfile` reads: the file, the chat format, how to choose.
+
+    The template is Go's, and writes <bos> itself, as the GGUF file asks for.
+    """
+    bos, eos = (
+        piece_of(loaded.tokenizer, i) for i in (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id)
+    )
+    turns = "{{ else }}".join(
+        "{{ if eq .Role \"" + role + "\" }}" + label + "{{ .Content }}"
+        + (eos if role == "assistant" else "")
+        for role, label in LABELS.items()
+    ) + "{{ end }}" * len(LABELS)  # fmt: skip
+    chosen = SamplingConfig()
+    template = (
+        bos + "{{ range $i, $_ := .Messages }}{{ if $i }}" + SEPARATOR + "{{ end }}" + turns
+        + "{{ end }}" + SEPARATOR + LABELS["assistant"]
+    )  # fmt: skip
+    return (
+        f'FROM ./{file}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
+        f"PARAMETER num_ctx {loaded.config.max_seq_len}\n"
+        f"PARAMETER temperature {chosen.temperature}\nPARAMETER top_p {chosen.top_p}\n"
+        f"PARAMETER top_k {loaded.config.vocab_size}\nPARAMETER repeat_penalty 1.0\n"
+    )
+
+
 def main(cfg: GgufConfig) -> None:
     """Write the file, prove it, put its directory in its place."""
     source = chosen_run(cfg.checkpoint)
@@ -356,6 +384,7 @@ def main(cfg: GgufConfig) -> None:
     with new_folder(out, n_bytes) as place:
         file = place / f"{loaded.path.parent.name}-{cfg.type}.gguf"
         counts = write_file(loaded, file, cfg.type)
+        (place / "Modelfile").write_text(modelfile(loaded, file.name), "utf-8")
         report = prove(loaded, file, material, cfg.type) | {"tensors": counts}
         settle(report, place, out)
     show(report, out)

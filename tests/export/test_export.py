@@ -45,7 +45,7 @@ from export.tools import (
     require_convertible,
 )
 from model import Transformer
-from tokenizer import Tokenizer
+from tokenizer import LABELS, SEPARATOR, Tokenizer
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizers"
 BPE = "chinese_llama2_55296.model"
@@ -537,6 +537,17 @@ def test_the_file_says_what_llama_cpp_must_know(gguf_folder, tokenizer):
         "tokenizer.ggml.add_space_prefix": False,
     }  # fmt: skip
     assert {name: fields[name].contents() for name in wanted} == wanted
+
+
+def test_ollama_gets_the_chat_format(gguf_folder):
+    said = (gguf_folder / "Modelfile").read_text("utf-8")
+    assert said.startswith('FROM ./small-f32.gguf\nTEMPLATE """<s>{{ range $i, $_ := .Messages }}')
+    # One role after the other, as Go's template writes them.
+    for role, label in LABELS.items():
+        end = "</s>" if role == "assistant" else "{{"
+        assert f'{{{{ if eq .Role "{role}" }}}}{label}{{{{ .Content }}}}{end}' in said
+    assert said.count("{{ if") + said.count("{{ range") == said.count("{{ end }}")
+    assert f'{SEPARATOR}{LABELS["assistant"]}"""\n' in said and "num_ctx 128" in said
 
 
 needs_llama_cpp = pytest.mark.skipif(
