@@ -25,6 +25,8 @@ from tokenizer import LABELS, SEPARATOR
 
 # End the question in a plain text; in a dialogue the assistant's label does.
 ANSWER = re.compile(r"\s*(?:答案|解答)：\s*$")
+# Options that share a context are read together; all sentences of ZhoBLiMP share an empty one.
+MOST_OPTIONS = 16
 MAX_NEW = 128  # tokens of a reply where a task does not say
 
 
@@ -188,15 +190,20 @@ class Scorer:
         return [self.store.known[key] for key in keys]
 
     def _loglikelihoods(self, pairs: list, keys: list[str]) -> list[tuple[float, bool]]:
-        groups: dict[tuple, Group] = {}
+        groups: list[Group] = []
+        newest: dict[tuple, Group] = {}
         for number, (context, after) in enumerate(pairs):
-            if keys[number] not in self.store.known:
-                group = groups.setdefault(tuple(context), Group(context, [], []))
-                group.continuations.append(after)
-                group.numbers.append(number)
-        n_new = sum(len(group.numbers) for group in groups.values())
+            if keys[number] in self.store.known:
+                continue
+            group = newest.get(tuple(context))
+            if group is None or len(group.numbers) >= MOST_OPTIONS:
+                group = newest[tuple(context)] = Group(context, [], [])
+                groups.append(group)
+            group.continuations.append(after)
+            group.numbers.append(number)
+        n_new = sum(len(group.numbers) for group in groups)
         with self._bar("options", len(keys), n_new) as bar:
-            for batch in self._batches(list(groups.values())):
+            for batch in self._batches(groups):
                 found = self.score(batch)
                 numbers = [number for group in batch for number in group.numbers]
                 self.store.add((keys[n], f) for n, f in zip(numbers, found, strict=True))

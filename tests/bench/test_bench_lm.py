@@ -8,7 +8,7 @@ from test_bench import fixed_model, learnt_vocabulary, saved, slow_likelihood
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import ConfigError
 from bench.cache import Store
-from bench.harness import Dialogue, for_harness
+from bench.harness import MOST_OPTIONS, Dialogue, for_harness
 from tokenizer import Tokenizer
 
 
@@ -45,6 +45,18 @@ def test_likelihoods_do_not_depend_on_the_batch(batch_size, random_model):
         if not context.endswith(" "):  # the space may belong to the next token
             wanted = slow_likelihood(random_model, context, continuation)
             assert value == pytest.approx(wanted, abs=1e-4)
+
+
+def test_any_number_of_options_may_share_a_context(random_model):
+    texts = [f"小猫坐在窗台上{n}" for n in range(2 * MOST_OPTIONS + 3)]
+    lm = for_harness(random_model, 2, False, Store(None, ""))
+    sizes, score = [], lm.score
+    lm.score = lambda batch: sizes.append(max(len(g.numbers) for g in batch)) or score(batch)
+    found = lm.loglikelihood([Request("", text) for text in texts])
+    assert sizes and max(sizes) <= MOST_OPTIONS
+    for n in (0, MOST_OPTIONS, len(texts) - 1):
+        wanted = slow_likelihood(random_model, "", texts[n])
+        assert found[n][0] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_continuation_that_merges_with_its_context_is_scored(random_model):
