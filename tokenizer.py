@@ -95,8 +95,8 @@ class Tokenizer:
         return self._sp.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; control pieces vanish, broken UTF-8 becomes U+FFFD."""
-        return b"".join(self._piece_bytes[i] for i in ids).decode("utf-8", errors="replace")
+        """The text of ids; control pieces vanish, and so do bytes that make no whole character."""
+        return b"".join(self._piece_bytes[i] for i in ids).decode("utf-8", errors="ignore")
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to the text, which may be a part of a character."""
@@ -172,19 +172,18 @@ def _load(path: Path, data: bytes) -> sentencepiece.SentencePieceProcessor:
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come, holding bytes back until a character is whole."""
+    """Turns tokens into text as they come, holding bytes back until a character is whole.
+
+    Bytes that make no character, which a model may well choose, are left out.
+    """
 
     def __init__(self, piece_bytes: Sequence[bytes]) -> None:
         self._piece_bytes = piece_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
 
     def feed(self, token: int) -> str:
         """The characters that this token completes; often one, sometimes none."""
         return self._utf8.decode(self._piece_bytes[token])
-
-    def finish(self) -> str:
-        """What is left: U+FFFD if the reply ended inside a character, else nothing."""
-        return self._utf8.decode(b"", final=True)
 
 
 def train_vocabulary(

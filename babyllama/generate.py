@@ -7,7 +7,6 @@ sampling.py's. The number of a reply in its batch and the seed give it random nu
 so it does not depend on which other replies are written beside it.
 """
 
-import codecs
 import copy
 import random
 import warnings
@@ -286,8 +285,7 @@ class _Rules:
 
     def text(self, ids: Sequence[int]) -> str:
         """The whole characters of a reply."""
-        data = b"".join(map(self.tokenizer.token_bytes, ids))
-        return codecs.utf_8_decode(data, "replace", False)[0]
+        return self.tokenizer.decode(ids)
 
     def allow(self, ids: list[int], token: int) -> bool:
         """Whether the rules against repetition let this token follow."""

@@ -104,12 +104,16 @@ class Asked:
                 {**_named(tokenizer, s.token, s.logprob),
                  "top_logprobs": [_named(tokenizer, *top) for top in s.top]} for s in scores
             ]}  # fmt: skip
-        texts = [tokenizer.decode([s.token]) for s in scores]
+
+        def text(token: int) -> str:
+            return tokenizer.token_bytes(token).decode("utf-8", "replace")
+
+        texts = [text(s.token) for s in scores]
         places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
         return {
             "tokens": texts,
             "token_logprobs": [s.logprob for s in scores],
-            "top_logprobs": [{tokenizer.decode([t]): p for t, p in s.top} for s in scores],
+            "top_logprobs": [{text(t): p for t, p in s.top} for s in scores],
             "text_offset": places,
         }
 

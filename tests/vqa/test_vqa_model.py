@@ -222,7 +222,7 @@ def test_a_checkpoint_comes_back_and_answers_as_before(trained):
             break
         said.append(token)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
-    assert answer(trained, [stored()], ASKED, sampling) == tokenizer.decode(said).rstrip("\ufffd")
+    assert answer(trained, [stored()], ASKED, sampling) == tokenizer.decode(said)
     # Many at once, of different lengths, each with its picture.
     pictures = [stored("red"), stored("blue"), stored("lime")]
     prompts = [ids, ids[:1] + ids, ids]
