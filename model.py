@@ -459,7 +459,8 @@ def _on_card(
     log_probs = logits.log_softmax(dim=1)
     at, evenly = targets[:, None], smoothing / logits.shape[1]
     aimed = log_probs.gather(1, at)  # (N, 1)
-    hits = (aimed >= log_probs.amax(dim=1, keepdim=True)).squeeze(1)
+    even = 1.001 / logits.shape[1]  # of equal logits none is the largest
+    hits = ((aimed >= log_probs.amax(dim=1, keepdim=True)) & (aimed.exp() > even)).squeeze(1)
     found = aimed
     if smoothing:
         found = (1 - smoothing) * aimed + smoothing * log_probs.mean(dim=1, keepdim=True)

@@ -279,7 +279,9 @@ class FusedLoss(SlicedLoss):
         if want_hidden:
             grad_hidden = grad_hidden.to(hidden.dtype)
         goal = (1 - smoothing) * aimed + smoothing / V * sums
-        losses, hits = (powers.log() + largest - goal) * scales, aimed >= largest
+        # Where all logits are equal none is the largest: a collapsed model is right nowhere.
+        hits = (aimed >= largest) & (powers < 0.999 * V)
+        losses = (powers.log() + largest - goal) * scales
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         n_targets, n_correct = torch.tensor(N), hits.sum()

@@ -107,6 +107,14 @@ def test_hits_are_those_of_the_model() -> None:
 
 
 @needs_kernels
+def test_a_collapsed_model_is_right_nowhere() -> None:
+    model, batch = make()
+    with torch.no_grad():
+        model.output.weight.zero_()
+    assert losses_of(fuse(model), batch)[2] == 0
+
+
+@needs_kernels
 def test_the_numbers_do_not_depend_on_run_or_threads() -> None:
     model, batch = make(150, packed=True)
     fuse(model)
