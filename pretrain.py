@@ -15,6 +15,9 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import babyllama  # noqa: F401  (says what to do where nothing is installed)
+
+# isort: split
 import torch
 
 from babyllama.analysis.estimate import dry_run

@@ -22,11 +22,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from babyllama.errors import ConfigError  # first: it says what to do if nothing is installed
+
+# isort: split
 import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-
-from babyllama.errors import ConfigError
 
 LABELS = {"system": "资料：", "user": "人类：", "assistant": "助手："}
 SEPARATOR = "\n\n"
@@ -228,11 +229,19 @@ def train_vocabulary(
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"cannot train {vocab_size} pieces on this text: {str(error).splitlines()[-1]}; "
-            f"give another --vocab_size or more text"
+            f"cannot train {vocab_size} pieces on this text: {_advice(str(error))}"
         ) from None
     with atomic_write(out) as temporary:
         temporary.write_bytes(model.getvalue())
+
+
+def _advice(complaint: str) -> str:
+    """What to do about a size that SentencePiece refuses, from its own words."""
+    if found := re.search(r"required_chars\D+\d+ vs (\d+)", complaint):
+        return f"its characters alone need {found[1]}; give --vocab_size {found[1]} or more"
+    if found := re.search(r"<= (\d+)", complaint):
+        return f"it holds {found[1]}; give --vocab_size {found[1]} or less, or more text"
+    return f"{complaint.splitlines()[-1]}; give another --vocab_size or more text"
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:

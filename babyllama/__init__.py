@@ -1,1 +1,20 @@
-"""The parts that the scripts share. Importing any of them does nothing visible."""
+"""The parts that the scripts share. Importing any of them does nothing visible.
+
+Where nothing of requirements.txt is installed, it ends with one line that says what to do, instead
+of the traceback of whatever import comes first.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+if sys.version_info < (3, 11) or importlib.util.find_spec("jsonargparse") is None:
+    _activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+    _is_there = (Path(__file__).parents[1] / ".venv").is_dir()
+    sys.stderr.write(
+        f"error: wanted Python 3.11 with the packages of requirements.txt, found "
+        f"{sys.version.split()[0]} without them; "
+        + (f"activate them: {_activate}\n" if _is_there else "run first: python quickstart.py\n")
+    )
+    sys.exit(2)

@@ -1,1 +1,3 @@
 """An OpenAI-compatible server with a chat page: python -m serve.server."""
+
+import babyllama  # noqa: F401  (says what to do where nothing is installed)

@@ -209,6 +209,20 @@ for name in sys.argv[1:]:
     assert done.returncode == 0, done.stderr
 
 
+BARE = ("chat.py", "sft.py", "pretrain.py", "eval_rouge.py", "tokenizer.py", "-mdata_process.run",
+        "-mserve.server", "-mbench.run", "-mvqa.train", "-mexport.release")  # fmt: skip
+
+
+@pytest.mark.parametrize("script", BARE)
+def test_where_nothing_is_installed_one_line_says_what_to_do(script):
+    command = [sys.executable, "-S", "-E", script]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ") and (
+        "quickstart.py" in done.stderr or ".venv" in done.stderr
+    )
+
+
 def test_importing_does_nothing_visible(tmp_path):
     """No output, no file written, no environment or working directory changed, no network."""
     code = """

@@ -76,13 +76,28 @@ def obeyed(session: Session, line: str) -> str | None:
     return found or ""
 
 
+def decoded(data: bytes, is_first: bool = True) -> str:
+    """Piped text: UTF-8, else GB18030, as Chinese consoles write it; a mark at its beginning goes.
+
+    raises: DataError if it is neither
+    """
+    for encoding in ("utf-8-sig" if is_first else "utf-8", "gb18030"):
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+    raise DataError("标准输入：应为 UTF-8 或 GB18030 编码的文本，收到的两者都不是；请先转换编码")
+
+
 def write_title(session: Session, title: str, is_json: bool) -> int:
     """The title of --title on standard output and nothing else; with --json three candidates."""
     if title == "-":
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")
+        text = decoded(sys.stdin.buffer.read())
     elif not Path(title).is_file():
         raise DataError(f"--title: wanted a text file or -, found no {title!r}")
-    text = (sys.stdin.read() if title == "-" else read_reference(title)).strip()
+    else:
+        text = read_reference(title)
+    text = text.strip()
     if not text:
         raise DataError("--title: wanted a text, found it blank")
     titles, n_read, _ = session.summarise(whole(text), 3)
@@ -128,10 +143,9 @@ def as_json(session: Session, asked: Asked) -> str:
 def answer_lines(session: Session) -> int:
     """A JSON object for each line of standard input, which is one conversation; a message that
     cannot be answered gives an object with "error", and exit code 2 at the end."""
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     code = 0
-    for line in sys.stdin:
-        message = whole(line.rstrip("\r\n"))
+    for number, line in enumerate(sys.stdin.buffer):
+        message = whole(decoded(line, number == 0).rstrip("\r\n"))
         if not message.strip():
             continue
         try:

@@ -131,9 +131,9 @@ def read_reference(value: str) -> str:
 
     raises: DataError if the file is no text, or if only the name of one that is missing was given
     """
-    path = os.path.expanduser(value.strip())
+    path = os.path.expanduser(_dragged(value.strip()))
     if "\0" in path or not os.path.isfile(path):
-        if path.endswith((".txt", ".md")) and "\n" not in path:
+        if "\n" not in path and (path.endswith((".txt", ".md")) or _PATH.match(path)):
             raise DataError(f"没有文件 {path!r}；请检查路径，或直接写出资料的文字")
         return whole(value)
     for encoding in ("utf-8-sig", "gb18030"):
@@ -143,6 +143,16 @@ def read_reference(value: str) -> str:
         except UnicodeDecodeError:
             continue
     raise DataError(f"{path}：应为 UTF-8 或 GB18030 编码的文本，此文件不是；请换一个")
+
+
+_PATH = re.compile(r"(~|\.{1,2})?[/\\]\S*[/\\]|[A-Za-z]:[/\\]")  # /home/me/…, ./a/b, C:\\…
+
+
+def _dragged(value: str) -> str:
+    """A file's name without what terminals write round one that is dragged in."""
+    bare = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    plain = re.sub(r"\\(?=[^\w\\])", "", bare)  # a shell writes a space so
+    return next((one for one in (bare, plain) if os.path.isfile(one)), bare)
 
 
 INTERRUPTED, FULL = "interrupted", "context"

@@ -372,6 +372,30 @@ def test_json_answers_lines_as_one_conversation_and_tells_errors(polite, script,
     assert second["n_prompt_tokens"] > first["n_prompt_tokens"] + first["n_reply_tokens"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
+def test_piped_lines_of_chinese_consoles_are_read(encoding, polite, script, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO("你好\n再见\n".encode(encoding)), "ascii")
+    monkeypatch.setattr(sys, "stdin", piped)
+    done = script("chat.py", polite, "--json")
+    assert [json.loads(line)["prompt"] for line in done.out.splitlines()] == ["你好", "再见"]
+    assert done.code == 0
+
+
+def test_piped_bytes_that_are_no_text_are_refused(polite, script, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("你好\n".encode("utf-16"))))
+    assert "编码" in script("chat.py", polite, "--json").error
+
+
+@pytest.mark.parametrize("form", ['"{}"', "'{}'", "{}"])
+def test_a_file_that_was_dragged_in_is_the_reference(form, tmp_path):
+    (tmp_path / "我的 资料.txt").write_text("苹果是红色的水果。", "utf-8")
+    assert read_reference(form.format(tmp_path / "我的 资料.txt")) == "苹果是红色的水果。"
+    escaped = str(tmp_path / "我的 资料.txt").replace(" ", "\\ ")
+    assert read_reference(escaped) == "苹果是红色的水果。"
+    with pytest.raises(DataError):
+        read_reference(str(tmp_path / "没有这个"))
+
+
 def test_odd_text_goes_through_unharmed_and_harms_no_terminal(terminal, tmp_path):
     odd = "a\u202eb👩‍👩‍👧👍🏽\x1b[31m红\x07"
     (tmp_path / "odd.txt").write_text(odd, "utf-8")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 from itertools import groupby
@@ -359,3 +360,11 @@ def test_a_command_that_cannot_work_says_why_in_one_line(tmp_path, words, messag
     assert message in last
     assert "Traceback" not in failed.stderr
     assert failed.stdout == ""
+
+
+@pytest.mark.parametrize("size, words", [(262, r"--vocab_size \d+ or more"), (9000, "or less")])
+def test_a_size_that_cannot_be_is_answered_with_one_that_can(tmp_path, size, words):
+    with pytest.raises(ConfigError, match=words) as found:
+        train_vocabulary(TEXTS, tmp_path / "a.model", size)
+    wanted = int(re.search(r"--vocab_size (\d+)", str(found.value))[1])
+    train_vocabulary(TEXTS, tmp_path / "a.model", wanted)
