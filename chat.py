@@ -112,6 +112,8 @@ def converse(session: Session) -> None:
     is_leaving = False
     while True:
         try:
+            if is_leaving:
+                say("再按一次 Ctrl-C 退出")
             line = whole(lines.read(LABELS["user"]))
         except EOFError:
             print()
@@ -121,8 +123,6 @@ def converse(session: Session) -> None:
             if is_leaving:
                 return
             is_leaving = not lines.so_far()
-            if is_leaving:
-                say("再按一次 Ctrl-C 退出")
             continue
         is_leaving = False
         try:

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 # Tiny models gain nothing from a second thread, and lose tenfold where the cores are busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
+# Under nohup a hang-up is ignored, here and in every program that is started from here.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 TEXTS = [
     "今天天气很好，我们去公园散步。公园里有很多花，也有很多人。",

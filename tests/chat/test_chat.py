@@ -283,6 +283,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_program(open_terminal, endless, tmp_
     (row,) = read_rows(tmp_path / "talk.jsonl")
     assert re.fullmatch("好{3,399}", row["messages"][1]["content"])
     terminal.press(b"\x03", until="再按一次 Ctrl-C 退出")  # on an empty line
+    terminal.read_until(PROMPT)
     assert terminal.leave(b"\x03") == 0
 
 
