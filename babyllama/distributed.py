@@ -78,11 +78,17 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank."""
+    def any(self, flag: bool, patient: bool = False) -> bool:
+        """Whether the flag is up on any rank.
+
+        patient: ask through the group that waits for what takes one process long
+        """
         if self.size == 1:
             return flag
-        return bool(self.sum(torch.full((), float(flag), device=self.device)) > 0)
+        group = self.patient if patient else None
+        flags = torch.full((), float(flag), device="cpu" if group else self.device)
+        dist.all_reduce(flags, group=group)
+        return bool(flags > 0)
 
     def on_main(self, act: Callable[[], object]) -> None:
         """Act in the main process while the others wait; where it fails, all of them end."""
@@ -92,10 +98,7 @@ class World:
                 act()
             except Exception as caught:
                 error = caught
-        failed = torch.tensor(float(error is not None))
-        if self.size > 1:
-            dist.all_reduce(failed, group=self.patient)
-        if failed:
+        if self.any(error is not None, patient=True):
             raise error or SystemExit(BAD_INPUT)  # the main process alone says what it was
 
     def wrap(
