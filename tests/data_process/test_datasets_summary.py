@@ -217,9 +217,13 @@ def test_every_reader_says_what_it_is_and_passes_damage_on(name):
 
 @pytest.mark.parametrize(("name", "place"), REAL)
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
-def test_real_files_give_the_published_numbers_of_rows(name, place):
-    module = MODULES[name]
-    items = list(module.read(raw(SHARED / place, module)))
+def test_real_files_give_the_published_numbers_of_rows(name, place, tmp_path):
+    module, files = MODULES[name], SHARED / place
+    if place == "science_abstracts":  # which holds abstracts of other sets, too
+        for path in files.glob("fewclue_*"):
+            (tmp_path / path.name).symlink_to(path)
+        files = tmp_path
+    items = list(module.read(raw(files, module)))
     found = [item.get("split") if isinstance(item, dict) else reason(item) for item in items]
     assert {kind: found.count(kind) for kind in set(found)} == REAL[name, place]
     rows = [item for item in items if isinstance(item, dict)]

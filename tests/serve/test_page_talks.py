@@ -116,7 +116,7 @@ def test_two_tabs_do_not_overwrite_each_other(page):
     # Both at once: what the one has not seen yet is not lost to the other.
     page.evaluate("store.onChange(() => {}), talk.version -= 1")
     ask(page, "从这一页", tokens=3)
-    assert "两份都保留了" in page.locator("#toast").text_content()
+    until(page, "$('toast').textContent.includes('两份都保留了')")
     kept = page.evaluate(
         "(async () => { const all = []; await store.each(t => all.push(t.messages.map(m => "
         "m.content))); return all; })()"
