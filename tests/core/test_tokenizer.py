@@ -299,7 +299,7 @@ def test_a_sample_of_lines_is_bounded_and_taken_from_the_whole_stream(tmp_path):
 @pytest.mark.parametrize(
     "texts, vocab_size, message",
     [
-        (["今天天气很好"], 5000, "5000 pieces on this text: it holds 275; give --vocab_size 275 or less"),
+        (["今天天气很好"], 5000, "on this text: it holds 275; give --vocab_size 275 or less"),
         (["今天天气很好"], 50, "alone need 265; give --vocab_size 265 or more"),
         ([], 300, "no text to learn from"),
         (["", "\n\n"], 300, "no text to learn from"),
