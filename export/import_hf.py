@@ -27,9 +27,9 @@ from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.optim import OptimConfig, make_optimizer
 from export.folder import check_out, new_folder, settle, show
-from export.hf import hf_names
+from export.hf import hf_names, model_config
 from export.parity import compare_logits, compare_replies, origin_of, read_material
-from export.tools import TransformersModel, package
+from export.tools import TransformersModel, llama_of
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ def read_config(folder: Path) -> dict:
     raises: CheckpointError if there is none that can be read
     """
     try:
+        if not (folder / "config.json").is_file():  # a pipe would be read for ever
+            raise OSError("no such file")
         return dict(json.loads((folder / "config.json").read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
@@ -115,6 +117,8 @@ def shape_of(config: dict, where: Path) -> ModelConfig:
     raises: CheckpointError with everything that our model cannot be
     """
     reasons = reasons_against(config)
+    if not reasons and config["num_hidden_layers"] > 1000:
+        reasons.append(f"num_hidden_layers {config['num_hidden_layers']}")
     if not reasons:
         dim, n_heads = config["hidden_size"], config["num_attention_heads"]
         shape = ModelConfig(
@@ -241,13 +245,17 @@ def vocabulary(cfg: ImportConfig, folder: Path, shape: ModelConfig, name: str) -
 
 
 def prove(folder: Path, loaded: Loaded, text: Path | None) -> dict:
-    """Compare the checkpoint with transformers on the folder that it came from."""
+    """Compare the checkpoint with transformers' model of the weights in the folder.
+
+    It is made of the settings that we know; transformers never reads a stranger's config.json,
+    which may name kernels to load or ask for any amount of memory.
+    """
     material = read_material(text)
-    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
-    theirs = package("transformers").AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True
+    tokenizer, context, names = loaded.tokenizer, loaded.config.max_seq_len, hf_names(loaded.config)
+    weights = {names[n]: w for n, w in read_weights(folder, loaded.config).items()}
+    peer = TransformersModel(
+        llama_of(model_config(loaded.config, tokenizer), weights), tokenizer.eos_id
     )
-    peer = TransformersModel(theirs, tokenizer.eos_id)
     return {
         **origin_of(loaded, material, ["transformers"]),
         "source": shown(folder),
@@ -267,6 +275,11 @@ def main(cfg: ImportConfig) -> None:
     shape = shape_of(read_config(folder), folder)
     tokenizer = vocabulary(cfg, folder, shape, out.name)
     weights = read_weights(folder, shape)
+    if shape.n_layers > len(weights):  # before memory is taken for them
+        raise CheckpointError(
+            f"{shown(folder)}: wanted weights of {shape.n_layers} layers, found {len(weights)} "
+            f"tensors; config.json and the weights are of different models"
+        )
     model = Transformer(shape)
     load_weights(model, weights, folder)
     optimizer = make_optimizer(model, OptimConfig())

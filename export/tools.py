@@ -97,16 +97,22 @@ class HuggingFaceFolder(TransformersModel):
         )
 
 
+def llama_of(config: dict, weights: dict[str, Tensor]) -> torch.nn.Module:
+    """A LlamaForCausalLM of these settings and weights, named as transformers names them."""
+    transformers = package("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    missing, _ = model.load_state_dict(weights, strict=False)
+    assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
+    model.tie_weights()
+    return model
+
+
 class PeftFolder(TransformersModel):
     """An adapter that peft has put on a base."""
 
     def __init__(self, place: Path, config: dict, weights: dict[str, Tensor]) -> None:
         """config, weights: of the base, as transformers names them"""
-        transformers, peft = package("transformers"), package("peft")
-        base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-        missing, _ = base.load_state_dict(weights, strict=False)
-        assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
-        base.tie_weights()
+        base, peft = llama_of(config, weights), package("peft")
         base.generation_config.pad_token_id = base.generation_config.eos_token_id
         super().__init__(peft.PeftModel.from_pretrained(base, place))
 

@@ -673,3 +673,16 @@ def test_foreign_weights_are_refused_by_name(folder, tmp_path, script):
     assert "config.json" in found.error
     with pytest.raises(CheckpointError, match="a Hugging Face folder"):
         import_hf.read_config(tmp_path)
+
+
+def test_a_strangers_settings_never_reach_transformers(folder, tmp_path, script, text):
+    """Names of kernels to load, beams without end, layers without weights."""
+    shutil.copytree(folder, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    odd = {"_attn_implementation": "someone/kernel", "num_beams": 100_000, "auto_map": {"x": "y.z"}}
+    (tmp_path / "odd/config.json").write_text(json.dumps(config | odd))
+    out = tmp_path / "new"
+    assert script("export/import_hf.py", tmp_path / "odd", "--out", out, "--text", text).code == 0
+    (tmp_path / "odd/config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**7}))
+    found = script("export/import_hf.py", tmp_path / "odd", "--out", tmp_path / "again")
+    assert "num_hidden_layers 10000000" in found.error
