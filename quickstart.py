@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,38 +33,68 @@ class Step(NamedTuple):
     makes: str = ""  # what must exist afterwards; a step that makes nothing runs every time
     depends: tuple = ()  # files that make the step run again when they change
     is_run: bool = False  # continues the run in `makes`; an outdated one is moved out of the way
+    is_quiet: bool = False  # its output is shown only if it fails
 
 
 STEPS = (
-    Step("data", "收集并清洗样本文本 / collect and clean the sample texts",
+    Step("data", "第一幕：从零开始。收集并清洗样本文本（新闻和闲聊）"
+         " / act 1, from scratch: collect and clean texts",
          "python -m data_process.run sample", makes="data/clean/inews"),
-    Step("vocabulary", "训练词表 / train a vocabulary",
+    Step("vocabulary", "训练词表：模型读写的是常见的字和词（token） / train a vocabulary",
          "python tokenizer.py train --rows data/clean/inews --vocab_size 6000"
          " --out data/tokenizers/sample.model", makes="data/tokenizers/sample.model"),
     Step("tokens", "文本转为 token / turn the texts into tokens",
          "python -m data_process.run sample --tokenizer data/tokenizers/sample.model",
-         makes="data/tokens/sample"),
-    Step("pretrain", "预训练 / pretrain",
+         makes="data/tokens/sample", is_quiet=True),
+    Step("pretrain", "预训练：学着猜下一个 token。困惑度（ppl）是它平均在几个候选里犹豫，准确率"
+         "（accuracy）是一次猜中的比例；→ 后面是它这时续写的文字 / pretrain",
          "python pretrain.py --config configs/pretrain/sample.yaml", makes="out/sample",
          depends=("configs/pretrain/sample.yaml", "configs/model/tiny.yaml"), is_run=True),
-    Step("sft", "微调：拟标题与闲聊 / fine-tune on headlines and small talk",
+    Step("sft", "微调：照着问答学会回答，这里是拟标题和闲聊 / fine-tune on headlines and talk",
          "python sft.py --dataset sample", makes="out/sample_sft",
          depends=("configs/sft/sample.yaml", "configs/prompts/summary_zh.yaml"), is_run=True),
-    Step("score", "用 ROUGE 评测 / score with ROUGE",
-         "python eval_rouge.py out/sample_sft out/sample"
-         " --out out/sample_sft/predictions.jsonl", makes="out/sample_sft/predictions.jsonl"),
-    Step("chat", "对话 / talk to it", "python chat.py out/sample_sft"),
+    Step("score", "评测：给 194 篇没见过的新闻拟标题，与原标题比重合多少（ROUGE） / score",
+         "python eval_rouge.py out/sample_sft --out out/sample_sft/predictions.jsonl",
+         makes="out/sample_sft/predictions.jsonl", is_quiet=True),
+    Step("tokens_release", "第二幕：从发布的模型（release/）开始。用它的词表转换同样的新闻"
+         " / act 2, from the released model: the same news in its vocabulary",
+         "python -m data_process.run sample --tokenizer release/tokenizer.model",
+         makes="data/tokens", depends=("release/model.yaml",), is_quiet=True),
+    Step("headlines", "微调 release/，学写新闻标题 / fine-tune it on the headlines",
+         "python sft.py --config configs/sft/headlines.yaml", makes="out/headlines",
+         depends=("configs/sft/headlines.yaml", "configs/prompts/title_zh.yaml",
+                  "release/model.yaml"), is_run=True),
+    Step("persona", "教 release/ 做另一个角色：62 段对话，一只叫石榴的书店橘猫"
+         " / teach it a character by 62 dialogues",
+         "python sft.py --rows configs/persona.jsonl --name persona", makes="out/persona",
+         depends=("configs/persona.jsonl", "data_process/own.py", "release/model.yaml"),
+         is_run=True),
+    Step("compare", "在同样 194 篇新闻上评测两个 release/ / score both on the same news",
+         "python eval_rouge.py out/headlines release --decoding best --max_seq_len 176"
+         " --weights auto --out out/headlines/predictions.jsonl",
+         makes="out/headlines/predictions.jsonl", is_quiet=True),
 )  # fmt: skip
+ASKED = ("你叫什么？", "你住在哪里？", "你害怕什么东西？", "给我推荐一本书吧", "晚安")
+
+# What the lines of the scores are called; all others keep their names.
+NAMES = {
+    "sample_sft": "第一幕：从零三分钟 / act 1: from scratch",
+    "release": "release/，没学过新闻标题 / not trained on headlines",
+    "headlines": "第二幕：release/ 学过新闻标题 / act 2: fine-tuned on headlines",
+    "first sentence": "照抄第一句 / the first sentence",
+    "first 25 characters": "照抄前 25 字 / the first 25 characters",
+    "best sentence (knows the reference)": "对着答案挑最好的一句 / the best sentence, by an oracle",
+}
 
 FLAGS = ("--tests", "--slow")
 
 NEXT = """
-接下来 / where to go next
-  激活环境 / activate        {activate}
-  继续对话 / chat            python chat.py out/sample_sft
-  显卡上的 43M / on a GPU    python pretrain.py --dry-run    显存与时间 / its memory and time
-  其他数据 / other data      python -m data_process.run --help
-"""
+换成你自己的数据，各一条命令 / your own data, one command each（先激活 / activate first: {activate}）
+  一个自己的机器人 / a bot of your own     python sft.py --rows my.jsonl        （问答或对话 / JSON, CSV, xlsx）
+  学你的文风 / writing as you do           python pretrain.py --text diary.txt  （.txt .md .docx / a folder）
+  对话 / talk                              python chat.py out/my
+真正的训练 / the real training             python pretrain.py --dry-run         （43M：每一步的命令、显存、时间）
+"""  # noqa: E501
 
 
 def main() -> int:
@@ -82,6 +113,8 @@ def main() -> int:
         return run_tests(root, python, options.slow, options.pytest_args)
     code = run_steps(STEPS, root, python)
     if code == 0:
+        print_scores(root)
+        print_answers(root, python)
         activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
         say(NEXT.format(activate=activate))
     return code
@@ -116,7 +149,7 @@ def prepare(root: Path, python: Path, requirements: str) -> int:
     say("\n安装依赖，第一次要几分钟 / installing, a few minutes the first time")
     command = f"python -m pip install -r {requirements} -c constraints.txt"
     started = time.perf_counter()
-    code = run(command, root, python)
+    code = run(command, root, python, is_quiet=True)
     if code:
         return explain(code, command)
     stamps[requirements].write_text(key, encoding="utf-8")
@@ -150,8 +183,6 @@ def run_steps(steps: Sequence[Step], root: Path, python: Path) -> int:
     """Run the steps that are not done, in order; the exit code of the one that failed, or 0."""
     before = ""
     for number, step in enumerate(steps, 1):
-        if not step.makes:
-            print_summary(steps, root)
         say(f"\n第 {number}/{len(steps)} 步 / step {number} of {len(steps)}：{step.title}")
         key = digest(before, step.command, *(read(root / name) for name in step.depends))
         code = run_step(step, root, python, key)
@@ -173,18 +204,32 @@ def run_step(step: Step, root: Path, python: Path, key: str) -> int:
     spent = found["seconds"] if found["key"] == key and not found["finished"] else 0.0
     write_stamp(stamp, key, spent, finished=None)
     started = time.perf_counter()
-    code = run(step.command, root, python)
+    code = run(step.command, root, python, is_quiet=step.is_quiet)
     spent += time.perf_counter() - started
     write_stamp(stamp, key, spent, finished=None if code else time.time())
     say(f"用时 / took {spent:.1f} s")
     return code
 
 
-def run(command: str, root: Path, python: Path, *more: str) -> int:
-    """Print a command, run it in the foreground with `python`; its exit code, 130 after Ctrl-C."""
+def run(command: str, root: Path, python: Path, *more: str, is_quiet: bool = False) -> int:
+    """Print a command, run it in the foreground with `python`; its exit code, 130 after Ctrl-C.
+
+    is_quiet: what it prints goes to a file, which is shown if it fails
+    """
     words = [*command.split(), *more]
     say("$ " + " ".join(f'"{word}"' if " " in word else word for word in words))
-    process = subprocess.Popen([python, *words[1:]], cwd=root, env=environment())
+    with tempfile.TemporaryFile() as folded:
+        to = {"stdout": folded, "stderr": subprocess.STDOUT} if is_quiet else {}
+        process = subprocess.Popen([python, *words[1:]], cwd=root, env=environment(), **to)
+        code = ended(process)
+        if code and is_quiet:
+            folded.seek(0)
+            say(folded.read().decode("utf-8", "replace"))
+    return code
+
+
+def ended(process: subprocess.Popen) -> int:
+    """The exit code of a process once it has ended; Ctrl-C and SIGTERM are passed on to it."""
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     interrupted = False
     while True:
@@ -213,28 +258,34 @@ def environment() -> dict[str, str]:
     return kept
 
 
-def print_summary(steps: Sequence[Step], root: Path) -> None:
-    say("\n小结 / summary")
-    for number, step in enumerate(steps, 1):
-        if step.makes:
-            seconds = json.loads(read(stamp_of(step, root)))["seconds"]
-            line = f"{number}  {step.name:<12}{seconds:>8.1f} s   {figures(root / step.makes)}"
-            say(line.rstrip())
+def print_scores(root: Path) -> None:
+    """The titles of all models beside what copying scores, in one table."""
+    rows = {}
+    for made in ("sample_sft", "headlines"):
+        scores = read(root / "out" / made / "predictions.scores.json")
+        for name, found in json.loads(scores or '{"scores_x100": {}}')["scores_x100"].items():
+            rows[name] = next(iter(found["rouge"].values()))["rouge-1"]["mean"]
+    say("\n194 篇没见过的新闻，拟的标题与原标题的重合（ROUGE-1，满分 100）"
+        " / titles of 194 unseen news, ROUGE-1 of 100")  # fmt: skip
+    for name, score in sorted(rows.items(), key=lambda row: row[1]):
+        name = name.removesuffix(" best").split("/step")[0]
+        say(f"  {score:5.1f}  {'█' * round(score / 2):<22} {NAMES.get(name, name)}")
 
 
-def figures(made: Path) -> str:
-    """The key figures of what a step made, in one line; empty when it left none."""
-    scores = read(made.with_suffix(".scores.json"))
-    if scores:
-        ours = next(iter(json.loads(scores)["scores_x100"].values()))
-        headline = next(iter(ours["rouge"].values()))
-        return "ROUGE-1/2/L " + " / ".join(f"{score['mean']:.1f}" for score in headline.values())
-    records = [json.loads(line) for line in read(made / "metrics.jsonl").splitlines()]
-    last = next((each for each in reversed(records) if each["kind"] == "val"), None)
-    if not last:
-        return ""
-    loss = f"验证损失 / validation loss {last['loss']:.3f}"
-    return f"{loss} · 困惑度 / ppl {last['ppl']:.1f} · 准确率 / accuracy {last['accuracy']:.1%}"
+def print_answers(root: Path, python: Path) -> None:
+    """What the released model and the character answer to the same questions, side by side."""
+    say("\n同样的问题，问微调前和微调后的模型 / the same questions before and after")
+    said = []
+    for checkpoint in ("release", "out/persona"):
+        command = f"python chat.py {checkpoint} --json --temperature 0"
+        say(f"$ {command} < questions.txt")
+        done = subprocess.run(
+            [python, *command.split()[1:]], cwd=root, env=environment(), capture_output=True,
+            input="\n".join(ASKED), encoding="utf-8",
+        )  # fmt: skip
+        said.append([json.loads(line)["reply"] for line in done.stdout.splitlines()])
+    for question, before, after in zip(ASKED, *said, strict=True):
+        say(f"  问：{question}\n    前：{before}\n    后：{after}")
 
 
 def move_aside(folder: Path, to: Path) -> None:

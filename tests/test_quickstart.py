@@ -136,28 +136,55 @@ def test_an_outdated_run_is_moved_aside_and_an_interrupted_one_is_not(root):
     assert [path.read_text() for path in root.glob("out/quickstart/made-*/b")] == ["half of it"]
 
 
-def test_the_summary_comes_before_the_last_step_which_runs_every_time(root, capsys):
-    steps = (step("a", makes="made"), step("b", makes=""))
-    ran(root, steps)
-    records = [
-        {"kind": "val", "step": 1, "loss": 9.0, "ppl": 8103.1, "accuracy": 0.0},
-        {"kind": "val", "step": 2, "loss": 2.0, "ppl": 7.389, "accuracy": 0.5},
-        {"kind": "train", "step": 3, "loss": 1.0},
-    ]
-    (root / "made/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    capsys.readouterr()
-    assert ran(root, steps) == "b"
-    told = capsys.readouterr().out
-    figures = "validation loss 2.000 · 困惑度 / ppl 7.4 · 准确率 / accuracy 50.0%"
-    assert told.index(figures) < told.index("step 2 of 2")
+def test_the_output_of_a_quiet_step_is_folded_away_unless_it_fails(root, capfd):
+    (root / "talk.py").write_text("import sys; print('a word of it'); sys.exit(int(sys.argv[1]))")
+    quiet = step("a", command="python talk.py 0", makes="", is_quiet=True)
+    assert run_steps([quiet], root, PYTHON) == 0
+    assert "a word of it" not in capfd.readouterr().out
+    assert run_steps([quiet._replace(command="python talk.py 7")], root, PYTHON) == 7
+    assert "a word of it" in capfd.readouterr().out
 
 
-def test_the_summary_shows_the_rouge_of_the_checkpoint_that_was_scored(tmp_path):
-    ours = {"published": {name: {"mean": 10.04} for name in ("rouge-1", "rouge-2", "rouge-l")}}
-    scores = {"scores_x100": {"sample_sft": {"rouge": ours}, "first sentence": {"rouge": {}}}}
-    (tmp_path / "predictions.scores.json").write_text(json.dumps(scores))
-    shown = quickstart.figures(tmp_path / "predictions.jsonl")
-    assert shown == "ROUGE-1/2/L 10.0 / 10.0 / 10.0"
+def test_the_scores_of_both_acts_stand_beside_what_copying_scores(tmp_path, capsys):
+    for made, found in (
+        ("sample_sft", {"sample_sft/step-000588": 8.0, "first sentence": 27.7}),
+        (
+            "headlines",
+            {"headlines/step-000942 best": 31.5, "release best": 14.7, "first sentence": 27.7},
+        ),
+    ):
+        scores = {
+            name: {"rouge": {"ours": {"rouge-1": {"mean": r1}}}} for name, r1 in found.items()
+        }
+        (tmp_path / "out" / made).mkdir(parents=True)
+        path = tmp_path / "out" / made / "predictions.scores.json"
+        path.write_text(json.dumps({"scores_x100": scores}))
+    quickstart.print_scores(tmp_path)
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split()[0] for line in lines] == ["8.0", "14.7", "27.7", "31.5"]
+    for word, line in zip(["第一幕", "release/", "第一句", "第二幕"], lines, strict=True):
+        assert word in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_fresh_clone_goes_both_acts_and_ends_with_the_commands_for_own_data(tmp_path):
+    clone = tmp_path / "babyllama"
+    subprocess.run(["git", "clone", "-q", str(REPO), str(clone)], check=True)
+    (clone / "go.py").write_text(
+        "import sys; from pathlib import Path; import quickstart as q\n"
+        "python, root = Path(sys.executable), Path(q.__file__).parent\n"
+        "sys.exit(q.run_steps(q.STEPS, root, python) or q.print_scores(root)"
+        " or q.print_answers(root, python))"
+    )
+    done = subprocess.run([PYTHON, "go.py"], cwd=clone, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (before, after), *_ = re.findall(r"前：(.*)\n    后：(.*)", done.stdout)
+    assert "石榴" in after and "石榴" not in before
+    scores = dict(
+        map(reversed, re.findall(r"^  ([ 0-9.]{5})  █* +(第.幕|照抄第一句)", done.stdout, re.M))
+    )
+    assert float(scores["第二幕"]) > 2 * float(scores["第一幕"])
 
 
 def test_the_steps_are_commands_of_this_repository():

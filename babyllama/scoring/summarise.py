@@ -47,16 +47,19 @@ class AskConfig(SamplingConfig):
         device: auto, cpu, cuda or mps
         weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
         prompts: prompt templates; the `eval` question asks for a title
+        max_seq_len: longest question with its answer, where it is less than the model's context; a
+            model asks best for what is as long as what it was trained on (data.max_seq_len)
     """
 
     batch_size: int = 32
     device: Device = "auto"
     weights: Weights = "auto"
     prompts: Path = PROMPTS
+    max_seq_len: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "limit"):
+        for name in ("batch_size", "limit", "max_seq_len"):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value}")
@@ -154,6 +157,7 @@ def summarise(
     batch_size: int = 32,
     prompts: Path = PROMPTS,
     question: str | None = None,
+    max_seq_len: int | None = None,
 ) -> list[Suggested]:
     """The titles that one model, or several together, give each text; the only writer of titles.
 
@@ -167,7 +171,7 @@ def summarise(
     lead_ins, n_read = [False] * len(texts), list(map(len, texts))
     for model in models:
         own, context = templates(prompts, model.tokenizer), model.decoder.model.config.max_seq_len
-        room = context - sampling.max_new_tokens
+        room = min(context, max_seq_len or context) - sampling.max_new_tokens
         asked = [own.eval_prompt(text, room, question) for text in texts]
         replies = ask_all(model, [ids for ids, _ in asked], sampling, batch_size)
         for i, (text, mine, (_, n_cut)) in enumerate(zip(texts, replies, asked, strict=True)):
