@@ -94,7 +94,7 @@ class Log:
     ) -> None:
         """done_steps: the run continues there; later lines of metrics.jsonl and samples.jsonl are
         dropped, and all of them where nothing was saved
-        track: "none", "tensorboard" or "swanlab" """
+        track: "none", "tensorboard", "swanlab" or "wandb" """
         self.run, self.is_main, self.total = run, is_main, total_steps
         self._start, self._first = time.perf_counter(), done_steps
         self._bar, self._drawn = None, self._start
@@ -250,13 +250,13 @@ def open_tracker(name: str, run: Path) -> Callable[[str, int, dict], None]:
                 writer.flush()
 
         elif name == "swanlab":
-            import swanlab
+            import swanlab as service
 
-            swanlab.init(project="babyllama", experiment_name=run.name, logdir=str(run / "swanlab"))
+            service.init(project="babyllama", experiment_name=run.name, logdir=str(run / name))
+        elif name == "wandb":
+            import wandb as service
 
-            def send(values: dict[str, float], step: int) -> None:
-                swanlab.log(values, step=step)
-
+            service.init(project="babyllama", name=run.name, dir=str(run))
         else:
             return lambda *_: None
     except ImportError as error:
@@ -264,6 +264,11 @@ def open_tracker(name: str, run: Path) -> Callable[[str, int, dict], None]:
             f"train.track {name} wants a package that is not there ({error}); install it: "
             f"pip install -r requirements/track.txt"
         ) from None
+    if name != "tensorboard":
+
+        def send(values: dict[str, float], step: int) -> None:
+            service.log(values, step=step)
+
     return lambda kind, step, figures: send(_flat(kind, figures), step)
 
 

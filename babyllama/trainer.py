@@ -195,7 +195,8 @@ class TrainConfig:
         recompute: keep less for the way back and compute it again: less memory, a third slower
         blocks: on CUDA cards that can, attend to packed dialogues block by block; else by a mask
         samples: prompts continued or answered at each evaluation, kept in samples.jsonl
-        track: also send the figures to TensorBoard or SwanLab (requirements/track.txt)
+        track: also send the figures to TensorBoard, SwanLab or Weights & Biases
+            (requirements/track.txt)
     """
 
     max_steps: int = 0
@@ -213,7 +214,7 @@ class TrainConfig:
     recompute: bool = False
     blocks: bool = True
     samples: tuple[str, ...] = ()
-    track: Literal["none", "tensorboard", "swanlab"] = "none"
+    track: Literal["none", "tensorboard", "swanlab", "wandb"] = "none"
 
     def __post_init__(self) -> None:
         numbers = (

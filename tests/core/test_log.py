@@ -145,7 +145,7 @@ def test_samples_are_kept_by_step_and_dropped_with_what_was_not_saved(tmp_path: 
     ]
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "swanlab"])
+@pytest.mark.parametrize("name", ["tensorboard", "swanlab", "wandb"])
 def test_a_service_that_is_not_installed_names_the_file_to_install(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +164,24 @@ def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in found.Scalars("val/loss")] == [(3, 2.5)]
     assert found.Scalars("val/loss/inews")[0].value == 2.0
+
+
+def test_figures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = Log(tmp_path, 0, 4, track="wandb")
+    log.record("val", 3, {**FIGURES, "sources": {"inews": 2.0}})
+    log.record("train", 4, FIGURES)  # a later step sends the one before
+    run, found = wandb.run, dict(wandb.run.summary)
+    wandb.finish()
+    assert run.name == tmp_path.name
+    assert {key: found[key] for key in ("val/loss", "val/loss/inews", "_step")} == {
+        "val/loss": 2.5,
+        "val/loss/inews": 2.0,
+        "_step": 3,
+    }
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def test_records_that_were_cut_anywhere_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
