@@ -2,14 +2,12 @@
 
     python -m benchmarks.decode_speed                          about 4 minutes on two cores
     python -m benchmarks.decode_speed --llama_python PYTHON    and llama.cpp, a minute more
-    python -m benchmarks.decode_speed --evaluate true          and 200 abstracts, 7 minutes more
 
 All contestants have the same random weights and take turns, so that what else the machine does
 meets all of them; a ratio is the median of the ratios of the rounds. One sequence: a prompt of 64
 tokens, 128 new ones, top-p 0.9 at temperature 0.8. Many: 16 such prompts at once. First token: of
-a prompt of 512 tokens, less one for the reply. Evaluation: 200 abstracts (random ids; lengths as
-in CSL, mean 208 characters), 32 new tokens, greedy. <eos> is switched off so that every reply has
-the same length. The last line is JSON.
+a prompt of 512 tokens, less one for the reply. <eos> is switched off so that every reply has the
+same length. The last line is JSON.
 """
 
 import json
@@ -29,8 +27,7 @@ from babyllama.cpu.decoder import make_decoder
 from babyllama.cpu.draw import choose
 from babyllama.generate import Decoder, generate
 from babyllama.sampling import N_CHANCES, SamplingConfig
-from benchmarks.llama import LlamaCpp, write_gguf
-from benchmarks.peers import SHAPE_43M, hf_copy
+from benchmarks.peers import SHAPE_43M, LlamaCpp, hf_copy, write_gguf
 from model import Transformer
 
 NO_EOS = -1
@@ -55,27 +52,12 @@ class DecodeConfig:
         int8: measure int8 weights too; needs a C compiler
         llama_python: a python that has llama-cpp-python, to compare with llama.cpp (f16 and q8_0,
             one thread and more)
-        evaluate: measure the evaluation too
-        abstracts: number of prompts of the evaluation
-        batch_size: prompts of the evaluation that ours decodes at once
-        new_tokens: length of each reply of the evaluation
     """
 
     rounds: int = 5
     threads: int = 0
     int8: bool = True
     llama_python: Path | None = None
-    evaluate: bool = False
-    abstracts: int = 200
-    batch_size: int = 50
-    new_tokens: int = 32
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -84,9 +66,10 @@ def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, li
     for turn in range(rounds + 1):
         for name, work in works.items():
             time.sleep(0.02)  # the threads of the one before may still be waiting for work
-            taken = seconds_of(work)
+            started = time.perf_counter()
+            work()
             if turn:
-                seconds[name].append(taken)
+                seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
@@ -213,28 +196,6 @@ def parts(decoder: Decoder, rounds: int) -> dict[str, float]:
     return {name: 1e3 * statistics.median(took) / BURST for name, took in seconds.items()}
 
 
-def evaluation(model: Transformer, peer: torch.nn.Module, cfg: DecodeConfig) -> dict[str, float]:
-    """Seconds for all abstracts, three ways."""
-    lengths = (torch.randn(cfg.abstracts) * 70 + 220).clamp(60, 440).int().tolist()
-    prompts = [random_prompts(1, n)[0] for n in sorted(lengths)]
-    sampling = SamplingConfig(max_new_tokens=cfg.new_tokens, temperature=0)
-    starts = range(0, len(prompts), cfg.batch_size)
-    batches = [prompts[i : i + cfg.batch_size] for i in starts]
-    ours = make_decoder(model, "float32")
-    batched = seconds_of(lambda: [generate(ours, batch, sampling, NO_EOS) for batch in batches])
-    alone = seconds_of(lambda: [generate(ours, [prompt], sampling, NO_EOS) for prompt in prompts])
-    hf = seconds_of(
-        lambda: [hf_generate(peer, p, cfg.new_tokens, do_sample=False) for p in prompts]
-    )
-    return {
-        "ours_batched_s": batched,
-        "ours_one_by_one_s": alone,
-        "hf_one_by_one_s": hf,
-        "over_hf": hf / batched,
-        "over_ours_one_by_one": alone / batched,
-    }
-
-
 def show(title: str, lines: dict[str, dict[str, float]]) -> None:
     print(title)
     for name, found in lines.items():
@@ -282,8 +243,6 @@ def main(cfg: DecodeConfig) -> None:
         record("one_greedy_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=True))
         record("many_replies", many_replies(decoders, cfg.rounds))
         record("first_token", first_token(decoders, peer, llamas, cfg.rounds))
-        if cfg.evaluate:
-            record("evaluation", {"": evaluation(model, peer, cfg)})
     print(json.dumps({"threads": torch.get_num_threads(), **result}))
 
 

@@ -88,12 +88,9 @@ def hf_names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """config.json of transformers."""
-    has_pad = tokenizer.pad_id != tokenizer.eos_id
+def llama_shape(config: ModelConfig) -> dict:
+    """What LlamaConfig of transformers must know of the network."""
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -103,9 +100,19 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
+    }
+
+
+def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
+    """config.json of transformers."""
+    has_pad = tokenizer.pad_id != tokenizer.eos_id
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **llama_shape(config),
+        "rope_scaling": None,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -115,7 +122,7 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
         "torch_dtype": "float32",
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        # <eos> as filler here would stop its embedding from being trained (padding_idx).
+        # <eos> as padding here would stop its embedding from being trained (padding_idx).
         "pad_token_id": tokenizer.pad_id if has_pad else None,
     }
 

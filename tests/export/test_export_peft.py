@@ -12,8 +12,9 @@ from torch import nn
 from babyllama.checkpoint import load_adapter, load_model, read_adapter, save_adapter
 from babyllama.errors import CheckpointError
 from babyllama.lora import LoraConfig, apply_lora, fingerprint, stored
-from benchmarks.peers import hf_copy, hf_name
+from benchmarks.peers import hf_copy
 from conftest import TEXTS
+from export.hf import hf_names
 from export.parity import Material
 from export.peft import (
     HF_PARTS,
@@ -58,11 +59,12 @@ def test_an_adapter_that_peft_made_comes_to_us(tmp_path, rslora):
 
 
 def test_the_names_of_layers_are_those_of_the_parity_test():
+    names = hf_names(make().config)
     for path, module in make().named_modules():
         if isinstance(module, nn.Linear):
             name = renamed(path, HF_PARTS)
             inside = "model." if path.startswith("layers.") else ""
-            assert hf_name(f"{path}.weight") == f"{inside}{name}.weight"
+            assert names[f"{path}.weight"] == f"{inside}{name}.weight"
             assert renamed(name, OUR_PARTS) == path
 
 
