@@ -16,10 +16,9 @@ token. No torch. Format: SentencePiece ModelProto (Kudo and Richardson 2018, arX
 
 import codecs
 import hashlib
-import io
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import runpy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from babyllama.errors import ConfigError  # first: it says what to do if nothing is installed
@@ -46,6 +45,7 @@ class Tokenizer:
     the space that SentencePiece writes with it.
 
     name: by which token files are found: the file's; of the copy in a checkpoint the original's
+    sp: SentencePiece's own processor
     vocab_size: number of pieces
     bos_id, eos_id: as the model file says; pad_id is eos_id where the model has no pad piece
     fingerprint: SHA-256 of the model file, kept in every token file and checkpoint
@@ -64,36 +64,36 @@ class Tokenizer:
         self.name = original[1] if original else self.path.stem
         self.bytes = self.path.read_bytes()
         self.fingerprint = hashlib.sha256(self.bytes).hexdigest()
-        self._sp = _load(self.path, self.bytes)
-        self.vocab_size = self._sp.get_piece_size()
-        self.bos_id, self.eos_id = self._sp.bos_id(), self._sp.eos_id()
+        self.sp = _load(self.path, self.bytes)
+        self.vocab_size = self.sp.get_piece_size()
+        self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ConfigError(
                 f"tokenizer {self.path}: wanted a begin and an end piece, found bos "
                 f"{self.bos_id}, eos {self.eos_id}; train it with both"
             )
-        self.pad_id = self._sp.pad_id() if self._sp.pad_id() >= 0 else self.eos_id
+        self.pad_id = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
         self._piece_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         self._labels = {role: self.encode(label) for role, label in LABELS.items()}
         self._separator = self.encode(SEPARATOR)
 
     def _bytes_of(self, token: int) -> bytes:
         """What a token adds to the text: nothing for control pieces, one byte for byte pieces."""
-        if self._sp.is_control(token):
+        if self.sp.is_control(token):
             return b""
-        piece = self._sp.id_to_piece(token)
-        if self._sp.is_byte(token):
+        piece = self.sp.id_to_piece(token)
+        if self.sp.is_byte(token):
             return bytes([int(piece[3:5], 16)])
-        return (" ⁇ " if self._sp.is_unknown(token) else piece.replace("▁", " ")).encode()
+        return (" ⁇ " if self.sp.is_unknown(token) else piece.replace("▁", " ")).encode()
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """The ids of a text; control strings such as "</s>" inside it stay plain text."""
-        ids = self._sp.encode(text)
+        ids = self.sp.encode(text)
         return [self.bos_id] * bos + ids + [self.eos_id] * eos
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of many texts, int32 arrays; one thread, faster than one by one."""
-        return self._sp.encode(texts, num_threads=1, return_type="numpy")
+        return self.sp.encode(texts, num_threads=1, return_type="numpy")
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control pieces vanish, and so do bytes that make no whole character."""
@@ -187,168 +187,6 @@ class StreamDecoder:
         return self._utf8.decode(self._piece_bytes[token])
 
 
-def train_vocabulary(
-    texts: Iterable[str], out: Path, vocab_size: int, max_lines: int = 500_000, seed: int = 0
-) -> None:
-    """Train a BPE vocabulary with byte fallback and write it to `out`, whole or not at all.
-
-    BPE, because other tools silently misread unigram models. Text is kept as it is (identity
-    normalisation), digits are single pieces.
-
-    max_lines: a uniform sample of this many lines is learnt from; bounds the memory
-    raises: ConfigError if the texts are too few for the vocabulary
-    """
-    from babyllama.config import atomic_write, require_writable
-
-    require_writable(out)
-    lines = _sample(_lines(texts), max_lines, seed)
-    if not any(lines):
-        raise ConfigError(f"cannot train {vocab_size} pieces: there is no text to learn from")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            # SentencePiece's sign for the space: spelled in bytes, it would not come back as one.
-            required_chars="▁",
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            max_sentence_length=1_000_000,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ConfigError(
-            f"cannot train {vocab_size} pieces on this text: {_advice(str(error))}"
-        ) from None
-    with atomic_write(out) as temporary:
-        temporary.write_bytes(model.getvalue())
-
-
-def _advice(complaint: str) -> str:
-    """What to do about a size that SentencePiece refuses, from its own words."""
-    if found := re.search(r"required_chars\D+\d+ vs (\d+)", complaint):
-        return f"its characters alone need {found[1]}; give --vocab_size {found[1]} or more"
-    if found := re.search(r"<= (\d+)", complaint):
-        return f"it holds {found[1]}; give --vocab_size {found[1]} or less, or more text"
-    return f"{complaint.splitlines()[-1]}; give another --vocab_size or more text"
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of at most 1,000 characters; longer ones would take the trainer quadratic time."""
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), 1000):
-                yield line[start : start + 1000]
-
-
-def _sample(lines: Iterator[str], most: int, seed: int) -> list[str]:
-    """A uniform sample of a stream whose length is not known (Vitter 1985, algorithm R)."""
-    chance = random.Random(seed)
-    kept: list[str] = []
-    for number, line in enumerate(lines):
-        if number < most:
-            kept.append(line)
-        elif (place := chance.randrange(number + 1)) < most:
-            kept[place] = line
-    return kept
-
-
-def _texts(rows: Path, split: str) -> Iterator[str]:
-    """Every text of a canonical file, or of <split>-*.jsonl in a directory or those inside it."""
-    from tqdm import tqdm
-
-    from babyllama.config import from_repo
-    from babyllama.errors import DataError
-    from babyllama.rows import read_rows, texts_of
-
-    place = from_repo(rows)
-    files = [place]
-    if place.is_dir():
-        parts = f"{split}-*.jsonl"
-        files = sorted(place.glob(parts)) or sorted(place.glob(f"*/{parts}"))
-    if not files:
-        raise DataError(f"{rows}: wanted {split}-*.jsonl, found none; run data_process.run first")
-    for file in files:
-        for row in tqdm(read_rows(file), desc=file.name, unit=" rows", leave=False):
-            yield from texts_of(row)
-
-
-def train(rows: Path, out: Path, vocab_size: int = 6000, max_lines: int = 500_000) -> None:
-    """Train a vocabulary on the train part of canonical rows.
-
-    Args:
-        rows: a .jsonl of canonical rows, a directory of train-*.jsonl, or one of such directories
-        out: the .model file to write
-        vocab_size: number of pieces, control and byte pieces included
-        max_lines: learn from a uniform sample of this many lines (bounds the memory)
-    """
-    train_vocabulary(_texts(rows, "train"), out, vocab_size, max_lines)
-    print(f"{out}: {Tokenizer(out).vocab_size} pieces")
-    stats(out, rows)
-
-
-def show(text: str, tokenizer: Path) -> None:
-    """Show how a text splits, one token a line.
-
-    Args:
-        text: what to split
-        tokenizer: a SentencePiece .model file
-    """
-    model = Tokenizer(tokenizer)
-    ids = model.encode(text)
-    for token in ids:
-        print(f"{token:>7}  {model._sp.id_to_piece(token)!r}")
-    same = "yes" if model.decode(ids) == text else f"no, {model.decode(ids)!r}"
-    print(f"{len(text)} characters, {len(ids)} tokens; comes back unchanged: {same}")
-
-
-def stats(tokenizer: Path, rows: Path, split: str = "train") -> None:
-    """Characters per token, round-trip rate and unused pieces of a set.
-
-    Args:
-        tokenizer: a SentencePiece .model file
-        rows: a .jsonl of canonical rows, or a directory of <split>-*.jsonl
-        split: which part of the directory
-    """
-    model = Tokenizer(tokenizer)
-    n_texts = n_same = n_characters = n_tokens = n_byte_tokens = 0
-    used = [False] * model.vocab_size
-    for text in _texts(rows, split):
-        ids = model.encode(text)
-        n_texts += 1
-        n_same += model.decode(ids) == text
-        n_characters += len(text)
-        n_tokens += len(ids)
-        for token in ids:
-            used[token] = True
-            n_byte_tokens += model._sp.is_byte(token)
-    unused = [i for i, was in enumerate(used) if not was and not model._sp.is_control(i)]
-    print(f"{n_texts} texts, {n_characters} characters, {n_tokens} tokens")
-    print(f"characters per token   {n_characters / max(n_tokens, 1):.3f}")
-    print(f"come back unchanged    {n_same / max(n_texts, 1):.2%}")
-    print(f"byte tokens            {n_byte_tokens / max(n_tokens, 1):.3%}")
-    print(f"unused pieces          {len(unused)} of {model.vocab_size}")
-
-
-def main() -> None:
-    """The three commands in the docstring above."""
-    from jsonargparse import auto_cli
-
-    auto_cli({"train": train, "show": show, "stats": stats}, as_positional=False)
-
-
 if __name__ == "__main__":
-    from babyllama.config import run
-
-    run(main)
+    # A vocabulary is made of rows, so what makes one lives with the data.
+    runpy.run_module("data_process.vocabulary", run_name="__main__")

@@ -29,7 +29,7 @@ from babyllama.config import REPO, from_repo, parse, run
 from babyllama.rows import read_rows
 from data_process.run import ProcessConfig
 from data_process.run import main as make
-from tokenizer import train_vocabulary
+from data_process.vocabulary import train_vocabulary
 
 SENTENCE = re.compile(r"[^。！？\n]{8,120}[。！？]")
 

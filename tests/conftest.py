@@ -16,8 +16,9 @@ from babyllama.checkpoint import save_checkpoint
 from babyllama.config import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.token_file import TokenFileWriter
+from data_process.vocabulary import train_vocabulary
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer, train_vocabulary
+from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from warm import Keeper

@@ -19,7 +19,8 @@ from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig
 from conftest import TEXTS, Outcome, write_run
-from tokenizer import Tokenizer, train_vocabulary
+from data_process.vocabulary import train_vocabulary
+from tokenizer import Tokenizer
 
 
 class Place(NamedTuple):

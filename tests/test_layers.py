@@ -13,8 +13,6 @@ import pytest
 REPO = Path(__file__).parent.parent
 TOP = ("pretrain", "sft", "chat", "eval_rouge", "quickstart")
 FLOOR_0 = ("model", "tokenizer", "babyllama.errors")
-# What the command at the end of tokenizer.py needs; neither imports more than floor 0.
-LENT = {"tokenizer": ("babyllama.config", "babyllama.rows")}
 # Folders of babyllama/ that can be deleted, and the other ones that each may import.
 EXTRAS = {
     "cuda": (),
@@ -80,7 +78,7 @@ def room_of(module: str) -> str:
 def may_import(module: str, imported: str) -> bool:
     mine, other = room_of(module), room_of(imported)
     if mine == "floor 0":
-        return other == "floor 0" or imported in LENT.get(module, ())
+        return other == "floor 0"
     if mine == "core":
         return other in ("core", "floor 0")
     if mine in EXTRAS:
@@ -127,7 +125,7 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 3_600, "core": 6_100, "product": 38_000}
+MOST_LINES = {"evening": 3_260, "core": 6_000, "product": 38_000}
 MOST_FILES = 215
 
 

@@ -24,8 +24,9 @@ from bench.run_task import ask
 from bench.sandbox import run as sandbox
 from bench.tasks import FixedShots, Task, choose, harness_task, load, names, rows_of
 from conftest import small_config
+from data_process.vocabulary import train_vocabulary
 from model import Transformer
-from tokenizer import Tokenizer, train_vocabulary
+from tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bench"
 FEW = 4  # rows of each task

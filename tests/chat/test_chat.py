@@ -32,10 +32,11 @@ from babyllama.retrieval.index import build
 from babyllama.rows import read_rows
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
+from data_process.vocabulary import train_vocabulary
 from model import ModelConfig, Transformer
 from test_index import write_articles
 from test_retrieval import server, url  # noqa: F401
-from tokenizer import LABELS, Tokenizer, train_vocabulary
+from tokenizer import LABELS, Tokenizer
 from warm import Keeper
 
 REPO = Path(chat.__file__).parent

@@ -50,8 +50,9 @@ from babyllama.run_dir import (
     verify,
 )
 from conftest import TEXTS, small_config, write_run
+from data_process.vocabulary import train_vocabulary
 from model import Transformer
-from tokenizer import Tokenizer, train_vocabulary
+from tokenizer import Tokenizer
 
 TOKENS = torch.arange(3, 67).view(2, 32)
 ALL_FILES = (*MODEL_FILES, *STATE_FILES, "checksums.json")

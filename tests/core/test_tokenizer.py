@@ -17,7 +17,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 from babyllama.errors import ConfigError
 from conftest import TEXTS
-from tokenizer import LABELS, SEPARATOR, Tokenizer, train_vocabulary
+from data_process.vocabulary import train_vocabulary
+from tokenizer import LABELS, SEPARATOR, Tokenizer
 
 REPO = Path(__file__).parents[2]
 REAL = REPO / "../shared/data/tokenizers"

@@ -29,7 +29,8 @@ from data_process.pipeline import (
 from data_process.raw import Skip, records
 from data_process.registry import GROUPS, MODULES, data_sets
 from data_process.run import ProcessConfig, check, chosen, main, settings_of
-from tokenizer import Tokenizer, train_vocabulary
+from data_process.vocabulary import train_vocabulary
+from tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "raw"
 CSL = REPO / ".." / "shared" / "data" / "csl"
