@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from babyllama.analysis.forgetting import ForgettingConfig, measure, open_sources
+from babyllama.analysis.perplexity import Document, document_sums, open_held_out
 from babyllama.checkpoint import Loaded, load_model, write_small
 from babyllama.config import parse, run
+from babyllama.distributed import World
 from babyllama.errors import ConfigError
 from babyllama.log import perplexity
 from babyllama.run_dir import chosen_run
+from babyllama.scoring.summarise import PROMPTS
 from export.folder import check_out, new_folder, settle, show
 from export.gguf import drift
 from export.parity import Material, compare_logits, origin_of, read_material
@@ -63,22 +65,23 @@ class ReleaseConfig:
             raise ConfigError(f"--max_mib wants more than 0, found {self.max_mib:g}; 16 is usual")
 
 
-def texts_of(loaded: Loaded, material: Material) -> list[list[int]]:
-    """What the model was made to read: dialogues for a chat model, lines for a base model."""
+def documents_of(loaded: Loaded, material: Material) -> list[Document]:
+    """What the model was made to read: dialogues for a chat model, lines for a base model. Every
+    token but the first of each is predicted."""
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     if loaded.kind == "sft":
-        return material.finished(tokenizer, context)
-    return [tokenizer.encode(line, bos=True)[:context] for line in material.lines[:N_TEXTS]]
+        texts = material.finished(tokenizer, context)
+    else:
+        texts = [tokenizer.encode(line, bos=True)[:context] for line in material.lines[:N_TEXTS]]
+    return [
+        Document(np.array(ids), np.arange(len(ids)) > 0, 0, "") for ids in texts if len(ids) > 1
+    ]
 
 
-def perplexity_of(model: Transformer, texts: Sequence[list[int]]) -> float:
-    """Of every token but the first of each text."""
-    loss_sum = n_targets = 0.0
-    for ids in tqdm(texts, desc="measure perplexity", leave=False, disable=None):
-        with torch.inference_mode():
-            found = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))
-        loss_sum, n_targets = loss_sum + float(found.loss_sum), n_targets + int(found.n_targets)
-    return perplexity(loss_sum, n_targets)
+def perplexity_of(model: Transformer, documents: Sequence[Document]) -> float:
+    context, alone = model.config.max_seq_len, World(0, 1, torch.device("cpu"))
+    sums = document_sums(model, documents, context, 16, True, alone, "measure perplexity")
+    return perplexity(*sums.sum(axis=0)[:2])
 
 
 def compare_perplexity(before: float, after: float, weights: str) -> dict:
@@ -93,7 +96,7 @@ def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: Material) -
     twin, eos_id = load_model(place).model, loaded.tokenizer.eos_id
     finished = material.finished(loaded.tokenizer, loaded.config.max_seq_len)
     prompts = material.prompts(loaded.tokenizer, loaded.config.max_seq_len)
-    texts = [ids for ids in texts_of(loaded, material) if len(ids) > 1]
+    documents = documents_of(loaded, material)
     report = {
         **origin_of(loaded, material, []),
         "type": cfg.weights,
@@ -103,18 +106,17 @@ def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: Material) -
         | {"bound": None, "passed": None},
         "rounding": drift(loaded.model, twin, eos_id, finished, prompts),
         "perplexity_of_text": compare_perplexity(
-            perplexity_of(loaded.model, texts), perplexity_of(twin, texts), cfg.weights
+            perplexity_of(loaded.model, documents), perplexity_of(twin, documents), cfg.weights
         ),
     }
     if source := cfg.source:
-        how = ForgettingConfig(max_val_rows=256, device="cpu")
-        sources = open_sources(loaded, [source], how)
-        rounded = Loaded(twin, loaded.tokenizer, loaded.step, place, loaded.kind)
-        before, after = (measure(one, sources, how.batch_size)[source] for one in (loaded, rounded))
-        report["perplexity_of_source"] = {"source": source, "tokens": before["n_targets"]}
-        report["perplexity_of_source"] |= compare_perplexity(
-            before["ppl"], after["ppl"], cfg.weights
-        )
+        held_out = open_held_out(
+            source, "val", 256, loaded.tokenizer, PROMPTS, loaded.config.max_seq_len
+        ).documents
+        before, after = (perplexity_of(one, held_out) for one in (loaded.model, twin))
+        n_tokens = int(sum(document.is_target.sum() for document in held_out))
+        report["perplexity_of_source"] = {"source": source, "tokens": n_tokens}
+        report["perplexity_of_source"] |= compare_perplexity(before, after, cfg.weights)
         # What it was made for says more than lines that it never answers with (perplexity 500).
         report["perplexity_of_text"] |= {"bound": None, "passed": None}
     return report

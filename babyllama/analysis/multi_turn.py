@@ -1,46 +1,43 @@
 """What a chat checkpoint still knows some turns later, in two tests.
 
-With --rows, whether it answers a question that it was trained on in later
-turns, too.
+    python -m babyllama.analysis.multi_turn out/NAME
+    python -m babyllama.analysis.multi_turn release --turns 0,1,4 --out said.jsonl
+
+Facts: dialogues made by template, in which the user tells a fact, asks about other things (as many
+turns as `turns` says; the answers are the model's own, greedy), then asks for the fact. An answer
+is right if it holds the value and no other value of its kind. The same dialogues without the fact
+show what guessing gives.
 
     python -m babyllama.analysis.multi_turn release --rows data/clean/identity
-    python -m babyllama.analysis.multi_turn out/redgpt --rows data/clean/smalltalk --before 0,1,8
 
-Rows of the set are drawn; each is asked alone, and after as many other rows of the set (with the
-set's answers) as `before` says. Counted is how often the reply is, to the letter, an answer that
-the set has for that question, greedy and drawn: small talk is learnt by heart or not at all, and a
-model that only saw first turns may forget it in the second one.
+Memorised answers: rows of a set that the checkpoint was trained on are drawn; each is asked after
+as many other rows of the set, with the set's answers. A reply is right, greedy or drawn, if it is
+to the letter an answer that the set has for that question: small talk is memorised or not at all,
+and a model that only saw first turns may forget it in the second one.
 
-Without, whether it still knows what it was told about its user.
-
-    python -m babyllama.analysis.multi_turn out/csl_talk
-    python -m babyllama.analysis.multi_turn release --gaps 0,1,4 --out recall.jsonl
-
-Dialogues are made by template: the user tells a fact, asks about other things (as many turns as
-`gaps` says; the answers are the model's own, greedy), then asks for the fact. An answer is right if
-it holds the value and no other value of its kind. The same dialogues without the fact show what
-guessing gives. A dialogue that outgrows the context is not shortened: it is counted and left out.
+A dialogue that outgrows the context is not shortened: it is counted and left out.
 """
 
 import random
-import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from babyllama.checkpoint import Loaded, load_answering, load_model
+from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
-from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.generate import Decoder, Weights, generate_replies
+from babyllama.errors import ConfigError, DataError
+from babyllama.generate import Weights
+from babyllama.log import table
 from babyllama.rows import read_rows, write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.rouge import bootstrap_interval
+from babyllama.scoring.summarise import ReadyModel, ask_all
 
 # What is told, how it is asked for, and the values that it may have: none is part of another.
 FACTS = {
@@ -61,13 +58,18 @@ BETWEEN = ("怎样才能睡得好？", "下雨天可以做什么？", "写一句
 
 
 @dataclass(frozen=True)
-class RecallConfig:
+class MultiTurnConfig:
     """What is asked of which checkpoint.
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
-        gaps: numbers of turns between the fact and the question, with commas, 0 to 8
-        max_new_tokens: longest answer; the dialogue must fit into the context with all of them
+        rows: a set's folder, whose train-*.jsonl are read, or one file; first turns are taken. If
+            absent facts are told
+        turns: how many stand between or before, with commas: 0 to 8 with facts, to 100 with rows
+        n: questions of the rows that are asked, at most
+        max_new_tokens: longest answer; if absent 24 with facts, 64 with rows
+        temperature: of the drawn replies
+        seed: other numbers draw other rows and replies
         batch_size: dialogues continued at once
         out: file for the dialogues, as JSON lines
         device: auto, cpu, cuda or mps
@@ -75,48 +77,60 @@ class RecallConfig:
     """
 
     checkpoint: Path | None = None
-    gaps: str = "0,1,2"
-    max_new_tokens: int = 24
+    rows: Path | None = None
+    turns: str = "0,1,2"
+    n: int = 100
+    max_new_tokens: int | None = None
+    temperature: float = 0.8
+    seed: int = 0
     batch_size: int = 32
     out: Path | None = None
     device: Device = "auto"
-    weights: Weights = "float32"
+    weights: Weights = "auto"
 
     def __post_init__(self) -> None:
-        if min(self.max_new_tokens, self.batch_size) < 1:
+        longest = 1 if self.max_new_tokens is None else self.max_new_tokens
+        if min(self.n, longest, self.batch_size) < 1 or self.temperature <= 0:
             raise ConfigError(
-                f"wanted max_new_tokens and batch_size of 1 or more, found {self.max_new_tokens} "
-                f"and {self.batch_size}"
+                f"wanted n, max_new_tokens and batch_size of 1 or more and a temperature above 0, "
+                f"found {self.n}, {longest}, {self.batch_size} and {self.temperature:g}"
             )
         self.numbers()
 
     def numbers(self) -> list[int]:
-        """The gaps; each once."""
-        words = [word.strip() for word in self.gaps.split(",")]
-        if not all(word.isdecimal() and int(word) <= len(BETWEEN) for word in words):
+        """The numbers of turns; each once."""
+        words, most = [word.strip() for word in self.turns.split(",")], 100
+        if self.rows is None:
+            most = len(BETWEEN)
+        if not all(word.isdecimal() and int(word) <= most for word in words):
             raise ConfigError(
-                f"--gaps: wanted numbers of 0 to {len(BETWEEN)}, as in 0,1,2, found {self.gaps!r}"
+                f"--turns: wanted numbers of 0 to {most}, as in 0,1,2, found {self.turns!r}"
             )
         return sorted({int(word) for word in words})
 
+    def sampling(self, temperature: float) -> SamplingConfig:
+        longest = self.max_new_tokens or (64 if self.rows else 24)
+        return SamplingConfig(max_new_tokens=longest, temperature=temperature, seed=self.seed)
+
 
 @dataclass
-class Probe:
+class Dialogue:
     """One dialogue on its way.
 
+    accepts: whether its last answer is right
     waiting: what the user will still say; messages: what was said
+    about: what it is, for the file of dialogues
     """
 
-    kind: str
-    value: str
-    is_told: bool
+    accepts: Callable[[str], bool]
     waiting: list[str]
     messages: list[dict] = field(default_factory=list)
+    about: dict = field(default_factory=dict)
     fits: bool = True
 
     @property
     def is_right(self) -> bool:
-        return recalls(self.messages[-1]["content"], self.value, FACTS[self.kind][2])
+        return self.accepts(self.messages[-1]["content"])
 
 
 def recalls(reply: str, value: str, values: Sequence[str]) -> bool:
@@ -124,136 +138,17 @@ def recalls(reply: str, value: str, values: Sequence[str]) -> bool:
     return [one for one in values if one in reply] == [value]
 
 
-def probes(gap: int) -> list[Probe]:
+def about_facts(n: int) -> dict[str, list[Dialogue]]:
     """Every value of every fact, told and not told; what stands between differs from row to row."""
-    found = []
+    found: dict[str, list[Dialogue]] = {"told": [], "not told": []}
     for kind, (told, question, values) in FACTS.items():
         for number, value in enumerate(values):
-            between = [BETWEEN[(number + n) % len(BETWEEN)] for n in range(gap)]
-            for is_told in (True, False):
-                first = told.format(value) if is_told else UNTOLD
-                found.append(Probe(kind, value, is_told, [first, *between, question]))
+            between = [BETWEEN[(number + turn) % len(BETWEEN)] for turn in range(n)]
+            accepts = partial(recalls, value=value, values=values)
+            for name, first in (("told", told.format(value)), ("not told", UNTOLD)):
+                about = {"fact": kind, "value": value}
+                found[name].append(Dialogue(accepts, [first, *between, question], about=about))
     return found
-
-
-def talk(loaded: Loaded, asked: Sequence[Probe], cfg: RecallConfig) -> None:
-    """Have the dialogues, turn by turn, all side by side."""
-    decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=cfg.max_new_tokens)
-    room = loaded.config.max_seq_len - cfg.max_new_tokens
-    while going := [one for one in asked if one.fits and one.waiting]:
-        prompts = []
-        for one in going:
-            one.messages.append({"role": "user", "content": one.waiting.pop(0)})
-            prompts.append(tokenizer.render_prompt(one.messages))
-            one.fits = len(prompts[-1]) <= room
-        pairs = [pair for pair in zip(going, prompts, strict=True) if pair[0].fits]
-        for start in tqdm(range(0, len(pairs), cfg.batch_size), "answers", leave=False):
-            part = pairs[start : start + cfg.batch_size]
-            said = generate_replies(
-                decoder, [ids for _, ids in part], sampling, tokenizer.eos_id, tokenizer
-            )
-            for (one, _), reply in zip(part, said, strict=True):
-                one.messages.append({"role": "assistant", "content": reply.text.strip() or "……"})
-
-
-def figures(asked: Sequence[Probe]) -> dict:
-    """Shares of right answers in per cent, told and not told."""
-    found: dict = {"left_out": sum(not one.fits for one in asked)}
-    for name, is_told in (("told", True), ("not told", False)):
-        flags = np.array([o.is_right for o in asked if o.fits and o.is_told == is_told], np.float64)
-        if len(flags):
-            low, high = bootstrap_interval(100 * flags)
-            found[name] = {"n": len(flags), "right": 100 * flags.mean(), "low": low, "high": high}
-    return found
-
-
-def line(gap: int, found: dict) -> str:
-    """One line of the table."""
-    cells = [
-        f"{name}: {row['right']:5.1f} % ({row['low']:.1f} - {row['high']:.1f}) of {row['n']}"
-        for name, row in found.items()
-        if name != "left_out"
-    ]
-    end = f"; {found['left_out']} outgrew the context" if found["left_out"] else ""
-    return f"{gap} turns between   {'   '.join(cells) or 'none fits'}{end}"
-
-
-def ask_for_facts(cfg: RecallConfig) -> None:
-    """Talk, count, print."""
-    path = chosen_run(cfg.checkpoint, kind="sft")
-    loaded = load_model(path, pick_device(cfg.device))
-    if loaded.kind == "pretrain":
-        raise CheckpointError(
-            f"{shown(loaded.path)}: wanted a checkpoint that answers, found one of pretraining, "
-            f"which knows no turns; name an SFT run"
-        )
-    print(shown(loaded.path))
-    rows, n_talked = [], 0
-    for gap in cfg.numbers():
-        asked = probes(gap)
-        talk(loaded, asked, cfg)
-        print(line(gap, figures(asked)))
-        n_talked += sum(one.fits for one in asked)
-        rows += [
-            {"gap": gap, "fact": o.kind, "value": o.value, "told": o.is_told, "right": o.is_right,
-             "messages": o.messages}
-            for o in asked if o.fits
-        ]  # fmt: skip
-    if not n_talked:
-        raise DataError(
-            f"no dialogue fits into the context of {loaded.config.max_seq_len} tokens with answers "
-            f"of {cfg.max_new_tokens}; lower --gaps or --max_new_tokens"
-        )
-    if cfg.out:
-        write_rows(from_repo(cfg.out), rows)
-        print(f"dialogues: {shown(from_repo(cfg.out))}")
-
-
-@dataclass(frozen=True)
-class TurnsConfig:
-    """What is asked of which checkpoint.
-
-    Args:
-        checkpoint: a fine-tuned run (its newest step) or one of its steps
-        rows: a set's folder, whose train-*.jsonl are read, or one file; first turns are taken
-        before: numbers of other turns that stand before the question, with commas
-        n: questions that are asked, at most
-        max_new_tokens: longest reply
-        temperature: of the drawn replies
-        seed: other numbers draw other rows and replies
-        batch_size: replies written at once
-        device: auto, cpu, cuda or mps
-        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
-    """
-
-    checkpoint: Path = Path("release")
-    rows: Path = Path("data/clean/identity")
-    before: str = "0,1,2,4"
-    n: int = 100
-    max_new_tokens: int = 64
-    temperature: float = 0.8
-    seed: int = 0
-    batch_size: int = 32
-    device: Device = "auto"
-    weights: Weights = "auto"
-
-    def __post_init__(self) -> None:
-        if min(self.n, self.max_new_tokens, self.batch_size) < 1 or self.temperature <= 0:
-            raise ConfigError(
-                f"wanted n, max_new_tokens and batch_size of 1 or more and a temperature above 0, "
-                f"found {self.n}, {self.max_new_tokens}, {self.batch_size} and {self.temperature:g}"
-            )
-        self.numbers()
-
-    def numbers(self) -> list[int]:
-        """How many turns stand before; each number once."""
-        words = [word.strip() for word in self.before.split(",")]
-        if not all(word.isdecimal() and int(word) <= 100 for word in words):
-            raise ConfigError(
-                f"--before: wanted numbers of 0 to 100, as in 0,1,2, found {self.before!r}"
-            )
-        return sorted({int(word) for word in words})
 
 
 def read_turns(place: Path) -> list[tuple[str, str]]:
@@ -273,69 +168,83 @@ def read_turns(place: Path) -> list[tuple[str, str]]:
     return found
 
 
-def prompts(
-    loaded: Loaded, turns: Sequence[tuple[str, str]], asked: Sequence[str], n: int, seed: int
-) -> list[list[int]]:
-    """The ids of each question after `n` other turns."""
+def about_rows(turns: Sequence[tuple[str, str]], n: int, most: int, seed: int) -> list[Dialogue]:
+    """At most so many questions of a set, each after `n` other turns."""
+    answers: dict[str, set[str]] = defaultdict(set)
+    for question, answer in turns:
+        answers[question].add(answer.strip())
+    asked = random.Random(seed).sample(sorted(answers), min(most, len(answers)))
     chance, found = random.Random(f"{seed} {n}"), []
     for question in asked:
         others = [turn for turn in turns if turn[0] != question]
-        said = chance.sample(others, min(n, len(others)))
-        messages = [
+        before = [
             {"role": role, "content": text}
-            for turn in said
+            for turn in chance.sample(others, min(n, len(others)))
             for role, text in zip(("user", "assistant"), turn, strict=True)
         ]
-        last = {"role": "user", "content": question}
-        found.append(loaded.tokenizer.render_prompt([*messages, last]))
+        found.append(Dialogue(answers[question].__contains__, [question], before))
     return found
 
 
-def share(
-    loaded: Loaded, decoder: Decoder, asked: Sequence[list[int]], right: Sequence[set[str]],
-    sampling: SamplingConfig, batch_size: int,
-) -> float:  # fmt: skip
-    """Of the replies, those that are among the right ones to the letter."""
-    n_right, tokenizer = 0, loaded.tokenizer
-    for start in range(0, len(asked), batch_size):
-        part = asked[start : start + batch_size]
-        said = generate_replies(decoder, part, sampling, tokenizer.eos_id, tokenizer)
-        wanted = right[start : start + batch_size]
-        n_right += sum(one.text.strip() in some for one, some in zip(said, wanted, strict=True))
-    return n_right / len(asked)
+def talk(
+    loaded: Loaded, model: ReadyModel, asked: Sequence[Dialogue], sampling: SamplingConfig,
+    batch_size: int,
+) -> None:  # fmt: skip
+    """Have the dialogues, turn by turn, all side by side."""
+    room = loaded.config.max_seq_len - sampling.max_new_tokens
+    while going := [one for one in asked if one.fits and one.waiting]:
+        prompts = []
+        for one in going:
+            one.messages.append({"role": "user", "content": one.waiting.pop(0)})
+            prompts.append(loaded.tokenizer.render_prompt(one.messages))
+            one.fits = len(prompts[-1]) <= room
+        pairs = [pair for pair in zip(going, prompts, strict=True) if pair[0].fits]
+        said = ask_all(model, [ids for _, ids in pairs], sampling, batch_size)
+        for (one, _), (reply,) in zip(pairs, said, strict=True):
+            one.messages.append({"role": "assistant", "content": reply.text.strip() or "……"})
 
 
-def ask_rows(cfg: TurnsConfig) -> None:
-    """Ask, count, print a line for each number of turns before."""
-    turns = read_turns(from_repo(cfg.rows))
-    loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
-    decoder = make_decoder(loaded.model, cfg.weights)
-    answers: dict[str, set[str]] = {}
-    for question, answer in turns:
-        answers.setdefault(question, set()).add(answer.strip())
-    asked = random.Random(cfg.seed).sample(sorted(answers), min(cfg.n, len(answers)))
-    greedy = SamplingConfig(max_new_tokens=cfg.max_new_tokens, temperature=0.0)
-    drawn = SamplingConfig(
-        max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=cfg.seed
-    )
-    print(f"{shown(loaded.path)}: {len(asked)} questions of {shown(from_repo(cfg.rows))}")
+def share(asked: Sequence[Dialogue]) -> str:
+    """The share of right answers with its 95 % interval, a cell of the table."""
+    flags = np.array([one.is_right for one in asked if one.fits], np.float64)
+    end = f", {len(asked) - len(flags)} outgrew the context" if len(flags) < len(asked) else ""
+    if not len(flags):
+        return f"none fits{end}"
+    low, high = bootstrap_interval(100 * flags)
+    return f"{100 * flags.mean():.1f} % ({low:.1f} - {high:.1f}) of {len(flags)}{end}"
+
+
+def main(cfg: MultiTurnConfig) -> None:
+    """Talk, count, print a line for each number of turns."""
+    turns = read_turns(from_repo(cfg.rows)) if cfg.rows else []
+    loaded = load_answering(chosen_run(cfg.checkpoint, kind="sft"), pick_device(cfg.device))
+    model = ReadyModel.of(loaded, cfg.weights)._replace(name="")
+    lines, saved = [], []
     for n in cfg.numbers():
-        ids = prompts(loaded, turns, asked, n, cfg.seed)
-        room = loaded.config.max_seq_len - cfg.max_new_tokens
-        fits = [i for i, one in enumerate(ids) if len(one) <= room]
-        if not fits:
-            print(f"{n:4} turns before   none fits into the context")
-            continue
-        some, right = [ids[i] for i in fits], [answers[asked[i]] for i in fits]
-        found = [
-            share(loaded, decoder, some, right, way, cfg.batch_size) for way in (greedy, drawn)
-        ]
-        end = f"; {len(ids) - len(fits)} outgrew the context" if len(fits) < len(ids) else ""
-        print(f"{n:4} turns before   greedy {found[0]:6.1%}   drawn {found[1]:6.1%}{end}")
+        if cfg.rows:
+            groups = {way: about_rows(turns, n, cfg.n, cfg.seed) for way in ("greedy", "drawn")}
+        else:
+            groups = about_facts(n)
+        for name, asked in groups.items():
+            sampling = cfg.sampling(cfg.temperature if name == "drawn" else 0.0)
+            talk(loaded, model, asked, sampling, cfg.batch_size)
+            saved += [
+                {"turns": n, "group": name, **one.about, "right": one.is_right,
+                 "messages": one.messages}
+                for one in asked if one.fits
+            ]  # fmt: skip
+        lines = lines or [["turns", *groups]]
+        lines.append([n, *map(share, groups.values())])
+    print(f"{shown(loaded.path)}\n{table(lines)}")
+    if not saved:
+        raise DataError(
+            f"no dialogue fits into the context of {loaded.config.max_seq_len} tokens with its "
+            f"answers; lower --turns or --max_new_tokens"
+        )
+    if cfg.out:
+        write_rows(from_repo(cfg.out), saved)
+        print(f"dialogues: {shown(from_repo(cfg.out))}")
 
 
 if __name__ == "__main__":
-    if any(word.partition("=")[0] == "--rows" for word in sys.argv[1:]):
-        run(ask_rows, parse(TurnsConfig, __doc__, positional=["checkpoint"]))
-    else:
-        run(ask_for_facts, parse(RecallConfig, __doc__, positional=["checkpoint"]))
+    run(main, parse(MultiTurnConfig, __doc__, positional=["checkpoint"]))

@@ -1,7 +1,8 @@
-"""What a model knows of held-out text: perplexity, bits per byte, token accuracy.
+"""Perplexity, bits per byte and token accuracy of checkpoints on held-out text.
 
     python -m babyllama.analysis.perplexity out/csl         the sets of its training
     python -m babyllama.analysis.perplexity out/a out/b --data wiki,data/clean/csl,held_out.jsonl
+    python -m babyllama.analysis.perplexity out/csl --steps true    what training does, step by step
     torchrun --nproc_per_node 2 -m babyllama.analysis.perplexity out/a --data wiki
 
 Bits per byte compare models of different tokenizers, perplexity and accuracy only those of one.
@@ -10,7 +11,9 @@ longer than the context is read in windows that overlap: each token is predicted
 least `context - stride` tokens before it, or all there are. Beside the models stands what xz makes
 of the same text, and beside each figure of bits its 95 % interval, by resampling documents.
 
-Held-out sets for language modelling: documents with their targets, from rows or token files.
+Of several checkpoints the table shows the change since the first, and how much of each set was
+forgotten: the last figure above the lowest before it (Chaudhry et al. 2018, arXiv:1801.10112, there
+with accuracy); a heat map of it lies beside the figures.
 
 A document of text is predicted whole, its <eos> included, after the <eos> that stands before it in
 training. Of a dialogue the assistant's tokens are targets, of a summary row the summary, after the
@@ -31,20 +34,20 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from babyllama.analysis.forgetting import chosen_sources
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import atomic_write, from_repo, parse, require_writable, run, shown
 from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.log import perplexity
+from babyllama.log import cjk_font, perplexity, table, writable
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import read_rows, row_kind
-from babyllama.run_dir import beside, checksums, find_checkpoint
+from babyllama.run_dir import beside, checksums, find_checkpoint, list_checkpoints, read_info
 from babyllama.scoring import rouge
 from babyllama.sources import Row
 from babyllama.token_file import TokenFile
@@ -197,25 +200,23 @@ class _Reader:
             return ids, [0] + [1] * (len(ids) - 1)
         self.tokenizer.require_dialogue()
         if kind == "chat":
-            return self._chat([(role, ids) for role, ids in pieces])
+            messages = [{"role": role, "content": [ids]} for role, ids in pieces]
+            return self.tokenizer.render_chat(messages)
         if self._prompts is None:
             self._prompts = SummaryPrompts.load(from_repo(self._path), self.tokenizer)
         (_, text), (_, summary) = pieces[:2]
-        frame = self._asked([], None, summary)[0]
-        room = self._length + 1 - len(frame)
+        room = self._length + 1 - len(self._asked([], None, summary)[0])
         if room < min(len(text), _LEAST_TEXT):
             return None, []
         self.counts["text_cut"] += len(text) > room
         return self._asked(text, room, summary)
 
-    def _asked(self, text: Sequence[int], room: int | None, summary: Sequence[int]):
+    def _asked(
+        self, text: Sequence[int], room: int | None, summary: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
         answer = {"role": "assistant", "content": [summary]}
         question = self._prompts.eval_messages(text, room)
         return self.tokenizer.render_chat([*question, answer])
-
-    def _chat(self, pieces: Pieces) -> tuple[list[int], list[int]]:
-        messages = [{"role": role, "content": [ids]} for role, ids in pieces]
-        return self.tokenizer.render_chat(messages)
 
 
 _TARGETS = {"text": ("text",), "chat": ("assistant",), "summary": ("summary",)}
@@ -235,6 +236,7 @@ class EvaluateConfig:
         checkpoints: runs (their newest steps) or steps
         data: sets, separated by commas: files of rows, token files, folders with either, or names
             of sets; if absent the sets that the first checkpoint's run was trained on
+        steps: of each run all steps, after the checkpoint that it began with
         split: the part of a folder or set
         max_rows: the first rows of each set, at most this many; if absent all
         stride: new targets of each further window of a long document; if absent half the context
@@ -247,6 +249,7 @@ class EvaluateConfig:
 
     checkpoints: tuple[Path, ...] = ()
     data: str = ""
+    steps: bool = False
     split: Literal["val", "test"] = "val"
     max_rows: int | None = None
     stride: int | None = None
@@ -261,6 +264,37 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} wants 1 or more, found {value}")
+
+
+def chosen_steps(runs: Sequence[Path], every: bool) -> list[Path]:
+    """The newest checkpoint of each run, or every one and what the run began with, each once."""
+    found = []
+    for run_path in runs:
+        place = from_repo(run_path).resolve()
+        steps = list_checkpoints(place) if every else []
+        parent = read_info(steps[0]).get("parent") if steps else None
+        if parent and from_repo(parent).exists():
+            found.append(find_checkpoint(from_repo(parent).resolve()))
+        found += steps or [find_checkpoint(place)]
+    return list(dict.fromkeys(found))
+
+
+def chosen_sets(names: str, checkpoint: Path) -> list[str]:
+    """The sets that are named, or those that a checkpoint's run was trained on.
+
+    raises: ConfigError if there are none
+    """
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    config = checkpoint.parent / "config.yaml"
+    if not found and config.is_file():
+        settings = yaml.safe_load(config.read_text("utf-8"))
+        found = [source["name"] for source in settings["data"]["sources"]]
+    if not found:
+        raise ConfigError(
+            f"wanted sets to measure, found none, and no {shown(config)} that tells them; name "
+            f"them: --data csl,alpaca"
+        )
+    return list(dict.fromkeys(found))
 
 
 def windows(document: Document, length: int, stride: int) -> Iterator[Row]:
@@ -379,35 +413,88 @@ def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world:
     return about | {"sets": found}
 
 
-def table(found: dict) -> str:
-    """One block a set: the models and the compressor."""
-    lines = []
-    for name, about in found["sets"].items():
-        lines += [
-            f"{name} ({about['n_documents']:,} documents, sha256 {about['sha256'][:12]})",
-            "   bits/byte     95 % interval        ppl  accuracy     targets       bytes",
-        ]
-        for checkpoint, measured in found["checkpoints"].items():
+def bits(found: dict) -> np.ndarray:
+    """Bits per byte of every checkpoint (a row) on every set."""
+    steps = found["checkpoints"].values()
+    return np.array([[step["sets"][name]["bpb"] for name in found["sets"]] for step in steps])
+
+
+def forgotten(figures: np.ndarray) -> np.ndarray:
+    """The last figure of each set above the lowest before it; below 0 nothing was lost."""
+    return figures[-1] - figures[:-1].min(axis=0)
+
+
+def report(found: dict) -> str:
+    """One block a set: the checkpoints and the compressor."""
+    blocks, several = [], len(found["checkpoints"]) > 1
+    head = ["", "bits/byte", "95 % interval", "change", "ppl", "accuracy", "targets", "bytes"]
+    for (name, about), column in zip(found["sets"].items(), bits(found).T, strict=True):
+        lines, notes = [head], []
+        for (step, measured), change in zip(
+            found["checkpoints"].items(), column - column[0], strict=True
+        ):
             row = measured["sets"][name]
-            notes = dict(row["counts"])
-            notes |= {"longer than the context": row["n_long"]} if row["n_long"] else {}
-            rest = "; ".join(f"{n:,} {reason.replace('_', ' ')}" for reason, n in notes.items())
-            lines.append(
-                f"  {row['bpb']:10.4f}  {row['bpb_low']:7.4f} - {row['bpb_high']:7.4f} "
-                f"{row['ppl']:10.2f}  {row['accuracy']:7.2%}  {row['n_targets']:10,}  "
-                f"{row['n_bytes']:10,}  {checkpoint}{f' ({rest})' if rest else ''}"
-            )
-        lines += [f"  {about['xz_bpb']:10.4f}{' ' * 65}xz", ""]
+            lines.append([
+                step, f"{row['bpb']:.4f}", f"{row['bpb_low']:.4f} - {row['bpb_high']:.4f}",
+                f"{change:+.4f}", f"{row['ppl']:.2f}", f"{row['accuracy']:.2%}",
+                f"{row['n_targets']:,}", f"{row['n_bytes']:,}",
+            ])  # fmt: skip
+            counts = row["counts"] | {"longer_than_the_context": row["n_long"]}
+            notes += [f"{step}: {n:,} {reason.replace('_', ' ')}" for reason, n in counts.items()
+                      if n]  # fmt: skip
+        lines.append(["xz", f"{about['xz_bpb']:.4f}", *[""] * 6])
+        if several:
+            notes.append(f"forgotten: {forgotten(column[:, None])[0]:+.4f} bits per byte")
+        title = f"{name} ({about['n_documents']:,} documents, sha256 {about['sha256'][:12]})"
+        blocks.append("\n".join([title, table(lines), *notes]))
     sizes = sorted({each["vocab_size"] for each in found["checkpoints"].values()})
-    lines.append(f"ppl of guessing: {' or '.join(f'{n:,}' for n in sizes)}, the vocabulary's size")
-    return "\n".join(lines)
+    blocks.append(f"ppl of guessing: {' or '.join(f'{n:,}' for n in sizes)}, the vocabulary's size")
+    return "\n\n".join(blocks)
 
 
-def require_same_documents(seen: dict[str, dict], held_out: HeldOut, about: dict) -> None:
-    """Checkpoints can only be compared on the same documents.
+def draw(found: dict, path: Path, font: str | None) -> None:
+    """The heat map: bits per byte of every checkpoint on every set, coloured by the change.
+
+    font: for Chinese names; without one they are spelled out
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figures = bits(found)
+    change = figures - figures[0]
+    most = max(0.05, float(np.abs(change).max()))
+    steps = ["/".join(Path(step).parts[-2:]) for step in found["checkpoints"]]
+    names = [Path(name).name for name in found["sets"]]
+    rc = {"font.family": [*([font] if font else []), "DejaVu Sans"], "axes.unicode_minus": False}
+    with rc_context(rc):
+        size = (3.6 + 2.0 * len(names), 1.6 + 0.5 * len(steps))
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
+        axis.set_xticks(range(len(names)), [writable(name, font) for name in names])
+        axis.set_yticks(range(len(steps)), [writable(step, font) for step in steps])
+        axis.set_title("bits per byte of every checkpoint", fontsize=11)
+        for y, x in np.ndindex(change.shape):
+            text = f"{figures[y, x]:.3f}" + (f" ({change[y, x]:+.3f})" if y else "")
+            axis.text(x, y, text, ha="center", va="center", fontsize=8.5,
+                      color="white" if abs(change[y, x]) > 0.6 * most else "#222222")  # fmt: skip
+        figure.colorbar(image, ax=axis, label="change since the first", fraction=0.05)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, dpi=130, format="png")
+
+
+def require_same_documents(seen: dict[str, dict], held_out: HeldOut) -> None:
+    """Note what a set is; checkpoints can only be compared on the same documents.
 
     raises: ConfigError if one of them has lost or gained some
     """
+    about = {
+        "files": held_out.files,
+        "sha256": held_out.sha256,
+        "texts_sha256": fingerprint(held_out.documents),
+        "n_documents": len(held_out.documents),
+        "xz_bpb": xz_bits_per_byte(held_out.documents),
+    }
     before = seen.setdefault(held_out.name, about)
     if before["texts_sha256"] != about["texts_sha256"]:
         raise ConfigError(
@@ -423,37 +510,37 @@ def main(cfg: EvaluateConfig) -> None:
         raise CheckpointError(
             "wanted a checkpoint, found none: python -m babyllama.analysis.perplexity out/NAME"
         )
-    steps = [find_checkpoint(from_repo(path).resolve()) for path in cfg.checkpoints]
-    names = chosen_sources(cfg.data, steps[0], flag="--data")
-    out = from_repo(cfg.out) if cfg.out else beside(steps[0]) / "evaluate.json"
+    steps = chosen_steps(cfg.checkpoints, cfg.steps)
+    first = find_checkpoint(from_repo(cfg.checkpoints[0]).resolve())
+    names = chosen_sets(cfg.data, first)
+    out = from_repo(cfg.out) if cfg.out else beside(first) / "evaluate.json"
     require_writable(out)
     settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(cfg).items()}
     settings["checkpoints"] = [shown(step) for step in steps]
     found: dict = {"settings": settings, "sets": {}, "checkpoints": {}}
+    opened: dict[tuple[str, int], list[HeldOut]] = {}
     with start(pick_device(cfg.device)) as world:
         for step in steps:
             loaded = load_model(step, world.device)
-            length = loaded.config.max_seq_len
-            sets = [
-                open_held_out(name, cfg.split, cfg.max_rows, loaded.tokenizer, cfg.prompts, length)
-                for name in names
-            ]
-            for held_out in sets:
-                about = {
-                    "files": held_out.files,
-                    "sha256": held_out.sha256,
-                    "texts_sha256": fingerprint(held_out.documents),
-                    "n_documents": len(held_out.documents),
-                    "xz_bpb": xz_bits_per_byte(held_out.documents),
-                }
-                require_same_documents(found["sets"], held_out, about)
-            found["checkpoints"][shown(step)] = measure(loaded, sets, cfg, world)
+            tokenizer, length = loaded.tokenizer, loaded.config.max_seq_len
+            key = (tokenizer.fingerprint, length)
+            if key not in opened:
+                opened[key] = [
+                    open_held_out(name, cfg.split, cfg.max_rows, tokenizer, cfg.prompts, length)
+                    for name in names
+                ]
+                for held_out in opened[key]:
+                    require_same_documents(found["sets"], held_out)
+            found["checkpoints"][shown(step)] = measure(loaded, opened[key], cfg, world)
         if world.is_main:
             with atomic_write(out) as temporary:
                 temporary.write_text(
                     json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8"
                 )
-            print(f"{table(found)}\n\nfigures: {shown(out)}")
+            print(f"{report(found)}\n\nfigures: {shown(out)}")
+            if len(steps) > 1:
+                draw(found, out.with_suffix(".png"), cjk_font())
+                print(f"heat map: {shown(out.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ import torch
 from babyllama.analysis.perplexity import (
     Document,
     document_sums,
+    draw,
+    forgotten,
     open_held_out,
     windows,
     xz_bits_per_byte,
@@ -23,10 +27,11 @@ from babyllama.checkpoint import load_model, save_checkpoint
 from babyllama.config import REPO
 from babyllama.distributed import World
 from babyllama.errors import DataError
+from babyllama.log import cjk_font
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.rows import write_rows
 from babyllama.token_file import TokenFileWriter
-from conftest import TEXTS, small_config
+from conftest import TEXTS, small_config, write_token_files
 from model import IGNORED, Transformer
 from tokenizer import Tokenizer
 
@@ -236,9 +241,82 @@ def test_checkpoints_stand_in_one_table(checkpoint, tmp_path, tokenizer, rows_ro
     assert list(found["checkpoints"]) == [str(checkpoint), str(other)]
     for path, measured in found["checkpoints"].items():
         (row,) = measured["sets"].values()
-        (line,) = [line for line in done.out.splitlines() if line.endswith(path)]
+        (line,) = [line for line in done.out.splitlines() if line.startswith(f"{path}  ")]
         assert f"{row['bpb']:.4f}" in line and f"{row['ppl']:.2f}" in line
-    assert sum(line.endswith(" xz") for line in done.out.splitlines()) == 1
+    assert sum(line.startswith("xz ") for line in done.out.splitlines()) == 1
+    picture = (checkpoint.parent / "evaluate.png").read_bytes()
+    assert picture[:4] == b"\x89PNG" and min(struct.unpack(">II", picture[16:24])) > 200
+
+
+def save(run: Path, step: int, tokenizer: Tokenizer, parent: Path | None = None) -> Path:
+    """A checkpoint with random weights."""
+    torch.manual_seed(step)
+    model = Transformer(small_config(tokenizer.vocab_size))
+    optimizer = make_optimizer(model, OptimConfig())
+    return save_checkpoint(
+        run, step, model, tokenizer, optimizer, {"tokens": 0}, "sft",
+        parent and str(parent), keep=9,
+    )  # fmt: skip
+
+
+def test_all_steps_of_a_run_follow_the_checkpoint_that_it_began_with(
+    tmp_path, tokenizer, rows_root, script
+):
+    base = save(tmp_path / "base", 3, tokenizer)
+    steps = [base, *(save(tmp_path / "run", n, tokenizer, parent=base) for n in (5, 10))]
+    config = f"data:\n  sources:\n  - {{name: {rows_root / 'chat'}, weight: 2.0}}\n"
+    (tmp_path / "run/config.yaml").write_text(config, "utf-8")
+    done = script(SCRIPT, tmp_path / "run", "--steps", "true", "--device", "cpu")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "run/evaluate.json").read_text("utf-8"))
+    assert list(found["checkpoints"]) == list(map(str, steps))
+    assert list(found["sets"]) == [str(rows_root / "chat")]
+    first, second, last = (
+        step["sets"][str(rows_root / "chat")]["bpb"] for step in found["checkpoints"].values()
+    )
+    assert f"  {second - first:+.4f}  " in done.out and f"  {last - first:+.4f}  " in done.out
+    assert f"forgotten: {last - min(first, second):+.4f} bits per byte" in done.out
+
+
+def test_forgotten_is_since_the_best_before_the_last():
+    assert forgotten(np.array([[3.0, 6], [2, 5], [2.75, 3]])).tolist() == [0.75, -2]
+
+
+def test_a_heat_map_needs_no_chinese_font(tmp_path):
+    rows = {"out/甲/step-1": (3.0, 6.0), "b": (2.0, 5.0)}
+    found = {
+        "sets": {"对话": {}, "csl": {}},
+        "checkpoints": {
+            step: {"sets": {"对话": {"bpb": one}, "csl": {"bpb": two}}}
+            for step, (one, two) in rows.items()
+        },
+    }
+    draw(found, tmp_path / "plain.png", None)  # a missing glyph would be a warning
+    assert (tmp_path / "plain.png").stat().st_size > 5000
+    font = cjk_font()
+    if font is not None:
+        draw(found, tmp_path / "chinese.png", font)
+        assert (tmp_path / "plain.png").read_bytes() != (tmp_path / "chinese.png").read_bytes()
+
+
+def test_checkpoints_of_other_tokenizers_are_compared_by_bytes(
+    tmp_path, tokenizer, script, monkeypatch
+):
+    """The same pieces under another fingerprint have token files of their own."""
+    path = tmp_path / "other.model"
+    path.write_bytes(tokenizer.bytes + b"\x22\x00")  # an empty field more
+    other = Tokenizer(path)
+    assert other.fingerprint != tokenizer.fingerprint
+    monkeypatch.chdir(tmp_path)
+    for each in (tokenizer, other):
+        tokens = write_token_files(tmp_path / f"made-{each.path.stem}", each)
+        shutil.copytree(tokens / "chat", f"data/tokens/{each.path.stem}/chat")
+    runs = [save(tmp_path / "run", 5, tokenizer), save(tmp_path / "later", 1, other)]
+    done = script(SCRIPT, *runs, "--data", "chat", "--device", "cpu")
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "run/evaluate.json").read_text("utf-8"))
+    first, last = (step["sets"]["chat"]["bpb"] for step in found["checkpoints"].values())
+    assert f"{last - first:+.4f}" in done.out
 
 
 def test_the_shares_of_two_processes_make_up_the_whole(rows_root, model, tokenizer):
@@ -277,7 +355,9 @@ def test_mistakes_are_one_line(checkpoint, rows_root, token_twins, tmp_path, scr
 
     assert "wanted a checkpoint" in mistake()
     assert "no_such_set" in mistake(checkpoint, "--data", "no_such_set")
-    assert "--data" in mistake(checkpoint)
+    assert "wanted sets to measure, found none" in mistake(checkpoint)
+    assert "wanted sets to measure, found none" in mistake(checkpoint, "--data", " , ")
+    assert "no such checkpoint" in mistake(tmp_path / "none")
     too_long = mistake(checkpoint, "--data", rows_root / "text", "--stride", 129)
     assert "longer than the context of 128" in too_long
     assert "--batch_size wants 1" in mistake(checkpoint, "--batch_size", 0)
