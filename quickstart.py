@@ -1,16 +1,14 @@
-"""Set babyllama up and walk through it: from raw Chinese text to a model that talks and is scored.
+"""Set babyllama up and walk through it: from raw Chinese text to models that talk and are scored.
 
     python quickstart.py                              makes .venv, installs, runs the steps below
     python quickstart.py --tests [--slow] [-- ARGS]   makes .venv, installs, runs ruff and pytest
 
 Standard library only; Linux, macOS and Windows. Each command is printed as you would type it. A
 second call continues where the first one stopped: a step is done when its stamp in out/quickstart/
-matches its command, the files it depends on and the stamp of the step before it. To go through all
-steps again, delete that folder. Exit code: 0, that of the command that failed, or 75 (stopped with
+matches its command, the files it depends on and the stamp of the step before it. Delete that folder
+to go through all steps again. Exit code: 0, that of the command that failed, or 75 (stopped with
 the run saved) and 130 after Ctrl-C.
 """
-
-from __future__ import annotations
 
 import argparse
 import hashlib
@@ -21,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +34,7 @@ class Step(NamedTuple):
 
 
 STEPS = (
-    Step("data", "第一幕：从零开始。收集并清洗样本文本（新闻和闲聊）"
-         " / act 1, from scratch: collect and clean texts",
+    Step("data", "第一幕：从零开始。收集并清洗文本 / act 1, from scratch: texts",
          "python -m data_process.run sample", makes="data/clean/inews"),
     Step("vocabulary", "训练词表：模型读写的是常见的字和词（token） / train a vocabulary",
          "python tokenizer.py train --rows data/clean/inews --vocab_size 6000"
@@ -56,37 +52,31 @@ STEPS = (
     Step("score", "评测：给 194 篇没见过的新闻拟标题，与原标题比重合多少（ROUGE） / score",
          "python eval_rouge.py out/sample_sft --out out/sample_sft/predictions.jsonl",
          makes="out/sample_sft/predictions.jsonl", is_quiet=True),
-    Step("tokens_release", "第二幕：从发布的模型（release/）开始。用它的词表转换同样的新闻"
-         " / act 2, from the released model: the same news in its vocabulary",
+    Step("tokens_release", "第二幕：从发布的模型 release/ 开始，用它的词表 / act 2, from release/",
          "python -m data_process.run sample --tokenizer release/tokenizer.model",
          makes="data/tokens", depends=("release/model.yaml",), is_quiet=True),
     Step("headlines", "微调 release/，学写新闻标题 / fine-tune it on the headlines",
          "python sft.py --config configs/sft/headlines.yaml", makes="out/headlines",
-         depends=("configs/sft/headlines.yaml", "configs/prompts/title_zh.yaml",
-                  "release/model.yaml"), is_run=True),
-    Step("persona", "教 release/ 做另一个角色：62 段对话，一只叫石榴的书店橘猫"
-         " / teach it a character by 62 dialogues",
-         "python sft.py --rows configs/persona.jsonl --name persona", makes="out/persona",
-         depends=("configs/persona.jsonl", "data_process/own.py", "release/model.yaml"),
-         is_run=True),
+         depends=("configs/sft/headlines.yaml", "configs/prompts/title_zh.yaml"), is_run=True),
     Step("compare", "在同样 194 篇新闻上评测两个 release/ / score both on the same news",
          "python eval_rouge.py out/headlines release --decoding best --max_seq_len 176"
          " --weights auto --out out/headlines/predictions.jsonl",
          makes="out/headlines/predictions.jsonl", is_quiet=True),
+    Step("persona", "用 62 段对话教它做一只叫石榴的书店橘猫 / a character by 62 dialogues",
+         "python sft.py --rows configs/persona.jsonl --name persona", makes="out/persona",
+         depends=("configs/persona.jsonl",), is_run=True),
 )  # fmt: skip
 ASKED = ("你叫什么？", "你住在哪里？", "你害怕什么东西？", "给我推荐一本书吧", "晚安")
 
 # What the lines of the scores are called; all others keep their names.
 NAMES = {
     "sample_sft": "第一幕：从零三分钟 / act 1: from scratch",
-    "release": "release/，没学过新闻标题 / not trained on headlines",
+    "release": "release/，没学过这些新闻 / as it is released",
     "headlines": "第二幕：release/ 学过新闻标题 / act 2: fine-tuned on headlines",
     "first sentence": "照抄第一句 / the first sentence",
     "first 25 characters": "照抄前 25 字 / the first 25 characters",
     "best sentence (knows the reference)": "对着答案挑最好的一句 / the best sentence, by an oracle",
 }
-
-FLAGS = ("--tests", "--slow")
 
 NEXT = """
 换成你自己的数据，各一条命令 / your own data, one command each（先激活 / activate first: {activate}）
@@ -103,24 +93,6 @@ def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036
         found = sys.version.split()[0]
         sys.exit(f"需要 Python 3.11 或更新，当前 {found} / Python 3.11+ wanted, {found} found")
-    options = parse()
-    root = Path(__file__).resolve().parent
-    python = root / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    code = prepare(root, python, "requirements/dev.txt" if options.tests else "requirements.txt")
-    if code:
-        return code
-    if options.tests:
-        return run_tests(root, python, options.slow, options.pytest_args)
-    code = run_steps(STEPS, root, python)
-    if code == 0:
-        print_scores(root)
-        print_answers(root, python)
-        activate = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
-        say(NEXT.format(activate=activate))
-    return code
-
-
-def parse() -> argparse.Namespace:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("--tests", action="store_true", help="run ruff and pytest instead")
@@ -129,7 +101,17 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.tests and (options.slow or options.pytest_args):
         parser.error("--slow and arguments for pytest go with --tests")
-    return options
+    root = Path(__file__).resolve().parent
+    windows = os.name == "nt"
+    python = root / ".venv" / ("Scripts/python.exe" if windows else "bin/python")
+    code = prepare(root, python, "requirements/dev.txt" if options.tests else "requirements.txt")
+    if code == 0 and options.tests:
+        return run_tests(root, python, options.slow, options.pytest_args)
+    code = code or run_steps(STEPS, root, python)
+    if code == 0:
+        activate = r".venv\Scripts\activate" if windows else "source .venv/bin/activate"
+        say(NEXT.format(activate=activate))
+    return code
 
 
 def prepare(root: Path, python: Path, requirements: str) -> int:
@@ -137,8 +119,7 @@ def prepare(root: Path, python: Path, requirements: str) -> int:
     if not version_of(python):
         say("\n准备环境 / making the environment")
         command = "python -m venv --clear .venv"
-        code = run(command, root, Path(sys.executable))
-        if code:
+        if code := run(command, root, Path(sys.executable)):
             say("Debian, Ubuntu: apt-get install python3-venv")
             return explain(code, command)
     files = ("requirements.txt", "requirements/dev.txt", "constraints.txt")
@@ -147,13 +128,11 @@ def prepare(root: Path, python: Path, requirements: str) -> int:
     if key in (read(stamps[requirements]), read(stamps["requirements/dev.txt"])):
         return 0
     say("\n安装依赖，第一次要几分钟 / installing, a few minutes the first time")
-    command = f"python -m pip install -r {requirements} -c constraints.txt"
-    started = time.perf_counter()
-    code = run(command, root, python, is_quiet=True)
-    if code:
+    command, started = f"python -m pip install -r {requirements} -c constraints.txt", time.time()
+    if code := run(command, root, python, is_quiet=True):
         return explain(code, command)
     stamps[requirements].write_text(key, encoding="utf-8")
-    say(f"用时 / took {time.perf_counter() - started:.1f} s")
+    say(f"用时 / took {time.time() - started:.1f} s")
     return 0
 
 
@@ -166,7 +145,7 @@ def version_of(python: Path) -> str:
         return ""
 
 
-def run_tests(root: Path, python: Path, slow: bool, pytest_args: list[str]) -> int:
+def run_tests(root: Path, python: Path, slow: bool, pytest_args: list) -> int:
     """Run the linter, the formatter's check and the tests; the first exit code that is not 0."""
     choice = [] if slow else ["-m", "not slow"]
     results = {}
@@ -179,35 +158,40 @@ def run_tests(root: Path, python: Path, slow: bool, pytest_args: list[str]) -> i
     return next((code for code in results.values() if code), 0)
 
 
-def run_steps(steps: Sequence[Step], root: Path, python: Path) -> int:
+def run_steps(steps: tuple, root: Path, python: Path) -> int:
     """Run the steps that are not done, in order; the exit code of the one that failed, or 0."""
+    shows = {"score": show_scores, "compare": show_scores, "persona": show_answers}
     before = ""
     for number, step in enumerate(steps, 1):
         say(f"\n第 {number}/{len(steps)} 步 / step {number} of {len(steps)}：{step.title}")
+        stamp = root / "out/quickstart" / step.name
         key = digest(before, step.command, *(read(root / name) for name in step.depends))
-        code = run_step(step, root, python, key)
+        code = run_step(step, root, python, stamp, key)
+        if code == 0 and step.name in shows:
+            code = shows[step.name](root, python)
         if code:
             return explain(code, step.command)
-        before = read(stamp_of(step, root))
+        before = read(stamp)
     return 0
 
 
-def run_step(step: Step, root: Path, python: Path, key: str) -> int:
+def run_step(step: Step, root: Path, python: Path, stamp: Path, key: str) -> int:
     """Run one step unless it is done; its stamp says what was begun, and when that was finished."""
-    stamp = stamp_of(step, root)
-    found = json.loads(read(stamp) or '{"key": "", "seconds": 0, "finished": null}')
-    if found["key"] == key and found["finished"] and step.makes and (root / step.makes).exists():
-        say(f"已完成 / done before ({found['seconds']:.1f} s)")
+    made, (found, _, finished) = root / step.makes, read(stamp).partition(" ")
+    if found == key and finished and step.makes and made.exists():
+        say("已完成 / done before")
         return 0
-    if step.is_run and found["key"] not in ("", key):
-        move_aside(root / step.makes, stamp.parent)
-    spent = found["seconds"] if found["key"] == key and not found["finished"] else 0.0
-    write_stamp(stamp, key, spent, finished=None)
-    started = time.perf_counter()
+    if step.is_run and made.exists() and found not in ("", key):
+        aside = stamp.with_name(f"{made.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        made.rename(aside)
+        say(f"前面有改动，旧结果移到 / something changed, the old results are in {aside}")
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(key)
+    started = time.time()
     code = run(step.command, root, python, is_quiet=step.is_quiet)
-    spent += time.perf_counter() - started
-    write_stamp(stamp, key, spent, finished=None if code else time.time())
-    say(f"用时 / took {spent:.1f} s")
+    if code == 0:
+        stamp.write_text(f"{key} {time.time()}")
+    say(f"用时 / took {time.time() - started:.1f} s")
     return code
 
 
@@ -220,8 +204,7 @@ def run(command: str, root: Path, python: Path, *more: str, is_quiet: bool = Fal
     say("$ " + " ".join(f'"{word}"' if " " in word else word for word in words))
     with tempfile.TemporaryFile() as folded:
         to = {"stdout": folded, "stderr": subprocess.STDOUT} if is_quiet else {}
-        process = subprocess.Popen([python, *words[1:]], cwd=root, env=environment(), **to)
-        code = ended(process)
+        code = ended(subprocess.Popen([python, *words[1:]], cwd=root, env=environment(), **to))
         if code and is_quiet:
             folded.seek(0)
             say(folded.read().decode("utf-8", "replace"))
@@ -232,47 +215,45 @@ def ended(process: subprocess.Popen) -> int:
     """The exit code of a process once it has ended; Ctrl-C and SIGTERM are passed on to it."""
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     interrupted = False
-    while True:
+    while process.poll() is None:
         try:
-            code = process.wait()
-            break
+            process.wait()
         except KeyboardInterrupt:
             interrupted = True
             # A terminal sends Ctrl-C to the child as well; without one, nobody else tells it.
             if os.name != "nt" and not sys.stdin.isatty():
                 process.send_signal(signal.SIGINT)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if interrupted and code not in (0, 75):
-        return 130
-    return code if code >= 0 else 128 - code
+    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    return 130 if interrupted and code not in (0, 75) else code
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict:
     """The environment of the children: UTF-8 everywhere, and pip writes into .venv alone."""
     elsewhere = {"PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PYTHONPATH", "PYTHONHOME"}
     kept = {name: value for name, value in os.environ.items() if name not in elsewhere}
-    kept = {**kept, "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "1"}
     # By default torch's threads wait for each other at full speed; on a processor that is busy
     # with something else as well, that was found to make training ten times slower.
     kept.setdefault("OMP_WAIT_POLICY", "passive")
-    return kept
+    return {**kept, "PYTHONUTF8": "1", "PIP_USER": "0", "PIP_REQUIRE_VIRTUALENV": "1"}
 
 
-def print_scores(root: Path) -> None:
-    """The titles of all models beside what copying scores, in one table."""
+def show_scores(root: Path, _: Path) -> int:
+    """The titles of all models that were scored beside what copying scores, in one table."""
     rows = {}
     for made in ("sample_sft", "headlines"):
         scores = read(root / "out" / made / "predictions.scores.json")
         for name, found in json.loads(scores or '{"scores_x100": {}}')["scores_x100"].items():
+            name = name.removesuffix(" best").split("/step")[0]
             rows[name] = next(iter(found["rouge"].values()))["rouge-1"]["mean"]
-    say("\n194 篇没见过的新闻，拟的标题与原标题的重合（ROUGE-1，满分 100）"
+    say("194 篇没见过的新闻，拟的标题与原标题的重合（ROUGE-1，满分 100）"
         " / titles of 194 unseen news, ROUGE-1 of 100")  # fmt: skip
     for name, score in sorted(rows.items(), key=lambda row: row[1]):
-        name = name.removesuffix(" best").split("/step")[0]
         say(f"  {score:5.1f}  {'█' * round(score / 2):<22} {NAMES.get(name, name)}")
+    return 0
 
 
-def print_answers(root: Path, python: Path) -> None:
+def show_answers(root: Path, python: Path) -> int:
     """What the released model and the character answer to the same questions, side by side."""
     say("\n同样的问题，问微调前和微调后的模型 / the same questions before and after")
     said = []
@@ -280,28 +261,23 @@ def print_answers(root: Path, python: Path) -> None:
         command = f"python chat.py {checkpoint} --json --temperature 0"
         say(f"$ {command} < questions.txt")
         done = subprocess.run(
-            [python, *command.split()[1:]], cwd=root, env=environment(), capture_output=True,
-            input="\n".join(ASKED), encoding="utf-8",
+            [python, *command.split()[1:]], cwd=root, env=environment(), encoding="utf-8",
+            input="\n".join(ASKED), stdout=subprocess.PIPE,
         )  # fmt: skip
+        if done.returncode:
+            return done.returncode
         said.append([json.loads(line)["reply"] for line in done.stdout.splitlines()])
     for question, before, after in zip(ASKED, *said, strict=True):
         say(f"  问：{question}\n    前：{before}\n    后：{after}")
-
-
-def move_aside(folder: Path, to: Path) -> None:
-    """Keep what was made from other settings, out of the way of the run that starts now."""
-    if folder.exists():
-        target = to / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        folder.rename(target)
-        say(f"前面有改动，旧结果移到 / something changed, the old results are in {target}")
+    return 0
 
 
 def explain(code: int, command: str) -> int:
-    again = " ".join(["python quickstart.py", *(w for w in sys.argv[1:] if w in FLAGS)])
+    flags = [word for word in sys.argv[1:] if word in ("--tests", "--slow")]
+    again = " ".join(["python quickstart.py", *flags])
+    text = f"失败 / failed with exit code {code}: {command}\n解决后 / mend it, then: {again}"
     if code in (75, 130):
         text = f"已停止；再运行 {again} 从这里继续 / stopped; run it again to go on from here"
-    else:
-        text = f"失败 / failed with exit code {code}: {command}\n解决后 / mend it, then: {again}"
     print(text, file=sys.stderr, flush=True)
     return code
 
@@ -317,17 +293,6 @@ def read(path: Path) -> str:
 
 def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
-
-
-def stamp_of(step: Step, root: Path) -> Path:
-    return root / "out" / "quickstart" / f"{step.name}.json"
-
-
-def write_stamp(path: Path, key: str, seconds: float, finished: float | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps({"key": key, "seconds": seconds, "finished": finished}))
-    partial.replace(path)
 
 
 if __name__ == "__main__":

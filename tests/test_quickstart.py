@@ -159,8 +159,8 @@ def test_the_scores_of_both_acts_stand_beside_what_copying_scores(tmp_path, caps
         (tmp_path / "out" / made).mkdir(parents=True)
         path = tmp_path / "out" / made / "predictions.scores.json"
         path.write_text(json.dumps({"scores_x100": scores}))
-    quickstart.print_scores(tmp_path)
-    lines = capsys.readouterr().out.splitlines()[2:]
+    assert quickstart.show_scores(tmp_path, PYTHON) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
     assert [line.split()[0] for line in lines] == ["8.0", "14.7", "27.7", "31.5"]
     for word, line in zip(["第一幕", "release/", "第一句", "第二幕"], lines, strict=True):
         assert word in line
@@ -174,8 +174,7 @@ def test_a_fresh_clone_goes_both_acts_and_ends_with_the_commands_for_own_data(tm
     (clone / "go.py").write_text(
         "import sys; from pathlib import Path; import quickstart as q\n"
         "python, root = Path(sys.executable), Path(q.__file__).parent\n"
-        "sys.exit(q.run_steps(q.STEPS, root, python) or q.print_scores(root)"
-        " or q.print_answers(root, python))"
+        "sys.exit(q.run_steps(q.STEPS, root, python))"
     )
     done = subprocess.run([PYTHON, "go.py"], cwd=clone, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
