@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from tqdm import tqdm
-
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
-from babyllama.generate import Reply, Weights, generate_replies
+from babyllama.generate import Reply, Weights
+from babyllama.log import table
 from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
+from babyllama.scoring.rouge import ngrams
+from babyllama.scoring.summarise import ReadyModel, ask_all
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LoopsConfig(SamplingConfig):
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
         prompts: a text file with a prompt on each line; if absent the built-in ones
         out: file for the replies, as JSON lines
-        batch_size: prompts answered at once
+        batch_size: replies written at once
         device: auto, cpu, cuda or mps
         weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
         loop_guard: what the guarded lines of the table do
@@ -46,7 +46,7 @@ class LoopsConfig(SamplingConfig):
     checkpoint: Path | None = None
     prompts: Path | None = None
     out: Path | None = None
-    batch_size: int = 8
+    batch_size: int = 32
     device: Device = "auto"
     weights: Weights = "float32"
     loop_guard: Literal["end", "redraw"] = "redraw"
@@ -100,10 +100,6 @@ def statistics(replies: Sequence[Reply]) -> dict[str, float]:
     }
 
 
-def ngrams(text: str, n: int) -> list[str]:
-    return [text[i : i + n] for i in range(len(text) - n + 1)]
-
-
 def repeated_share(text: str, n: int) -> float:
     """The share of a text's runs of `n` characters that stood there before; 0 if it has none."""
     runs = ngrams(text, n)
@@ -116,37 +112,26 @@ def distinct_share(texts: Sequence[str], n: int) -> float:
     return 100 * len(set(runs)) / len(runs) if runs else 0.0
 
 
-def table(rows: dict[str, dict[str, float]]) -> str:
-    """One line a way of decoding."""
-    names = list(next(iter(rows.values())))
-    lines = [["", *names]]
-    lines += [[way, *(f"{row[name]:.1f}" for name in names)] for way, row in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
 def main(cfg: LoopsConfig) -> None:
     """Answer every prompt in every way, count, print."""
     path = chosen_run(cfg.checkpoint)
     prompts = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else PROMPTS
     loaded = load_model(path, pick_device(cfg.device))
-    decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer
+    model = ReadyModel.of(loaded, cfg.weights)
     asked = [ask(loaded, prompt) for prompt in prompts]
-    starts = range(0, len(asked), cfg.batch_size)
-    rows, saved = {}, []
+    lines, saved = [], []
     for name, way in ways(cfg).items():
-        replies: list[Reply] = []
-        for i in tqdm(starts, desc=name, leave=False):
-            batch = asked[i : i + cfg.batch_size]
-            replies += generate_replies(decoder, batch, way, tokenizer.eos_id, tokenizer)
-        rows[name] = statistics(replies)
-        of_prompts = [prompt for prompt in prompts for _ in range(way.n)]
+        found = ask_all(model._replace(name=name), asked, way, cfg.batch_size)
+        figures = statistics([reply for replies in found for reply in replies])
+        lines = lines or [["", *figures]]
+        lines.append([name, *(f"{figure:.1f}" for figure in figures.values())])
         saved += [
             {"way": name, "prompt": prompt, "reply": reply.text, "end": reply.reason}
-            for prompt, reply in zip(of_prompts, replies, strict=True)
+            for prompt, replies in zip(prompts, found, strict=True)
+            for reply in replies
         ]
     print(f"{shown(loaded.path)}: {len(asked)} prompts, at most {cfg.max_new_tokens} tokens")
-    print(table(rows))
+    print(table(lines))
     print(f"a loop: some {LOOP_LENGTH} characters in a row come {LOOP_TIMES} times in a reply")
     if cfg.out:
         write_rows(from_repo(cfg.out), saved)
