@@ -1,19 +1,14 @@
-"""Pairs of answers for preference tuning, made of a model's own replies: those that loop and those
-that do not, or titles that are more and less like the true one.
+"""Preference tuning: pairs of a model's own replies, of which one loops, and DPO on such pairs.
 
     python -m babyllama.tuning.preference out/redgpt --prompts prompts.txt --out data/clean/loops/rows.jsonl
-    python -m babyllama.tuning.preference out/csl --data data/clean/csl --loop_length 4 --loop_times 2
-    python -m babyllama.tuning.preference out/csl --data data/clean/csl --by rouge --n 16 --out data/clean/drafts/rows.jsonl
     python -m babyllama.tuning.preference --rows data/clean/mine/rows.jsonl --tokenizer data/tokenizers/x.model
     python sft.py --config configs/sft/dpo.yaml --base out/redgpt
 
 A checkpoint answers each prompt several times, once greedily. Where one reply falls into a loop (as
-sampling.py says, or --loop_length and --loop_times) and others end of themselves without one, the
-one of these most like the others and the looping one are a row: {id, messages, chosen, rejected}.
-With --by rouge the best of the replies by ROUGE-1 and ROUGE-2 and the middle one are: what a
-summariser could have said, and what it usually says. Rows are also made into token files,
-data/tokens/<tokenizer>/<set>, where <set> is the directory that they lie in; --rows does that
-alone, for pairs of any origin.
+sampling.py says) and others end of themselves without one, the one of these most like the others
+and the looping one are a row: {id, messages, chosen, rejected}. Rows are also made into token
+files, data/tokens/<tokenizer>/<set>, where <set> is the directory that they lie in; --rows does
+that alone, for pairs of any origin.
 
 `dpo` learns from such pairs to prefer one answer to another (Rafailov et al. 2023,
 arXiv:2305.18290, equation 7), if wanted with the chosen answer's own likelihood beside it (Pang et
@@ -26,26 +21,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, require_writable, run, shown
-from babyllama.cpu.decoder import make_decoder
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Reply, generate_replies
+from babyllama.generate import Reply
 from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
-from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, repeats, squeeze
-from babyllama.scoring.rouge import clipped_f
-from babyllama.scoring.summarise import ranked, templates
-from babyllama.scoring.test_sets import read_pairs
+from babyllama.sampling import SamplingConfig, loops
+from babyllama.scoring.summarise import ReadyModel, ask_all, ranked
 from babyllama.sources import Reader, Row, Source, message_sizes, supervised
 from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter
 from babyllama.trainer import Batch, Objective
@@ -164,7 +155,6 @@ def _pairs_of(batch: Batch) -> Tensor:
 
 
 VAL_SHARE = 20  # one row in so many is for validation
-LEAST_GAP = 0.15  # of the sum of ROUGE-1 and ROUGE-2: replies nearer than that are alike
 
 
 @dataclass(frozen=True)
@@ -174,14 +164,6 @@ class PairsConfig(SamplingConfig):
     Args:
         checkpoint: a fine-tuned run (its newest step) or one of its steps
         prompts: a text file with a question on each line; if absent two dozen built-in ones
-        data: texts instead whose titles are asked for, in a file as eval_rouge.py takes it or the
-            train part of a folder of rows
-        by: loops: a reply without a loop before one that loops; rouge: of replies to --data the one
-            most like the row's title before the middle one
-        limit: only so many prompts or texts, the first
-        wordings: template file with the question that asks for a title
-        loop_length: a reply loops where a run of so many characters stands in it
-        loop_times: so many times
         out: file for the rows; its directory gives the set's name
         rows: make token files of these rows instead
         tokenizer: of the token files of --rows
@@ -195,12 +177,6 @@ class PairsConfig(SamplingConfig):
 
     checkpoint: Path | None = None
     prompts: Path | None = None
-    data: Path | None = None
-    by: Literal["loops", "rouge"] = "loops"
-    limit: int | None = None
-    wordings: Path = Path("configs/prompts/summary_zh.yaml")
-    loop_length: int = LOOP_LENGTH
-    loop_times: int = LOOP_TIMES
     out: Path = Path("data/clean/loops/rows.jsonl")
     rows: Path | None = None
     tokenizer: Path | None = None
@@ -218,16 +194,6 @@ class PairsConfig(SamplingConfig):
                 f"wanted a batch_size of at least 1, a temperature above 0 and loop_guard off, "
                 f"found {self.batch_size}, {self.temperature:g} and {self.loop_guard}"
             )
-        limit = 1 if self.limit is None else self.limit
-        if min(self.loop_length, self.loop_times - 1, limit) < 1:
-            raise ConfigError(
-                f"wanted a loop_length of 1 or more, loop_times of 2 or more and a limit of 1 or "
-                f"more, found {self.loop_length}, {self.loop_times} and {self.limit}"
-            )
-        if self.prompts is not None and self.data is not None:
-            raise ConfigError("wanted --prompts or --data, found both; leave one out")
-        if self.by == "rouge" and self.data is None:
-            raise ConfigError("--by rouge wants --data, texts with their titles, found none")
         if (self.checkpoint is None) == (self.rows is None):
             raise ConfigError(
                 "wanted a checkpoint that answers, or --rows with pairs, and not both: "
@@ -237,80 +203,29 @@ class PairsConfig(SamplingConfig):
             raise ConfigError("--rows wants --tokenizer, the .model of the run to be tuned")
 
 
-def pair_of(
-    replies: Sequence[Reply], length: int = LOOP_LENGTH, times: int = LOOP_TIMES
-) -> tuple[str, str] | str:
-    """(chosen, rejected) out of the replies to one prompt, or the reason why there is none.
-
-    length, times: a reply loops where a run of so many characters stands in it so many times
-    """
-    does_loop = [repeats(squeeze(reply.text), length, times) for reply in replies]
-    looping = [reply.text for reply, loops in zip(replies, does_loop, strict=True) if loops]
+def pair_of(replies: Sequence[Reply]) -> tuple[str, str] | str:
+    """(chosen, rejected) out of the replies to one prompt, or the reason why there is none."""
+    looping = [reply.text for reply in replies if loops(reply.text)]
     good = [
         reply.text
-        for reply, loops in zip(replies, does_loop, strict=True)
-        if not loops and reply.reason == "eos" and reply.text.strip()
+        for reply in replies
+        if not loops(reply.text) and reply.reason == "eos" and reply.text.strip()
     ]
     if not looping:
         return "no_loop"
     return (ranked(good)[0], looping[0]) if good else "no_reply_without_loop"
 
 
-def ranked_pair(replies: Sequence[Reply], title: str) -> tuple[str, str] | str:
-    """(chosen, rejected) by likeness to a title, or the reason why there is none.
-
-    Of the different replies that ended the best, and the one in the middle.
-    """
-    ended = dict.fromkeys(r.text for r in replies if r.reason == "eos" and r.text.strip())
-    scores = {text: sum(clipped_f(text, title, n, 1.0) for n in (1, 2)) for text in ended}
-    order = sorted(scores, key=lambda text: -scores[text])
-    if len(order) < 2:
-        return "one_reply_alone"
-    best, middle = order[0], order[len(order) // 2]
-    return (best, middle) if scores[best] - scores[middle] >= LEAST_GAP else "replies_alike"
-
-
-def questions(loaded: Loaded, cfg: PairsConfig) -> tuple[list[tuple[str, str]], int]:
-    """What is asked, each with the title that it wants ("" where none is known), and how many
-    prompts are left out: with an answer they would take more than half of the context, and a pair
-    is read side by side."""
-    if cfg.data is None:
-        asked = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else list(PROMPTS)
-        titles = [""] * len(asked)
-    else:
-        place = from_repo(cfg.data)
-        files = sorted(place.glob("train-*.jsonl")) if place.is_dir() else [place]
-        if not files:
-            raise DataError(
-                f"{shown(place)}: wanted train-*.jsonl, found none; name a file, or make the set: "
-                f"python -m data_process.run {place.name}"
-            )
-        question = templates(cfg.wordings, loaded.tokenizer).eval_question
-        rows = [row for file in files for row in read_pairs(file)][: cfg.limit]
-        asked = [question.replace("{text}", row["text"]) for row in rows]
-        titles = [row["summary"] for row in rows]
-    both = list(zip(asked, titles, strict=True))[: cfg.limit]
-    room = loaded.config.max_seq_len // 2 - 1
-    fitting = [one for one in both if len(loaded.tokenizer.encode(one[0])) < room]
-    return fitting, len(both) - len(fitting)
-
-
 def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[list[Reply]]:
     """The greedy reply and the drawn ones to each prompt."""
-    ways = {f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)}
-    drawn = SamplingConfig(**ways)
-    greedy = replace(drawn, temperature=0.0, n=1)
-    tokenizer, decoder = loaded.tokenizer, make_decoder(loaded.model)
-    asked = [tokenizer.render_prompt([{"role": "user", "content": text}]) for text in prompts]
-    found: list[list[Reply]] = []
-    for start in tqdm(range(0, len(asked), cfg.batch_size), desc="answering", leave=False):
-        batch = asked[start : start + cfg.batch_size]
-        first, more = (
-            generate_replies(decoder, batch, way, tokenizer.eos_id, tokenizer)
-            for way in (greedy, drawn)
-        )
-        found += [[first[i], *more[i * cfg.n : (i + 1) * cfg.n]] for i in range(len(batch))]
-    return found
+    drawn = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
+    model = ReadyModel.of(loaded, "float32")
+    asked = [loaded.tokenizer.render_prompt([{"role": "user", "content": p}]) for p in prompts]
+    first, more = (
+        ask_all(model, asked, way, cfg.batch_size)
+        for way in (replace(drawn, temperature=0.0, n=1), drawn)
+    )
+    return [[*one, *others] for one, others in zip(first, more, strict=True)]
 
 
 def make_rows(
@@ -318,7 +233,7 @@ def make_rows(
 ) -> tuple[list[dict], Counter[str]]:
     """Preference rows, and how many prompts gave none, by reason.
 
-    pairs: for each prompt what pair_of or ranked_pair found
+    pairs: for each prompt what pair_of found
     """
     rows, without = [], Counter()
     for prompt, found in zip(prompts, pairs, strict=True):
@@ -365,17 +280,16 @@ def main(cfg: PairsConfig) -> None:
         require_writable(path)
         loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
         tokenizer = loaded.tokenizer
-        asked, n_long = questions(loaded, cfg)
-        prompts, titles = [text for text, _ in asked], [title for _, title in asked]
-        replies = answers(loaded, prompts, cfg)
-        if cfg.by == "rouge":
-            pairs = list(map(ranked_pair, replies, titles))
-        else:
-            pairs = [pair_of(given, cfg.loop_length, cfg.loop_times) for given in replies]
+        asked = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else PROMPTS
+        # With an answer they may take half of the context: a pair is read side by side.
+        room = loaded.config.max_seq_len // 2 - 1
+        prompts = [text for text in asked if len(tokenizer.encode(text)) < room]
+        pairs = list(map(pair_of, answers(loaded, prompts, cfg)))
         rows, without = make_rows(prompts, pairs, path.parent.name)
+        n_long = len(asked) - len(prompts)
         without.update({"longer_than_half_the_context": n_long} if n_long else {})
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))
-        print(f"{len(prompts) + n_long} prompts gave {len(rows)} pairs{reasons}")
+        print(f"{len(asked)} prompts gave {len(rows)} pairs{reasons}")
         if len(rows) < 2:
             raise DataError(
                 f"wanted two pairs or more, found {len(rows)}{reasons}; ask more prompts, or draw "

@@ -2,15 +2,11 @@
 
     python -m babyllama.tuning.pseudo_labels out/release --rows data/clean/abstracts
     python -m babyllama.tuning.pseudo_labels out/a out/b out/c       three teachers decide together
-    python -m babyllama.tuning.pseudo_labels out/reverse --rows data/clean/titles --swap \\
-        --prompts configs/prompts/abstract_zh.yaml --beams 1 --n 1 --temperature 0.8 \\
-        --max_new_tokens 300 --min_chars 6 --max_chars 40            abstracts for real titles
     python -m data_process.run csl --name own_titles --raw data/raw/own_titles --tokenizer FILE
 
 The titles are those of the search behind every title that people see (scoring/summarise.py). A
 student trained on what its ensemble agrees on comes near the ensemble (Freitag et al. 2017,
-arXiv:1702.01802); abstracts written for real titles are back-translation (Sennrich et al. 2016,
-arXiv:1511.06709). Blank and looping replies and overlong titles are left out and counted. Written
+arXiv:1702.01802). Blank and looping replies and overlong titles are left out and counted. Written
 in files of 500 rows as JSON lines with the keys "abst" and "title"; files of an earlier run are
 kept, so a stopped run continues.
 """
@@ -25,7 +21,7 @@ from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows, write_rows
-from babyllama.sampling import SamplingConfig, loops, repeats, squeeze
+from babyllama.sampling import SamplingConfig, repeats, squeeze
 from babyllama.scoring.summarise import BEST, AskConfig, ReadyModel, summarise
 
 ROWS_A_FILE = 500
@@ -42,7 +38,6 @@ class PseudoLabelConfig(AskConfig):
         min_chars: shorter texts are left out
         max_chars: longer texts are left out
         limit: only so many texts, the first
-        swap: the texts are titles, and abstracts are asked for
     """
 
     checkpoints: tuple[Path, ...] = (Path("release"),)
@@ -51,7 +46,6 @@ class PseudoLabelConfig(AskConfig):
     min_chars: int = 80
     max_chars: int = 600
     limit: int | None = None
-    swap: bool = False
     batch_size: int = 64
     max_new_tokens: int = BEST.max_new_tokens
     temperature: float = BEST.temperature
@@ -99,26 +93,22 @@ def read_texts(place: Path, shortest: int, longest: int) -> tuple[list[str], int
     return list(texts), len(rows) - len(texts)
 
 
-def fault(reply: str, text: str, swap: bool) -> str | None:
-    """Why a reply is not worth training on, or None."""
-    if not squeeze(reply):
+def fault(title: str, text: str) -> str | None:
+    """Why a title is not worth training on, or None."""
+    if not squeeze(title):
         return "blank"
-    if not swap and len(reply) >= len(text) / 2:
+    if len(title) >= len(text) / 2:
         return "as_long_as_half_the_text"
-    if loops(reply) if swap else repeats(squeeze(reply), 4):
-        return "loops"
-    return None
+    return "loops" if repeats(squeeze(title), 4) else None
 
 
-def keep_good(
-    texts: Sequence[str], replies: Sequence[str], swap: bool = False
-) -> tuple[list[dict], Counter[str]]:
-    """Rows of abstract and title, and how many replies are left out, by reason."""
-    faults = [fault(reply, text, swap) for reply, text in zip(replies, texts, strict=True)]
-    pairs = zip(replies, texts, strict=True) if swap else zip(texts, replies, strict=True)
+def keep_good(texts: Sequence[str], titles: Sequence[str]) -> tuple[list[dict], Counter[str]]:
+    """Rows of abstract and title, and how many titles are left out, by reason."""
+    pairs = list(zip(texts, titles, strict=True))
+    faults = [fault(title, text) for text, title in pairs]
     rows = [
-        {"abst": abstract, "title": title}
-        for (abstract, title), reason in zip(pairs, faults, strict=True)
+        {"abst": text, "title": title}
+        for (text, title), reason in zip(pairs, faults, strict=True)
         if reason is None
     ]
     return rows, Counter(filter(None, faults))
@@ -142,7 +132,7 @@ def main(cfg: PseudoLabelConfig) -> None:
             continue
         some = texts[start : start + ROWS_A_FILE]
         made = summarise(models, some, sampling, cfg.batch_size, cfg.prompts)
-        rows, without = keep_good(some, [each.title for each in made], cfg.swap)
+        rows, without = keep_good(some, [each.title for each in made])
         left_out.update(without)
         write_rows(path, rows)
         reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))

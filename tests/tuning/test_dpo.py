@@ -11,7 +11,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import Loaded
 from babyllama.data import DataConfig, open_data
 from babyllama.device import Scaler
 from babyllama.distributed import World
@@ -25,13 +24,10 @@ from babyllama.trainer import TrainConfig, forward_backward
 from babyllama.tuning.preference import (
     READERS,
     Pairs,
-    PairsConfig,
     answer_log_probs,
     dpo,
     make_rows,
     pair_of,
-    questions,
-    ranked_pair,
     write_tokens,
 )
 from conftest import TEXTS, small_config, write_run
@@ -190,47 +186,10 @@ def test_a_pair_is_a_reply_that_loops_and_one_that_ends():
     assert without == {"no_loop": 1, "no_reply_without_loop": 1}
 
 
-def test_what_a_loop_is_can_be_said_and_of_good_replies_the_usual_one_is_chosen():
-    twice, odd = ("图像检索的图像检索方法", "eos"), ("新方法", "eos")
+def test_of_good_replies_the_usual_one_is_chosen():
+    loop, odd = (LOOP * 4, "length"), ("新方法", "eos")
     usual, alike = ("一种图像检索方法", "eos"), ("图像检索方法", "eos")
-    assert pair_of(replies(twice, odd)) == "no_loop"
-    assert pair_of(replies(twice, odd), 4, 2) == (odd[0], twice[0])
-    assert pair_of(replies(odd, twice, usual, alike), 4, 2) in [(u[0], twice[0]) for u in
-                                                               (usual, alike)]  # fmt: skip
-    assert pair_of(replies(twice, odd), 4, 3) == "no_loop"
-
-
-def test_by_rouge_the_best_reply_stands_before_the_middle_one():
-    title = "基于小波的图像检索方法"
-    best, middle, worst = ("小波图像检索方法", "eos"), ("图像检索", "eos"), ("天气很好", "eos")
-    unfinished, blank = (title, "length"), (" ", "eos")
-    assert ranked_pair(replies(worst, best, middle, unfinished, blank, best), title) == (
-        best[0], middle[0],
-    )  # fmt: skip
-    assert ranked_pair(replies(best, unfinished, best), title) == "one_reply_alone"
-    near = ("一个小波的图像检索方法", "eos"), ("一类小波的图像检索方法", "eos")
-    assert ranked_pair(replies(*near), "一种小波的图像检索方法") == "replies_alike"
-
-
-@pytest.mark.parametrize("as_folder", [False, True])
-def test_titles_are_asked_for_and_texts_that_leave_no_room_for_two_are_counted(
-    as_folder, tmp_path, model, tokenizer
-):
-    texts = [TEXTS[0], TEXTS[1] * 9, TEXTS[2][:4], TEXTS[5]]
-    found = [{"id": str(i), "text": text, "summary": "题目"} for i, text in enumerate(texts)]
-    write_rows(tmp_path / "train-00000.jsonl", found)
-    data = tmp_path if as_folder else tmp_path / "train-00000.jsonl"
-    loaded = Loaded(model, tokenizer, 0, tmp_path, "sft")
-    wordings = Path(__file__).parents[1] / "small_prompts.yaml"
-    cfg = PairsConfig(checkpoint=Path("x"), data=data, limit=3, wordings=wordings)
-    found, n_long = questions(loaded, cfg)
-    asked = [text for text, title in found if title == "题目"]
-    assert n_long == 1 and [text in one for text, one in zip(texts[::2], asked, strict=False)] == (
-        [True, True]
-    )
-    room = model.config.max_seq_len // 2
-    assert len(asked) == 2 and all(len(tokenizer.encode(one)) < room for one in asked)
-    assert all("{" not in one for one in asked)
+    assert pair_of(replies(odd, loop, usual, alike)) in [(u[0], loop[0]) for u in (usual, alike)]
 
 
 BAD_ROWS = {
@@ -310,10 +269,6 @@ def test_pairs_are_made_from_a_checkpoint_or_from_rows(tmp_path, checkpoint, tok
         ((), "wanted a checkpoint that answers, or --rows"),
         (("--rows", "x.jsonl"), "--rows wants --tokenizer"),
         (("x", "--loop_guard", "end"), "loop_guard off"),
-        (("x", "--loop_times", "1"), "loop_times of 2 or more"),
-        (("x", "--limit", "0"), "a limit of 1 or more"),
-        (("x", "--prompts", "a", "--data", "b"), "found both"),
-        (("x", "--by", "rouge"), "--by rouge wants --data"),
     ],
 )
 def test_wrong_settings_are_one_line(flags, message, script):

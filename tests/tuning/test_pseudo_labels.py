@@ -81,13 +81,6 @@ def test_the_released_model_titles_abstracts_and_finished_files_are_kept(
     assert again.code == 0 and "is kept" in again.out and path.read_text("utf-8") == "kept"
 
 
-def test_abstracts_for_titles_are_swapped_rows():
-    titles = ["图像分割方法", "语音识别", "文本分类"]
-    rows, left_out = keep_good(titles, [ABSTRACTS[0], "", "循环循环循环循环循环" * 9], swap=True)
-    assert rows == [{"abst": ABSTRACTS[0], "title": titles[0]}]
-    assert left_out == {"blank": 1, "loops": 1}
-
-
 def test_several_checkpoints_vote(abstracts, tmp_path, script):
     out = tmp_path / "own"
     done = script(
