@@ -33,7 +33,7 @@ base by its name and knows it by its fingerprint. The layout of peft: export/pef
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -81,41 +81,60 @@ class Loaded:
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    optimizer: torch.optim.Optimizer,
-    extra: dict,
-    kind: str,
-    parent: str | None = None,
-    keep: int = 2,
-    world: World = ALONE,
-) -> Path:
+@dataclass
+class Snapshot:
+    """What a checkpoint holds, and where it goes; trainer.Run is one that trains on.
+
+    directory: of the run
+    parent: what it started from
+    optimizer: without one there is nothing to resume from
+    extra: what else resuming needs, as JSON
+    keep: so many of the newest checkpoints stay
+    """
+
+    directory: Path
+    model: Transformer
+    tokenizer: Tokenizer
+    kind: str
+    parent: str | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    extra: dict = field(default_factory=dict)
+    keep: int = 2
+    world: World = ALONE
+
+
+def save_checkpoint(run: Snapshot, step: int) -> Path:
     """Write a checkpoint, whole or not at all, and delete all but the newest `keep`.
 
     All processes call it; shares of weights and state are put together and the main one writes.
 
-    extra: what else resuming needs, as JSON
     raises: CheckpointError if the disk does not take it; earlier checkpoints are untouched
     """
-    final = run / f"step-{step:06d}"
-    info = _info(step, model, tokenizer, kind, parent)
-    weights = model_weights(model, world.is_main)
-    state = _optimizer_tensors(model, optimizer, world.is_main)
+    state = None if run.optimizer is None else _optimizer_tensors(run)
+    return _save(run, run.directory / f"step-{step:06d}", _info(run, step), state)
+
+
+def save_best(run: Snapshot, step: int, val_loss: float) -> Path:
+    """Write the run's best/, for use and not to resume from; errors as save_checkpoint."""
+    return _save(run, run.directory / "best", {**_info(run, step), "val_loss": val_loss})
+
+
+def _save(run: Snapshot, final: Path, info: dict, state: dict[str, Tensor] | None = None) -> Path:
+    weights = model_weights(run.model, run.world.is_main)
 
     def fill(place: Path) -> None:
-        _write_model(place, model, weights, info, tokenizer)
-        save_file(state, place / "train_state.safetensors")
-        (place / "train_state.json").write_text(json.dumps({"step": step, **extra}), "utf-8")
+        _write_model(place, run, weights, info)
+        if state is not None:
+            save_file(state, place / "train_state.safetensors")
+            text = json.dumps({"step": info["step"], **run.extra})
+            (place / "train_state.json").write_text(text, "utf-8")
 
     def write() -> None:
-        write_whole(final, fill, (*weights.values(), *state.values()))
-        for old in list_checkpoints(run)[:-keep]:
+        write_whole(final, fill, (*weights.values(), *(state or {}).values()))
+        for old in list_checkpoints(run.directory)[: -run.keep] if state is not None else ():
             delete(old)
 
-    world.on_main(write)
+    run.world.on_main(write)
     return final
 
 
@@ -124,79 +143,50 @@ def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     return 4 * (sum(w.numel() for w in lora.stored(model).values()) + n_kept(optimizer))
 
 
-def require_space(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def require_space(run: Snapshot) -> None:
     """Refuse a run whose first checkpoint would not fit on the disk.
 
     raises: CheckpointError with both sizes
     """
-    wanted = checkpoint_bytes(model, optimizer)
-    total, _, free = shutil.disk_usage(run)
+    wanted = checkpoint_bytes(run.model, run.optimizer)
+    total, _, free = shutil.disk_usage(run.directory)
     if total and free < wanted:  # some network file systems do not say how large they are
         raise CheckpointError(
-            f"{shown(run)}: a checkpoint takes {wanted / 1e6:.1f} MB, {free / 1e6:.1f} MB are free "
-            f"on its disk; free some space and start the same command again"
+            f"{shown(run.directory)}: a checkpoint takes {wanted / 1e6:.1f} MB, "
+            f"{free / 1e6:.1f} MB are free on its disk; free some space and start the same "
+            f"command again"
         )
 
 
-def save_best(
-    run: Path,
-    step: int,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    val_loss: float,
-    kind: str,
-    parent: str | None = None,
-    world: World = ALONE,
-) -> Path:
-    """Write `run`/best, for use and not to resume from; arguments and errors as save_checkpoint."""
-    info = {**_info(step, model, tokenizer, kind, parent), "val_loss": val_loss}
-    weights = model_weights(model, world.is_main)
-    world.on_main(
-        lambda: write_whole(
-            run / "best",
-            lambda place: _write_model(place, model, weights, info, tokenizer),
-            weights.values(),
-        )
-    )
-    return run / "best"
-
-
-def _info(
-    step: int, model: Transformer, tokenizer: Tokenizer, kind: str, parent: str | None
-) -> dict:
+def _info(run: Snapshot, step: int) -> dict:
     return {
-        "kind": kind,
+        "kind": run.kind,
         "step": step,
-        "parent": parent,
-        "tokenizer": tokenizer.name,
-        "fingerprint": tokenizer.fingerprint,
-        "model": asdict(model.config),
-        **getattr(model, "more_info", {}),  # of a model that holds more than a Transformer
+        "parent": run.parent,
+        "tokenizer": run.tokenizer.name,
+        "fingerprint": run.tokenizer.fingerprint,
+        "model": asdict(run.model.config),
+        **getattr(run.model, "more_info", {}),  # of a model that holds more than a Transformer
     }
 
 
-def _write_model(
-    place: Path, model: Transformer, weights: dict, info: dict, tokenizer: Tokenizer
-) -> None:
-    if lora.is_adapted(model):
-        lora.write(model, weights, place)
+def _write_model(place: Path, run: Snapshot, weights: dict[str, Tensor], info: dict) -> None:
+    if lora.is_adapted(run.model):
+        lora.write(run.model, weights, place)
     else:
         save_file(weights, place / "model.safetensors")
     (place / "model.yaml").write_text(yaml.safe_dump(info, sort_keys=False), "utf-8")
-    (place / "tokenizer.model").write_bytes(tokenizer.bytes)
+    (place / "tokenizer.model").write_bytes(run.tokenizer.bytes)
 
 
 def write_small(place: Path, loaded: Loaded, kind: Literal["int8", "float16"] = "int8") -> None:
     """Fill an empty directory with a checkpoint for use, of a quarter or half of the size."""
-    parent = shown(loaded.path)
-    info = _info(loaded.step, loaded.model, loaded.tokenizer, loaded.kind, parent)
+    run = Snapshot(place, loaded.model, loaded.tokenizer, loaded.kind, shown(loaded.path))
     weights = model_weights(loaded.model)
-    if kind == "int8":
-        weights = narrow(weights)
-    else:
-        weights = {name: weight.half() for name, weight in weights.items()}
-    info |= {name: value for name, value in read_info(loaded.path).items() if name == "tasks"}
-    _write_model(place, loaded.model, weights, info | {"weights": kind}, loaded.tokenizer)
+    half = {name: weight.half() for name, weight in weights.items()}
+    tasks = {name: value for name, value in read_info(loaded.path).items() if name == "tasks"}
+    info = _info(run, loaded.step) | tasks | {"weights": kind}
+    _write_model(place, run, narrow(weights) if kind == "int8" else half, info)
     write_sums(place)
 
 
@@ -209,15 +199,13 @@ def model_weights(model: Transformer, keep: bool = True) -> dict[str, Tensor]:
     return gathered(lora.stored(model), keep)
 
 
-def _optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool
-) -> dict[str, Tensor]:
+def _optimizer_tensors(run: Snapshot) -> dict[str, Tensor]:
     """Optimizer state by parameter name, and torch's random state."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
+    names = {id(weight): name for name, weight in run.model.named_parameters()}
     tensors = {"rng": torch.get_rng_state()}
-    for weight, state in optimizer.state.items():
+    for weight, state in run.optimizer.state.items():
         tensors |= {f"{names[id(weight)]}:{key}": tensor for key, tensor in state.items()}
-    return gathered(tensors, keep)
+    return gathered(tensors, run.world.is_main)
 
 
 def load_model(
@@ -274,7 +262,7 @@ def _require_fit(config: ModelConfig, weights: dict[str, Tensor], where: Path) -
             model = Transformer(config)
     except RuntimeError as error:
         raise CheckpointError(f"{shown(where)}: no model has this shape, {error}") from None
-    _require_shapes(model, weights, where)
+    _require_shapes(_stored_shapes(model), weights, where)
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
@@ -282,15 +270,14 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
 
     raises: CheckpointError with every name and shape that does not fit
     """
-    _require_shapes(model, weights, where)
+    _require_shapes(_stored_shapes(model), weights, where)
     with torch.no_grad():
         for name, weight in lora.stored(model).items():
             weight.copy_(share_of(weight, weights[name]))
 
 
-def _require_shapes(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
-    wanted = {name: tuple(weight.shape) for name, weight in lora.stored(model).items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+def _require_shapes(wanted: dict, tensors: dict[str, Tensor], where: Path) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     faults = [
         f"{name}: wanted {wanted.get(name)}, found {found.get(name)}"
         for name in sorted(wanted.keys() | found.keys())
@@ -300,28 +287,30 @@ def _require_shapes(model: Transformer, weights: dict[str, Tensor], where: Path)
         raise CheckpointError(f"{shown(where)} does not fit the model: " + "; ".join(faults[:10]))
 
 
-def load_train_state(
-    path: Path, model: Transformer, tokenizer: Tokenizer, optimizer: torch.optim.Optimizer
-) -> dict:
+def _stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in lora.stored(model).items()}
+
+
+def load_train_state(path: Path, run: Snapshot) -> dict:
     """Restore weights, optimizer and random state; returns the JSON part, with `step`.
 
     raises: CheckpointError if the files are damaged or belong to another model or tokenizer
     """
-    is_adapted = lora.is_adapted(model)
+    is_adapted = lora.is_adapted(run.model)
     verify(path, (INFO_FILES if is_adapted else MODEL_FILES) + STATE_FILES)
     info = read_info(path)
-    if info["fingerprint"] != tokenizer.fingerprint:
+    if info["fingerprint"] != run.tokenizer.fingerprint:
         raise CheckpointError(
             f"{shown(path)} was trained with another tokenizer ({info['tokenizer']}, "
-            f"{info['fingerprint'][:12]}…) than {shown(tokenizer.path)} is now "
-            f"({tokenizer.fingerprint[:12]}…); set the file back or take another --name"
+            f"{info['fingerprint'][:12]}…) than {shown(run.tokenizer.path)} is now "
+            f"({run.tokenizer.fingerprint[:12]}…); set the file back or take another --name"
         )
     if is_adapted:
         _, found, weights = read_adapter(path)
-        lora.require_base(model, found, shown(path))
+        lora.require_base(run.model, found, shown(path))
     else:
         weights = read_tensors(path / "model.safetensors")
-    load_weights(model, weights, path)
+    load_weights(run.model, weights, path)
     tensors = read_tensors(path / "train_state.safetensors")
     try:
         state = json.loads((path / "train_state.json").read_text("utf-8"))
@@ -330,29 +319,27 @@ def load_train_state(
         torch.set_rng_state(tensors.pop("rng"))
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{shown(path)}: wanted a training state, found {error!r}") from None
-    _put_optimizer_state(model, optimizer, tensors, path)
+    _put_optimizer_state(run, tensors, path)
     return state
 
 
-def _put_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], where: Path
-) -> None:
+def _put_optimizer_state(run: Snapshot, tensors: dict[str, Tensor], where: Path) -> None:
     kept: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, _, field = key.rpartition(":")
-        kept.setdefault(name, {})[field] = tensor
-    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    shapes = state_shapes(optimizer)
+        name, _, part = key.rpartition(":")
+        kept.setdefault(name, {})[part] = tensor
+    trained = {name: w for name, w in run.model.named_parameters() if w.requires_grad}
+    shapes = state_shapes(run.optimizer)
     wanted = {name: shapes[weight] for name, weight in trained.items()}
-    found = {name: {field: t.shape for field, t in state.items()} for name, state in kept.items()}
+    found = {name: {part: t.shape for part, t in state.items()} for name, state in kept.items()}
     # There is no state yet where no step had numbers that are finite.
     if found and found != wanted:
         raise CheckpointError(f"{shown(where)}: its optimizer state belongs to another model")
     for name, state in kept.items():
         weight = trained[name]
-        optimizer.state[weight] = {
-            field: share_of(weight, t) if t.dim() else t.to(weight.device)
-            for field, t in state.items()
+        run.optimizer.state[weight] = {
+            part: share_of(weight, t) if t.dim() else t.to(weight.device)
+            for part, t in state.items()
         }
 
 
@@ -494,15 +481,9 @@ def save_adapter(model: Transformer, path: Path) -> Path:
 
     raises: CheckpointError if the disk does not take it
     """
-    weights = on_cpu(model)
+    weights = model_weights(model)
     write_whole(path, lambda place: lora.write(model, weights, place), weights.values())
     return path
-
-
-def on_cpu(model: Transformer) -> dict[str, Tensor]:
-    """Copies of the active adapter's tensors."""
-    weights = lora.stored(model).items()
-    return {name: weight.detach().to("cpu", copy=True).contiguous() for name, weight in weights}
 
 
 def read_adapter(path: Path) -> tuple[LoraConfig, dict, dict[str, Tensor]]:
@@ -560,19 +541,9 @@ def attach(
     base: str | None = None,
 ) -> Transformer:
     """Put on an adapter with these values; a misfit is found before the model is touched."""
-    wanted = lora.shapes(model, cfg)
-    got = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    faults = [
-        f"{key}: wanted {wanted.get(key)}, found {got.get(key)}"
-        for key in sorted(wanted.keys() | got.keys())
-        if wanted.get(key) != got.get(key)
-    ]
-    if faults:
-        raise CheckpointError(f"{shown(where)} does not fit the model: {'; '.join(faults[:10])}")
+    _require_shapes(lora.shapes(model, cfg), tensors, where)
     lora.apply_lora(model, cfg, name, base)
-    with torch.no_grad():
-        for key, weight in lora.stored(model).items():
-            weight.copy_(tensors[key])
+    load_weights(model, tensors, where)
     return model
 
 

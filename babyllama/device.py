@@ -126,11 +126,6 @@ def pick_precision(device: torch.device, wanted: str = "auto", force: bool = Fal
     return checked_precision(*_kind(device), wanted=wanted, force=force)[0]
 
 
-def precision_warning(device: torch.device, wanted: str, force: bool) -> str:
-    """Why a device does not get the wanted format, or should not; empty where it may have it."""
-    return checked_precision(*_kind(device), wanted=wanted, force=force)[1]
-
-
 def checked_precision(
     device: str, card: str, capability: tuple[int, int], wanted: str, force: bool
 ) -> tuple[str, str]:
@@ -155,6 +150,14 @@ def _kind(device: torch.device) -> tuple[str, str, tuple[int, int]]:
         return "cuda", name, torch.cuda.get_device_capability(device)
     has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return "cpu-bf16" if has_bf16 else device.type, "", (0, 0)
+
+
+def open_scaler(device: torch.device, config: DeviceConfig) -> "Scaler":
+    """How to compute on a device, as the settings say; `warning` says what is done otherwise."""
+    set_deterministic(device, config.deterministic)
+    kind = _kind(device)
+    precision, warning = checked_precision(*kind, wanted=config.precision, force=config.force)
+    return Scaler(device, precision, warning)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -183,8 +186,8 @@ class Scaler:
 
     FIRST, EVERY = 2.0**16, 2000  # the scale, doubled after so many good steps in a row
 
-    def __init__(self, device: torch.device, precision: str) -> None:
-        self.device, self.precision = device, precision
+    def __init__(self, device: torch.device, precision: str, warning: str = "") -> None:
+        self.device, self.precision, self.warning = device, precision, warning
         self._scales = precision == "float16"
         self._scale, self._good_steps = (self.FIRST if self._scales else 1.0), 0
 

@@ -98,6 +98,7 @@ class Log:
         self.run, self.is_main, self.total = run, is_main, total_steps
         self._start, self._first = time.perf_counter(), done_steps
         self._bar, self._drawn = None, self._start
+        self.records = []
         if not is_main:
             return
         self._track = open_tracker(track, run)
@@ -175,12 +176,30 @@ class Log:
         if self.is_main and self.records:
             draw_curves(self.records, self.run / "curves.png", self.run.name)
 
-    def close(self, text: str) -> None:
-        """Draw the curves, end the bar and say how the run ended."""
+    def close(self, code: int, text: str) -> int:
+        """Draw the curves, end the bar and say how the run ended; returns the code."""
         self.draw()
         if self._bar is not None:
             _aloud(self._bar.close)
         self.say(text)
+        return code
+
+
+def doubt(records: list[dict], warmup_steps: int, last: int) -> str:
+    """Why a finished run may have learnt little, and what to change; empty if it has learnt."""
+    if warmup_steps >= last:
+        return (
+            f"its learning rate was rising to the end ({last} steps, {warmup_steps} of warm-up); "
+            f"give --optim.warmup_steps {last // 10}, and more --train.epochs"
+        )
+    for kind in ("train", "val"):
+        losses = [record["loss"] for record in records if record["kind"] == kind]
+        if len(losses) > 1 and losses[-1] < 0.99 * losses[0]:
+            return ""
+    return (
+        "its loss did not fall; give more --train.epochs, or another --optim.lr (ten times less "
+        "where the loss rose, more where it stood still)"
+    )
 
 
 def _aloud(speak: Callable[[], object]) -> None:

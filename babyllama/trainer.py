@@ -19,38 +19,14 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor, nn
 
-from babyllama.checkpoint import (
-    load_train_state,
-    require_space,
-    save_best,
-    save_checkpoint,
-    tidy,
-)
+from babyllama import checkpoint, optim
 from babyllama.config import BAD_NUMBERS, STOPPED, from_repo, shown, stop_requests
 from babyllama.data import Data, TrainData, ValData, ahead
-from babyllama.device import (
-    DeviceConfig,
-    Scaler,
-    memory_gb,
-    mfu_per_rate,
-    pick_precision,
-    precision_warning,
-    set_deterministic,
-    to_device,
-)
+from babyllama.device import DeviceConfig, Scaler, memory_gb, mfu_per_rate, open_scaler, to_device
 from babyllama.distributed import World, inner, no_sync, whole_model
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import SamplingConfig, generate
-from babyllama.log import Log, Window, means
-from babyllama.optim import (
-    OptimConfig,
-    averaged,
-    lr_at,
-    make_optimizer,
-    move_averages,
-    set_lr,
-    swap_averages,
-)
+from babyllama.log import Log, Window, doubt, means
 from babyllama.run_dir import find_checkpoint, list_checkpoints
 from model import IGNORED, Loss, Transformer
 from tokenizer import Tokenizer
@@ -154,25 +130,22 @@ def samples(
 
     kind: "sft" asks in a dialogue, "pretrain" continues a text
     """
-    ids = {
+    asked = {
         prompt: tokenizer.render_prompt([{"role": "user", "content": prompt}])
         if kind == "sft"
         else tokenizer.encode(prompt, bos=True)
         for prompt in prompts
     }
-    ids = {prompt: tokens for prompt, tokens in ids.items()
-           if len(tokens) < model.config.max_seq_len}  # fmt: skip
-    if not ids:
-        return []
-    plain = whole_model(model)
+    asked = {text: ids for text, ids in asked.items() if len(ids) < model.config.max_seq_len}
+    plain = whole_model(model) if asked else None
     if plain is None:
         return []
     plain.eval()
     choice = SamplingConfig(max_new_tokens=n_tokens, seed=0)
     with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-        replies = generate(plain, list(ids.values()), choice, tokenizer.eos_id)
+        replies = generate(plain, list(asked.values()), choice, tokenizer.eos_id)
     plain.train()
-    return [(prompt, tokenizer.decode(reply)) for prompt, reply in zip(ids, replies, strict=True)]
+    return [(text, tokenizer.decode(reply)) for text, reply in zip(asked, replies, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -243,7 +216,7 @@ class RunConfig(Protocol):
 
     base: Path | None
     train: TrainConfig
-    optim: OptimConfig
+    optim: optim.OptimConfig
     device: DeviceConfig
 
 
@@ -257,34 +230,27 @@ class Seen:
     window: list[float] | None = None  # sums since the last logged step
 
 
-@dataclass
-class Run:
+class Run(checkpoint.Snapshot):
     """A run at its beginning or where it was stopped: what trains, on what, how far it is, and
     where that is kept. Arguments as `train`."""
 
-    model: Transformer
-    data: Data
-    tokenizer: Tokenizer
-    cfg: RunConfig
-    world: World
-    directory: Path
-    kind: str
-    objective: Objective
-
-    def __post_init__(self) -> None:
-        config, world = self.cfg.train, self.world
+    def __init__(
+        self, model: Transformer, data: Data, tokenizer: Tokenizer, cfg: RunConfig, world: World,
+        directory: Path, kind: str, objective: Objective,
+    ) -> None:  # fmt: skip
+        config = cfg.train
         # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
         torch.manual_seed(config.seed)
-        set_deterministic(world.device, self.cfg.device.deterministic)
-        self.wrapped = world.wrap(self.model, config.compile, config.recompute, config.blocks)
-        self.optimizer = make_optimizer(self.model, self.cfg.optim)
-        device = self.cfg.device
-        precision = pick_precision(world.device, device.precision, device.force)
-        self.scaler = Scaler(world.device, precision)
-        self.parent = shown(self.cfg.base) if self.cfg.base else None
-        self.seen, self.last = self._resumed(), total_steps(config, self.data.train)
-        self.log = Log(self.directory, self.seen.step, self.last, world.is_main, config.track)
-        self.window = Window(mfu_per_rate(self.model, world, precision), self.seen.window)
+        self.scaler = open_scaler(world.device, cfg.device)
+        self.wrapped = world.wrap(model, config.compile, config.recompute, config.blocks)
+        super().__init__(
+            directory, model, tokenizer, kind, shown(cfg.base) if cfg.base else None,
+            optim.make_optimizer(model, cfg.optim), keep=config.keep, world=world,
+        )  # fmt: skip
+        self.data, self.cfg, self.objective = data, cfg, objective
+        self.seen, self.last = self._resumed(), total_steps(config, data.train)
+        self.log = Log(directory, self.seen.step, self.last, world.is_main, config.track)
+        self.window = Window(mfu_per_rate(model, world, self.scaler.precision), self.seen.window)
         self.val_loss = 0.0  # of the last validation
         self.bad_steps = 0  # the last ones in a row whose numbers were not finite
 
@@ -303,8 +269,8 @@ class Run:
         if not steps and not self.cfg.optim.from_base:
             return Seen()
         start = steps[-1] if steps else find_checkpoint(from_repo(base))
-        state = load_train_state(start, self.model, self.tokenizer, self.optimizer)
-        swap_averages(self.model, self.optimizer)
+        state = checkpoint.load_train_state(start, self)
+        optim.swap_averages(self.model, self.optimizer)
         if not steps:
             return Seen()
         found, wanted = self.data.train.fingerprint, state.get("data")
@@ -320,21 +286,24 @@ class Run:
 
     def step(self, batches: list[Batch]) -> None:
         """One update, or none where its numbers are not finite; logged where it is time."""
-        config, optim, seen = self.cfg.train, self.cfg.optim, self.seen
-        lr = lr_at(seen.step, optim, self.last)
-        set_lr(self.optimizer, lr)
+        config, seen = self.cfg.train, self.seen
+        lr = optim.lr_at(seen.step, self.cfg.optim, self.last)
+        optim.set_lr(self.optimizer, lr)
         # Dropout belongs to the step, so a resumed run draws what it would have drawn.
         seed = SeedSequence((config.seed, seen.step, self.world.rank)).generate_state(1)[0]
         torch.manual_seed(int(seed))
-        loss, count = self.objective.loss, self.objective.count
-        sums = forward_backward(self.wrapped, batches, self.world, self.scaler, loss, count)
+        sums = forward_backward(
+            self.wrapped, batches, self.world, self.scaler, self.objective.loss,
+            self.objective.count,
+        )  # fmt: skip
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        grad_norm = self.scaler.step(self.optimizer, trained, optim.max_grad_norm, float(sums[0]))
+        most = self.cfg.optim.max_grad_norm
+        grad_norm = self.scaler.step(self.optimizer, trained, most, float(sums[0]))
         seen.step += 1
         seen.tokens += int(sums[3])
         if math.isfinite(grad_norm):
             self.bad_steps = 0
-            move_averages(self.optimizer)
+            optim.move_averages(self.optimizer)
             self.window.add(sums.tolist())
         else:
             self.bad_steps += 1
@@ -354,40 +323,69 @@ class Run:
         """Measure, show samples, and keep the weights in best/ where none were better."""
         config, seen = self.cfg.train, self.seen
         of_bytes = self.tokenizer if self.objective.is_of_tokens else None
-        with averaged(self.model, self.optimizer):
+        with optim.averaged(self.model, self.optimizer):
             figures = evaluate(
                 self.wrapped, self.data.val, config.micro_batch_size, self.scaler, self.world,
                 of_bytes, self.objective.measure,
             )  # fmt: skip
             self.val_loss = figures["loss"]
             self.log.record("val", seen.step, figures)
-            pairs = samples(self.model, self.tokenizer, config.samples, self.kind)
-            self.log.samples(seen.step, pairs)
-            if config.keep_best and seen.step and figures["loss"] < (seen.best or math.inf):
-                seen.best = figures["loss"]
-                save_best(
-                    self.directory, seen.step, self.model, self.tokenizer, seen.best, self.kind,
-                    self.parent, self.world,
-                )  # fmt: skip
+            said = samples(self.model, self.tokenizer, config.samples, self.kind)
+            self.log.samples(seen.step, said)
+            if config.keep_best and seen.step and self.val_loss < (seen.best or math.inf):
+                seen.best = self.val_loss
+                checkpoint.save_best(self, seen.step, seen.best)
         self.window.restart()
 
     def save(self) -> None:
         """Write a checkpoint from which the run can go on as if it had not stopped."""
-        seen = self.seen
-        seen.window = self.window.sums
+        self.seen.window = self.window.sums
         data = self.data.train.fingerprint
-        extra = {**asdict(seen), "scaler": self.scaler.state(), "data": data}
-        with averaged(self.model, self.optimizer):  # whose state holds the weights that train
-            save_checkpoint(
-                self.directory, seen.step, self.model, self.tokenizer, self.optimizer, extra,
-                self.kind, self.parent, self.cfg.train.keep, self.world,
-            )  # fmt: skip
+        self.extra = {**asdict(self.seen), "scaler": self.scaler.state(), "data": data}
+        with optim.averaged(self.model, self.optimizer):  # whose state holds what trains
+            checkpoint.save_checkpoint(self, self.seen.step)
         self.window.restart()
 
-    def end(self, code: int, text: str) -> int:
-        """Say how the run ended, draw its curves, and leave with this exit code."""
-        self.log.close(text)
-        return code
+    def opening(self) -> str:
+        """What trains, on what, and for how long."""
+        train, sources, step = self.data.train, self.data.train.mixture.sources, self.seen.step
+        how = f"continues at step {step}" if step else "starts"
+        how += f" from {self.parent}" if self.parent else ""
+        rows = ", ".join(f"{s.name} {len(s)}" for s in sources)
+        drops = ", ".join(
+            f"{s.name} {why} {n}" for s in sources for why, n in s.dropped.items() if n
+        )
+        return (
+            (
+                f"{shown(self.directory)} {how}: {self.model.n_parameters():,} parameters, "
+                f"{self.world.size} process(es) on {self.world.device}, {self.scaler.precision}"
+                f"{getattr(self.model, 'kernels', '')}\n"
+                f"rows: {rows}; {train.batch_size} a step, {self.last} steps = "
+                f"{self.last / train.steps_per_epoch:.2f} epochs"
+            )
+            + "\nleft out or cut: " * bool(drops)
+            + ", ".join(drops)
+        )
+
+    def ending(self) -> tuple[int, str]:
+        """How a run that has made its last step has ended: exit code and words."""
+        if self.bad_steps > 1:  # one alone is how float16 finds its scale
+            return self.bad_numbers()
+        place, newest = shown(self.directory), list_checkpoints(self.directory)[-1].name
+        if not math.isfinite(self.val_loss):
+            return BAD_NUMBERS, (
+                f"stopped: the validation loss of {place} ({newest}) is no number; try a lower "
+                f"--optim.lr"
+            )
+        made = f"{place} (checkpoint {newest}, curves.png)"
+        why = doubt(self.log.records, self.cfg.optim.warmup_steps, self.last)
+        return 0, f"warning: finished, but {why}: {made}" if why else f"done: {made}"
+
+    def bad_numbers(self) -> tuple[int, str]:
+        return BAD_NUMBERS, (
+            f"stopped: {self.bad_steps} steps in a row with numbers that are not finite; try a "
+            f"lower --optim.lr; the last checkpoint is intact"
+        )
 
 
 def train(
@@ -398,26 +396,27 @@ def train(
     world: World,
     directory: Path,
     kind: str,
-    objective: Objective | LossFunction = next_token_loss,
+    objective: Objective = Objective(),
 ) -> int:
     """Train, or go on training, until the last step; returns the exit code.
 
     model: on its device; continues from the newest checkpoint in `directory` where there is one
     kind: "pretrain" or "sft", kept in the checkpoints
-    objective: a loss function alone is divided by the number of targets
     """
-    objective = objective if isinstance(objective, Objective) else Objective(objective)
     run = Run(model, data, tokenizer, cfg, world, directory, kind, objective)
     config, seen, last = cfg.train, run.seen, run.last
-    if seen.step >= last:
-        return _finished(run)
-    world.on_main(lambda: require_space(directory, model, run.optimizer))
-    run.log.say(_opening(run))
-    run.log.warn(precision_warning(world.device, cfg.device.precision, cfg.device.force))
 
     def batches_of(step: int) -> list[Batch]:
         return data.train.batches(step, config.micro_batch_size, world.rank, world.size)
 
+    if seen.step >= last:  # nothing is left to do but what a kill after the last checkpoint left
+        world.on_main(lambda: checkpoint.tidy(directory))
+        return run.log.close(
+            0, f"{shown(directory)} is finished: {seen.step} of {last} steps; nothing to do"
+        )
+    world.on_main(lambda: checkpoint.require_space(run))
+    run.log.say(run.opening())
+    run.log.warn(run.scaler.warning)
     with stop_requests() as asked:
         model.train()
         if seen.step == 0:
@@ -425,7 +424,7 @@ def train(
         for batches in ahead(batches_of, range(seen.step, last), world.device):
             run.step(batches)
             if run.bad_steps >= config.max_bad_steps:
-                return run.end(BAD_NUMBERS, _bad_numbers(run))
+                return run.log.close(*run.bad_numbers())
             if seen.step % config.eval_every == 0 or seen.step == last:
                 run.validate()
             stop = world.any(bool(asked))
@@ -433,53 +432,8 @@ def train(
                 run.save()
             if stop and seen.step < last:
                 said = f"stopped at step {seen.step} of {last}, saved; the same command continues"
-                return run.end(STOPPED, said)
-    if run.bad_steps > 1:  # one alone is how float16 finds its scale
-        return run.end(BAD_NUMBERS, _bad_numbers(run))
-    newest = list_checkpoints(directory)[-1].name
-    if not math.isfinite(run.val_loss):
-        return run.end(
-            BAD_NUMBERS,
-            f"stopped: the validation loss of {shown(directory)} ({newest}) is no number; try a "
-            f"lower --optim.lr",
-        )
-    made = f"{shown(directory)} (checkpoint {newest}, curves.png)"
-    doubt = _doubt(run.log.records, cfg.optim, last) if world.is_main else ""
-    return run.end(0, f"warning: finished, but {doubt}: {made}" if doubt else f"done: {made}")
-
-
-def _doubt(records: list[dict], optim: OptimConfig, last: int) -> str:
-    """Why a finished run may have learnt little, and what to change; empty if it has learnt."""
-    if optim.warmup_steps >= last:
-        return (
-            f"its learning rate was rising to the end ({last} steps, {optim.warmup_steps} of "
-            f"warm-up); give --optim.warmup_steps {last // 10}, and more --train.epochs"
-        )
-    for kind in ("train", "val"):
-        losses = [record["loss"] for record in records if record["kind"] == kind]
-        if len(losses) > 1 and losses[-1] < 0.99 * losses[0]:
-            return ""
-    return (
-        "its loss did not fall; give more --train.epochs, or another --optim.lr (ten times less "
-        "where the loss rose, more where it stood still)"
-    )
-
-
-def _bad_numbers(run: Run) -> str:
-    return (
-        f"stopped: {run.bad_steps} steps in a row with numbers that are not finite; try a lower "
-        f"--optim.lr; the last checkpoint is intact"
-    )
-
-
-def _finished(run: Run) -> int:
-    """Nothing is left to do but what a kill after the last checkpoint has left."""
-    run.world.on_main(lambda: tidy(run.directory))
-    run.log.draw()
-    run.log.say(
-        f"{shown(run.directory)} is finished: {run.seen.step} of {run.last} steps; nothing to do"
-    )
-    return 0
+                return run.log.close(STOPPED, said)
+    return run.log.close(*run.ending())
 
 
 def forward_backward(
@@ -504,22 +458,3 @@ def forward_backward(
         losses.append(Loss(*(part.detach() for part in loss)))
     n_tokens = sum(batch["tokens"].numel() for batch in batches)
     return over_ranks(torch.cat((sums_of(losses), torch.tensor([float(n_tokens)]))), world)
-
-
-def _opening(run: Run) -> str:
-    data, step = run.data.train, run.seen.step
-    how = f"continues at step {step}" if step else "starts"
-    how += f" from {run.parent}" if run.parent else ""
-    sources = ", ".join(f"{s.name} {len(s)}" for s in data.mixture.sources)
-    drops = [f"{s.name} {reason} {n}" for s in data.mixture.sources
-             for reason, n in s.dropped.items() if n]  # fmt: skip
-    lines = [
-        f"{shown(run.directory)} {how}: {run.model.n_parameters():,} parameters, {run.world.size} "
-        f"process(es) on {run.world.device}, {run.scaler.precision}"
-        f"{getattr(run.model, 'kernels', '')}",
-        f"rows: {sources}; {data.batch_size} a step, {run.last} steps = "
-        f"{run.last / data.steps_per_epoch:.2f} epochs",
-    ]
-    if drops:
-        lines.append("left out or cut: " + ", ".join(drops))
-    return "\n".join(lines)

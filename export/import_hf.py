@@ -22,10 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from babyllama.checkpoint import Loaded, load_model, load_weights, save_checkpoint
+from babyllama.checkpoint import Loaded, Snapshot, load_model, load_weights, save_checkpoint
 from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.optim import OptimConfig, make_optimizer
 from export.folder import check_out, new_folder, settle, show
 from export.hf import hf_names, model_config
 from export.parity import compare_logits, compare_replies, origin_of, read_material
@@ -282,11 +281,8 @@ def main(cfg: ImportConfig) -> None:
         )
     model = Transformer(shape)
     load_weights(model, weights, folder)
-    optimizer = make_optimizer(model, OptimConfig())
     with new_folder(out, 4 * model.n_parameters()) as place:
-        save_checkpoint(
-            place, 0, model, tokenizer, optimizer, {"tokens": 0}, cfg.kind, parent=shown(folder)
-        )
+        save_checkpoint(Snapshot(place, model, tokenizer, cfg.kind, shown(folder)), 0)
         report = prove(folder, load_model(place), cfg.text)
         settle(report, place, out)
     show(report, out)

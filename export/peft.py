@@ -28,7 +28,6 @@ from babyllama.checkpoint import (
     load_adapter,
     load_model,
     model_weights,
-    on_cpu,
     read_adapter,
     read_tensors,
     save_adapter,
@@ -115,7 +114,7 @@ def export_peft(model: Transformer, out: Path) -> Path:
 
     raises: ConfigError if the disk does not take it
     """
-    tensors = on_cpu(model)
+    tensors = model_weights(model)
     with new_folder(out, _n_bytes(tensors)) as place:
         write_peft(lora.settings(model), tensors, place)
     return out

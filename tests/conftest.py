@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from babyllama.checkpoint import save_checkpoint
+from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.config import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.token_file import TokenFileWriter
@@ -66,7 +66,15 @@ def checkpoint(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> Path
     """A real checkpoint of the small model, as a fine-tuning run leaves it."""
     optimizer = make_optimizer(model, OptimConfig())
     return save_checkpoint(
-        tmp_path / "out/small", 7, model, tokenizer, optimizer, {"tokens": 0}, kind="sft"
+        Snapshot(
+            tmp_path / "out/small",
+            model,
+            tokenizer,
+            "sft",
+            optimizer=optimizer,
+            extra={"tokens": 0},
+        ),
+        7,
     )
 
 

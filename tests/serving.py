@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from babyllama.checkpoint import save_checkpoint
+from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.config import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from conftest import small_config
@@ -57,7 +57,9 @@ def as_url(data: bytes, kind: str = "png") -> str:
 def save(model: Transformer, tokenizer: Tokenizer, run: Path, kind: str = "sft") -> Path:
     """The model as a fine-tuning run leaves it, or one of another kind; returns the run."""
     optimizer = make_optimizer(model, OptimConfig())
-    save_checkpoint(run, 1, model, tokenizer, optimizer, {"tokens": 0}, kind=kind)
+    save_checkpoint(
+        Snapshot(run, model, tokenizer, kind, optimizer=optimizer, extra={"tokens": 0}), 1
+    )
     return run
 
 

@@ -14,14 +14,7 @@ import yaml
 from babyllama.checkpoint import checkpoint_bytes
 from babyllama.config import REPO, parse, run
 from babyllama.data import TrainData
-from babyllama.device import (
-    Scaler,
-    memory_gb,
-    mfu_per_rate,
-    pick_precision,
-    precision_warning,
-    synchronize,
-)
+from babyllama.device import Scaler, memory_gb, mfu_per_rate, open_scaler, synchronize
 from babyllama.distributed import World
 from babyllama.optim import make_optimizer, move_averages, n_kept
 from babyllama.trainer import Objective, RunConfig, forward_backward, total_steps
@@ -123,7 +116,8 @@ def dry_run(
 ) -> int:
     """Print parameters, memory, disk and time on the chosen device. Nothing is kept."""
     device, config, train = world.device, model.config, cfg.train
-    precision = pick_precision(device, cfg.device.precision, cfg.device.force)
+    scaler = open_scaler(device, cfg.device)
+    precision = scaler.precision
     shares = world.size if world.engine == "fsdp2" else 1
     n_parameters, by_part = model.n_parameters(), parameters_by_part(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -141,13 +135,12 @@ def dry_run(
         for n in (1, 2, train.micro_batch_size)
     }
     program = max(0.0, memory_gb(device) - 4 * n_parameters / 1e9)
-    seconds, tokens = _probe(model, data, cfg, world, precision, objective)
+    seconds, tokens = _probe(model, data, cfg, world, scaler, objective)
     rate = tokens / seconds
     if not world.is_main:
         return 0
-    warning = precision_warning(device, cfg.device.precision, cfg.device.force)
-    if warning:
-        print(f"warning: {warning}")
+    if scaler.warning:
+        print(f"warning: {scaler.warning}")
     for name, count in (*by_part.items(), ("together", n_parameters)):
         print(f"{name:<12} {count:>14,} parameters")
     parts = sizes[train.micro_batch_size]
@@ -188,12 +181,12 @@ def _probe(
     data: TrainData,
     cfg: RunConfig,
     world: World,
-    precision: str,
+    scaler: Scaler,
     objective: Objective,
 ) -> tuple[float, float]:
     """Seconds and tokens of a step, the mean of ten after one that warms up."""
     wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute, cfg.train.blocks)
-    optimizer, scaler = make_optimizer(model, cfg.optim), Scaler(world.device, precision)
+    optimizer = make_optimizer(model, cfg.optim)
     parameters = list(model.parameters())
     tokens, started = 0, 0.0
     for step in range(PROBES + 1):

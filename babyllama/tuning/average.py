@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from babyllama.checkpoint import Loaded, _info, _write_model, load_model, model_weights, write_whole
+from babyllama.checkpoint import Loaded, Snapshot, load_model, model_weights, save_checkpoint
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.run_dir import list_checkpoints
@@ -82,15 +82,8 @@ def mean_weights(steps: Sequence[Path]) -> Loaded:
 
 def save(loaded: Loaded, out: Path) -> Path:
     """Write a model as a checkpoint for use, whole or not at all."""
-    info = _info(loaded.step, loaded.model, loaded.tokenizer, loaded.kind, shown(loaded.path))
-    weights = model_weights(loaded.model)
-    final = out / f"step-{loaded.step:06d}"
-    write_whole(
-        final,
-        lambda place: _write_model(place, loaded.model, weights, info, loaded.tokenizer),
-        weights.values(),
-    )
-    return final
+    made = Snapshot(out, loaded.model, loaded.tokenizer, loaded.kind, shown(loaded.path))
+    return save_checkpoint(made, loaded.step)
 
 
 def main(cfg: AverageConfig) -> None:

@@ -23,7 +23,7 @@ from babyllama.analysis.perplexity import (
     windows,
     xz_bits_per_byte,
 )
-from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.checkpoint import Snapshot, load_model, save_checkpoint
 from babyllama.config import REPO
 from babyllama.distributed import World
 from babyllama.errors import DataError
@@ -171,7 +171,9 @@ def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary(tmp_path, tokeni
     with torch.no_grad():
         model.output.weight.zero_()
     optimizer = make_optimizer(model, OptimConfig())
-    flat = save_checkpoint(tmp_path / "flat", 1, model, tokenizer, optimizer, {}, "sft")
+    flat = save_checkpoint(
+        Snapshot(tmp_path / "flat", model, tokenizer, "sft", optimizer=optimizer), 1
+    )
     row = sets_of(evaluated(script, flat, rows_root / "text"))["text"]
     n_targets = sum(len(tokenizer.encode(row["text"])) + 1 for row in ROWS["text"])
     assert row["n_targets"] == n_targets
@@ -234,7 +236,9 @@ def test_checkpoints_stand_in_one_table(checkpoint, tmp_path, tokenizer, rows_ro
     torch.manual_seed(1)
     model = Transformer(small_config(tokenizer.vocab_size))
     optimizer = make_optimizer(model, OptimConfig())
-    other = save_checkpoint(tmp_path / "other", 3, model, tokenizer, optimizer, {}, "pretrain")
+    other = save_checkpoint(
+        Snapshot(tmp_path / "other", model, tokenizer, "pretrain", optimizer=optimizer), 3
+    )
     done = script(SCRIPT, checkpoint, other.parent, "--data", rows_root / "chat")
     assert done.code == 0, done.err
     found = json.loads((checkpoint.parent / "evaluate.json").read_text("utf-8"))
@@ -253,10 +257,10 @@ def save(run: Path, step: int, tokenizer: Tokenizer, parent: Path | None = None)
     torch.manual_seed(step)
     model = Transformer(small_config(tokenizer.vocab_size))
     optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(
-        run, step, model, tokenizer, optimizer, {"tokens": 0}, "sft",
-        parent and str(parent), keep=9,
-    )  # fmt: skip
+    made = Snapshot(
+        run, model, tokenizer, "sft", parent and str(parent), optimizer, {"tokens": 0}, keep=9
+    )
+    return save_checkpoint(made, step)
 
 
 def test_all_steps_of_a_run_follow_the_checkpoint_that_it_began_with(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from babyllama.checkpoint import Loaded, load_model, save_checkpoint
+from babyllama.checkpoint import Loaded, Snapshot, load_model, save_checkpoint
 from babyllama.errors import ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer
 from bench import contamination
@@ -81,7 +81,9 @@ def fixed_model(vocab_size: int, **sizes: int) -> Transformer:
 
 def saved(model: Transformer, tokenizer: Tokenizer, run: Path, kind: str) -> Path:
     optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(run, 3, model, tokenizer, optimizer, {"tokens": 0}, kind=kind)
+    return save_checkpoint(
+        Snapshot(run, model, tokenizer, kind, optimizer=optimizer, extra={"tokens": 0}), 3
+    )
 
 
 def asked(task: Task, lm: Scorer, shots: int = 0, limit: int = FEW) -> list[tuple]:

@@ -25,7 +25,7 @@ import chat
 from babyllama.chat.commands import COMMANDS, User, completions, obey
 from babyllama.chat.session import Conversation, Session, choose_checkpoint, read_reference
 from babyllama.chat.terminal import HARMFUL, MORE
-from babyllama.checkpoint import load_model, save_adapter, save_checkpoint
+from babyllama.checkpoint import Snapshot, load_model, save_adapter, save_checkpoint
 from babyllama.errors import ConfigError, DataError
 from babyllama.lora import LoraConfig, apply_lora, stored
 from babyllama.retrieval.index import build
@@ -64,7 +64,7 @@ def make_checkpoint(path: Path, tokenizer: Tokenizer, reply: list[int] | None) -
     if reply:
         teach(model, [tokenizer.render_prompt([])[-1], *reply])
     optimizer = torch.optim.AdamW(model.parameters())
-    return save_checkpoint(path, 1, model, tokenizer, optimizer, {}, "sft").parent
+    return save_checkpoint(Snapshot(path, model, tokenizer, "sft", optimizer=optimizer), 1).parent
 
 
 @pytest.fixture(scope="session")
@@ -577,7 +577,9 @@ def test_commands_are_those_for_what_the_model_was_trained_for(tmp_path, tokeniz
     loaded, user = load_model(run), User(input, print, input)
     loaded.model.more_info = {"tasks": ["title"]}
     optimizer = torch.optim.AdamW(loaded.model.parameters())
-    path = save_checkpoint(tmp_path / "stated", 1, loaded.model, tokenizer, optimizer, {}, "sft")
+    path = save_checkpoint(
+        Snapshot(tmp_path / "stated", loaded.model, tokenizer, "sft", optimizer=optimizer), 1
+    )
     stated, silent = (
         Session(load_model(path), chat.ChatConfig()),
         Session(loaded, chat.ChatConfig()),

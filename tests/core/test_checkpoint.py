@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from babyllama import run_dir
 from babyllama.checkpoint import (
+    Snapshot,
     checkpoint_bytes,
     load_model,
     load_train_state,
@@ -80,14 +81,20 @@ def save(run: Path, tokenizer: Tokenizer, step: int = 2, **changes: object) -> P
     model, optimizer = trained(tokenizer, steps=2)
     extra = {"tokens": 64 * step, "scaler": {}}
     return save_checkpoint(
-        run, step, model, tokenizer, optimizer, extra, **({"kind": "sft"} | changes)
+        Snapshot(
+            run, model, tokenizer, optimizer=optimizer, extra=extra, **{"kind": "sft"} | changes
+        ),
+        step,
     )
 
 
 def load_all(path: Path, tokenizer: Tokenizer) -> None:
     """Read every file of a checkpoint, as resuming does."""
     model = Transformer(small_config(tokenizer.vocab_size))
-    load_train_state(path, model, tokenizer, make_optimizer(model, OptimConfig()))
+    load_train_state(
+        path,
+        Snapshot(path, model, tokenizer, "sft", optimizer=make_optimizer(model, OptimConfig())),
+    )
 
 
 def seal(path: Path) -> Path:
@@ -108,9 +115,17 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_what_is_loaded_is_what_was_saved(tied: bool, tmp_path: Path, tokenizer: Tokenizer) -> None:
     model, optimizer = trained(tokenizer, tied)
     saved = save_checkpoint(
-        tmp_path / "run", 2, model, tokenizer, optimizer, {"tokens": 128, "scaler": {"scale": 2.0}},
-        kind="pretrain", parent="out/other",
-    )  # fmt: skip
+        Snapshot(
+            tmp_path / "run",
+            model,
+            tokenizer,
+            "pretrain",
+            "out/other",
+            optimizer=optimizer,
+            extra={"tokens": 128, "scaler": {"scale": 2.0}},
+        ),
+        2,
+    )
     for path in (saved, tmp_path / "run"):
         loaded = load_model(path)
         assert (loaded.step, loaded.kind, loaded.path) == (2, "pretrain", saved)
@@ -124,7 +139,7 @@ def test_what_is_loaded_is_what_was_saved(tied: bool, tmp_path: Path, tokenizer:
     torch.rand(5)
     random_state = torch.get_rng_state()
     torch.rand(5)
-    state = load_train_state(saved, again, tokenizer, other)
+    state = load_train_state(saved, Snapshot(saved, again, tokenizer, "sft", optimizer=other))
     assert state == {"step": 2, "tokens": 128, "scaler": {"scale": 2.0}}
     assert not torch.equal(torch.get_rng_state(), random_state)
     for _ in range(2):
@@ -138,7 +153,9 @@ def test_a_checkpoint_states_what_it_was_trained_for(tmp_path: Path, tokenizer: 
     optimizer = make_optimizer(model, OptimConfig())
 
     def saved(name: str, kind: str = "sft") -> Path:
-        return save_checkpoint(tmp_path / name, 1, model, tokenizer, optimizer, {}, kind)
+        return save_checkpoint(
+            Snapshot(tmp_path / name, model, tokenizer, kind, optimizer=optimizer), 1
+        )
 
     for kind, usual in (("sft", ("chat", "reference", "title")), ("pretrain", ("continue",))):
         assert tasks_of(saved(kind, kind)) == usual
@@ -306,7 +323,10 @@ def test_another_tokenizer_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> N
 
 def load_all_with(path: Path, shape: Tokenizer, tokenizer: Tokenizer) -> None:
     model = Transformer(small_config(shape.vocab_size))
-    load_train_state(path, model, tokenizer, make_optimizer(model, OptimConfig()))
+    load_train_state(
+        path,
+        Snapshot(path, model, tokenizer, "sft", optimizer=make_optimizer(model, OptimConfig())),
+    )
 
 
 def test_weights_that_do_not_fit_are_named_with_their_shapes(
@@ -526,7 +546,9 @@ def test_a_kill_anywhere_while_saving_leaves_whole_checkpoints(
     extra = {"tokens": 0, "scaler": {}}
 
     def save_third() -> Path:
-        return save_checkpoint(run, 3, model, tokenizer, optimizer, extra, kind="sft")
+        return save_checkpoint(
+            Snapshot(run, model, tokenizer, "sft", optimizer=optimizer, extra=extra), 3
+        )
 
     kills = 0
     while killed_at(kills + 1, save_third):
@@ -567,7 +589,12 @@ def test_a_disk_that_fills_up_while_saving_leaves_everything_as_it_was(
             largest_file(largest * share // 20),
             pytest.raises(CheckpointError, match=r"step-000002.*step-000001 is intact") as error,
         ):
-            save_checkpoint(tmp_path, 2, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+            save_checkpoint(
+                Snapshot(
+                    tmp_path, model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}
+                ),
+                2,
+            )
         wanted, written, _free = map(float, re.findall(r"([\d.]+) MB", str(error.value)))
         assert wanted == pytest.approx(takes, abs=0.1) and written <= wanted
         assert contents(tmp_path) == before
@@ -616,10 +643,10 @@ def test_too_little_space_is_said_before_the_first_step(
     usage = shutil.disk_usage(tmp_path)
     for ema, takes in ((0.0, "0.4"), (0.9, "0.5")):  # an average of the weights is a fourth part
         optimizer = make_optimizer(model, OptimConfig(ema=ema))
-        require_space(tmp_path, model, optimizer)
+        require_space(Snapshot(tmp_path, model, None, "sft", optimizer=optimizer))
         with monkeypatch.context() as patch, pytest.raises(CheckpointError) as error:
             patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=300_000))
-            require_space(tmp_path, model, optimizer)
+            require_space(Snapshot(tmp_path, model, None, "sft", optimizer=optimizer))
         assert f"takes {takes} MB, 0.3 MB are free" in str(error.value)
 
 
@@ -636,7 +663,9 @@ def test_the_space_that_is_asked_for_is_what_a_checkpoint_takes(
     wanted = checkpoint_bytes(model, optimizer)
     update(model, optimizer)
     move_averages(optimizer)
-    path = save_checkpoint(tmp_path, 1, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+    path = save_checkpoint(
+        Snapshot(tmp_path, model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}), 1
+    )
     tensors = [load_file(file) for file in path.glob("*.safetensors")]
     found = {key: tensor.nbytes for part in tensors for key, tensor in part.items()}
     assert wanted == sum(found.values()) - found["rng"]

@@ -33,7 +33,7 @@ from babyllama.errors import ConfigError
 from babyllama.log import read_metrics
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import list_checkpoints, open_run
-from babyllama.trainer import TrainConfig, forward_backward, samples, train
+from babyllama.trainer import Objective, TrainConfig, forward_backward, samples, train
 from model import Loss
 from test_trainer import FAULTS, WORLD, Settings, rows_data, rows_model
 from tokenizer import Tokenizer
@@ -128,7 +128,9 @@ def bad_rank(run: Path, tokenizer: Tokenizer, world: World) -> None:
         return loss._replace(loss_sum=FAULTS[BAD[step]](loss.loss_sum))
 
     data, cfg = rows_data(), settings(steps=10)
-    assert train(rows_model(), data, tokenizer, cfg, world, run, "sft", loss_function) == 0
+    assert (
+        train(rows_model(), data, tokenizer, cfg, world, run, "sft", Objective(loss_function)) == 0
+    )
 
 
 def exchanges(world: World) -> list[bool]:

@@ -45,7 +45,7 @@ def test_with_a_terminal_there_is_one_bar_with_the_newest_figures(
     monkeypatch.setattr(sys, "stderr", terminal)
     log = Log(tmp_path, 2, 4)
     write(tmp_path, log, 3, 4)
-    log.close("done")
+    log.close(0, "done")
     text = terminal.getvalue()
     assert "4/4" in text and "loss 1.25" in text.split("\r")[-1]
     assert text.endswith("done\n") and (tmp_path / "curves.png").exists()
@@ -219,7 +219,7 @@ def test_a_run_whose_reader_has_gone_goes_on(
         log = Log(tmp_path, 0, 4)
         write(tmp_path, log, 1, 4)
         log.record("val", 4, FIGURES)
-        log.close("done")
+        log.close(0, "done")
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
     assert (tmp_path / "curves.png").exists()
 

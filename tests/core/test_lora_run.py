@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import load_adapter, load_model, save_checkpoint
+from babyllama.checkpoint import Snapshot, load_adapter, load_model, save_checkpoint
 from babyllama.errors import CheckpointError
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.run_dir import list_checkpoints
@@ -82,7 +82,12 @@ def test_a_run_and_its_checkpoint_need_the_base_they_began_with(
     with torch.no_grad():
         model.norm.weight += 0.1
     optimizer = make_optimizer(model, OptimConfig())
-    save_checkpoint(checkpoint.parent, 7, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+    save_checkpoint(
+        Snapshot(
+            checkpoint.parent, model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}
+        ),
+        7,
+    )
     shutil.rmtree(step)
     assert "its adapter belongs to the base" in script(*words).error
     with pytest.raises(CheckpointError, match="its adapter belongs to the base"):

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import save_checkpoint
+from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.config import REPO
 from babyllama.distributed import World, no_sync, start
 from babyllama.log import read_metrics
@@ -45,7 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pla
     model = Transformer(small_config(tokenizer.vocab_size))
     optimizer = make_optimizer(model, OptimConfig())
     extra = {"tokens": 0, "scaler": {}}
-    base = save_checkpoint(root / "base", 1, model, tokenizer, optimizer, extra, kind="pretrain")
+    base = save_checkpoint(
+        Snapshot(root / "base", model, tokenizer, "pretrain", optimizer=optimizer, extra=extra), 1
+    )
     tokens = write_token_files(root, tokenizer)
     lines = [
         (
@@ -177,7 +179,7 @@ def loss_function(model, batch):
     return loss._replace(loss_sum=loss.loss_sum * torch.nan) if is_bad else loss
 
 def train(*args):
-    return trainer.train(*args[:7], objective=loss_function)
+    return trainer.train(*args[:7], objective=trainer.Objective(loss_function))
 
 sft.train = train
 run(sft.main, parse(sft.SftConfig, ""))

@@ -28,7 +28,7 @@ from babyllama.optim import OptimConfig
 from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
-from babyllama.trainer import TrainConfig, train
+from babyllama.trainer import Objective, TrainConfig, train
 from conftest import small_config, write_token_files
 from model import Loss, Transformer
 from tokenizer import Tokenizer
@@ -95,7 +95,7 @@ class Case(NamedTuple):
         data = self.open(tokens, tokenizer)
         assert 2 * data.train.steps_per_epoch < STEPS  # a third round has begun
         kind = "pretrain" if self.kind == "pretrain" else "sft"
-        assert train(model, data, tokenizer, cfg, WORLD, run, kind, loss_function) == 0
+        assert train(model, data, tokenizer, cfg, WORLD, run, kind, Objective(loss_function)) == 0
         return shown
 
 

@@ -30,7 +30,7 @@ import yaml
 from safetensors.torch import load_file
 
 from babyllama import log
-from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.checkpoint import Snapshot, load_model, save_checkpoint
 from babyllama.config import BAD_NUMBERS, REPO, STOPPED, stop_requests
 from babyllama.data import Data, Mixture, TrainData, ValData, collate, open_data
 from babyllama.device import DeviceConfig, Scaler
@@ -215,7 +215,9 @@ def test_a_step_with_bad_numbers_changes_no_weight(
         return loss
 
     cfg = Settings(TrainConfig(max_steps=4, log_every=1, save_every=bad_step))
-    code = train(model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", loss_function)
+    code = train(
+        model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", Objective(loss_function)
+    )
     assert code == 0
     seen.append(list(model.parameters()))
     changed = [not all(map(torch.equal, *pair)) for pair in pairwise(seen)]
@@ -240,7 +242,9 @@ def test_bad_numbers_in_a_row_stop_the_run_with_code_3(
     model = rows_model()
     before = [weight.detach().clone() for weight in model.parameters()]
     cfg = Settings(TrainConfig(max_steps=50, save_every=2, max_bad_steps=3))
-    code = train(model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", loss_function)
+    code = train(
+        model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", Objective(loss_function)
+    )
     assert code == BAD_NUMBERS == 3
     assert all(map(torch.equal, before, model.parameters()))
     assert "3 steps in a row" in capfd.readouterr().err
@@ -371,7 +375,9 @@ def test_token_files_removed_while_a_run_reads_them_do_not_stop_it(
         return model(**batch)
 
     (tmp_path / "run").mkdir()
-    code = train(model, data, tokenizer, cfg, WORLD, tmp_path / "run", "pretrain", loss_function)
+    code = train(
+        model, data, tokenizer, cfg, WORLD, tmp_path / "run", "pretrain", Objective(loss_function)
+    )
     assert code == 0 and logged(tmp_path / "run", "train") == [1, 2, 3, 4, 5, 6]
     with pytest.raises(DataError, match=r"wanted token files, found none in .*; make them"):
         open_data(sources, tokenizer, 32, cfg.train)
@@ -456,7 +462,16 @@ def test_two_thousand_steps_take_no_more_memory_than_two_hundred(
         return model(**batch)
 
     cfg = Settings(loop)
-    train(rows_model(), rows_data(), tokenizer, cfg, WORLD, tmp_path, "pretrain", loss_function)
+    train(
+        rows_model(),
+        rows_data(),
+        tokenizer,
+        cfg,
+        WORLD,
+        tmp_path,
+        "pretrain",
+        Objective(loss_function),
+    )
     per_step = len(used) // 2000
     print({step: used[step * per_step - 1] for step in (1, 100, 200, 500, 1000, 1500, 2000)})
     assert (tmp_path / "curves.png").is_file()
@@ -498,7 +513,10 @@ def place(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pla
     model = Transformer(small_config(tokenizer.vocab_size))
     optimizer = make_optimizer(model, OptimConfig())
     base = save_checkpoint(
-        root / "base", 1, model, tokenizer, optimizer, {"tokens": 0}, kind="pretrain"
+        Snapshot(
+            root / "base", model, tokenizer, "pretrain", optimizer=optimizer, extra={"tokens": 0}
+        ),
+        1,
     )
     return Place(root, write_token_files(root, tokenizer), tokenizer, base)
 
@@ -812,7 +830,10 @@ def test_a_run_whose_last_steps_had_bad_numbers_is_no_success(
         return loss._replace(loss_sum=loss.loss_sum * math.inf) if n_steps > 1 else loss
 
     cfg = Settings(TrainConfig(max_steps=3))
-    assert train(model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", loss_function) == 3
+    assert (
+        train(model, rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft", Objective(loss_function))
+        == 3
+    )
 
 
 def test_a_validation_that_is_no_number_is_no_success(tmp_path: Path, tokenizer: Tokenizer) -> None:

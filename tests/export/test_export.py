@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from babyllama.checkpoint import Loaded, load_model, save_checkpoint
+from babyllama.checkpoint import Loaded, Snapshot, load_model, save_checkpoint
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer
 from conftest import TEXTS, small_config
@@ -61,7 +61,9 @@ def make_checkpoint(run: Path, tokenizer: Tokenizer, **changes: object) -> Path:
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * 0.3 + (weight.dim() == 1))
     optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(run, 7, model, tokenizer, optimizer, {"tokens": 0}, kind="sft")
+    return save_checkpoint(
+        Snapshot(run, model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}), 7
+    )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from babyllama import checkpoint
-from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.checkpoint import Snapshot, load_model, save_checkpoint
 from babyllama.config import REPO
 from babyllama.cpu import compile
 from babyllama.cpu.decoder import make_decoder
@@ -44,7 +44,10 @@ def source(root: Path, tokenizer: Tokenizer) -> Path:
             weight.copy_(torch.randn_like(weight) * 0.1 + (weight.dim() == 1))
     optimizer = make_optimizer(model, OptimConfig())
     return save_checkpoint(
-        root / "out/small", 7, model, tokenizer, optimizer, {"tokens": 0}, kind="sft"
+        Snapshot(
+            root / "out/small", model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}
+        ),
+        7,
     )
 
 

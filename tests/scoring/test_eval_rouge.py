@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import eval_rouge
-from babyllama.checkpoint import save_checkpoint
+from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.errors import ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.rows import numbered_lines, write_rows
@@ -45,7 +45,9 @@ def other(tmp_path: Path, model: Transformer, tokenizer) -> Path:
     for weight in model.parameters():
         weight.data.mul_(8 if weight.dim() > 1 else 1)
     optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(tmp_path / "out/other", 3, model, tokenizer, optimizer, {}, kind="sft")
+    return save_checkpoint(
+        Snapshot(tmp_path / "out/other", model, tokenizer, "sft", optimizer=optimizer), 3
+    )
 
 
 def write_titles(path: Path, titles: list[str], texts: list[str] = TEXTS) -> Path:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import load_model
+from babyllama.checkpoint import Snapshot, load_model
 from babyllama.data import open_data
 from babyllama.device import Scaler
 from babyllama.distributed import World
@@ -255,9 +255,16 @@ def test_checkpoints_of_two_shapes_are_not_averaged(tmp_path, checkpoint, tokeni
 
     other = Transformer(small_config(tokenizer.vocab_size, n_layers=1))
     step = save_checkpoint(
-        tmp_path / "other", 1, other, tokenizer, make_optimizer(other, OptimConfig()),
-        {"tokens": 0}, "sft",
-    )  # fmt: skip
+        Snapshot(
+            tmp_path / "other",
+            other,
+            tokenizer,
+            "sft",
+            optimizer=make_optimizer(other, OptimConfig()),
+            extra={"tokens": 0},
+        ),
+        1,
+    )
     with pytest.raises(CheckpointError, match="found others"):
         mean_weights([checkpoint, step])
 

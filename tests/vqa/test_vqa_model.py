@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 
-from babyllama.checkpoint import load_model, save_checkpoint
+from babyllama.checkpoint import Snapshot, load_model, save_checkpoint
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer, set_lr
 from babyllama.sampling import SamplingConfig
@@ -188,7 +188,12 @@ def trained(request, tokenizer, tmp_path) -> Loaded:
     """A stored checkpoint, loaded again."""
     model = model_of(request.param, tokenizer.vocab_size)
     optimizer = make_optimizer(model.freeze(["encoder"]), OptimConfig())
-    path = save_checkpoint(tmp_path / "run", 3, model, tokenizer, optimizer, {"tokens": 0}, "vqa")
+    path = save_checkpoint(
+        Snapshot(
+            tmp_path / "run", model, tokenizer, "vqa", optimizer=optimizer, extra={"tokens": 0}
+        ),
+        3,
+    )
     found = load(path)
     for (name, ours), (_, theirs) in zip(
         sorted(model.named_parameters()), sorted(found.model.named_parameters()), strict=True
