@@ -531,8 +531,7 @@ def engines(lab: Lab) -> dict:
 def images(lab: Lab) -> dict:
     """The encoder's features beside the processor's, and steps a second of a model that sees."""
     from vqa.encoders import EncoderConfig, make_encoder
-    from vqa.fusion import FusionConfig
-    from vqa.model import VqaModel, with_picture
+    from vqa.model import FusionConfig, VqaModel, with_picture
 
     config = EncoderConfig(size=64 if lab.tiny else 224, grid=2)
     model = VqaModel(lab.model(torch.device("cpu")), make_encoder(config), FusionConfig())

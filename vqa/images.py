@@ -120,26 +120,12 @@ def _too_large(name: str, found: str) -> DataError:
 
 
 def _upright(image: "Image") -> "Image":
-    """Turned and mirrored as its EXIF data say."""
-    turn = _TURNS.get(_orientation(image.info.get("exif") or b""))
+    """Turned and mirrored as its EXIF data say (2.3, section 4.6), where they are whole."""
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
+    except _BAD:
+        return image
     return image if turn is None else image.transpose(turn)
-
-
-def _orientation(exif: bytes) -> int:
-    """The orientation, 1 to 8, of EXIF data (2.3, section 4.6); 1 where they are damaged."""
-    tiff = exif.removeprefix(b"Exif\0\0")
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None or len(tiff) < 10:
-        return 1
-    (start,) = struct.unpack_from(order + "I", tiff, 4)
-    if start + 2 > len(tiff):
-        return 1
-    (n_entries,) = struct.unpack_from(order + "H", tiff, start)
-    for place in range(start + 2, min(start + 2 + 12 * n_entries, len(tiff) - 11), 12):
-        tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, place)
-        if tag == _ORIENTATION:
-            return value
-    return 1
 
 
 def _flat(image: "Image") -> "Image":
@@ -180,11 +166,6 @@ def normalise(pixels: Tensor, how: Mean = IMAGENET) -> Tensor:
     """uint8 pixels (…, 3, H, W) as the float32 numbers that an encoder was trained on."""
     mean, std = (torch.tensor(part, device=pixels.device).view(3, 1, 1) for part in how)
     return (pixels.float() / 255 - mean) / std
-
-
-def load(source: bytes | Path, size: int, how: Mean = IMAGENET, tiles: int = 1) -> Tensor:
-    """A picture ready for an encoder: (squares, 3, size, size) float32; errors as decode."""
-    return normalise(squares(decode(source, least=size * tiles), size, tiles), how)
 
 
 def from_data_url(url: str) -> bytes:

@@ -1,32 +1,191 @@
-"""Pack the pictures that the rows of a set name, each decoded once to see that it can be.
+"""Packed pictures: the tar files of a set, written by this command, read in order or by name.
 
     python -m vqa.pack cifar10_zh --images ~/cifar10_zh
     python -m vqa.pack chinese_llava --images ~/images --max_side 336
 
-Reads data/clean/<set>/*.jsonl and writes data/pictures/<set>/ (pictures.py). Pictures that are
-missing or bad are counted, with examples, and left out; so are their rows in training.
+    data/pictures/<set>/pictures-00000.tar      the pictures' own bytes, in the order of the rows
+                        pictures-00000.index    bytes of the .tar, then "place size name" a line
+                        counts.json             what was taken and what was left, with reasons
+
+A tar file is what every tool opens and what a network disk likes: one long file, members of which
+are whole encoded pictures behind 512 bytes of head. The index saves reading the heads; where it is
+missing or old they are read. The command decodes every picture that the rows of data/clean/<set>
+name once, to see that it can be; pictures that are missing or bad are counted, with examples, and
+left out; so are their rows in training.
 """
 
 import io
 import json
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import atomic_dir, atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows
 from vqa import images
-from vqa.pictures import SHARD_BYTES, Finder, write_index
 
+SHARD_BYTES = 1 << 30
+COCO = "COCO_train2014_"
 N_EXAMPLES = 5
 AHEAD = 64  # pictures that are decoded while others are written
+
+
+class Member(NamedTuple):
+    shard: int
+    place: int
+    size: int
+
+
+class Pictures:
+    """The pictures of a packed set.
+
+    names: in the order of the shards; a picture's number is its place here
+    """
+
+    def __init__(self, place: Path) -> None:
+        """raises: DataError if there are none, or a shard is cut off"""
+        self.place = from_repo(place)
+        self._shards = sorted(self.place.glob("pictures-*.tar"))
+        if not self._shards:
+            raise DataError(
+                f"{shown(self.place)}: wanted pictures-*.tar, found none; pack them: "
+                f"python -m vqa.pack {self.place.name} --images DIRECTORY"
+            )
+        self._members: list[Member] = []
+        self.number: dict[str, int] = {}
+        for shard, path in enumerate(self._shards):
+            for name, start, size in members(path):
+                self.number[name] = len(self._members)
+                self._members.append(Member(shard, start, size))
+        self.names = list(self.number)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def read(self, number: int) -> bytes:
+        """The bytes of a picture."""
+        shard, start, size = self._members[number]
+        return read_piece(self._shards[shard], start, size)
+
+    def __iter__(self) -> Iterator[tuple[str, bytes]]:
+        """All pictures with their names, in one pass over the files."""
+        yield from ((name, self.read(number)) for name, number in self.number.items())
+
+
+def read_piece(path: Path, start: int, size: int) -> bytes:
+    """Some bytes of a file; safe from several threads."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def members(tar: Path) -> list[tuple[str, int, int]]:
+    """(name, place, size) of each picture of a shard.
+
+    raises: DataError if the file is cut off or no tar file
+    """
+    size, index = tar.stat().st_size, tar.with_suffix(".index")
+    if index.is_file():
+        head, *lines = index.read_text("utf-8").splitlines() or [""]
+        if head == str(size):
+            parts = [line.split(" ", 2) for line in lines]
+            return [(name, int(start), int(n)) for start, n, name in parts]
+    try:
+        with tarfile.open(tar) as archive:
+            found = [(m.name, m.offset_data, m.size) for m in archive.getmembers() if m.isfile()]
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise DataError(f"{shown(tar)}: wanted a tar file, found {error}; pack it again") from None
+    if found and found[-1][1] + found[-1][2] > size:
+        raise DataError(f"{shown(tar)}: cut off inside {found[-1][0]!r}; pack or copy it again")
+    return found
+
+
+def write_index(tar: Path) -> None:
+    """Write the index beside a finished shard."""
+    index = tar.with_suffix(".index")
+    index.unlink(missing_ok=True)
+    lines = [f"{start} {size} {name}" for name, start, size in members(tar)]
+    with atomic_write(index) as temporary:
+        temporary.write_text("\n".join([str(tar.stat().st_size), *lines]) + "\n", "utf-8")
+
+
+class Finder:
+    """Finds the pictures that rows name: in a directory, in its tar files, in parquet rows.
+
+    A name may lack or have the prefix that COCO's 2014 edition puts before numbers, and may have
+    folders where the directory is flat. "file.parquet#7" is the picture of a parquet file's row 7,
+    "file.parquet#7.1" the second one of a row that has several.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = from_repo(root).resolve()
+        if not self.root.is_dir():
+            raise DataError(f"{root}: wanted the directory of the pictures, found none there")
+        self._in_tars = {
+            name: (tar, start, size)
+            for tar in sorted(self.root.glob("*.tar"))
+            for name, start, size in members(tar)
+        }
+        self._table: tuple[str, list] = ("", [])
+
+    def find(self, name: str) -> bytes | Path | None:
+        """The picture's bytes or its file; None if there is none.
+
+        raises: DataError if the name leads out of the directory
+        """
+        file, _, row = name.partition("#")
+        if row and file.endswith(".parquet"):
+            return self._from_parquet(file, row)
+        flat = name.rsplit("/", 1)[-1]
+        bare = flat.removeprefix(COCO)
+        folder = name[: -len(flat)]
+        for tried in (name, folder + COCO + bare, folder + bare, flat, COCO + bare, bare):
+            if tried in self._in_tars:
+                return read_piece(*self._in_tars[tried])
+            path = (self.root / tried).resolve()
+            if not path.is_relative_to(self.root):
+                raise DataError(f"{name!r} leads out of {shown(self.root)}")
+            if path.is_file():
+                return path
+        return None
+
+    def _from_parquet(self, file: str, row: str) -> bytes | None:
+        if self._table[0] != file:
+            path = (self.root / file).resolve()
+            if not path.is_relative_to(self.root) or not path.is_file():
+                return None
+            self._table = (file, read_column(path, "image_bytes"))
+        number, _, part = row.partition(".")
+        held = self._table[1][int(number)] if int(number) < len(self._table[1]) else None
+        if isinstance(held, list):
+            held = held[int(part or 0)] if int(part or 0) < len(held) else None
+        return held
+
+
+def read_column(path: Path, name: str) -> list:
+    """A column of a parquet file as Python objects.
+
+    raises: ConfigError if pyarrow is missing, DataError if the file or the column is
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise ConfigError(
+            "wanted pyarrow to read parquet, found it not installed; "
+            "pip install -c constraints.txt -r requirements/vqa.txt"
+        ) from None
+    try:
+        return parquet.read_table(path, columns=[name]).column(name).to_pylist()
+    except (pyarrow.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{shown(path)}: wanted a column {name}, found {error}") from None
 
 
 @dataclass(frozen=True)
@@ -140,9 +299,23 @@ def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
     rows = from_repo(cfg.dataset if "/" in cfg.dataset else Path("data/clean") / cfg.dataset)
     names = picture_names(rows)
     target = from_repo(cfg.out) / rows.name
-    temporary = target.with_name(f"tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    with atomic_dir(target) as place:
+        counts = _write_shards(names, cfg, place, shard_bytes)
+        if not counts["pictures"]:
+            first = next(iter(counts["examples"].values()))[0]
+            raise DataError(
+                f"{cfg.images}: wanted the pictures of {rows.name}, found none of {len(names)} "
+                f"that can be used: {counts['left_out']}; the first: {first}; say with --images "
+                f"where they lie"
+            )
+        for path in place.glob("*.tar"):
+            write_index(path)
+        text = json.dumps(counts, ensure_ascii=False, indent=1) + "\n"
+        (place / "counts.json").write_text(text, "utf-8")
+    return counts
+
+
+def _write_shards(names: list[str], cfg: PackConfig, place: Path, shard_bytes: int) -> dict:
     faults: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     n_taken, n_shards, archive = 0, 0, None
@@ -157,29 +330,15 @@ def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
         if archive is None or archive.offset > shard_bytes:
             if archive is not None:
                 archive.close()
-            path = temporary / f"pictures-{n_shards:05d}.tar"
+            path = place / f"pictures-{n_shards:05d}.tar"
             archive, n_shards = tarfile.open(path, "w"), n_shards + 1  # noqa: SIM115
         head = tarfile.TarInfo(name)
         head.size = len(found)
         archive.addfile(head, io.BytesIO(found))
         n_taken += 1
-    if archive is None:
-        shutil.rmtree(temporary)
-        raise DataError(
-            f"{cfg.images}: wanted the pictures of {rows.name}, found none of {len(names)} that "
-            f"can be used: {dict(faults)}; the first: {next(iter(examples.values()))[0]}; say with "
-            f"--images where they lie"
-        )
-    archive.close()
-    for path in temporary.glob("*.tar"):
-        write_index(path)
-    counts = {"pictures": n_taken, "left_out": dict(faults), "examples": examples}
-    (temporary / "counts.json").write_text(
-        json.dumps(counts, ensure_ascii=False, indent=1) + "\n", "utf-8"
-    )
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    return counts
+    if archive is not None:
+        archive.close()
+    return {"pictures": n_taken, "left_out": dict(faults), "examples": examples}
 
 
 def main(cfg: PackConfig) -> None:

@@ -27,8 +27,7 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from vqa.data import VqaDataConfig, features_of, open_pictures, open_vqa_data
 from vqa.encoders import EncoderConfig, make_encoder
-from vqa.fusion import FusionConfig
-from vqa.model import PARTS, VqaModel, load
+from vqa.model import PARTS, FusionConfig, VqaModel, load
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ from vqa.data import (
 from vqa.encoders import EncoderConfig, make_encoder
 from vqa.evaluate import Asked, probe, score, shuffled, table
 from vqa.images import normalise
-from vqa.pack import PackConfig, pack
-from vqa.pictures import Finder, Pictures, members
+from vqa.pack import Finder, PackConfig, Pictures, members, pack
 from vqa.train import VqaConfig
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -452,7 +451,7 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
     photo = colours / "raw/test-0.png"
     talk = run("vqa.chat", colours / "second", "--image", photo, "--ask", QUESTION)
     assert talk.startswith("助手：") and talk.strip() != "助手："
-    run("vqa.show", colours / "second", *where, "--out", colours / "sheet.png", "--n_photos", 4)
+    run("vqa.evaluate", colours / "second", *where, "--sheet", colours / "sheet.png")
     with PIL.open(colours / "sheet.png") as sheet:
         assert sheet.size[0] > 300
     for words, message in (

@@ -222,5 +222,6 @@ def test_what_is_on_photos_is_among_the_first_five_classes():
     net = make_network(config)
     for name, classes in SHOWN.items():
         with torch.no_grad():
-            logits = net(images.load(PHOTOS / name, config.size, config.normalisation))[0]
+            pixels = images.squares(images.decode(PHOTOS / name), config.size)
+            logits = net(images.normalise(pixels, config.normalisation))[0]
         assert classes & set(logits.topk(5).indices.tolist()), name

@@ -13,9 +13,16 @@ from conftest import small_config
 from model import IGNORED, Transformer
 from vqa.chat import answer, greedy, look, stream_answer
 from vqa.encoders import EncoderConfig, make_encoder
-from vqa.fusion import CrossAttention, FusionConfig, n_positions
 from vqa.images import normalise
-from vqa.model import Loaded, VqaModel, load, with_picture
+from vqa.model import (
+    CrossAttention,
+    FusionConfig,
+    Loaded,
+    VqaModel,
+    load,
+    n_positions,
+    with_picture,
+)
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
 ENCODER = EncoderConfig(size=32, grid=1, depths=(3, 4))
