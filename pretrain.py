@@ -124,7 +124,7 @@ def main(cfg: PretrainConfig) -> int:
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
-        regularise(fuse(model.to(world.device)), cfg.regularise)
+        regularise(fuse(model.to(world.device), cfg.train.blocks), cfg.regularise)
         objective = next_token(cfg.regularise.label_smoothing)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)

@@ -136,7 +136,7 @@ def main(cfg: SftConfig) -> int:
             apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
             if world.is_main:
                 print(describe(model), file=sys.stderr)
-        regularise(fuse(model), cfg.regularise)
+        regularise(fuse(model, cfg.train.blocks), cfg.regularise)
         earlier = read_info(base.path).get("tasks", [])
         model.more_info = {"tasks": list(dict.fromkeys([*data.train.teaches, *earlier]))}
         if cfg.dry_run:

@@ -106,7 +106,6 @@ class World:
         model: nn.Module,
         compiled: bool = False,
         recompute: bool = False,
-        blocks: bool = True,
     ) -> nn.Module:
         """The model as the loop calls it; the names of its parameters stay the model's own.
 
@@ -114,14 +113,9 @@ class World:
 
         compiled: each layer runs as torch.compile makes it
         recompute: a layer keeps its input alone for the way back, and computes the rest again
-        blocks: packed documents are attended to block by block, on cards that can
         """
         if compiled or self.device.type == "cuda":
             torch._dynamo.config.recompile_limit = GRAPHS
-        if self.device.type == "cuda":
-            from babyllama.block_attention import on_card  # takes its time, for cards alone
-
-            on_card(model, blocks)
         for layer in model.layers if compiled else ():
             _require_compiler(self.device)
             layer.forward = torch.compile(layer.forward)

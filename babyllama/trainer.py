@@ -242,7 +242,7 @@ class Run(checkpoint.Snapshot):
         # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
         torch.manual_seed(config.seed)
         self.scaler = open_scaler(world.device, cfg.device)
-        self.wrapped = world.wrap(model, config.compile, config.recompute, config.blocks)
+        self.wrapped = world.wrap(model, config.compile, config.recompute)
         super().__init__(
             directory, model, tokenizer, kind, shown(cfg.base) if cfg.base else None,
             optim.make_optimizer(model, cfg.optim), keep=config.keep, world=world,

@@ -36,6 +36,7 @@ from babyllama.analysis.estimate import available_gb, largest_batch, memory_by_p
 from babyllama.checkpoint import load_model
 from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
+from babyllama.cuda.attention import on_card
 from babyllama.data import collate, open_data, pack
 from babyllama.device import (
     DeviceConfig,
@@ -164,17 +165,22 @@ def one_step(
     return forward_backward(model, batches, world, scaler, objective.loss, objective.count)
 
 
+def wrap(world: World, model: nn.Module, blocks: bool = True, **how: bool) -> nn.Module:
+    """The model as scripts prepare it and the trainer wraps it."""
+    return world.wrap(on_card(model, blocks) if world.device.type == "cuda" else model, **how)
+
+
 def stepper(
     lab: Lab,
     precision: str,
     model: nn.Module | None = None,
     optim: OptimConfig | None = None,
-    **wrap: bool,
+    **how: bool,
 ) -> Callable[[list[dict[str, Tensor]]], tuple[Tensor, float]]:
     """A function that makes one step of training, as the trainer does, and returns its sums and
     the gradient's norm."""
     model = lab.model() if model is None else model
-    wrapped = lab.world.wrap(model, **wrap)
+    wrapped = wrap(lab.world, model, **how)
     optimizer, scaler = make_optimizer(model, optim or OptimConfig()), Scaler(lab.device, precision)
     parameters = [w for w in model.parameters() if w.requires_grad]
 
@@ -245,7 +251,7 @@ def gradients(
         apply_lora(model, LoraConfig(rank=4), base="")
     model.to(device)
     world, scaler = World(0, 1, device), Scaler(device, precision)
-    wrapped = world.wrap(model, blocks=blocks)
+    wrapped = wrap(world, model, blocks)
     sums = one_step(wrapped, [batch], world, scaler, smoothing)
     parameters = [w for w in model.parameters() if w.requires_grad]
     unscale = scaler.state().get("scale", 1.0)
@@ -369,7 +375,7 @@ def packed(lab: Lab) -> dict:
 def overflow(lab: Lab) -> dict:
     """float16 whose scale is too large skips steps until it fits; NaN changes no weight."""
     model = lab.model()
-    wrapped = lab.world.wrap(model)
+    wrapped = wrap(lab.world, model)
     scaler, optimizer = Scaler(lab.device, "float16"), make_optimizer(model, OptimConfig())
     scaler.load({"scale": 2.0**30, "good_steps": 0})
     batch, parameters, losses, skipped = lab.windows(2), list(model.parameters()), [], 0

@@ -133,6 +133,10 @@ def main(cfg: VqaConfig) -> int:
     pictures = open_pictures(cfg.data)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = model.to(world.device)
+        if world.device.type == "cuda":
+            from babyllama.cuda.attention import on_card  # takes its time, for cards alone
+
+            on_card(model, cfg.train.blocks)
         features = seen_before(model, pictures, world) if cfg.data.cache_features else None
         room = (model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
         data = open_vqa_data(

@@ -171,7 +171,7 @@ def _is_masked(model: Transformer, data: TrainData, cfg: RunConfig, world: World
     (batch, *_) = data.batches(0, cfg.train.micro_batch_size, world.rank, world.size)
     if world.device.type != "cuda" or "segments" not in batch:
         return False
-    from babyllama.block_attention import suits  # takes its time, for cards alone
+    from babyllama.cuda.attention import suits  # takes its time, for cards alone
 
     return not (cfg.train.blocks and suits(world.device, model.config.head_dim))
 
@@ -185,7 +185,7 @@ def _probe(
     objective: Objective,
 ) -> tuple[float, float]:
     """Seconds and tokens of a step, the mean of ten after one that warms up."""
-    wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute, cfg.train.blocks)
+    wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute)
     optimizer = make_optimizer(model, cfg.optim)
     parameters = list(model.parameters())
     tokens, started = 0, 0.0

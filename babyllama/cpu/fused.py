@@ -44,8 +44,15 @@ def suits(model: Transformer) -> bool:
     )
 
 
-def fuse(model: Transformer) -> Transformer:
-    """The model, which from now on computes by the kernels where they suit it."""
+def fuse(model: Transformer, blocks: bool = True) -> Transformer:
+    """The model, which from now on computes by the kernels where they suit it.
+
+    blocks: on a card packed documents are attended to block by block, where that runs
+    """
+    if model.rope.is_cuda:
+        from babyllama.cuda.attention import on_card  # takes its time, for cards alone
+
+        return on_card(model, blocks)
     if not suits(model):
         return model
     for layer in model.layers:

@@ -1,1 +1,1 @@
-"""Decoding for CUDA cards; a folder that can be deleted."""
+"""Decoding and block attention for CUDA cards; a folder that can be deleted."""

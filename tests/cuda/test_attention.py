@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
-from babyllama.block_attention import (
+from babyllama.cuda.attention import (
     BLOCK,
     attend,
     attend_by,
