@@ -37,9 +37,9 @@ from babyllama.chat.session import (
 from babyllama.chat.terminal import Lines, paint, say, state_dir, visible
 from babyllama.checkpoint import find_adapter, load_model, read_adapter
 from babyllama.config import parse, run, shown
+from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
-from babyllama.generate import Weights
 from babyllama.retrieval.retriever import API_URL
 from babyllama.sampling import SamplingConfig
 from tokenizer import LABELS

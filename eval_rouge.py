@@ -23,9 +23,9 @@ from typing import Literal
 
 from babyllama.checkpoint import load_model
 from babyllama.config import from_repo, parse, plain, run, shown
+from babyllama.decoder import Weights
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError
-from babyllama.generate import Weights
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring import probes, report, rouge, tables, test_sets

@@ -1,193 +1,28 @@
-"""Writing replies: one as a stream, or many at once with a shared KV cache; beams.
+"""Writing replies: one as a stream, or many at once with a shared KV cache.
 
-A Decoder is a model with a way to continue by one token: plain_decoder's here, or a faster one
-(cpu/decoder.py). Prompts are filled up on the left and read at once; each further token is a step.
-Logits that are no finite numbers are computed again in float32. How a token is chosen is
-sampling.py's. The number of a reply in its batch and the seed give it random numbers of its own,
-so it does not depend on which other replies are written beside it.
+The loop is `_write`: draw a token for each row, ask the rules, go on with the rows that have not
+ended. How a token is chosen is sampling.py's, what computes the logits decoder.py's. The number of
+a reply in its batch and the seed give it random numbers of its own, so it does not depend on which
+other replies are written beside it.
 """
 
-import copy
 import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Literal
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.decoder import Batch, Decoder, search_beams
 from babyllama.sampling import (
-    N_CHANCES,
-    Chooser,
+    Reply,
+    Rules,
     SamplingConfig,
-    choose,
-    extend_beams,
-    loops,
     n_showable,
-    penalise,
-    repeats,
-    squeeze,
+    random_numbers,
+    redraw,
     until_stop,
 )
-from model import KVCache, Transformer
+from model import Transformer
 from tokenizer import Tokenizer
-
-Weights = Literal["auto", "float32", "int8"]
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A model with a way to continue by one token.
-
-    step: takes the newest token of each row (B,) and the cache of all before them, to which it
-        adds; returns logits (B, V) float32
-    kind: how the weights are held, for people
-    reason: why it was chosen, for people
-    reader: a faster way than the model's to take several tokens of each row (B, T) at once
-    cache_dtype: of the keys and values in the cache; null: that of the weights
-    choose: what draws the next tokens
-    """
-
-    model: Transformer
-    step: Callable[[Tensor, KVCache], Tensor]
-    kind: str
-    reason: str = ""
-    reader: Callable[[Tensor, KVCache], Tensor] | None = None
-    cache_dtype: torch.dtype | None = None
-    choose: Chooser = choose
-
-    def new_cache(self, start: Tensor, size: int) -> KVCache:
-        """An empty cache; arguments as KVCache."""
-        dtype = self.cache_dtype or self.model.output.weight.dtype
-        return KVCache(self.model.config, start, size, dtype)
-
-    def are_finite(self, logits: Tensor) -> bool:
-        """Whether logits (B, V) of this decoder are numbers to go on with."""
-        # int8.c makes a row NaN as a whole; so one look at each row spares reading all.
-        seen = logits[:, 0] if self.kind == "int8" else logits.amax(dim=1)
-        return bool(torch.isfinite(seen).all())
-
-    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Add tokens (B, T) to the cache; returns the logits after the last ones (B, V) float32."""
-        if self.reader is not None:
-            return self.reader(tokens, cache)
-        return self.model.output(self.model.hidden(tokens, cache=cache)[:, -1]).float()
-
-
-def plain_decoder(model: Transformer) -> Decoder:
-    """Steps by the model itself: on any device, in any format."""
-    return Decoder(model, partial(_plain_step, model), str(model.output.weight.dtype)[6:])
-
-
-def _plain_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    return model.output(model.hidden(tokens[:, None], cache=cache)[:, -1]).float()
-
-
-class Batch:
-    """Prompts that were read, and the logits of what follows each.
-
-    said: (B, S) ids of prompt and reply; filler repeats a token of its row, so that who asks what
-        was said need not know of it
-    """
-
-    def __init__(
-        self,
-        model: Transformer | Decoder,
-        prompts: Sequence[Sequence[int]],
-        n_new: int,
-        copies: int,
-    ) -> None:
-        self.decoder = model if isinstance(model, Decoder) else plain_decoder(model)
-        net = self.decoder.model
-        lengths = [len(prompt) for prompt in prompts]
-        longest, context = max(lengths), net.config.max_seq_len
-        if min(lengths) < 1 or longest >= context:
-            raise ConfigError(
-                f"a prompt of {longest} tokens leaves no room for a reply in the model's context "
-                f"of {context}, or a prompt is empty; shorten it"
-            )
-        self.limits = [min(n_new, context - n) for n in lengths for _ in range(copies)]
-        self.width, self.size = longest, longest + max(self.limits)
-        device = net.rope.device
-        filled = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self.said = torch.tensor(filled, device=device)
-        self.start = torch.tensor([longest - n for n in lengths], device=device)
-        self.owners = list(range(len(prompts)))  # the prompt of each row
-        self.read()
-        if copies > 1:
-            self.keep([row for row in range(len(prompts)) for _ in range(copies)])
-
-    def read(self) -> None:
-        """Compute the cache and the logits from all that was said."""
-        self.cache = self.decoder.new_cache(self.start, self.size)
-        self.logits = self._finite(self.decoder.read(self.said, self.cache))
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only; a row may come several times."""
-        kept = torch.tensor(rows, device=self.said.device)
-        owners = [self.owners[row] for row in rows]
-        # Rows that change places with others of their prompt share its keys and values.
-        self.cache.keep(kept, self.width if owners == self.owners else 0)
-        self.owners = owners
-        self.said, self.logits, self.start = self.said[kept], self.logits[kept], self.start[kept]
-
-    def add(self, ids: list[int]) -> None:
-        """Continue each row by a token."""
-        tokens = torch.tensor(ids, device=self.said.device)
-        self.said = torch.cat((self.said, tokens[:, None]), dim=1)
-        self.logits = self._finite(self.decoder.step(tokens, self.cache))
-
-    def penalised(self, sampling: SamplingConfig, eos_id: int) -> Tensor:
-        """The logits after the penalties for what was said."""
-        if not sampling.penalises:
-            return self.logits
-        return penalise(self.logits, sampling, self.said, self.width, eos_id)
-
-    def _finite(self, logits: Tensor) -> Tensor:
-        """The logits, computed again in float32 where they are no finite numbers.
-
-        raises: CheckpointError if that does not help
-        """
-        if self.decoder.are_finite(logits):
-            return logits
-        net = self.decoder.model
-        if net.output.weight.dtype == torch.float32 and self.decoder.kind == "float32":
-            raise CheckpointError(
-                "wanted finite logits, found some that are not, in float32 too; the checkpoint is "
-                "damaged or its training diverged; use an earlier one"
-            )
-        warnings.warn(
-            f"logits in {self.decoder.kind} were not finite; going on in float32",
-            RuntimeWarning,
-            stacklevel=1,
-        )
-        plain = plain_decoder(copy.deepcopy(net).float())
-        self.decoder = replace(plain, choose=self.decoder.choose)
-        self.read()
-        return self.logits
-
-
-# A reply whose rules refuse so many tokens at one place has nothing left to say.
-_MOST_REFUSED = 50
-_NOTHING = -2  # no token's id
-
-
-@dataclass
-class Reply:
-    """One reply and how it ended.
-
-    ids: its tokens without <eos>; with the token that holds the end of a stop text
-    text: what a reader gets, cut before a stop text; empty where no tokenizer was given
-    reason: eos; length: the longest reply or the end of the context; stop; loop: the rules against
-        repetition left no other way; "" while it is written
-    """
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    reason: Literal["", "eos", "length", "stop", "loop"] = ""
 
 
 def stream(
@@ -275,46 +110,6 @@ def generate_replies(
     return replies
 
 
-class _Rules:
-    """What ends a reply, and which tokens may not follow it."""
-
-    def __init__(self, sampling: SamplingConfig, eos_id: int, tokenizer: Tokenizer | None) -> None:
-        if sampling.reads_text and tokenizer is None:
-            raise ValueError("stop, no_repeat_ngram and loop_guard look at text: give a tokenizer")
-        self.sampling, self.eos_id, self.tokenizer = sampling, eos_id, tokenizer
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The whole characters of a reply."""
-        return self.tokenizer.decode(ids)
-
-    def allow(self, ids: list[int], token: int) -> bool:
-        """Whether the rules against repetition let this token follow."""
-        n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
-        if token == self.eos_id or not (n or redraws):
-            return True
-        text = self.text([*ids, token])
-        return not (redraws and loops(text)) and not (n and repeats(squeeze(text), n))
-
-    def extend(self, reply: Reply, token: int, limit: int) -> None:
-        """Lengthen a reply by a token, or end it, or both."""
-        if token == self.eos_id:
-            reply.reason = "eos"
-        elif token == _NOTHING or self._ends_in_loop(reply.ids, token):
-            reply.reason = "loop"
-        else:
-            reply.ids.append(token)
-            if len(reply.ids) >= limit:
-                reply.reason = "length"
-        if self.tokenizer and (reply.reason or self.sampling.stop):
-            text = self.text(reply.ids)
-            reply.text = until_stop(text, self.sampling.stop)
-            if len(reply.text) < len(text):
-                reply.reason = "stop"
-
-    def _ends_in_loop(self, ids: list[int], token: int) -> bool:
-        return self.sampling.loop_guard == "end" and loops(self.text([*ids, token]))
-
-
 def _write(
     model: Transformer | Decoder,
     prompts: Sequence[Sequence[int]],
@@ -324,7 +119,7 @@ def _write(
     replies: list[Reply],
 ) -> Iterator[None]:
     """Fill the replies, a token each at every step; finished ones leave the batch."""
-    rules = _Rules(sampling, eos_id, tokenizer)
+    rules = Rules(sampling, eos_id, tokenizer)
     if not prompts:
         return
     # A generator must not be left inside inference_mode: its caller would be in it, too.
@@ -338,12 +133,12 @@ def _write(
     while rows:
         with torch.inference_mode():
             logits = batch.penalised(sampling, eos_id)
-            numbers = _numbers(logits, [chances[r] for r in rows])
+            numbers = random_numbers(logits, [chances[r] for r in rows])
             draw = batch.decoder.choose
             ids = draw(logits, sampling, numbers).tolist()
             for i, row in enumerate(rows):
                 if sampling.reads_text:
-                    ids[i] = _redraw(logits[i], ids[i], replies[row].ids, rules, chances[row], draw)
+                    ids[i] = redraw(logits[i], ids[i], replies[row].ids, rules, chances[row], draw)
                 rules.extend(replies[row], ids[i], limits[row])
         yield
         going = [i for i, row in enumerate(rows) if not replies[row].reason]
@@ -353,100 +148,3 @@ def _write(
             rows = [rows[i] for i in going]
             if rows:
                 batch.add([ids[i] for i in going])
-
-
-def _numbers(logits: Tensor, chances: list[random.Random]) -> Tensor:
-    """For each row of the logits what `choose` asks for, from its own source."""
-    numbers = [[1 - chance.random() for _ in range(N_CHANCES)] for chance in chances]
-    return torch.tensor(numbers, device=logits.device)
-
-
-def _redraw(
-    logits: Tensor, token: int, ids: list[int], rules: _Rules, chance: random.Random,
-    choose: Chooser,
-) -> int:  # fmt: skip
-    """The token, or the first drawn after it that the rules allow, or _NOTHING.
-
-    logits: (V,) of which the token was drawn
-    """
-    logits = logits[None].clone()
-    for _ in range(min(_MOST_REFUSED, logits.shape[1])):
-        if rules.allow(ids, token):
-            return token
-        logits[0, token] = -torch.inf
-        token = int(choose(logits, rules.sampling, _numbers(logits, [chance])))
-    return _NOTHING
-
-
-class _Beams:
-    """The beam search of one prompt: unfinished replies and finished ones, each with its score,
-    the best first."""
-
-    def __init__(self, rules: _Rules, limit: int) -> None:
-        self.rules, self.limit, self.length = rules, limit, 0
-        self.unfinished = [(0.0, Reply())]  # with their log-probabilities
-        self.finished: list[tuple[float, Reply]] = []  # divided by the length, see length_penalty
-
-    def extend(self, logits: Tensor) -> list[int]:
-        """Continue the unfinished replies by a token; returns which one each new one continues.
-
-        The search ends, and nothing is returned, when enough replies are finished and no unfinished
-        one is better than the worst of them.
-
-        logits: (beams, V), of which the first rows belong to the unfinished replies
-        """
-        sampling, self.length = self.rules.sampling, self.length + 1
-        most, weight = sampling.beams, self.length**-sampling.length_penalty
-        scores = torch.tensor([score for score, _ in self.unfinished], device=logits.device)
-        n_wanted = 2 * most + (_MOST_REFUSED if sampling.reads_text else 0)
-        longer, parents = [], []
-        for score, parent, token in extend_beams(logits[: len(scores)], scores, n_wanted):
-            said = self.unfinished[parent][1].ids
-            if not self.rules.allow(said, token):
-                continue
-            reply = Reply(list(said))
-            self.rules.extend(reply, token, self.limit)
-            if reply.reason:
-                self.finished.append((score * weight, reply))
-            elif len(longer) < most:
-                longer.append((score, reply))
-                parents.append(parent)
-        self.finished = sorted(self.finished, key=lambda pair: -pair[0])[:most]
-        self.unfinished = longer
-        is_full = len(self.finished) == most
-        if is_full and longer and longer[0][0] * weight <= self.finished[-1][0]:
-            return []
-        return parents
-
-
-def search_beams(
-    model: Transformer | Decoder,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingConfig,
-    eos_id: int,
-    tokenizer: Tokenizer | None = None,
-) -> list[list[Reply]]:
-    """The best replies to each prompt that a beam search finds, best first.
-
-    returns: at least one and at most sampling.beams for each prompt
-    """
-    rules, most = _Rules(sampling, eos_id, tokenizer), sampling.beams
-    with torch.inference_mode():
-        batch = Batch(model, prompts, sampling.max_new_tokens, most)
-        every = going = [_Beams(rules, limit) for limit in batch.limits[::most]]
-        while going:
-            rows, ids, others = [], [], []
-            parts = batch.penalised(sampling, eos_id).split(most)
-            for number, (beams, logits) in enumerate(zip(going, parts, strict=True)):
-                if parents := beams.extend(logits):
-                    # A prompt keeps its number of rows; those that no reply needs repeat the first.
-                    spare = most - len(parents)
-                    rows += [number * most + row for row in parents + parents[:1] * spare]
-                    new = [reply.ids[-1] for _, reply in beams.unfinished]
-                    ids += new + new[:1] * spare
-                    others.append(beams)
-            going = others
-            if going:
-                batch.keep(rows)
-                batch.add(ids)
-    return [[reply for _, reply in one.finished] or [Reply(reason="loop")] for one in every]

@@ -25,9 +25,10 @@ from babyllama.data import Data, TrainData, ValData, ahead
 from babyllama.device import DeviceConfig, Scaler, memory_gb, mfu_per_rate, open_scaler, to_device
 from babyllama.distributed import World, inner, no_sync, whole_model
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import SamplingConfig, generate
+from babyllama.generate import generate
 from babyllama.log import Log, Window, doubt, means
 from babyllama.run_dir import find_checkpoint, list_checkpoints
+from babyllama.sampling import SamplingConfig
 from model import IGNORED, Loss, Transformer
 from tokenizer import Tokenizer
 

@@ -38,6 +38,7 @@ from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.cuda.attention import on_card
 from babyllama.data import collate, open_data, pack
+from babyllama.decoder import plain_decoder
 from babyllama.device import (
     DeviceConfig,
     Scaler,
@@ -50,7 +51,7 @@ from babyllama.device import (
 )
 from babyllama.distributed import World
 from babyllama.errors import ConfigError
-from babyllama.generate import generate, plain_decoder
+from babyllama.generate import generate
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.sampling import SamplingConfig

@@ -25,7 +25,8 @@ import torch
 from babyllama.config import parse, run
 from babyllama.cpu.decoder import make_decoder
 from babyllama.cpu.draw import choose
-from babyllama.generate import Decoder, generate
+from babyllama.decoder import Decoder
+from babyllama.generate import generate
 from babyllama.sampling import N_CHANCES, SamplingConfig
 from benchmarks.peers import SHAPE_43M, LlamaCpp, hf_copy, write_gguf
 from model import Transformer

@@ -39,8 +39,9 @@ from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
-from babyllama.generate import SamplingConfig, generate
+from babyllama.generate import generate
 from babyllama.run_dir import chosen_run
+from babyllama.sampling import SamplingConfig
 from export.folder import check_out, new_folder, settle, show
 from export.parity import (
     AT_ONCE,

@@ -35,9 +35,19 @@ import torch
 from torch import Tensor
 
 from babyllama.cpu.decoder import Float32Step
+from babyllama.decoder import Decoder
 from babyllama.errors import ConfigError
-from babyllama.generate import Decoder, Reply, _numbers, _redraw, _Rules
-from babyllama.sampling import Chooser, SamplingConfig, n_showable, penalise, until_stop
+from babyllama.sampling import (
+    Chooser,
+    Reply,
+    Rules,
+    SamplingConfig,
+    n_showable,
+    penalise,
+    random_numbers,
+    redraw,
+    until_stop,
+)
 from model import KVCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -248,7 +258,7 @@ class _Row:
 
     def __init__(self, job: Job, tokenizer: Tokenizer, context: int) -> None:
         self.job = job
-        self.rules = _Rules(job.sampling, tokenizer.eos_id, tokenizer)
+        self.rules = Rules(job.sampling, tokenizer.eos_id, tokenizer)
         self.limit = min(job.sampling.max_new_tokens, context - len(job.prompt))
         seed = job.sampling.seed
         seed = random.randrange(2**63) if seed is None else seed
@@ -266,7 +276,7 @@ class _Row:
         """Continue by the token that was drawn, or end; both (V,), with penalties and without."""
         job, ids, before = self.job, self.job.reply.ids, len(self.job.reply.ids)
         if job.sampling.reads_text:
-            token = _redraw(found, token, ids, self.rules, self.chance, choose)
+            token = redraw(found, token, ids, self.rules, self.chance, choose)
         self.rules.extend(job.reply, token, self.limit)
         scores = []
         if len(ids) > before:
@@ -308,7 +318,7 @@ def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
             numbers = [n for n in numbers if not rows[n].ended]
             own, found = own[is_finite], found[is_finite]
         if numbers:
-            chances = _numbers(found, [rows[n].chance for n in numbers])
+            chances = random_numbers(found, [rows[n].chance for n in numbers])
             tokens = choose(found, rows[numbers[0]].job.sampling, chances).tolist()
             for i, number in enumerate(numbers):
                 rows[number].take(tokens[i], found[i], own[i], choose)

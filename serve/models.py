@@ -16,9 +16,9 @@ from babyllama import lora
 from babyllama.checkpoint import Loaded, load_adapter, load_model
 from babyllama.config import from_repo, shown
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
-from babyllama.generate import Weights
 from babyllama.retrieval.retriever import API_URL
 from babyllama.run_dir import kind_of, tasks_of
 from serve.engine import Engine

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from babyllama.checkpoint import Loaded
-from babyllama.generate import Decoder
+from babyllama.decoder import Decoder
 from model import KVCache
 from serve.engine import Engine, Job
 

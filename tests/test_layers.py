@@ -114,7 +114,7 @@ def test_the_server_reaches_pictures_through_one_function():
 
 def test_the_core_is_flat_and_short():
     core = {name for name in MODULES if room_of(name) == "core"} - {"babyllama"}
-    assert len(core - {"babyllama.supervise"}) <= 16, sorted(core)  # and errors on floor 0
+    assert len(core - {"babyllama.supervise"}) <= 17, sorted(core)  # and errors on floor 0
 
 
 # The files of the main path, in the order in which they are read.
@@ -125,7 +125,7 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 3_190, "core": 5_640, "product": 38_000}
+MOST_LINES = {"evening": 2_960, "core": 5_650, "product": 38_000}
 MOST_FILES = 215
 
 

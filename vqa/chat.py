@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from babyllama.config import from_repo, parse, run
+from babyllama.decoder import Batch
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Batch, Reply, stream_text
+from babyllama.generate import stream_text
 from babyllama.rows import check_messages
-from babyllama.sampling import SamplingConfig
+from babyllama.sampling import Reply, SamplingConfig
 from vqa import images
 from vqa.model import Loaded, VqaModel, load, with_picture
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from babyllama.checkpoint import load_weights, read_checkpoint
 from babyllama.config import shown
 from babyllama.cpu import draw
+from babyllama.decoder import Decoder
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.generate import Decoder
 from babyllama.run_dir import find_checkpoint
 from model import KVCache, Loss, ModelConfig, Transformer
 from tokenizer import Tokenizer

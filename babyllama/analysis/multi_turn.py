@@ -29,9 +29,9 @@ import numpy as np
 
 from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, run, shown
+from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Weights
 from babyllama.log import table
 from babyllama.rows import read_rows, write_rows
 from babyllama.run_dir import chosen_run

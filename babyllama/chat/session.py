@@ -13,13 +13,14 @@ from pathlib import Path
 from babyllama.checkpoint import Loaded, load_adapter
 from babyllama.config import REPO, from_repo, shown
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import Decoder, Weights
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Decoder, Reply, Weights, generate_replies, stream_text
+from babyllama.generate import generate_replies, stream_text
 from babyllama.lora import switch
 from babyllama.retrieval.index import trim
 from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
 from babyllama.run_dir import TASKS, newest_run, tasks_of
-from babyllama.sampling import SamplingConfig
+from babyllama.sampling import Reply, SamplingConfig
 from babyllama.scoring.summarise import Suggested, suggest
 from tokenizer import Tokenizer
 

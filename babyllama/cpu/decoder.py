@@ -17,8 +17,8 @@ from torch import Tensor
 
 from babyllama.cpu import compile, draw, int8
 from babyllama.cuda.decoder import card_decoder
+from babyllama.decoder import Decoder, Weights, plain_decoder
 from babyllama.errors import ConfigError
-from babyllama.generate import Decoder, Weights, plain_decoder
 from model import KVCache, Transformer, rotate
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.generate import Decoder
+from babyllama.decoder import Decoder
 from model import KVCache, Transformer, rotate
 
 # A finished row leaves its batch with a smaller cache at another address, for which the step is

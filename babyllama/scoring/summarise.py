@@ -18,11 +18,12 @@ from tqdm import tqdm
 from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, shown
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import Decoder, Weights, search_beams
 from babyllama.device import Device
 from babyllama.errors import ConfigError
-from babyllama.generate import Decoder, Reply, Weights, generate_replies, search_beams
+from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
-from babyllama.sampling import SamplingConfig
+from babyllama.sampling import Reply, SamplingConfig
 from babyllama.scoring.rouge import clipped_f_of_all, is_blank
 from tokenizer import Tokenizer
 

@@ -32,10 +32,9 @@ from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, require_writable, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Reply
 from babyllama.prompts import PROMPTS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
-from babyllama.sampling import SamplingConfig, loops
+from babyllama.sampling import Reply, SamplingConfig, loops
 from babyllama.scoring.summarise import ReadyModel, ask_all, ranked
 from babyllama.sources import Reader, Row, Source, message_sizes, supervised
 from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter

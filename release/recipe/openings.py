@@ -22,11 +22,12 @@ from typing import Literal
 from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Reply, Weights, generate_replies
+from babyllama.generate import generate_replies
 from babyllama.rows import numbered_lines, read_rows, write_rows
-from babyllama.sampling import SamplingConfig, loops, squeeze
+from babyllama.sampling import Reply, SamplingConfig, loops, squeeze
 
 OPENINGS = Path(__file__).parent / "openings.jsonl"
 OFF = re.compile("论文|摘要|标题|关键词|资料")  # nobody asked for these

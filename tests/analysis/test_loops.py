@@ -7,8 +7,8 @@ import pytest
 
 from babyllama.analysis import loops
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Reply
 from babyllama.prompts import read_prompts
+from babyllama.sampling import Reply
 
 LOOP = "今天天气很好，我们去公园。"
 

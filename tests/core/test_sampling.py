@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from babyllama.cpu.draw import choose
+from babyllama.decoder import extend_beams
 from babyllama.errors import ConfigError
 from babyllama.sampling import (
     LOOP_LENGTH,
     LOOP_TIMES,
     N_CHANCES,
     SamplingConfig,
-    extend_beams,
     loops,
     n_showable,
     penalise,

@@ -11,8 +11,10 @@ from torch import Tensor
 from babyllama import checkpoint
 from babyllama.cpu import compile, int8
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import Decoder, plain_decoder
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.generate import Decoder, SamplingConfig, generate, plain_decoder
+from babyllama.generate import generate
+from babyllama.sampling import SamplingConfig
 from conftest import small_config
 from model import KVCache, Transformer
 

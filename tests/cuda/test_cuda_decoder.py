@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from babyllama.cuda.decoder import card_decoder
-from babyllama.generate import generate, plain_decoder
+from babyllama.decoder import plain_decoder
+from babyllama.generate import generate
 from babyllama.sampling import SamplingConfig
 from conftest import small_config
 from model import Transformer

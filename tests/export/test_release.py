@@ -14,9 +14,10 @@ from babyllama.config import REPO
 from babyllama.cpu import compile
 from babyllama.cpu.decoder import make_decoder
 from babyllama.errors import CheckpointError
-from babyllama.generate import SamplingConfig, generate
+from babyllama.generate import generate
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.prompts import SummaryPrompts
+from babyllama.sampling import SamplingConfig
 from conftest import TEXTS, small_config
 from export import release
 from export.release import ReleaseConfig, compare_perplexity

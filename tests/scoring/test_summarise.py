@@ -10,8 +10,9 @@ import yaml
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import REPO
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import search_beams
 from babyllama.errors import ConfigError
-from babyllama.generate import generate_replies, search_beams
+from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring import probes

@@ -7,8 +7,9 @@ import torch
 
 from babyllama.cpu.compile import compiler
 from babyllama.cpu.decoder import make_decoder
+from babyllama.decoder import Decoder, plain_decoder
 from babyllama.errors import ConfigError
-from babyllama.generate import Decoder, generate_replies, plain_decoder
+from babyllama.generate import generate_replies
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS, small_config
 from model import Transformer

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from babyllama.generate import Decoder
+from babyllama.decoder import Decoder
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
 from serve.engine import Engine, Job

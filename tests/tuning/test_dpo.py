@@ -15,9 +15,9 @@ from babyllama.data import DataConfig, open_data
 from babyllama.device import Scaler
 from babyllama.distributed import World
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import Reply
 from babyllama.rows import check_row, read_rows, write_rows
 from babyllama.run_dir import list_checkpoints
+from babyllama.sampling import Reply
 from babyllama.sources import READERS as OTHERS
 from babyllama.sources import SourceConfig, open_source
 from babyllama.trainer import TrainConfig, forward_backward

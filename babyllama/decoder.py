@@ -1,0 +1,253 @@
+"""What writes replies: a model with a way to continue, a batch of prompts under way, beam search.
+
+A Decoder is a model with a way to continue by one token: plain_decoder's here, or a faster one
+(cpu/decoder.py). A Batch keeps what is known of replies that are being written: prompts are filled
+up on the left and read at once; each further token is a step. Logits that are no finite numbers are
+computed again in float32.
+
+Source: length-normalised beams (Wu et al. 2016, arXiv:1609.08144, without the 5).
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from babyllama.errors import CheckpointError, ConfigError
+from babyllama.sampling import (
+    MOST_REFUSED,
+    Chooser,
+    Reply,
+    Rules,
+    SamplingConfig,
+    choose,
+    penalise,
+)
+from model import KVCache, Transformer
+from tokenizer import Tokenizer
+
+Weights = Literal["auto", "float32", "int8"]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model with a way to continue by one token.
+
+    step: takes the newest token of each row (B,) and the cache of all before them, to which it
+        adds; returns logits (B, V) float32
+    kind: how the weights are held, for people
+    reason: why it was chosen, for people
+    reader: a faster way than the model's to take several tokens of each row (B, T) at once
+    cache_dtype: of the keys and values in the cache; null: that of the weights
+    choose: what draws the next tokens
+    """
+
+    model: Transformer
+    step: Callable[[Tensor, KVCache], Tensor]
+    kind: str
+    reason: str = ""
+    reader: Callable[[Tensor, KVCache], Tensor] | None = None
+    cache_dtype: torch.dtype | None = None
+    choose: Chooser = choose
+
+    def new_cache(self, start: Tensor, size: int) -> KVCache:
+        """An empty cache; arguments as KVCache."""
+        dtype = self.cache_dtype or self.model.output.weight.dtype
+        return KVCache(self.model.config, start, size, dtype)
+
+    def are_finite(self, logits: Tensor) -> bool:
+        """Whether logits (B, V) of this decoder are numbers to go on with."""
+        # int8.c makes a row NaN as a whole; so one look at each row spares reading all.
+        seen = logits[:, 0] if self.kind == "int8" else logits.amax(dim=1)
+        return bool(torch.isfinite(seen).all())
+
+    def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Add tokens (B, T) to the cache; returns the logits after the last ones (B, V) float32."""
+        if self.reader is not None:
+            return self.reader(tokens, cache)
+        return self.model.output(self.model.hidden(tokens, cache=cache)[:, -1]).float()
+
+
+def plain_decoder(model: Transformer) -> Decoder:
+    """Steps by the model itself: on any device, in any format."""
+    return Decoder(model, partial(_plain_step, model), str(model.output.weight.dtype)[6:])
+
+
+def _plain_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    return model.output(model.hidden(tokens[:, None], cache=cache)[:, -1]).float()
+
+
+class Batch:
+    """Prompts that were read, and the logits of what follows each.
+
+    said: (B, S) ids of prompt and reply; filler repeats a token of its row, so that who asks what
+        was said need not know of it
+    """
+
+    def __init__(
+        self,
+        model: Transformer | Decoder,
+        prompts: Sequence[Sequence[int]],
+        n_new: int,
+        copies: int,
+    ) -> None:
+        self.decoder = model if isinstance(model, Decoder) else plain_decoder(model)
+        net = self.decoder.model
+        lengths = [len(prompt) for prompt in prompts]
+        longest, context = max(lengths), net.config.max_seq_len
+        if min(lengths) < 1 or longest >= context:
+            raise ConfigError(
+                f"a prompt of {longest} tokens leaves no room for a reply in the model's context "
+                f"of {context}, or a prompt is empty; shorten it"
+            )
+        self.limits = [min(n_new, context - n) for n in lengths for _ in range(copies)]
+        self.width, self.size = longest, longest + max(self.limits)
+        device = net.rope.device
+        filled = [[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        self.said = torch.tensor(filled, device=device)
+        self.start = torch.tensor([longest - n for n in lengths], device=device)
+        self.owners = list(range(len(prompts)))  # the prompt of each row
+        self.read()
+        if copies > 1:
+            self.keep([row for row in range(len(prompts)) for _ in range(copies)])
+
+    def read(self) -> None:
+        """Compute the cache and the logits from all that was said."""
+        self.cache = self.decoder.new_cache(self.start, self.size)
+        self.logits = self._finite(self.decoder.read(self.said, self.cache))
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only; a row may come several times."""
+        kept = torch.tensor(rows, device=self.said.device)
+        owners = [self.owners[row] for row in rows]
+        # Rows that change places with others of their prompt share its keys and values.
+        self.cache.keep(kept, self.width if owners == self.owners else 0)
+        self.owners = owners
+        self.said, self.logits, self.start = self.said[kept], self.logits[kept], self.start[kept]
+
+    def add(self, ids: list[int]) -> None:
+        """Continue each row by a token."""
+        tokens = torch.tensor(ids, device=self.said.device)
+        self.said = torch.cat((self.said, tokens[:, None]), dim=1)
+        self.logits = self._finite(self.decoder.step(tokens, self.cache))
+
+    def penalised(self, sampling: SamplingConfig, eos_id: int) -> Tensor:
+        """The logits after the penalties for what was said."""
+        if not sampling.penalises:
+            return self.logits
+        return penalise(self.logits, sampling, self.said, self.width, eos_id)
+
+    def _finite(self, logits: Tensor) -> Tensor:
+        """The logits, computed again in float32 where they are no finite numbers.
+
+        raises: CheckpointError if that does not help
+        """
+        if self.decoder.are_finite(logits):
+            return logits
+        net = self.decoder.model
+        if net.output.weight.dtype == torch.float32 and self.decoder.kind == "float32":
+            raise CheckpointError(
+                "wanted finite logits, found some that are not, in float32 too; the checkpoint is "
+                "damaged or its training diverged; use an earlier one"
+            )
+        warnings.warn(
+            f"logits in {self.decoder.kind} were not finite; going on in float32",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+        plain = plain_decoder(copy.deepcopy(net).float())
+        self.decoder = replace(plain, choose=self.decoder.choose)
+        self.read()
+        return self.logits
+
+
+def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, int, int]]:
+    """The k likeliest continuations by one token of beams whose log-probabilities are `scores`.
+
+    logits: (B, V); scores: (B,)
+    returns: (score, beam, token), best first
+    """
+    values, tokens = logits.log_softmax(dim=-1).topk(min(k, logits.shape[1]), dim=-1)
+    found = (values + scores[:, None]).flatten().topk(min(k, values.numel()))
+    beams = (found.indices // values.shape[1]).tolist()
+    chosen = tokens.flatten()[found.indices].tolist()
+    return list(zip(found.values.tolist(), beams, chosen, strict=True))
+
+
+class _Beams:
+    """The beam search of one prompt: unfinished replies and finished ones, each with its score,
+    the best first."""
+
+    def __init__(self, rules: Rules, limit: int) -> None:
+        self.rules, self.limit, self.length = rules, limit, 0
+        self.unfinished = [(0.0, Reply())]  # with their log-probabilities
+        self.finished: list[tuple[float, Reply]] = []  # divided by the length, see length_penalty
+
+    def extend(self, logits: Tensor) -> list[int]:
+        """Continue the unfinished replies by a token; returns which one each new one continues.
+
+        The search ends, and nothing is returned, when enough replies are finished and no unfinished
+        one is better than the worst of them.
+
+        logits: (beams, V), of which the first rows belong to the unfinished replies
+        """
+        sampling, self.length = self.rules.sampling, self.length + 1
+        most, weight = sampling.beams, self.length**-sampling.length_penalty
+        scores = torch.tensor([score for score, _ in self.unfinished], device=logits.device)
+        n_wanted = 2 * most + (MOST_REFUSED if sampling.reads_text else 0)
+        longer, parents = [], []
+        for score, parent, token in extend_beams(logits[: len(scores)], scores, n_wanted):
+            said = self.unfinished[parent][1].ids
+            if not self.rules.allow(said, token):
+                continue
+            reply = Reply(list(said))
+            self.rules.extend(reply, token, self.limit)
+            if reply.reason:
+                self.finished.append((score * weight, reply))
+            elif len(longer) < most:
+                longer.append((score, reply))
+                parents.append(parent)
+        self.finished = sorted(self.finished, key=lambda pair: -pair[0])[:most]
+        self.unfinished = longer
+        is_full = len(self.finished) == most
+        if is_full and longer and longer[0][0] * weight <= self.finished[-1][0]:
+            return []
+        return parents
+
+
+def search_beams(
+    model: Transformer | Decoder,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingConfig,
+    eos_id: int,
+    tokenizer: Tokenizer | None = None,
+) -> list[list[Reply]]:
+    """The best replies to each prompt that a beam search finds, best first.
+
+    returns: at least one and at most sampling.beams for each prompt
+    """
+    rules, most = Rules(sampling, eos_id, tokenizer), sampling.beams
+    with torch.inference_mode():
+        batch = Batch(model, prompts, sampling.max_new_tokens, most)
+        every = going = [_Beams(rules, limit) for limit in batch.limits[::most]]
+        while going:
+            rows, ids, others = [], [], []
+            parts = batch.penalised(sampling, eos_id).split(most)
+            for number, (beams, logits) in enumerate(zip(going, parts, strict=True)):
+                if parents := beams.extend(logits):
+                    # A prompt keeps its number of rows; those that no reply needs repeat the first.
+                    spare = most - len(parents)
+                    rows += [number * most + row for row in parents + parents[:1] * spare]
+                    new = [reply.ids[-1] for _, reply in beams.unfinished]
+                    ids += new + new[:1] * spare
+                    others.append(beams)
+            going = others
+            if going:
+                batch.keep(rows)
+                batch.add(ids)
+    return [[reply for _, reply in one.finished] or [Reply(reason="loop")] for one in every]
