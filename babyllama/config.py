@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from argparse import RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from docstring_parser import parse as docstring
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from babyllama.errors import CheckpointError, ConfigError, DataError, nearest
+from babyllama.language import LANGUAGES, catalogue, say, speak, wrapped
 
 Config = TypeVar("Config")
 
@@ -244,12 +245,20 @@ def parse(
 
     A flag for yes may stand alone (--dry-run), and "-" may stand for "_" in names of flags.
     """
+    argv = speak(sys.argv[1:] if argv is None else argv)
+    doc = catalogue().paragraphs(doc) if catalogue() else doc
     parser = _Parser(description=doc, formatter_class=_Help)
     parser.add_argument(
         "--config",
         action="config",
         help="YAML file with any of the settings below; later wins; "
         "a config inside it (model: ../model/43m.yaml) is named from where the file lies",
+    )
+    parser.add_argument(
+        "--lang",
+        choices=LANGUAGES,
+        default=SUPPRESS,
+        help="language of messages, if not that of the environment",
     )
     hints = config_class.__dataclass_fields__
     explained = {p.arg_name: p.description for p in docstring(config_class.__doc__).params}
@@ -259,7 +268,7 @@ def parse(
             name, nargs="?", type=field.type, default=field.default, help=explained[name]
         )
     parser.add_class_arguments(config_class, skip=set(positional))
-    argv = _spelled(list(sys.argv[1:] if argv is None else argv), config_class, positional)
+    argv = _spelled(argv, config_class, positional)
     argv = [part for word in argv for part in _split_config(word)]
     if first or (default_config and "--config" not in argv):
         argv = ["--config", str(first or default_config), *argv]
@@ -359,7 +368,19 @@ class _Parser(ArgumentParser):
 
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the script's docstring as it is written."""
+    """Shows the script's docstring as it is written, and all in the user's language."""
+
+    def add_usage(self, usage: str | None, actions: object, groups: object, *_: object) -> None:
+        super().add_usage(usage, actions, groups, say("usage: "))
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(heading and say(heading))
+
+    def _expand_help(self, action: Action) -> str:
+        return say(" ".join(super()._expand_help(action).split()))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(text, width) if catalogue() else super()._split_lines(text, width)
 
 
 def to_yaml(config: object) -> str:
@@ -380,6 +401,7 @@ def plain(value: object) -> object:
 
 def run(main: Callable[..., int | None], *args: object) -> None:
     """Call `main` and leave with its exit code; the user's mistakes become one line, code 2."""
+    speak(sys.argv[1:])
     # A Windows console may speak GBK; the scripts always speak UTF-8.
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # Tiny models gain nothing from a second thread, and lose tenfold where the cores are busy.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the scripts that tests start
+os.environ["LC_ALL"] = "C.UTF-8"  # messages in English, whoever runs the tests
 # Under nohup a hang-up is ignored, here and in every program that is started from here.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

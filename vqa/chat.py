@@ -27,6 +27,7 @@ from babyllama.decoder import Batch
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import stream_text
+from babyllama.language import verbatim
 from babyllama.rows import check_messages
 from babyllama.sampling import Reply, SamplingConfig
 from vqa import images
@@ -180,7 +181,7 @@ def main(cfg: ChatConfig) -> None:
         print("助手：", end="", flush=True)
         for part in stream_answer(loaded, seen, messages, cfg.sampling):
             text += part
-            print(part, end="", flush=True)
+            print(part, end="", file=verbatim(sys.stdout), flush=True)
         print()
         if cfg.ask:
             return

@@ -9,6 +9,7 @@ from babyllama.chat.session import Asked, Session, read_reference, whole
 from babyllama.chat.terminal import paint, say, visible
 from babyllama.config import BAD_INPUT, INTERRUPTED
 from babyllama.errors import ConfigError, DataError
+from babyllama.language import verbatim
 from babyllama.retrieval.retriever import WikiError
 from tokenizer import LABELS
 
@@ -33,7 +34,7 @@ def reply(session: Session, asked: Asked) -> None:
     pieces = session.answer(asked)
     try:
         for piece in pieces:
-            print(visible(piece), end="", flush=True)
+            print(visible(piece), end="", file=verbatim(sys.stdout), flush=True)
     except KeyboardInterrupt:
         pass
     finally:
@@ -107,7 +108,7 @@ def write_title(session: Session, title: str, is_json: bool) -> int:
         return 0
     if n_read < len(text):
         note(f"（原文太长，只读了前 {n_read} 字）")
-    print(visible(titles[0] if titles else ""))
+    print(visible(titles[0] if titles else ""), file=verbatim(sys.stdout))
     return 0
 
 
@@ -122,7 +123,8 @@ def answer_once(session: Session, prompt: str, is_json: bool) -> int:
     asked = session.ask(whole(prompt))
     if session.sampling.n > 1:
         for one in session.answers(asked):
-            print(as_json(session, one) if is_json else visible(one.text))
+            text = as_json(session, one) if is_json else visible(one.text)
+            print(text, file=verbatim(sys.stdout))
         return 0
     if is_json:
         for _ in session.answer(asked):
