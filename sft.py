@@ -11,8 +11,8 @@
 
 --rows takes a file or a folder: dialogues, instructions or texts with titles, as JSON, tables or
 labelled text; tokens and settings are made to fit (data_process/own.py). --dataset NAME reads
-configs/sft/NAME.yaml where there is one, else the defaults with the set's token files; of several
-sets the first one's config holds. Only the assistant's tokens are learnt. Summary rows become
+configs/sft/NAME.yaml or the set's line in configs/sft/datasets.yaml, else the defaults hold; of
+several sets those of the first one. Only the assistant's tokens are learnt. Summary rows become
 dialogues in a new wording each epoch. The same command, started again, continues a stopped run.
 Ctrl-C saves first.
 """
@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from babyllama.analysis.estimate import dry_run
 from babyllama.analysis.inspect_batch import shown_batch
@@ -56,8 +58,8 @@ class SftConfig:
     Args:
         rows: dialogues, instructions or titles of your own, a file or a folder; starts from release
             unless --base says another, with settings that fit their number
-        dataset: a set, whose config is configs/sft/<dataset>.yaml where there is one; or several
-            with weights, csl:2,belle:0.5
+        dataset: a set, whose settings are in configs/sft where it needs any; or several with
+            weights, csl:2,belle:0.5
         name: the run's directory, out/<name>; null: the names of its sets
         base: run or checkpoint to start from; null: the newest pretraining run
         data: what is trained on; no sources: the set named by dataset
@@ -162,19 +164,26 @@ def own_settings(cfg: SftConfig) -> Path:
     return own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base, confirm)
 
 
-def config_of(argv: Sequence[str]) -> Path | None:
-    """configs/sft/<dataset>.yaml for the first set that the command line names, if it is there."""
+def settings_of(argv: Sequence[str]) -> list[str]:
+    """What is read before a command line without --config: the file of the first set that it
+    names, configs/sft/<set>.yaml, else its line in configs/sft/datasets.yaml."""
     for word, following in zip(argv, [*argv[1:], ""], strict=False):
         name = following if word == "--dataset" else word.removeprefix("--dataset=")
         name = name.partition(",")[0].partition(":")[0].strip()
-        if word.startswith("--dataset") and (REPO / f"configs/sft/{name}.yaml").is_file():
-            return Path(f"configs/sft/{name}.yaml")
-    return None
+        if word.startswith("--dataset") and not any(w.startswith("--config") for w in argv):
+            table = REPO / "configs/sft/datasets.yaml"
+            own, sets = table.with_name(f"{name}.yaml"), yaml.safe_load(table.read_text("utf-8"))
+            if own.is_file() and own != table:
+                return ["--config", str(own)]
+            changes = sets["all"] | sets[name] if name in sets else {}
+            return [f"--{setting}={value}" for setting, value in changes.items()]
+    return []
 
 
 def start_run() -> int:
     """Read the command line, with the settings that fit the user's own rows below it."""
-    cfg = parse(SftConfig, __doc__, default_config=config_of(sys.argv[1:]))
+    argv = [*settings_of(sys.argv[1:]), *sys.argv[1:]]
+    cfg = parse(SftConfig, __doc__, argv)
     return main(parse(SftConfig, __doc__, first=own_settings(cfg)) if cfg.rows else cfg)
 
 

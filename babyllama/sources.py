@@ -232,6 +232,7 @@ def message_sizes(
     for role in CHOICES:
         frame[ROLES.index(role)] = frame[ROLES.index("assistant")]
     sizes = np.diff(file.piece_ends, prepend=0) + frame[file.roles]
+    sizes[file.roles == ROLES.index("image")] = 0  # the name of one, which is not said
     n_pieces = np.diff(file.ends, prepend=0)
     first = file.ends - n_pieces
     sizes[first] -= len(tokenizer.encode(SEPARATOR))

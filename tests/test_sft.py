@@ -16,7 +16,7 @@ from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig, named_sources
 from babyllama.trainer import TrainConfig
 from conftest import write_run
-from sft import SftConfig, config_of, resolve
+from sft import SftConfig, resolve, settings_of
 from tokenizer import Tokenizer
 
 
@@ -51,7 +51,7 @@ def test_a_set_without_weight_is_refused(weight, tmp_path):
 
 def test_several_sets_take_the_settings_of_the_first_and_a_name_of_all(tmp_path):
     argv = ["--dataset", "csl:2,belle_multiturn:0.5", "--base", str(tmp_path)]
-    cfg = resolve(parse(SftConfig, "", argv, default_config=config_of(argv)))
+    cfg = resolve(parse(SftConfig, "", [*settings_of(argv), *argv]))
     assert cfg.data.sources == (SourceConfig("csl", 2.0), SourceConfig("belle_multiturn", 0.5))
     assert cfg.name == "csl+belle_multiturn"
     assert cfg.train.epochs == resolved("csl", tmp_path).train.epochs
@@ -61,20 +61,23 @@ def test_several_sets_take_the_settings_of_the_first_and_a_name_of_all(tmp_path)
 
 
 def test_a_config_with_sources_of_its_own_is_taken_by_its_name(tmp_path):
-    cfg = resolved("csl_talk", tmp_path)
-    assert [source.name for source in cfg.data.sources] == ["csl", "alpaca"]
+    cfg = resolved("csl_lora", tmp_path)
+    assert [source.name for source in cfg.data.sources] == ["csl"] and cfg.lora.rank == 16
 
 
 def resolved(dataset: str, base: Path) -> SftConfig:
     argv = ["--dataset", dataset, "--base", str(base)]
-    return resolve(parse(SftConfig, "", argv, default_config=config_of(argv)))
+    return resolve(parse(SftConfig, "", [*settings_of(argv), *argv]))
 
 
-def own_settings() -> list[str]:
-    """The sets that have a config of their name, and no sources of its own in it."""
-    configs = [(path, yaml.safe_load(path.read_text("utf-8")))
-               for path in sorted((REPO / "configs/sft").glob("*.yaml"))]  # fmt: skip
-    return [path.stem for path, settings in configs if "dataset" in settings]
+def own_settings() -> dict[str, dict]:
+    """The sets that have settings of their own, by a file or by a line of the table."""
+    found = yaml.safe_load((REPO / "configs/sft/datasets.yaml").read_text("utf-8"))
+    for path in (REPO / "configs/sft").glob("*.yaml"):
+        settings = yaml.safe_load(path.read_text("utf-8"))
+        if "dataset" in settings:
+            found[path.stem] = {"train.epochs": settings["train"]["epochs"]}
+    return {name: settings for name, settings in sorted(found.items()) if name != "all"}
 
 
 @pytest.mark.parametrize("name", own_settings())
@@ -83,11 +86,13 @@ def test_a_set_brings_its_settings(name, tmp_path):
     assert cfg.name == name and cfg.data.sources == (SourceConfig(name),)
     assert (REPO / f"data_process/datasets/{name}.py").is_file()
     assert 0 < cfg.train.epochs <= 10 and 1e-4 <= cfg.optim.lr <= 1e-3
+    assert cfg.train.epochs == own_settings()[name].get("train.epochs", 3)
+    assert cfg.train.micro_batch_size == 16
 
 
 def test_the_sets_that_are_spoken_of_have_settings():
     wanted = {"redgpt", "naturalconv", "pclue", "belle", "belle_multiturn", "deepctrl", "csl"}
-    assert wanted | {"lcsts"} <= set(own_settings())
+    assert wanted | {"lcsts"} <= own_settings().keys()
 
 
 def test_all_missing_sets_are_named_with_their_commands(checkpoint, script):

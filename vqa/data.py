@@ -1,10 +1,8 @@
 """Rows about pictures as batches: the mixture and the order are babyllama/data.py's.
 
 A row is a dialogue of a token file of kind "vqa", whose first piece is the name of its picture.
-Pictures come from packed sets (pictures.py), decoded by threads a step ahead; or, where the
-encoder is frozen, as features that it gave once. Rows do not share sequences.
-
-Pillow lets other threads run while it decodes and resizes, so threads are workers enough.
+Pictures come from packed sets (pack.py), decoded by threads (Pillow lets others run meanwhile); or,
+where the encoder is frozen, as features that it gave once. Rows do not share sequences.
 
 What a frozen encoder sees in each picture of a set is kept on the disk:
 
@@ -15,8 +13,8 @@ The key stands for the encoder's weights and settings and for the set's pictures
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -29,7 +27,7 @@ from tqdm import tqdm
 from babyllama.config import atomic_write, from_repo, shown
 from babyllama.data import Data, Mixture, Order, TrainData, ValData, collate
 from babyllama.errors import ConfigError, DataError
-from babyllama.sources import SourceConfig
+from babyllama.sources import Dialogues, SourceConfig, supervised, token_directory
 from babyllama.token_file import TokenFile
 from model import IGNORED
 from tokenizer import Tokenizer
@@ -61,29 +59,6 @@ def prepared(data: bytes, name: str, config: EncoderConfig, chance: int = 0) -> 
         image = image.crop((left, top, left + max(1, int(width * share)),
                             top + max(1, int(height * share))))  # fmt: skip
     return images.squares(image, config.size, config.tiles)
-
-
-class Loader:
-    """Gives the tensor of each wanted picture; those asked for early are ready in time."""
-
-    def __init__(self, read: Callable[[Wanted], Tensor], n_workers: int) -> None:
-        self._read = read
-        self._pool = ThreadPoolExecutor(n_workers)
-        self._coming: dict[Wanted, Future] = {}
-
-    def ask(self, wanted: Sequence[Wanted]) -> None:
-        for one in wanted:
-            if one not in self._coming:
-                self._coming[one] = self._pool.submit(self._read, one)
-
-    def take(self, wanted: Sequence[Wanted]) -> Tensor:
-        """(N, …): one tensor a picture, in order."""
-        self.ask(wanted)
-        return torch.stack([self._coming[one].result() for one in wanted])
-
-    def forget(self, wanted: Sequence[Wanted]) -> None:
-        for one in wanted:
-            self._coming.pop(one, None)
 
 
 BATCH = 16
@@ -163,13 +138,16 @@ class PictureRow(NamedTuple):
     picture: Wanted
 
 
-class PictureRows:
+class PictureRows(Dialogues):
     """A source. Dialogues that are too long lose whole turns from their end; those whose picture
-    is not there, or whose first answer does not fit, are dropped. All are counted."""
+    is not there, or whose first answer does not fit, are dropped. All are counted.
+
+    number: of the source among those of the mixture
+    """
 
     def __init__(
         self,
-        config: SourceConfig,
+        name: str,
         number: int,
         split: str,
         tokenizer: Tokenizer,
@@ -178,59 +156,46 @@ class PictureRows:
         n_positions: int,
         augment: bool = False,
     ) -> None:
-        self.name, self.number, self.pictures = config.name, number, pictures
-        self._tokenizer, self._max_seq_len = tokenizer, max_seq_len
+        self.number, self.pictures = number, pictures
         self._n_positions, self._augment = n_positions, augment
-        self.files = token_files(config.name, split, tokenizer)
-        self.dropped = {"picture_missing": 0, "answer_does_not_fit": 0, "turns_cut": 0}
-        self._rows: list[tuple[int, int, int, int]] = []  # file, row, pieces that fit, picture
-        for file, opened in enumerate(self.files):
-            for row in range(opened.n_docs):
-                self._count(file, row)
-        if not self._rows:
-            raise DataError(f"{config.name}: no row of {split} can be used {self.dropped}")
+        files = token_files(name, split, tokenizer)
+        super().__init__(name, files, tokenizer, max_seq_len - n_positions)
+        if not len(self):
+            raise DataError(f"{name}: no row of {split} can be used {self.dropped}")
 
-    def _count(self, file: int, row: int) -> None:
-        pieces = self.files[file].pieces(row)
-        picture = self.pictures.number.get(self._tokenizer.decode(pieces[0][1].tolist()))
-        if picture is None:
-            self.dropped["picture_missing"] += 1
-            return
-        for n_pieces in range(len(pieces), 2, -2):
-            # Labels and separators add at most some ids a piece; only rows near the end are laid.
-            n_ids = sum(len(ids) for _, ids in pieces[1:n_pieces])
-            room = self._max_seq_len - self._n_positions
-            if n_ids + 16 * n_pieces <= room or len(self._laid(pieces[:n_pieces])[0]) - 1 <= room:
-                self.dropped["turns_cut"] += n_pieces < len(pieces)
-                self._rows.append((file, row, n_pieces, picture))
-                return
-        self.dropped["answer_does_not_fit"] += 1
+    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
+        self._pictures: list[np.ndarray] = []  # of each file the picture of each row, or -1
+        fitting = super()._fitting(max_seq_len)
+        self.dropped["picture_missing"] = sum(int((own < 0).sum()) for own in self._pictures)
+        return [np.maximum(n_pieces, 0) for n_pieces in fitting]
 
-    def _laid(self, pieces: list) -> tuple[list[int], list[int]]:
-        return self._tokenizer.render_chat(
-            [{"role": role, "content": [ids.tolist()]} for role, ids in pieces[1:]]
-        )
+    def _pieces(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        names = (file.pieces(row)[0][1].tolist() for row in range(file.n_docs))
+        numbers = [self.pictures.number.get(self._tokenizer.decode(name), -1) for name in names]
+        self._pictures.append(np.array(numbers, dtype=np.int64))
+        n_fitting, n_pieces = super()._pieces(file, max_seq_len)
+        return np.where(self._pictures[-1] < 0, -1, n_fitting), n_pieces
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def _messages(self, number: int) -> tuple[int, list[tuple[str, list[int]]]]:
+        file, row, n_pieces = self._rows[number].tolist()
+        pieces = self.files[file].pieces(row)[1:n_pieces]
+        return int(self._pictures[file][row]), [(role, ids.tolist()) for role, ids in pieces]
 
     def messages(self, number: int) -> tuple[int, list[dict]]:
         """The picture's number and the dialogue as texts."""
-        file, row, n_pieces, picture = self._rows[number]
-        pieces = self.files[file].pieces(row)[1:n_pieces]
-        return picture, [
-            {"role": role, "content": self._tokenizer.decode(ids.tolist())} for role, ids in pieces
-        ]
+        picture, pieces = self._messages(number)
+        decode = self._tokenizer.decode
+        return picture, [{"role": role, "content": decode(ids)} for role, ids in pieces]
 
     def row(self, number: int, rng: np.random.Generator) -> PictureRow:
-        file, row, n_pieces, picture = self._rows[number]
-        ids, mask = self._laid(self.files[file].pieces(row)[:n_pieces])
+        picture, pieces = self._messages(number)
+        messages = [{"role": role, "content": [ids]} for role, ids in pieces]
+        tokens, targets = supervised(self._tokenizer, messages)
         n = self._n_positions
-        tokens = np.array(with_picture(ids, 0, n), dtype=np.int64)
-        is_target = np.array([mask[0], *[0] * n, *mask[1:]])
-        targets = np.where(is_target[1:] == 1, tokens[1:], IGNORED)
+        tokens = np.array(with_picture(tokens.tolist(), 0, n), dtype=np.int64)
+        targets = np.concatenate((np.full(n, IGNORED), targets))
         chance = int(rng.integers(1, 2**31)) if self._augment else 0
-        return PictureRow(tokens[:-1], targets, Wanted(self.number, picture, chance))
+        return PictureRow(tokens, targets, Wanted(self.number, picture, chance))
 
 
 def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
@@ -238,8 +203,7 @@ def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
 
     raises: DataError with the commands that make them, where there are none
     """
-    where = from_repo(Path("data/tokens") / tokenizer.name / name)
-    where = from_repo(name) if "/" in name else where
+    where = token_directory(name, tokenizer)
     files = [
         TokenFile(stem, tokenizer.fingerprint) for stem in sorted(where.glob(f"{split}-*.idx"))
     ]
@@ -253,86 +217,83 @@ def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
     return files
 
 
-def as_batch(
-    rows: list[PictureRow], n_positions: int, pad_id: int, loader: Loader, key: str
-) -> dict[str, Tensor]:
-    """One batch: a picture that several rows are about comes once."""
-    wanted = list(dict.fromkeys(row.picture for row in rows))
-    number = {picture: n for n, picture in enumerate(wanted)}
-    moved = [np.where(r.tokens < 0, r.tokens - number[r.picture] * n_positions, r.tokens)
-             for r in rows]  # fmt: skip
-    batch = collate([[(t, r.targets)] for t, r in zip(moved, rows, strict=True)], pad_id)
-    batch["picture_of"] = torch.tensor([number[row.picture] for row in rows])
-    batch[key] = loader.take(wanted)
-    return batch
+class Room(NamedTuple):
+    """Longest sequence, id of padding, positions of a picture."""
+
+    max_seq_len: int
+    pad_id: int
+    n_positions: int
+
+
+class Batches:
+    """Makes batches of rows, whose pictures several threads read.
+
+    read: the tensor of a picture
+    key: what the model calls it, pixels or features
+    """
+
+    def __init__(
+        self, read: Callable[[Wanted], Tensor], key: str, n_workers: int, n_positions: int,
+        pad_id: int,
+    ) -> None:  # fmt: skip
+        self._read, self._key, self._threads = read, key, ThreadPoolExecutor(n_workers)
+        self._n_positions, self._pad_id = n_positions, pad_id
+
+    def of(
+        self, rows: list[PictureRow], micro_batch_size: int, rank: int, world_size: int
+    ) -> list[dict[str, Tensor]]:
+        """This rank's micro-batches, as many as every rank gets: one that would run out repeats a
+        row without its targets. With shares of a model, all ranks must call it equally often."""
+        mine = rows[rank::world_size]
+        missing = -(-len(rows) // world_size) - len(mine)
+        blank = rows[0]._replace(targets=np.full_like(rows[0].targets, IGNORED))
+        mine = mine + [blank] * missing
+        starts = range(0, len(mine), micro_batch_size)
+        return [self._batch(mine[start : start + micro_batch_size]) for start in starts]
+
+    def _batch(self, rows: list[PictureRow]) -> dict[str, Tensor]:
+        """One batch: a picture that several rows are about comes once."""
+        wanted = list(dict.fromkeys(row.picture for row in rows))
+        number = {picture: n for n, picture in enumerate(wanted)}
+        sequences = []
+        for row in rows:
+            moved = row.tokens - number[row.picture] * self._n_positions
+            sequences.append([(np.where(row.tokens < 0, moved, row.tokens), row.targets)])
+        batch = collate(sequences, self._pad_id)
+        batch["picture_of"] = torch.tensor([number[row.picture] for row in rows])
+        batch[self._key] = torch.stack(list(self._threads.map(self._read, wanted)))
+        return batch
 
 
 class VqaTrainData(TrainData):
     """The training rows of a mixture, step by step, with their pictures."""
 
-    def __init__(
-        self, mixture: Mixture, batch_size: int, room: tuple[int, int, int], loader: Loader,
-        key: str,
-    ) -> None:  # fmt: skip
-        """room: longest sequence, id of filler, positions of a picture"""
-        super().__init__(mixture, batch_size, room[0], room[1])
-        self._n_positions, self._loader, self._key = room[2], loader, key
+    def __init__(self, mixture: Mixture, batch_size: int, room: Room, batches: Batches) -> None:
+        super().__init__(mixture, batch_size, room.max_seq_len, room.pad_id)
+        self._batches = batches
 
     def batches(
         self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of a step, as many as every rank gets."""
-        rows = self._own(step, rank, world_size)
-        later = self._own(step + 1, rank, world_size)
-        self._loader.ask([row.picture for row in rows + later])
-        parts = [rows[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
-        found = [as_batch(p, self._n_positions, self.pad_id, self._loader, self._key)
-                 for p in parts]  # fmt: skip
-        kept = {row.picture for row in later}
-        self._loader.forget([row.picture for row in rows if row.picture not in kept])
-        return found
-
-    def _own(self, step: int, rank: int, world_size: int) -> list[PictureRow]:
-        return own_rows(self.rows(step), rank, world_size)
-
-
-def own_rows(rows: list[PictureRow], rank: int, world_size: int) -> list[PictureRow]:
-    """This rank's rows, as many as every rank gets: one that would run out repeats a row without
-    its targets. With shares of a model, all ranks must call it equally often."""
-    mine = rows[rank::world_size]
-    missing = -(-len(rows) // world_size) - len(mine)
-    blank = rows[0]._replace(targets=np.full_like(rows[0].targets, IGNORED))
-    return mine + [blank] * missing
+        return self._batches.of(self.rows(step), micro_batch_size, rank, world_size)
 
 
 class VqaValData(ValData):
     """The first validation rows of each source."""
 
-    def __init__(
-        self, sources: list[PictureRows], max_rows: int, room: tuple[int, int, int],
-        loader: Loader, key: str,
-    ) -> None:  # fmt: skip
-        self._rows = {
+    def __init__(self, sources: list[PictureRows], max_rows: int, batches: Batches) -> None:
+        self._batches = batches
+        self._sequences = {
             s.name: [s.row(i, np.random.default_rng(0)) for i in range(min(max_rows, len(s)))]
             for s in sources
         }
-        self.pad_id, self._n_positions, self._loader, self._key = room[1], room[2], loader, key
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._rows)
 
     def batches(
         self, name: str, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[dict[str, Tensor]]:
         """This rank's part of a source's validation rows."""
-        rows = own_rows(self._rows[name], rank, world_size)
-        found = []
-        for start in range(0, len(rows), micro_batch_size):
-            part = rows[start : start + micro_batch_size]
-            found.append(as_batch(part, self._n_positions, self.pad_id, self._loader, self._key))
-            self._loader.forget([row.picture for row in part])
-        return found
+        return self._batches.of(self._sequences[name], micro_batch_size, rank, world_size)
 
 
 def open_pictures(config: VqaDataConfig) -> list[Pictures]:
@@ -345,7 +306,7 @@ def open_pictures(config: VqaDataConfig) -> list[Pictures]:
 def open_vqa_data(
     config: VqaDataConfig,
     tokenizer: Tokenizer,
-    room: tuple[int, int, int],
+    room: Room,
     order: Order,
     pictures: list[Pictures],
     encoder: EncoderConfig,
@@ -353,15 +314,13 @@ def open_vqa_data(
 ) -> Data:
     """Training and validation data of a run.
 
-    room: longest sequence, id of filler, positions of a picture
     features: of each source's pictures, where they were computed before
     raises: DataError or ConfigError where a source cannot be used
     """
-    tokenizer.require_dialogue()
     train, val = (
         [
-            PictureRows(s, n, split, tokenizer, pictures[n], room[0], room[2],
-                        augment=config.augment and split == "train")
+            PictureRows(s.name, n, split, tokenizer, pictures[n], room.max_seq_len,
+                        room.n_positions, config.augment and split == "train")
             for n, s in enumerate(config.sources)
         ]
         for split in ("train", "val")
@@ -373,9 +332,10 @@ def open_vqa_data(
         held = pictures[one.source]
         return prepared(held.read(one.number), held.names[one.number], encoder, one.chance)
 
-    loader, key = Loader(read, config.workers), "pixels" if features is None else "features"
+    key = "pixels" if features is None else "features"
+    batches = Batches(read, key, config.workers, room.n_positions, room.pad_id)
     mixture = Mixture(train, [source.weight for source in config.sources], order.seed)
     return Data(
-        VqaTrainData(mixture, order.batch_size, room, loader, key),
-        VqaValData(val, config.max_val_rows, room, loader, key),
+        VqaTrainData(mixture, order.batch_size, room, batches),
+        VqaValData(val, config.max_val_rows, batches),
     )

@@ -31,7 +31,6 @@ from babyllama.device import pick_device
 from babyllama.errors import ConfigError
 from babyllama.log import cjk_font, writable
 from babyllama.scoring.rouge import bootstrap_interval, rouge_clipped
-from babyllama.sources import SourceConfig
 from vqa import images
 from vqa.chat import greedy
 from vqa.data import BATCH, PictureRows, key_of, prepared
@@ -134,7 +133,7 @@ class Asked(NamedTuple):
 def questions(loaded: Loaded, pictures: Pictures, dataset: str, split: str) -> list[Asked]:
     """Every question of a part of a set; errors as PictureRows."""
     model = loaded.model
-    rows = PictureRows(SourceConfig(dataset), 0, split, loaded.tokenizer, pictures,
+    rows = PictureRows(dataset, 0, split, loaded.tokenizer, pictures,
                        model.config.max_seq_len, model.n_positions)  # fmt: skip
     found = []
     for number in range(len(rows)):

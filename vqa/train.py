@@ -25,7 +25,7 @@ from babyllama.run_dir import find_checkpoint, open_run
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from vqa.data import VqaDataConfig, features_of, open_pictures, open_vqa_data
+from vqa.data import Room, VqaDataConfig, features_of, open_pictures, open_vqa_data
 from vqa.encoders import EncoderConfig, make_encoder
 from vqa.model import PARTS, FusionConfig, VqaModel, load
 
@@ -138,7 +138,7 @@ def main(cfg: VqaConfig) -> int:
 
             on_card(model, cfg.train.blocks)
         features = seen_before(model, pictures, world) if cfg.data.cache_features else None
-        room = (model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
+        room = Room(model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
         data = open_vqa_data(
             cfg.data, tokenizer, room, cfg.train, pictures, model.encoder.config, features
         )

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+import sft
 from babyllama.config import REPO, from_repo, parse, plain, run, shown, to_yaml
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.log import read_metrics
@@ -23,7 +24,7 @@ from babyllama.run_dir import list_checkpoints
 from babyllama.sources import SourceConfig
 from conftest import write_run
 from pretrain import PretrainConfig
-from sft import SftConfig, config_of, resolve
+from sft import SftConfig, resolve
 from tokenizer import Tokenizer
 
 
@@ -166,8 +167,11 @@ def test_a_printed_config_is_read_back_as_itself(
     assert script(name, "--config", tmp_path / "printed.yaml", "--print_config").out == first
 
 
+COMMITTED = [*REPO.glob("configs/pretrain/*"), *REPO.glob("configs/sft/*")]
+
+
 @pytest.mark.parametrize(
-    "path", sorted([*REPO.glob("configs/pretrain/*"), *REPO.glob("configs/sft/*")]), ids=shown
+    "path", sorted(path for path in COMMITTED if path.stem != "datasets"), ids=shown
 )
 def test_a_committed_config_is_read_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     kind = {"pretrain": PretrainConfig, "sft": SftConfig}[path.parent.name]
@@ -298,14 +302,16 @@ def test_leading_arguments_are_settings_too() -> None:
 
 
 def test_a_set_brings_its_config_and_flags_win_over_it(script: Callable) -> None:
-    assert config_of(["--dataset", "csl"]) == config_of(["--dataset=csl"])
-    assert config_of(["--dataset", "csl"]) == Path("configs/sft/csl.yaml")
-    for argv in ([], ["--dataset"], ["--dataset", "nowhere"], ["--name", "csl"]):
-        assert config_of(argv) is None
-    found = printed(script, "sft.py", "--dataset", "csl", "--train.epochs", "2")
-    committed = yaml.safe_load((REPO / "configs/sft/csl.yaml").read_text("utf-8"))
-    assert found["dataset"] == "csl" and found["train"]["epochs"] == 2
-    assert found["train"]["batch_size"] == committed["train"]["batch_size"]
+    csl = ["--config", str(REPO / "configs/sft/csl.yaml")]
+    assert sft.settings_of(["--dataset", "csl"]) == sft.settings_of(["--dataset=csl:2,moss"]) == csl
+    assert "--train.batch_size=128" in sft.settings_of(["--dataset", "moss"])
+    for argv in ([], ["--dataset"], ["--dataset", "nowhere"], ["--name", "csl"],
+                 ["--dataset", "datasets"], ["--config", "x.yaml", "--dataset", "csl"]):  # fmt: skip
+        assert sft.settings_of(argv) == []
+    for name in ("csl", "moss"):
+        found = printed(script, "sft.py", "--dataset", name, "--train.epochs", "2.5")
+        assert found["dataset"] == name and found["train"]["epochs"] == 2.5
+        assert found["train"]["batch_size"] == {"csl": 64, "moss": 128}[name]
 
 
 def test_a_run_takes_the_name_of_its_set(tmp_path: Path) -> None:

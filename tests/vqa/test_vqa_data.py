@@ -23,10 +23,9 @@ from data_process.datasets import chinese_llava, minimind_v, vqa
 from data_process.raw import Skip
 from model import IGNORED
 from vqa.data import (
-    Loader,
     PictureRows,
+    Room,
     VqaDataConfig,
-    Wanted,
     features_of,
     open_vqa_data,
     prepared,
@@ -245,7 +244,7 @@ def data_of(root: Path, tokenizer, n_positions: int = 2, **changes: object):
     config = VqaDataConfig((SourceConfig(place),), root / "data/pictures", **changes)
     held = Pictures(root / "data/pictures/colours")
     order = type("Order", (), {"batch_size": 6, "seed": 0})
-    room = (small_config().max_seq_len, tokenizer.pad_id, n_positions)
+    room = Room(small_config().max_seq_len, tokenizer.pad_id, n_positions)
     return open_vqa_data(config, tokenizer, room, order, [held], ENCODER), held
 
 
@@ -260,7 +259,7 @@ def test_rows_without_their_picture_are_counted_and_the_rest_is_whole(colours, t
     (source,) = data.train.mixture.sources
     assert source.dropped["picture_missing"] == 1
     place = str(colours / "data/tokens" / tokenizer.path.stem / "colours")
-    rows = PictureRows(SourceConfig(place), 0, "test", tokenizer, held, 128, 2)
+    rows = PictureRows(place, 0, "test", tokenizer, held, 128, 2)
     assert len(rows) == 16
     for number in range(16):
         picture, messages = rows.messages(number)
@@ -276,12 +275,12 @@ def test_rows_without_their_picture_are_counted_and_the_rest_is_whole(colours, t
 def test_rows_that_are_too_long_lose_turns_or_go(tmp_path, colours, tokenizer):
     place = str(colours / "data/tokens" / tokenizer.path.stem / "colours")
     held = Pictures(colours / "data/pictures/colours")
-    whole = PictureRows(SourceConfig(place), 0, "test", tokenizer, held, 128, 0)
+    whole = PictureRows(place, 0, "test", tokenizer, held, 128, 0)
     longest = max(len(whole.row(n, np.random.default_rng(0)).tokens) for n in range(16))
-    fits = PictureRows(SourceConfig(place), 0, "test", tokenizer, held, longest + 50, 50)
+    fits = PictureRows(place, 0, "test", tokenizer, held, longest + 50, 50)
     assert len(fits) == 16 and fits.dropped["answer_does_not_fit"] == 0
     with pytest.raises(DataError, match="'answer_does_not_fit': 16"):
-        PictureRows(SourceConfig(place), 0, "test", tokenizer, held, longest + 9, 50)
+        PictureRows(place, 0, "test", tokenizer, held, longest + 9, 50)
 
 
 def flat(batches: list[dict]) -> list:
@@ -328,30 +327,13 @@ def test_random_changes_belong_to_the_row_and_the_epoch(colours, tokenizer):
         ours, theirs = (d.train.rows(step) for d in (data, again))
         assert [row.picture for row in ours] == [row.picture for row in theirs]
         assert all(row.picture.chance for row in ours)
-    assert not any(r.picture.chance for rows in data.val._rows.values() for r in rows)
+    assert not any(r.picture.chance for rows in data.val._sequences.values() for r in rows)
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     out = io.BytesIO()
     PIL.fromarray(noise).save(out, "PNG")
     one, other = (prepared(out.getvalue(), "x", ENCODER, chance) for chance in (1, 2))
     assert not torch.equal(one, other)
     assert torch.equal(one, prepared(out.getvalue(), "x", ENCODER, 1))
-
-
-def test_pictures_asked_for_early_are_read_once_and_forgotten():
-    read: list[Wanted] = []
-
-    def slow(one: Wanted) -> torch.Tensor:
-        read.append(one)
-        return torch.tensor(one.number)
-
-    loader = Loader(slow, 2)
-    some = [Wanted(0, n) for n in (3, 1, 3)]
-    loader.ask(some)
-    assert loader.take(some).tolist() == [3, 1, 3]
-    assert len(read) == 2
-    loader.forget(some)
-    loader.take(some[:1])
-    assert len(read) == 3
 
 
 def test_features_are_kept_and_belong_to_their_encoder(colours):
