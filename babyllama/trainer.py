@@ -365,7 +365,7 @@ class Run(checkpoint.Snapshot):
                 f"{self.last / train.steps_per_epoch:.2f} epochs"
             )
             + "\nleft out or cut: " * bool(drops)
-            + ", ".join(drops)
+            + drops
         )
 
     def ending(self) -> tuple[int, str]:

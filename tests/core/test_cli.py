@@ -305,9 +305,9 @@ def test_a_set_brings_its_config_and_flags_win_over_it(script: Callable) -> None
     csl = ["--config", str(REPO / "configs/sft/csl.yaml")]
     assert sft.settings_of(["--dataset", "csl"]) == sft.settings_of(["--dataset=csl:2,moss"]) == csl
     assert "--train.batch_size=128" in sft.settings_of(["--dataset", "moss"])
-    for argv in ([], ["--dataset"], ["--dataset", "nowhere"], ["--name", "csl"],
-                 ["--dataset", "datasets"], ["--config", "x.yaml", "--dataset", "csl"]):  # fmt: skip
-        assert sft.settings_of(argv) == []
+    for words in ("", "--dataset", "--dataset nowhere", "--name csl", "--dataset datasets",
+                  "--config x.yaml --dataset csl"):  # fmt: skip
+        assert sft.settings_of(words.split()) == []
     for name in ("csl", "moss"):
         found = printed(script, "sft.py", "--dataset", name, "--train.epochs", "2.5")
         assert found["dataset"] == name and found["train"]["epochs"] == 2.5
