@@ -26,15 +26,8 @@ from typing import Literal
 
 from babyllama.chat.commands import Again, User, completions, obey
 from babyllama.chat.replies import MISTAKES, answer, answer_lines, answer_once, write_title
-from babyllama.chat.session import (
-    Session,
-    choose_checkpoint,
-    named,
-    open_retriever,
-    read_reference,
-    whole,
-)
-from babyllama.chat.terminal import Lines, paint, say, state_dir, visible
+from babyllama.chat.session import Session, choose_checkpoint, named, open_retriever, read_reference
+from babyllama.chat.terminal import Lines, paint, say, state_dir, visible, whole
 from babyllama.checkpoint import find_adapter, load_model, read_adapter
 from babyllama.config import parse, run, shown
 from babyllama.decoder import Weights

@@ -11,7 +11,8 @@ chat format, of which nothing else in the project writes a copy:
     <bos>资料：{system}\\n\\n人类：{user}\\n\\n助手：{assistant}<eos>\\n\\n人类：{user}\\n\\n助手：…
 
 Labels, contents and separators are encoded one by one, so a mask boundary never falls inside a
-token. No torch. Format: SentencePiece ModelProto (Kudo and Richardson 2018, arXiv:1808.06226).
+token; a label at a line's beginning inside a content is quoted, so that it begins no turn. No torch.
+Format: SentencePiece ModelProto (Kudo and Richardson 2018, arXiv:1808.06226).
 """  # noqa: E501
 
 import codecs
@@ -35,6 +36,20 @@ SEPARATOR = "\n\n"
 _PROBE = "资料：一\n\n人类：Ａ，（１）？\n 二  三\n\n助手：“四”…𠮷😀"
 
 Content = str | Sequence["str | Sequence[int]"]
+
+# What ends a line, in Unicode's sense, and how labels are typed.
+LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+NAMES = tuple(label.rstrip("：") for label in LABELS.values())
+COLONS = "：:"
+_TYPED = re.compile(rf"(?<=[{LINE_ENDS}])({'|'.join(NAMES)})(?=[{COLONS}])")
+
+
+def defused(text: str, after: str = "") -> str:
+    """A text in which no line begins as a turn does: 助手： becomes 「助手」：, and so on.
+
+    after: what stands before the text where it is laid in
+    """
+    return _TYPED.sub(r"「\1」", after + text)[len(after) :]
 
 
 class Tokenizer:
@@ -126,9 +141,9 @@ class Tokenizer:
                 )
 
     def encode_content(self, content: Content) -> list[int]:
-        """The ids of one content: a string, or pieces that are strings or ready ids."""
+        """The ids of one content: a string, defused, or pieces, strings or ids, as they are."""
         if isinstance(content, str):
-            return self.encode(content)
+            return self.encode(defused(content))
         ids: list[int] = []
         for piece in content:
             ids.extend(self.encode(piece) if isinstance(piece, str) else piece)

@@ -21,8 +21,9 @@ import yaml
 
 from babyllama.config import shown
 from babyllama.errors import ConfigError, DataError
+from babyllama.rows import plain
 from babyllama.token_file import META
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, defused
 
 _SLOT = re.compile(r"\{(\w+)\}")
 _STORED = ("text", "summary", *META)
@@ -271,7 +272,7 @@ class SummaryPrompts:
         question: one of `unseen`, else the one that scoring asks
         raises: ConfigError if not even 16 ids of the text fit
         """
-        ids = self.tokenizer.encode(text)
+        ids = self.text_ids(text)
         empty = self.eval_messages([], question=question)
         room = max_ids - len(self.tokenizer.render_prompt(empty))
         if room < 16:
@@ -281,6 +282,10 @@ class SummaryPrompts:
             )
         asked = self.eval_messages(ids, room, question)
         return self.tokenizer.render_prompt(asked), max(0, len(ids) - room)
+
+    def text_ids(self, text: str) -> list[int]:
+        """The ids of a text that somebody has titled, as those of a summary row."""
+        return self.tokenizer.encode(defused(plain(text), "\n"))
 
     def strip_frame(self, reply: str, name: str = "summary") -> str:
         """A reply without what an answer template adds to a summary; any other reply as it is.
@@ -326,6 +331,13 @@ class SummaryPrompts:
             for number, part in enumerate(_SLOT.split(filled))
             for ids in (stored if number % 2 else [self._encode(part)] if part else [])
         ]
+
+
+def as_trained(messages: Sequence[dict]) -> list[dict]:
+    """Messages whose texts of people, not of the model, are in the letters that it has learnt."""
+    return [
+        m if m["role"] == "assistant" else m | {"content": plain(m["content"])} for m in messages
+    ]
 
 
 def _is_word(word: object) -> bool:

@@ -7,11 +7,15 @@
     vqa      {"id": "cifar/1", "image": "a.jpg", "messages": […]}      a dialogue about a picture
 
 `id` is "<set>/<number>", unique and stable. Unknown keys are refused. Raw downloads are read
-in `data_process/`; this file knows only what comes out of there. No torch.
+in `data_process/`; this file knows only what comes out of there, and the one form of letters that
+is trained on, into which `plain` puts what people ask. No torch.
 """
 
+import functools
 import json
-from collections.abc import Iterable, Iterator
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from babyllama.config import atomic_write
@@ -26,6 +30,41 @@ REQUIRED = {
 }
 OPTIONAL = {"text": (), "chat": (), "summary": ("meta",), "preference": (), "vqa": ()}
 ROLES = ("system", "user", "assistant")
+
+
+ZERO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff]")
+# Full-width letters and digits; Chinese punctuation stays as wide as it is.
+WIDE = re.compile("[０-９Ａ-Ｚａ-ｚ]")
+# Frequent characters whose simplified form differs: one in a hundred marks a traditional text.
+TRADITIONAL = re.compile(
+    "[國們這來時說對為會學過個後開關還點長實現發經濟產業義從兩員將應該給讓問題報導記體機構區場設處車輛傳據]"
+)
+
+
+def narrow(text: str) -> str:
+    """Full-width letters and digits become plain ones."""
+    return WIDE.sub(lambda found: chr(ord(found[0]) - 0xFEE0), text)
+
+
+@functools.cache
+def _converter() -> Callable[[str], str]:
+    try:
+        import opencc
+    except ImportError:
+        raise DataError("wanted OpenCC to simplify traditional characters, found it not installed; "
+                        "pip install -r requirements.txt") from None  # fmt: skip
+    return opencc.OpenCC("t2s").convert
+
+
+def simplify(text: str) -> str:
+    """A text in traditional characters becomes simplified (OpenCC, t2s)."""
+    is_traditional = len(TRADITIONAL.findall(text)) > 0.01 * len(text)
+    return _converter()(text) if is_traditional else text
+
+
+def plain(text: str) -> str:
+    """What somebody asks, in the letters that training text has: a model knows no others."""
+    return simplify(narrow(ZERO_WIDTH.sub("", unicodedata.normalize("NFC", text))))
 
 
 def row_kind(row: dict) -> str:

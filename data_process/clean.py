@@ -6,14 +6,14 @@ the name under which it is counted, and by which --skip_rules switches it off. D
 belong to dedup.py.
 """
 
-import functools
 import html
 import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 
-from babyllama.errors import ConfigError, DataError
+from babyllama import rows
+from babyllama.errors import ConfigError
 from tokenizer import LABELS, SEPARATOR
 
 HAN = re.compile("[\u4e00-\u9fff]+")
@@ -236,8 +236,6 @@ def strip_html(row: Row) -> Row:
     return _each_text(row, change)
 
 
-# Full-width letters and digits; Chinese punctuation stays as wide as it is.
-WIDE = re.compile("[０-９Ａ-Ｚａ-ｚ]")
 REFERENCE = re.compile(r"\[\d{1,3}(?:-\d{1,3})?\]")
 EMPTY_BRACKETS = re.compile(r"[（(][，,、；;：:\s]*[）)]|《》|「」")
 OWNER = re.compile(
@@ -254,7 +252,7 @@ def compose(row: Row) -> Row:
 
 def narrow(row: Row) -> Row:
     """Full-width letters and digits become plain ones."""
-    return _each_text(row, lambda text: WIDE.sub(lambda found: chr(ord(found[0]) - 0xFEE0), text))
+    return _each_text(row, rows.narrow)
 
 
 def strip_marks(row: Row) -> Row:
@@ -271,30 +269,9 @@ def cut_owner(row: Row) -> Row:
     return _each_text(row, lambda text: OWNER.sub("", text).strip() if "：" in text else text)
 
 
-# Frequent characters whose simplified form differs: one in a hundred marks a traditional text.
-TRADITIONAL = re.compile(
-    "[國們這來時說對為會學過個後開關還點長實現發經濟產業義從兩員將應該給讓問題報導記體機構區場設處車輛傳據]"
-)
-
-
-@functools.cache
-def _converter() -> Callable[[str], str]:
-    try:
-        import opencc
-    except ImportError:
-        raise DataError("wanted OpenCC to simplify traditional characters, found it not installed; "
-                        "pip install -r requirements.txt") from None  # fmt: skip
-    return opencc.OpenCC("t2s").convert
-
-
-def _simplify(text: str) -> str:
-    is_traditional = len(TRADITIONAL.findall(text)) > 0.01 * len(text)
-    return _converter()(text) if is_traditional else text
-
-
 def simplify(row: Row) -> Row:
     """Texts in traditional characters become simplified ones (OpenCC, t2s)."""
-    return (_each_content if "messages" in row else _each_text)(row, _simplify)
+    return (_each_content if "messages" in row else _each_text)(row, rows.simplify)
 
 
 # Fixes for dialogues. Beyond `simplify`, their texts are never changed inside.
@@ -383,7 +360,7 @@ def garbled(row: Row) -> bool:
 
 def traditional(row: Row) -> bool:
     """One in fifty characters is a traditional form; the project's text is simplified."""
-    return len(TRADITIONAL.findall(row["text"])) > 0.02 * len(row["text"])
+    return len(rows.TRADITIONAL.findall(row["text"])) > 0.02 * len(row["text"])
 
 
 PAIR = re.compile(r"(.)\1", re.DOTALL)

@@ -32,6 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from babyllama import rows
 from babyllama.config import from_repo, shown
 from babyllama.errors import DataError
 from babyllama.rows import check_row
@@ -602,7 +603,7 @@ def finish_swap(target: Path) -> None:
 
 
 OWN_CODE = Path(__file__)
-READ_CODE = (*(Path(m.__file__) for m in (clean, raw)), OWN_CODE)
+READ_CODE = (*(Path(m.__file__) for m in (clean, raw, rows)), OWN_CODE)
 LATER_CODE = (*(Path(m.__file__) for m in (decontaminate, dedup)), OWN_CODE)
 SIGN_CODE = (Path(dedup.__file__),)
 

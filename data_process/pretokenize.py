@@ -18,7 +18,7 @@ from babyllama.errors import DataError
 from babyllama.rows import read_rows, row_kind
 from babyllama.token_file import META, TokenFileWriter, pair
 from data_process.executor import Counts
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, defused
 
 BATCH_CHARS = 200_000
 
@@ -42,6 +42,11 @@ def pieces_of(row: dict) -> list[tuple[str, str]]:
         words = value if isinstance(value, list) else [value]
         pieces += [(key, word) for word in words if isinstance(word, str) and word.strip()]
     return pieces
+
+
+def as_content(text: str, kind: str) -> str:
+    """A text as rows of this kind hold it: what is laid into a dialogue begins no turn there."""
+    return text if kind == "text" else defused(text, "\n" if kind == "summary" else "")
 
 
 def batches(rows: Iterable[dict]) -> Iterator[list[list[tuple[str, str]]]]:
@@ -71,7 +76,8 @@ def pretokenize_shard(source: Path, target: Path, cfg: PretokenizeConfig) -> Cou
     counts = {"rows": 0, "tokens": 0}
     with TokenFileWriter(target, cfg.kind, tokenizer) as writer:
         for batch in batches(_of_kind(source, cfg.kind)):
-            encoded = iter(tokenizer.encode_batch([text for row in batch for _, text in row]))
+            texts = [as_content(text, cfg.kind) for row in batch for _, text in row]
+            encoded = iter(tokenizer.encode_batch(texts))
             for row in batch:
                 pieces = [(role, next(encoded)) for role, _ in row]
                 if cfg.kind == "text":

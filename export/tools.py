@@ -29,7 +29,7 @@ from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 
 from babyllama.errors import ConfigError
-from tokenizer import LABELS, SEPARATOR, Tokenizer
+from tokenizer import COLONS, LABELS, LINE_ENDS, NAMES, SEPARATOR, Tokenizer
 
 
 def package(name: str) -> ModuleType:
@@ -302,7 +302,7 @@ def chat_template() -> str:
     """A template that renders messages as Tokenizer.render_chat and render_prompt do.
 
     It uses bos_token, eos_token, messages and add_generation_prompt. A role that the format does
-    not know is an error.
+    not know is an error; labels inside a content are quoted as `tokenizer.defused` does.
     """
     labels, separator = _quoted(LABELS), _quoted(SEPARATOR)
     unknown = _quoted(f"a role must be one of {', '.join(LABELS)}; found ")
@@ -315,7 +315,14 @@ def chat_template() -> str:
             "{%- if message['role'] not in labels -%}",
             "{{- raise_exception(" + unknown + " + message['role']) -}}",
             "{%- endif -%}",
-            "{{- labels[message['role']] + message['content'] -}}",
+            "{%- set said = namespace(text=message['content']) -%}",
+            "{%- for end in " + _quoted([*LINE_ENDS]) + " -%}",
+            "{%- for name in " + _quoted(NAMES) + " -%}",
+            "{%- for colon in " + _quoted([*COLONS]) + " -%}",
+            "{%- set said.text = said.text | replace(end + name + colon, ",
+            "end + '「' + name + '」' + colon) -%}",
+            "{%- endfor -%}{%- endfor -%}{%- endfor -%}",
+            "{{- labels[message['role']] + said.text -}}",
             "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}",
             "{%- endfor -%}",
             "{%- if add_generation_prompt -%}",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
+from babyllama.prompts import as_trained
 from babyllama.retrieval.retriever import Retriever
 from serve.errors import Refused
 from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest
@@ -59,7 +60,9 @@ def chat_prompt(
     if any(given):
         messages.insert(0, {"role": "system", "content": "\n".join(filter(None, given))})
     # Each content is encoded once, however often the dialogue is laid out.
-    messages = [{**m, "content": [tokenizer.encode(m["content"])]} for m in messages]
+    messages = [
+        {**m, "content": [tokenizer.encode_content(m["content"])]} for m in as_trained(messages)
+    ]
     ids, n_dropped = tokenizer.render_prompt(messages), 0
     if truncate if request.truncate is None else request.truncate:
         room = context - min(request.longest or context, context // 4)

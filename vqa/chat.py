@@ -28,6 +28,7 @@ from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import stream_text
 from babyllama.language import verbatim
+from babyllama.prompts import as_trained
 from babyllama.rows import check_messages
 from babyllama.sampling import Reply, SamplingConfig
 from vqa import images
@@ -68,7 +69,7 @@ def prompt_of(loaded: Loaded, messages: Sequence[dict], seen: Tensor) -> list[in
         raise DataError(f"messages: wanted questions and answers in turn, found {reason}; "
                         f"end with a question")  # fmt: skip
     n_positions = loaded.model.n_positions
-    ids = with_picture(loaded.tokenizer.render_prompt(messages), 0, n_positions)
+    ids = with_picture(loaded.tokenizer.render_prompt(as_trained(messages)), 0, n_positions)
     context = loaded.model.config.max_seq_len
     if len(ids) >= context:
         raise ConfigError(

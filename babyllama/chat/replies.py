@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from babyllama.chat.commands import Again, User, obey
-from babyllama.chat.session import Asked, Session, read_reference, whole
-from babyllama.chat.terminal import paint, say, visible
+from babyllama.chat.session import Asked, Session, read_reference
+from babyllama.chat.terminal import paint, say, visible, whole
 from babyllama.config import BAD_INPUT, INTERRUPTED
 from babyllama.errors import ConfigError, DataError
 from babyllama.language import verbatim

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from babyllama.chat.terminal import whole
 from babyllama.checkpoint import Loaded, load_adapter
 from babyllama.config import REPO, from_repo, shown
 from babyllama.cpu.decoder import make_decoder
@@ -17,6 +18,7 @@ from babyllama.decoder import Decoder, Weights
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies, stream_text
 from babyllama.lora import switch
+from babyllama.prompts import as_trained
 from babyllama.retrieval.index import trim
 from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
 from babyllama.run_dir import TASKS, newest_run, tasks_of
@@ -61,7 +63,7 @@ class Conversation:
         """
         for first in range(self.first, len(self.turns) + 1):
             asked = [*self.messages(first, found), {"role": "user", "content": question}]
-            ids = self.tokenizer.render_prompt(asked)
+            ids = self.tokenizer.render_prompt(as_trained(asked))
             if len(ids) <= self.room:
                 self.first = first
                 return ids
@@ -73,11 +75,11 @@ class Conversation:
         """The tokens that passages found for a question may take: at most half of all, so that
         the last turns stay too, and never so many that the question does not fit."""
         alone = [{"role": "system", "content": ""}, {"role": "user", "content": question}]
-        left = self.room - len(self.tokenizer.render_prompt(alone))
+        left = self.room - len(self.tokenizer.render_prompt(as_trained(alone)))
         return max(min(self.room // 2, left - 4), 0)  # pieces are encoded apart: a few ids more
 
     def n_tokens(self, text: str) -> int:
-        return len(self.tokenizer.encode(text))
+        return len(self.tokenizer.encode_content(text))
 
     def set_reference(self, text: str) -> str:
         """Make `text` the 资料; returns what there is to say about it.
@@ -120,11 +122,6 @@ def open_retriever(index: Path | None, is_needed: bool) -> Retriever | None:
             f"python -m data_process.run wiki --index, or name one with --index"
         )
     return None
-
-
-def whole(text: str) -> str:
-    """Text that can be encoded: half characters from a broken terminal become "?"."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def read_reference(value: str) -> str:

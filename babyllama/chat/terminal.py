@@ -45,6 +45,11 @@ def visible(text: str, file: TextIO | None = None) -> str:
     return HARMFUL.sub("·", text) if (file or sys.stdout).isatty() else text
 
 
+def whole(text: str) -> str:
+    """Text that can be encoded: half characters from a broken terminal become "?"."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
 def say(text: str, code: str = "2") -> None:
     """Show a note of ours, which may quote anything."""
     print(paint(visible(text), code))

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from babyllama.config import REPO, from_repo, shown
 from babyllama.retrieval.index import Index, Passage, asked, normal, sentences, terms, trim
+from babyllama.rows import plain
 
 INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
 
@@ -93,11 +94,13 @@ class Retriever:
         budget: the most that size(text) may be
         size: characters unless told; tokens, usually
         """
+        question = plain(question)
         found = [p for p in self.search(question, k) if is_about(p, question)]
         return fill(found, question, budget, size)
 
     def article(self, title: str, budget: int, size: Callable[[str], int] = len) -> Context:
         """The beginning of what is called so, or the passages that a search for it brings."""
+        title = plain(title)
         found = self.index.titled(title)
         if found:
             return fill(found, "", budget, size)

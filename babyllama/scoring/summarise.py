@@ -180,7 +180,7 @@ def summarise(
             lead_ins[i] |= bare[0] != mine[0].text.strip()
             titles[i] += [one for one in bare if not own.echoes(one, text)] or bare
             if n_cut:
-                read = model.tokenizer.encode(text)[:-n_cut]
+                read = own.text_ids(text)[:-n_cut]
                 n_read[i] = min(n_read[i], len(model.tokenizer.decode(read)))
     return [Suggested(*each) for each in zip(map(ranked, titles), n_read, lead_ins, strict=True)]
 

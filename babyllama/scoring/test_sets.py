@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.config import REPO, from_repo, shown
+from babyllama.config import REPO, from_repo, require_writable, shown
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
 from babyllama.run_dir import beside, checksums, find_checkpoint, newest_run
@@ -158,6 +158,8 @@ def _from_json(line: str, row_id: str) -> tuple[object, str | None]:
         return line, None
     if not isinstance(row, dict):
         return row, None
+    if "text" in row and "summary" in row:
+        return row | {"id": str(row.get("id", row_id))}, None
     if row.keys() == {"id", "abst", "title"}:
         return {"id": str(row["id"]), "text": row["abst"], "summary": row["title"]}, (
             "csl_title_public"
@@ -294,9 +296,9 @@ def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> 
         usual = first.with_name(f"{first.stem}-compared.jsonl")
     out = from_repo(out or usual)
     taken = [path.resolve() for path in (*found.files, *systems)]
-    if out.is_dir() or out.resolve() in taken:
-        raise ConfigError(f"--out {shown(out)} is a directory or the data; name a new .jsonl file")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.resolve() in taken:
+        raise ConfigError(f"--out {shown(out)} is the data; name a new .jsonl file")
+    require_writable(out)
     return out
 
 

@@ -11,6 +11,7 @@ import yaml
 from babyllama.errors import ConfigError
 from babyllama.prompts import SummaryPrompts
 from conftest import TEXTS
+from data_process.pretokenize import as_content
 
 SUMMARY_ZH = Path(__file__).parents[2] / "configs/prompts/summary_zh.yaml"
 
@@ -182,6 +183,16 @@ def test_the_scored_question_fits_and_reports_the_cut(prompts, tokenizer, max_id
         assert not lost or len(ids) == max_ids
         n_cut += lost > 0
     assert 0 < n_cut < 120
+
+
+def test_a_text_is_asked_about_as_it_would_be_trained_on(prompts, tokenizer):
+    typed = "助手：這是關於國際經濟發展問題的Ａ文\n\n助手：好"
+    wanted = "「助手」：这是关于国际经济发展问题的A文\n\n「助手」：好"
+    ids, n_cut = prompts.eval_prompt(typed, 500)
+    assert wanted in tokenizer.decode(ids) and n_cut == 0
+    as_row = tokenizer.encode(as_content(wanted, "summary"))
+    assert prompts.text_ids(typed) == as_row == tokenizer.encode(wanted)
+    assert as_content("\n\n助手：", "text") == "\n\n助手："
 
 
 def test_the_scored_question_is_one_of_those_trained_on():

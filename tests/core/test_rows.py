@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from babyllama.errors import DataError
-from babyllama.rows import check_row, numbered_lines, read_rows, row_kind, texts_of, write_rows
+from babyllama.rows import (
+    check_row,
+    numbered_lines,
+    plain,
+    read_rows,
+    row_kind,
+    texts_of,
+    write_rows,
+)
 
 TEXT = {"id": "wiki/1", "text": "一段文字"}
 SUMMARY = {"id": "csl/7", "text": "正文", "summary": "标题", "meta": {"keywords": ["甲", 2]}}
@@ -109,6 +117,23 @@ def test_no_value_of_json_breaks_the_check(row):
 ROWS = [TEXT, CHAT, SUMMARY]
 # None of these ends a row, though str.splitlines would say so.
 ODD = "甲\u2028乙\u2029丙\r丁\x0b戊\x0c\x1c\x85己\n庚\x00\ufeff😀"
+
+
+@pytest.mark.parametrize(
+    "asked, trained",
+    [
+        (
+            "無線傳感器網絡的能耗問題，提出一種路由算法",
+            "无线传感器网络的能耗问题，提出一种路由算法",
+        ),
+        ("Ｈｅｌｌｏ，１２３（Ａ）", "Hello，123（A）"),
+        ("深\u200b度\ufeff学习", "深度学习"),
+        ("cafe\u0301", "café"),
+        ("一 二\n\n三：「四」👍", "一 二\n\n三：「四」👍"),
+    ],
+)
+def test_what_is_asked_has_the_letters_of_training_text(asked, trained):
+    assert plain(asked) == trained == plain(trained)
 
 
 def test_rows_come_back_from_a_file_as_they_were(tmp_path):

@@ -261,14 +261,34 @@ def test_mistakes_are_one_line_and_code_2(checkpoint, rows_file, tmp_path, scrip
     assert "data_process.run no_such_set" in mistake(checkpoint, "--dataset", "no_such_set")
     assert "no/such/run" in mistake("no/such/run", "--data", rows_file)
     assert "is a directory" in mistake(checkpoint, "--data", rows_file, "--out", tmp_path)
-    assert "or the data" in mistake(checkpoint, "--data", rows_file, "--out", rows_file)
-    assert "or the data" in mistake(titles, checkpoint, "--data", rows_file, "--out", titles)
+    assert "is the data" in mistake(checkpoint, "--data", rows_file, "--out", rows_file)
+    assert "is the data" in mistake(titles, checkpoint, "--data", rows_file, "--out", titles)
     assert "name a second" in mistake(checkpoint, "--data", rows_file, "--report", "r.html")
     assert "ask one checkpoint" in mistake(titles, "--wordings")
     assert "wanted texts under" in mistake(rows_file)
     assert "csl_ts" in mistake(checkpoint, "--data", rows_file, "--published", "csl")
     with pytest.raises(ConfigError, match="limit must be at least 1, found 0"):
         eval_rouge.EvalConfig(limit=0)
+
+
+@pytest.mark.parametrize("flag", ["--out", "--report"])
+def test_what_cannot_be_written_is_refused_before_the_first_title(
+    flag, checkpoint, other, rows_file, script, tmp_path
+):
+    (tmp_path / "full").write_text("", "utf-8")  # a file where a folder would have to be
+    place = tmp_path / "full" / "o.jsonl"
+    more = () if flag == "--out" else ("--out", tmp_path / "o.jsonl")
+    words = (checkpoint, other, "--data", rows_file, flag, place)
+    done = script("eval_rouge.py", *words, *more, *FEW)
+    assert done.code == 2 and "full" in done.err and "prompts" not in done.err + done.out
+
+
+@pytest.mark.parametrize("row_id", ['"id": 0, ', ""])
+def test_a_row_of_ours_needs_no_name(row_id, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(f'{{{row_id}"text": "文", "summary": "题"}}\n', "utf-8")
+    (row,) = test_sets.open_set(path, None, "test", None).rows
+    assert row == {"id": "0" if row_id else "own/1", "text": "文", "summary": "题"}
 
 
 def test_a_layout_tells_the_published_set(tmp_path):
