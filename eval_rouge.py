@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import Literal
 
 from babyllama.checkpoint import load_model
-from babyllama.config import from_repo, parse, plain, require_writable, run, shown
+from babyllama.config import from_repo, parse, plain, run, shown
 from babyllama.decoder import Weights
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError
@@ -154,9 +154,7 @@ def main(cfg: EvalConfig) -> None:
     require_sense(cfg, list(systems.values()))
     places = [path for paths in systems.values() for path in paths]
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
-    out = test_sets.choose_out(cfg.out, places, found)
-    if cfg.report:
-        require_writable(from_repo(cfg.report))
+    out = test_sets.choose_out(cfg.out, cfg.report, places, found)
     published = test_sets.choose_published(cfg.published, found, tables.published_sets())
     lines, model = summarise_all(cfg, found, systems)
     result = {

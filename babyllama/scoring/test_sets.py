@@ -288,7 +288,9 @@ def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
     return {" + ".join(names[path] for path in paths): paths for paths in groups}
 
 
-def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> Path:
+def choose_out(
+    out: Path | None, report: Path | None, systems: Sequence[Path], found: SummarySet
+) -> Path:
     """Where the titles go; refuses at the start what would fail after the last title."""
     first = systems[0]
     usual = beside(first) / f"rouge-{found.label}-{first.name}.jsonl"
@@ -298,7 +300,8 @@ def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> 
     taken = [path.resolve() for path in (*found.files, *systems)]
     if out.resolve() in taken:
         raise ConfigError(f"--out {shown(out)} is the data; name a new .jsonl file")
-    require_writable(out)
+    for path in filter(None, (out, report)):
+        require_writable(from_repo(path))
     return out
 
 
