@@ -10,7 +10,7 @@ import numpy as np
 
 from babyllama.config import atomic_write
 from bench.harness import Scorer
-from bench.sandbox.humaneval import reasons, run_all
+from bench.sandbox.run import reasons, run_all
 from bench.scoring import (
     METRICS,
     SCORES,

@@ -1,14 +1,19 @@
 """Runs a program that a model wrote, shut in: it can harm nothing and reach nobody.
 
 The program runs as process 1's child in namespaces of its own (Linux): no network, no other
-process to be seen, a file system of read-only system folders and an empty folder in memory. Its
-time, memory, file sizes and processes are limited, its output goes nowhere. Where the system does
-not allow that, nothing is run: `require` says what is missing.
+process to be seen, a file system of read-only system folders and an empty folder in memory, a
+keyring of its own. Its time, memory, file sizes and processes are limited, its output goes nowhere.
+Memory is counted as what its processes map, so a filter of system calls refuses what else would
+hold some; control groups would count it too, but few users may make one. Where the system does not
+allow all that, nothing is run: `require` says what is missing.
 
 A pass must be earned: the tests are compiled before the program runs, and end with a word that is
 handed over after them. A program that leaves early, whatever its exit code, does not know it. No
 boundary stops a returned object that claims to equal everything, or a program written against this
 very file that asks for the word itself: both deceive the score, neither gets out.
+
+At the end HumanEval's programs: functions that the model completes, run with their tests. The
+harness asks for the completions; it cannot score them offline, since its metric is fetched.
 """
 
 import json
@@ -18,10 +23,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from tqdm import tqdm
 
 from babyllama.errors import ConfigError
 
@@ -185,3 +194,21 @@ def _read(path: str) -> str:
 def _python() -> str:
     """The interpreter itself: a virtual environment only points to it."""
     return os.path.realpath(sys.executable)
+
+
+def sources(row: dict, completion: str) -> tuple[str, str]:
+    """The program that a completion makes, and the tests that it must pass."""
+    program = f"{row['prompt']}{completion}\n"
+    return program, f"{row['test']}\ncheck({row['entry_point']})\n"
+
+
+def run_all(rows: Sequence[dict], completions: Iterable[str]) -> list[Outcome]:
+    """How each completed program ends, in order."""
+    pairs = zip(rows, completions, strict=True)
+    bar = tqdm(pairs, total=len(rows), desc="run programs", unit=" programs")
+    return [run_program(*sources(row, text)) for row, text in bar]
+
+
+def reasons(outcomes: Iterable[Outcome]) -> dict[str, int]:
+    """How many programs ended in which way."""
+    return dict(Counter(outcome.reason for outcome in outcomes).most_common())

@@ -1,8 +1,9 @@
-"""Programs that a model wrote are shut in: 25 hostile ones leave the host as it was."""
+"""Programs that a model wrote are shut in: 34 hostile ones leave the host as it was."""
 
 import gzip
 import json
 import os
+import platform
 import signal
 import socket
 import sys
@@ -17,11 +18,11 @@ import pytest
 from babyllama.config import REPO
 from babyllama.errors import ConfigError
 from bench.sandbox import run
-from bench.sandbox.humaneval import reasons, run_all, sources
-from bench.sandbox.run import Limits, run_program
+from bench.sandbox.inside import MACHINES
+from bench.sandbox.run import Limits, reasons, run_all, run_program, sources
 
 DATA = REPO / ".." / "shared" / "data" / "benchmarks" / "human_eval" / "HumanEval.jsonl.gz"
-QUICK = Limits(seconds=1.5, memory_mb=150, processes=16)
+QUICK = Limits(seconds=1.5, memory_mb=170, processes=16)
 TESTS = "assert answer() == 42"
 RIGHT = "def answer():\n    return 42\n"
 
@@ -43,6 +44,30 @@ HOSTILE = {
         "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n"
         "        x = bytearray(60 * 10**6); time.sleep(60)\ntime.sleep(60)",
         "memory",
+    ),
+    # Memory that no process of the program maps, so that its pages are counted nowhere.
+    "memory in detached segments": (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "libc.shmat.restype = ctypes.c_void_p\nfor _ in range(9):\n"
+        "    n = libc.shmget(0, 50 * 10**6, 0o1600)\n"
+        "    if n < 0: raise OSError(ctypes.get_errno(), 'shmget')\n"
+        "    p = libc.shmat(n, None, 0)\n    ctypes.memset(p, 1, 50 * 10**6)\n"
+        "    libc.shmdt(ctypes.c_void_p(p))", "PermissionError",
+    ),
+    "memory in files without a name": (
+        "import os\nfor _ in range(450): os.write(os.memfd_create('x'), b'x' * 10**6)",
+        "PermissionError",
+    ),
+    "memory in shared pages that are let go": (
+        "import mmap\nm = mmap.mmap(-1, 350 * 10**6)\nfor i in range(0, len(m), 10**6):\n"
+        "    m[i : i + 10**6] = b'x' * 10**6\n    m.madvise(mmap.MADV_DONTNEED)", "PermissionError",
+    ),
+    "memory in buffers of sockets": (
+        "import socket\na, b = socket.socketpair()\n"
+        "a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 10**7)", "PermissionError",
+    ),
+    "reaches the runner's keys": (
+        "import ctypes\nassert ctypes.CDLL(None).syscall({keyctl}, 0, -3, 0) == -1", "passed",
     ),
     "endless loop": ("while True: pass", "time"),
     "sleep": ("import time; time.sleep(60)", "time"),
@@ -128,7 +153,9 @@ def host(tmp_path):
     (tmp_path / "secret").write_text("a secret", "utf-8")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
-        yield {"place": tmp_path, "port": server.getsockname()[1], "pid": os.getpid()}
+        keyctl = MACHINES[platform.machine()][1]
+        port = server.getsockname()[1]
+        yield {"place": tmp_path, "port": port, "pid": os.getpid(), "keyctl": keyctl}
         with pytest.raises(BlockingIOError):
             server.accept()
 
@@ -150,6 +177,18 @@ def test_a_hostile_program_is_contained(name, host):
     assert {path: Path(path).stat().st_mtime_ns for path in before} == before
     assert threading.active_count() == n_threads
     assert set(run._below(os.getpid())) <= left, "processes are left over"
+
+
+def test_what_honest_programs_use_is_left_to_them():
+    """The event loop's own sockets, threads, Chinese encodings, a private map."""
+    program = """
+import asyncio, mmap, threading
+async def two(): return 2
+assert asyncio.run(two()) == 2 and "你".encode("gb18030").decode("gb18030") == "你"
+thread = threading.Thread(target=list); thread.start(); thread.join()
+assert len(mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) == 4096
+"""
+    assert run_program(program + RIGHT, TESTS, replace(QUICK, seconds=20)).passed
 
 
 def test_a_right_program_passes_and_wrong_ones_say_why():
