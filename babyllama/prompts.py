@@ -191,18 +191,6 @@ class SummaryPrompts:
             self._ids[text] = self.tokenizer.encode(text)
         return self._ids[text]
 
-    def n_wordings(self) -> int:
-        """How many different pairs of question and answer can be drawn, second turns aside."""
-        pairs = set()
-        for questions, answers in self.families:
-            for question, answer in product(questions, answers):
-                names = dict.fromkeys(_SLOT.findall(question + answer))
-                free = [n for n in names if n not in _STORED]
-                for words in product(*(self.slots[n] for n in free)):
-                    chosen = dict(zip(free, words, strict=True))
-                    pairs.add((_fill(question, chosen), _fill(answer, chosen)))
-        return len(pairs)
-
     def messages(
         self,
         text: Ids,

@@ -32,7 +32,7 @@ OPTIONAL = {"text": (), "chat": (), "summary": ("meta",), "preference": (), "vqa
 ROLES = ("system", "user", "assistant")
 
 
-ZERO_WIDTH = re.compile("[\u200b-\u200f\u2060\ufeff]")
+ZERO_WIDTH = re.compile("[\u200b\u200c\u200e\u200f\u2060\ufeff]")  # not what joins emoji
 # Full-width letters and digits; Chinese punctuation stays as wide as it is.
 WIDE = re.compile("[０-９Ａ-Ｚａ-ｚ]")
 # Frequent characters whose simplified form differs: one in a hundred marks a traditional text.

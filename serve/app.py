@@ -18,14 +18,21 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from babyllama.errors import ConfigError
-from serve import titles
-from serve.answers import Asked, EventStream, gone, whole
+from serve.answers import Asked, EventStream, answer_titles, gone, titled_text, whole
 from serve.engine import Engine, Job
-from serve.errors import Refused, invalid, refusal
 from serve.guard import Gate, GateConfig
 from serve.page_routes import Service, add_page, model_facts
 from serve.prompt import Prompt, chat_prompt, text_prompts
-from serve.schema import Answer, ChatRequest, CompletionRequest, Refusal, Request
+from serve.schema import (
+    Answer,
+    ChatRequest,
+    CompletionRequest,
+    Refusal,
+    Refused,
+    Request,
+    invalid,
+    refusal,
+)
 
 logger = logging.getLogger("babyllama.serve")
 
@@ -154,10 +161,10 @@ def _add_replies(app: FastAPI, service: Service) -> None:
         if body.task == "title":
             if service.served.eyes:
                 raise Refused(400, "task: this model answers about pictures alone", "task")
-            text = titles.text_of(body)
+            text = titled_text(body)
             with service.desk.places(_client(request), 1):
                 async with service.searching:
-                    return await titles.answer(body, text, engine, name)
+                    return await answer_titles(body, text, engine, name)
         n_top = (body.top_logprobs or 0) if body.logprobs else None
         with ExitStack() as places:
             places.enter_context(service.desk.places(_client(request), body.n or 1))

@@ -11,7 +11,7 @@ import io
 import sys
 from pathlib import Path
 
-from serve.errors import Refused
+from serve.schema import Refused
 
 REPO = Path(__file__).parent.parent
 MOST_CHARACTERS = 100_000

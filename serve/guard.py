@@ -17,8 +17,8 @@ import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serve.errors import Refused
-from serve.metrics import Metrics
+from serve.scheduler import Metrics
+from serve.schema import Refused
 
 SEND_S = 30
 # Connections of one address: enough for a pool, too few to keep all others out.

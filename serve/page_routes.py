@@ -15,10 +15,9 @@ from babyllama.config import shown
 from babyllama.retrieval.retriever import Choices, Retriever, WikiError, look_up
 from babyllama.run_dir import read_info
 from serve import documents
-from serve.errors import Refused
-from serve.metrics import Metrics
 from serve.models import Served
-from serve.scheduler import Desk
+from serve.scheduler import Desk, Metrics
+from serve.schema import Refused
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {

@@ -10,8 +10,7 @@ from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
 from babyllama.prompts import as_trained
 from babyllama.retrieval.retriever import Retriever
-from serve.errors import Refused
-from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest
+from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest, Refused
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:

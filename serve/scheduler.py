@@ -2,27 +2,59 @@
 
 One thread steps all engines (one for each model or adapter); asyncio's side puts jobs into its
 inbox and gets all pieces of a step in one call. Places are counted here: at most so many replies
-at a time, waiting ones included, and so many of one client.
+at a time, waiting ones included, and so many of one client; what is done is counted for /metrics.
 """
 
 import asyncio
+import collections
 import logging
 import math
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+
 from serve.engine import Engine, Job, Piece
-from serve.errors import Refused
-from serve.metrics import Metrics
+from serve.schema import Refused
 
 logger = logging.getLogger("babyllama.serve")
 
 Mailbox = asyncio.Queue  # of (number of the reply, Piece)
+
+
+_SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_LONG = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+
+
+class Metrics:
+    """What /metrics tells of one server, in Prometheus' text format."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        of = {"registry": self.registry}
+        self.requests = Counter(
+            "babyllama_requests", "Requests by path and status", ["path", "status"], **of
+        )
+        self.refused = Counter("babyllama_refused", "Requests refused with 429", ["reason"], **of)
+        self.tokens = Counter("babyllama_tokens", "Tokens read, known, written", ["kind"], **of)
+        self.replies = Counter("babyllama_replies", "Replies by the way they ended", ["end"], **of)
+        self.open = Gauge("babyllama_open_replies", "Replies running and waiting", **of)
+        self.step = Histogram("babyllama_step_seconds", "A step", buckets=_SHORT, **of)
+        self.first = Histogram("babyllama_first_seconds", "To the first piece", buckets=_LONG, **of)
+        self.between = Histogram(
+            "babyllama_between_seconds", "Between two pieces of a reply", buckets=_SHORT, **of
+        )
+        ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
 
 
 class Desk:
@@ -47,7 +79,7 @@ class Desk:
         self._inbox: queue.SimpleQueue[tuple[Engine, Job] | None] = queue.SimpleQueue()
         self._outbox: list[tuple[Mailbox, int, Piece]] = []
         self._unfinished: set[Job] = set()
-        self._open: Counter[str] = Counter()
+        self._open: collections.Counter[str] = collections.Counter()
         self._seconds = 1.0  # of a reply, lately
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
 
@@ -90,7 +122,7 @@ class Desk:
             yield
         finally:
             self._open[client] -= n
-            self._open += Counter()  # forgets clients without replies
+            self._open += collections.Counter()  # forgets clients without replies
             self.metrics.open.set(self._open.total())
             self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
 

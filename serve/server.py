@@ -18,10 +18,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama.chat.session import choose_checkpoint
+from babyllama.chat.session import choose_checkpoint, open_retriever
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.retrieval.retriever import INDEX, Retriever
+from babyllama.retrieval.retriever import Retriever
 from serve.models import Served, ServerConfig, serve_from
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(cfg: ServerConfig) -> int:
     raise_file_limit()
     # Before the model is loaded, so that a port in use shows at once.
     with listen(cfg.host, cfg.port) as listener:
-        retriever = open_index(cfg.index)
+        retriever = open_retriever(cfg.index, False)
         served = serve_from(cfg, choose_checkpoint(cfg.checkpoint))
         server, desk = make_server(cfg, key, served, retriever)
         _say(listener, served, retriever)
@@ -90,9 +90,8 @@ def make_server(
 
     from serve.app import make_app
     from serve.guard import GateConfig, Protocol
-    from serve.metrics import Metrics
     from serve.page_routes import LARGER, OPEN, Service
-    from serve.scheduler import Desk
+    from serve.scheduler import Desk, Metrics
 
     metrics = Metrics()
     desk = Desk(served.engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
@@ -191,7 +190,7 @@ def read_key(path: Path | None) -> str:
     if path is None:
         return ""
     try:
-        lines = from_repo(path).read_text("utf-8").splitlines()
+        lines = from_repo(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-key-file {path}: wanted a text file, found {error}") from None
     key = lines[0].strip() if lines else ""
@@ -202,13 +201,6 @@ def read_key(path: Path | None) -> str:
             f"makes one"
         )
     return key
-
-
-def open_index(path: Path | None) -> Retriever | None:
-    """The index that was named, or the usual one where it is there."""
-    if path is None and not INDEX.is_dir():
-        return None
-    return Retriever.open(path or INDEX)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def second_turn(
     said = [{"role": "assistant", "content": title}, {"role": "user", "content": question}]
     frame = len(tokenizer.render_prompt([*prompts.eval_messages([]), *said]))
     room = model.decoder.model.config.max_seq_len - cfg.max_new_tokens - frame
-    ids = tokenizer.encode(text)[: max(0, room)]
+    ids = prompts.text_ids(text)[: max(0, room)]
     return tokenizer.render_prompt([*prompts.eval_messages(ids), *said])
 
 

@@ -112,11 +112,6 @@ def _of_split(folder: Path, split: str) -> list[Path]:
     )
 
 
-def read_pairs(path: Path) -> list[dict]:
-    """The summary rows of one file in any of the formats; errors as open_set."""
-    return [row for row, _ in _read(path)]
-
-
 def _read(path: Path) -> list[tuple[dict, str | None]]:
     """Rows, each with the published set whose layout it has."""
     pairs = []

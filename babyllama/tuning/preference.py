@@ -265,7 +265,7 @@ def write_tokens(rows: Sequence[dict], tokenizer: Tokenizer, place: Path) -> dic
             for row in own:
                 pieces = [(m["role"], m["content"]) for m in row["messages"]]
                 pieces += [(choice, row[choice]) for choice in CHOICES]
-                writer.add_row([(role, tokenizer.encode(text)) for role, text in pieces])
+                writer.add_row([(r, tokenizer.encode_content(text)) for r, text in pieces])
     return {split: len(own) for split, own in parts.items()}
 
 

@@ -40,7 +40,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import read_rows, row_kind
 from babyllama.token_file import TokenFile, pair
-from data_process.pretokenize import pieces_of
+from data_process.pretokenize import as_content, pieces_of
 from tokenizer import Tokenizer
 
 SHORT_TEXT = 12  # tokens of the text that --wordings shows
@@ -107,10 +107,10 @@ class Row(NamedTuple):
 
     def ids(self, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
         """Every content as a token file holds it; a text ends with <eos>."""
-        eos = self.kind == "text"
+        eos, as_ids = self.kind == "text", tokenizer.encode
         return [
-            (role, tokenizer.encode(c, eos=eos) if isinstance(c, str) else c.tolist())
-            for role, c in self.pieces
+            (r, as_ids(as_content(c, self.kind), eos=eos) if isinstance(c, str) else c.tolist())
+            for r, c in self.pieces
         ]
 
 

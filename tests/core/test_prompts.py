@@ -37,10 +37,9 @@ def as_text(prompts: SummaryPrompts, messages: list[dict]) -> str:
 def test_a_row_has_at_least_200_wordings(prompts, row):
     said = {as_text(prompts, wording(prompts, row, 0, epoch)) for epoch in range(1000)}
     assert len(said) >= 200
-    assert len(said) <= prompts.n_wordings()
 
 
-def test_wordings_are_counted_once_each(write_templates, tokenizer):
+def test_no_wording_comes_of_two_choices(write_templates, tokenizer):
     path = write_templates(
         slots={"a": ["x", "y"], "b": ["1", "2", "3"]},
         families={
@@ -50,7 +49,6 @@ def test_wordings_are_counted_once_each(write_templates, tokenizer):
     )
     prompts = SummaryPrompts.load(path, tokenizer)
     # {a}-{a}: 2, {b}-{a}: 6, {a}-{}: 2; the first family's first pair stands in the second, too.
-    assert prompts.n_wordings() == 10
     drawn = {
         as_text(prompts, prompts.messages([], [], np.random.default_rng(seed)))
         for seed in range(500)

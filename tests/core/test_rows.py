@@ -129,7 +129,7 @@ ODD = "甲\u2028乙\u2029丙\r丁\x0b戊\x0c\x1c\x85己\n庚\x00\ufeff😀"
         ("Ｈｅｌｌｏ，１２３（Ａ）", "Hello，123（A）"),
         ("深\u200b度\ufeff学习", "深度学习"),
         ("cafe\u0301", "café"),
-        ("一 二\n\n三：「四」👍", "一 二\n\n三：「四」👍"),
+        ("一 二\n\n三：「四」👨‍👩‍👧", "一 二\n\n三：「四」👨‍👩‍👧"),
     ],
 )
 def test_what_is_asked_has_the_letters_of_training_text(asked, trained):

@@ -59,6 +59,10 @@ def write_titles(path: Path, titles: list[str], texts: list[str] = TEXTS) -> Pat
     return path
 
 
+def read_pairs(path: Path) -> list[dict]:
+    return test_sets.open_set(path, None, "test", None).rows
+
+
 def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for _, line in numbered_lines(path)]
 
@@ -207,7 +211,7 @@ def test_wordings_and_follow_ups_are_tables_of_their_own(checkpoint, tmp_path, s
 def test_csl_rows_may_hold_single_quotation_marks(tmp_path):
     path = tmp_path / "dev.tsv"
     path.write_text('to title\t"一国两制.\t国家主权\nto title\t提出了"模型\t模型\n', "utf-8")
-    assert test_sets.read_pairs(path) == [
+    assert read_pairs(path) == [
         {"id": "dev/1", "text": '"一国两制.', "summary": "国家主权"},
         {"id": "dev/2", "text": '提出了"模型', "summary": "模型"},
     ]
@@ -227,7 +231,7 @@ def test_csl_title_public_rows_are_read(tmp_path):
     path = tmp_path / "csl_title_dev.json"
     path.write_text('{"id": 3001, "title": "网络编码", "abst": "提出了一种策略。"}\n', "utf-8")
     wanted = {"id": "3001", "text": "提出了一种策略。", "summary": "网络编码"}
-    assert test_sets.read_pairs(path) == [wanted]
+    assert read_pairs(path) == [wanted]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +251,7 @@ def test_csl_title_public_rows_are_read(tmp_path):
 def test_a_line_without_text_and_title_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content, "utf-8")
     with pytest.raises(DataError, match=message):
-        test_sets.read_pairs(tmp_path / name)
+        read_pairs(tmp_path / name)
 
 
 def test_mistakes_are_one_line_and_code_2(checkpoint, rows_file, tmp_path, script):

@@ -18,9 +18,8 @@ from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
 from model import Transformer
-from serve.errors import Refused
 from serve.prompt import chat_prompt
-from serve.schema import ChatRequest
+from serve.schema import ChatRequest, Refused
 from serving import CONTEXT, Running, endless_model, save, serving
 from tokenizer import Tokenizer
 

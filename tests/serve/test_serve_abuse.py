@@ -16,9 +16,8 @@ from babyllama.decoder import Decoder
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
 from serve.engine import Engine, Job
-from serve.errors import Refused
-from serve.metrics import Metrics
-from serve.scheduler import Desk
+from serve.scheduler import Desk, Metrics
+from serve.schema import Refused
 from serving import CONTEXT, Running, endless_model, save, serving
 
 CHAT = "/v1/chat/completions"
@@ -45,7 +44,7 @@ def server(checkpoint, tmp_path_factory) -> Iterator[Running]:
 def guarded(checkpoint, tmp_path_factory) -> Iterator[Running]:
     """A server with a key, whose replies end after a second."""
     place = tmp_path_factory.mktemp("guarded")
-    (place / "key").write_text(KEY + "\n")
+    (place / "key").write_text(KEY + "\n", "utf-8-sig")  # as Notepad and PowerShell write
     flags = ("--api-key-file", str(place / "key"), "--reply-seconds", "1", "--host", "0.0.0.0")
     with serving(checkpoint, place / "log", *flags) as server:
         server.url = f"http://127.0.0.1:{server.port}"

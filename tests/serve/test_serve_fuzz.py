@@ -20,10 +20,9 @@ from babyllama.cpu.decoder import make_decoder
 from serve.app import make_app
 from serve.engine import Engine
 from serve.guard import GateConfig
-from serve.metrics import Metrics
 from serve.models import Served
 from serve.page_routes import OPEN, Service
-from serve.scheduler import Desk
+from serve.scheduler import Desk, Metrics
 from serving import endless_model
 
 CONTEXT = 48
