@@ -51,7 +51,7 @@ def sources() -> list[Path]:
 def template(node: ast.AST) -> str | None:
     """A string, an f-string or a sum of them, with {} for what is filled in."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value.replace("{", "{{").replace("}", "}}")
+        return node.value.replace("{", "{{").replace("}", "}}").replace("{{}}", "{}")
     if isinstance(node, ast.JoinedStr):
         return "".join(template(part) or "{}" for part in node.values)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
