@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.chat.commands import Again, User, completions, obey
-from babyllama.chat.replies import MISTAKES, answer, answer_lines, answer_once, write_title
-from babyllama.chat.session import Session, choose_checkpoint, named, open_retriever, read_reference
+from babyllama.chat.replies import MISTAKES, answer, answer_lines, answer_once, greet, write_title
+from babyllama.chat.session import Session, choose_checkpoint, named, open_retriever
 from babyllama.chat.terminal import Lines, paint, say, state_dir, visible, whole
 from babyllama.checkpoint import find_adapter, load_model, read_adapter
-from babyllama.config import parse, run, shown
+from babyllama.config import parse, run
 from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
@@ -84,19 +84,6 @@ def open_session(cfg: ChatConfig) -> Session:
     return Session(loaded, cfg, cfg.weights, cfg.lora, retriever, cfg.retrieve, cfg.wiki_url)
 
 
-def greet(session: Session, cfg: ChatConfig) -> str:
-    """What is worth knowing before the first message."""
-    loaded = session.loaded
-    notes = [f"模型：{shown(loaded.path)}" + "（未经对话微调）" * (loaded.kind == "pretrain")]
-    if session.adapters:
-        notes.append(f"LoRA：{session.adapter}（共 {len(session.adapters)} 个，/lora 切换）")
-    if session.retriever and (cfg.retrieve or cfg.index):
-        notes.append(f"索引：{session.retriever.describe()}" + "，自动检索" * cfg.retrieve)
-    if cfg.reference:
-        notes.append(session.talk.set_reference(read_reference(cfg.reference)))
-    return "\n".join(notes)
-
-
 def converse(session: Session) -> None:
     """Read, answer, repeat, until /quit, Ctrl-D, or Ctrl-C twice on an empty line."""
     lines = Lines(lambda before, word: completions(session, before, word), state_dir() / "history")
@@ -144,7 +131,7 @@ def main(cfg: ChatConfig) -> int:
         raise ConfigError(f"--n {cfg.n} is for one message; add --prompt, or leave it out to talk")
     session = open_session(cfg)
     place = sys.stderr if cfg.prompt or cfg.json or cfg.title else sys.stdout
-    print(paint(visible(greet(session, cfg), place), file=place), file=place)
+    print(paint(visible(greet(session, cfg.index, cfg.reference), place), file=place), file=place)
     if cfg.title:
         return write_title(session, cfg.title, cfg.json)
     if cfg.prompt:

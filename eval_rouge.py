@@ -164,7 +164,7 @@ def main(cfg: EvalConfig) -> None:
         "published": published,
         "models": test_sets.describe(places),
         "settings": plain(cfg),
-        "prompts_sha256": test_sets.sha256(cfg.prompts),
+        "prompts_sha256": test_sets.sha256(from_repo(cfg.prompts)),
         "decoding": {way or "settings": asdict(how) for way, how in cfg.ways().items()},
     }
     for key in ("n_cut", "n_lead_ins", "seconds"):

@@ -25,12 +25,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 
+import yaml
 from tqdm import tqdm
 
-from babyllama.config import atomic_write, from_repo, parse, run, shown
+from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from bench.cache import Store
 from bench.readers import find, lines
@@ -172,37 +174,13 @@ def _seconds(text: str | None) -> float | None:
     return min(float(text), 60.0) if text and text.replace(".", "", 1).isdigit() else None
 
 
-# Where the texts stand in an entry: "*" goes through a list. All else is kept as it is.
-TEXTS: dict[str, tuple[str, ...]] = {
-    "gsm8k": ("question", "answer"),
-    "math": ("problem", "solution"),
-    "commonsenseqa": (
-        "question.stem",
-        "question.choices.*.text",
-        "question",
-        "choices.text.*",
-    ),
-    "boolq": ("question", "passage", "query"),
-    "nq_open": ("question", "answer.*"),
-    "trivia_qa": (
-        "Data.*.Question",
-        "Data.*.Answer.Value",
-        "Data.*.Answer.Aliases.*",
-        "context",
-        "answer",
-        "aliases.*",
-    ),
-    "quac": (
-        "data.*.paragraphs.*.context",
-        "data.*.paragraphs.*.qas.*.question",
-        "data.*.paragraphs.*.qas.*.answers.*.text",
-        "data.*.paragraphs.*.qas.*.orig_answer.text",
-    ),
-    "mmlu": ("0", "1", "2", "3", "4"),
-    "bbh": ("examples.*.input",),
-    "agieval": ("passage", "question", "options.*"),
-}
 UNSENT = ("CANNOTANSWER",)
+
+
+@cache
+def text_paths() -> dict[str, list[str]]:
+    """Where the texts of an entry stand, by the layout of its file."""
+    return yaml.safe_load((REPO / "configs/bench/_texts.yaml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -257,7 +235,7 @@ def read_entries(reader: str, files: list[tuple[str, str]], limit: int | None) -
             found = [json.loads(line) for line in lines(text) if line.strip()]
         name = name.removesuffix(".parquet") + ".jsonl" * name.endswith(".parquet")
         for data in found[:limit]:
-            places = [p for path in TEXTS[reader] for p in _places(data, path.split("."))]
+            places = [p for path in text_paths()[reader] for p in _places(data, path.split("."))]
             texts = [_get(data, place) for place in places]
             wanted = [
                 n for n, t in enumerate(texts)
@@ -347,7 +325,7 @@ def _dump(name: str, data: list) -> str:
 
 def check(cfg: TranslateConfig) -> None:
     """raises: ConfigError naming what is missing"""
-    english = [n for n in names() if not n.endswith("_cloze") and load(n).reader in TEXTS]
+    english = [n for n in names() if not n.endswith("_cloze") and load(n).reader in text_paths()]
     if cfg.task not in english:
         raise ConfigError(f"wanted an English benchmark, found {cfg.task!r}; known are "
                           f"{', '.join(english)}")  # fmt: skip

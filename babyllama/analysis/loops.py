@@ -20,7 +20,7 @@ from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
 from babyllama.log import table
-from babyllama.prompts import PROMPTS, read_prompts
+from babyllama.prompts import QUESTIONS, read_prompts
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, Reply, SamplingConfig, loops, squeeze
@@ -115,7 +115,7 @@ def distinct_share(texts: Sequence[str], n: int) -> float:
 def main(cfg: LoopsConfig) -> None:
     """Answer every prompt in every way, count, print."""
     path = chosen_run(cfg.checkpoint)
-    prompts = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else PROMPTS
+    prompts = read_prompts(from_repo(cfg.prompts or QUESTIONS))
     loaded = load_model(path, pick_device(cfg.device))
     model = ReadyModel.of(loaded, cfg.weights)
     asked = [ask(loaded, prompt) for prompt in prompts]

@@ -7,7 +7,7 @@ from pathlib import Path
 from babyllama.chat.commands import Again, User, obey
 from babyllama.chat.session import Asked, Session, read_reference
 from babyllama.chat.terminal import paint, say, visible, whole
-from babyllama.config import BAD_INPUT, INTERRUPTED
+from babyllama.config import BAD_INPUT, INTERRUPTED, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.language import verbatim
 from babyllama.retrieval.retriever import WikiError
@@ -20,6 +20,22 @@ ENDINGS = {
     "loop": "（开始重复，已停止）",
     "interrupted": "（已停止）",
 }
+
+
+def greet(session: Session, index: Path | None, reference: str) -> str:
+    """What is worth knowing before the first message.
+
+    index: named by the user; reference: the 资料 to begin with
+    """
+    loaded = session.loaded
+    notes = [f"模型：{shown(loaded.path)}" + "（未经对话微调）" * (loaded.kind == "pretrain")]
+    if session.adapters:
+        notes.append(f"LoRA：{session.adapter}（共 {len(session.adapters)} 个，/lora 切换）")
+    if session.retriever and (session.retrieve or index):
+        notes.append(f"索引：{session.retriever.describe()}" + "，自动检索" * session.retrieve)
+    if reference:
+        notes.append(session.talk.set_reference(read_reference(reference)))
+    return "\n".join(notes)
 
 
 def sources(asked: Asked) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from babyllama.config import REPO, from_repo, require_writable, shown
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
-from babyllama.run_dir import beside, checksums, find_checkpoint, newest_run
+from babyllama.run_dir import beside, checksums, find_checkpoint, newest_run, sha256
 from babyllama.scoring.tables import System
 
 PREDICTION_KEYS = ("id", "text", "reference", "prediction")
@@ -298,10 +298,6 @@ def choose_out(
     for path in filter(None, (out, report)):
         require_writable(from_repo(path))
     return out
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(from_repo(path).read_bytes()).hexdigest()
 
 
 def describe(systems: Sequence[Path]) -> list[dict]:

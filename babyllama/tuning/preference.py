@@ -32,7 +32,7 @@ from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, require_writable, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.prompts import PROMPTS, read_prompts
+from babyllama.prompts import QUESTIONS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
 from babyllama.sampling import Reply, SamplingConfig, loops
 from babyllama.scoring.summarise import ReadyModel, ask_all, ranked
@@ -279,7 +279,7 @@ def main(cfg: PairsConfig) -> None:
         require_writable(path)
         loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
         tokenizer = loaded.tokenizer
-        asked = read_prompts(from_repo(cfg.prompts)) if cfg.prompts else PROMPTS
+        asked = read_prompts(from_repo(cfg.prompts or QUESTIONS))
         # With an answer they may take half of the context: a pair is read side by side.
         room = loaded.config.max_seq_len // 2 - 1
         prompts = [text for text in asked if len(tokenizer.encode(text)) < room]

@@ -11,7 +11,7 @@ import pytest
 
 from babyllama.errors import ConfigError, DataError
 from bench.tasks import load, rows_of
-from bench.translate import TEXTS, TranslateConfig, lost, main
+from bench.translate import TranslateConfig, lost, main, text_paths
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bench"
 KEY = "a-secret-key"
@@ -97,7 +97,7 @@ def config(server: Translator, out: Path, task: str, **changes: object) -> Trans
              "mmlu", "bbh", "agieval"],
 )  # fmt: skip
 def test_a_set_keeps_its_layout_its_labels_and_its_numbers(task, server, tmp_path):
-    assert load(task).reader in TEXTS
+    assert load(task).reader in text_paths()
     main(config(server, tmp_path, task))
     english, chinese = (rows_of(load(task), place, None) for place in (FIXTURES, tmp_path))
     assert len(chinese.every) == len(english.every) and chinese.left_out == english.left_out
