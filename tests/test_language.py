@@ -32,7 +32,7 @@ from babyllama.language import (  # noqa: E402
 
 # These speak both languages, or there is no door yet, or answer in JSON, in OpenAI's English.
 NOT_SHOWN = ("quickstart.py", "babyllama/__init__.py", "babyllama/scoring/report.py")
-API = "answers app documents engine errors guard metrics page_routes prompt scheduler schema titles"
+API = "answers app documents engine guard page_routes prompt scheduler schema"
 NOT_SHOWN += tuple(f"serve/{name}.py" for name in API.split())
 SAYERS = ("print", "say", "warn", "confirm", "error", "tqdm", "_complain", "note", "tell")
 TWO_WORDS = re.compile(r"[a-z]{2,}[,;:]? [a-z]{2,}")
