@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ from babyllama.sampling import SamplingConfig
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig, forward_backward, next_token, train
-from benchmarks.peers import SHAPE_43M, hf_model
+from benchmarks.peers import SHAPE_43M, hf_model, usual_step
 from model import IGNORED, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -297,17 +298,9 @@ def peer(lab: Lab) -> dict:
     found: dict[str, object] = {"rows": rows}
     for name in ("plain",) if lab.tiny else ("plain", "compiled"):
         lab.settled()
-        model = hf_model(lab.shape).to(lab.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-        forward = torch.compile(model) if name == "compiled" else model
-
-        def step(forward=forward, model=model, optimizer=optimizer) -> None:
-            with torch.autocast(lab.device.type, torch.bfloat16, enabled=lab.best == "bfloat16"):
-                forward(input_ids=ids, labels=ids).loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = usual_step(
+            hf_model(lab.shape).to(lab.device), ids, lab.best, compiled=name == "compiled"
+        )
         rate = lab.rate(step, ids.numel())
         found[name] = {"tokens_per_s": rate, "peak_gb": memory_gb(lab.device)}
         report(found)
@@ -394,16 +387,6 @@ def overflow(lab: Lab) -> dict:
     return found | {"passed": losses[-1] < losses[0] and is_same}
 
 
-@dataclass(frozen=True)
-class Loop:
-    """What the training loop reads of a script's config."""
-
-    train: TrainConfig
-    device: DeviceConfig
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(warmup_steps=2))
-    base: Path | None = None
-
-
 def resumed(lab: Lab) -> dict:
     """A run of six steps beside one that stopped after three and went on: the weights' largest
     difference, with and without device.deterministic."""
@@ -425,6 +408,9 @@ def _resumed(lab: Lab, place: Path) -> float:
                 file.add_text(rng.integers(3, tokenizer.vocab_size, 4 * lab.shape.max_seq_len))
     loop = TrainConfig(max_steps=6, batch_size=8, micro_batch_size=4, eval_every=6, save_every=3,
                        keep=9, keep_best=False)  # fmt: skip
+    cfg = SimpleNamespace(
+        train=loop, device=DeviceConfig(), optim=OptimConfig(warmup_steps=2), base=None
+    )
     sources = DataConfig(sources=(SourceConfig(str(place / "text")),))
     data = open_data(sources, tokenizer, lab.shape.max_seq_len, loop)
     weights = []
@@ -433,8 +419,7 @@ def _resumed(lab: Lab, place: Path) -> float:
         if weights:
             shutil.copytree(place / "whole/step-000003", place / "again/step-000003")
         model = lab.model(vocab_size=tokenizer.vocab_size)
-        train(model, data, tokenizer, Loop(loop, DeviceConfig()), lab.world, place / name,
-              "pretrain")  # fmt: skip
+        train(model, data, tokenizer, cfg, lab.world, place / name, "pretrain")
         weights.append([w.detach().cpu() for w in model.parameters()])
     return max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
 

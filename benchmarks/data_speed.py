@@ -1,4 +1,4 @@
-"""How fast and how large the way from JSON lines to token files is, stage by stage.
+"""Throughput and memory from JSON lines to token files, stage by stage.
 
     python -m benchmarks.data_speed                    1 GB, one worker and two
     python -m benchmarks.data_speed --mb 100 --kill 30 also: 30 kills, each continued to the same bytes

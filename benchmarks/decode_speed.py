@@ -24,19 +24,15 @@ import torch
 
 from babyllama.config import parse, run
 from babyllama.cpu.decoder import make_decoder
-from babyllama.cpu.draw import choose
 from babyllama.decoder import Decoder
 from babyllama.generate import generate
-from babyllama.sampling import N_CHANCES, SamplingConfig
+from babyllama.sampling import SamplingConfig
 from benchmarks.peers import SHAPE_43M, LlamaCpp, hf_copy, write_gguf
 from model import Transformer
 
 NO_EOS = -1
 MANY = 16
-BURST = 20  # of single steps: alone, each would wake threads that fell asleep
 LLAMA = "llama.cpp"
-# Weights that one token reads: all but the embedding.
-N_READ = 43_510_016 - SHAPE_43M.vocab_size * SHAPE_43M.dim
 
 # Random weights give nearly equal probabilities. With this factor on the logits the nucleus has
 # some 60 tokens, as a trained model's, instead of 50,000.
@@ -168,35 +164,6 @@ def first_token(
     return {name: {"ms": 1e3 * statistics.median(seconds[name]), **found[name]} for name in works}
 
 
-def read_speed(rounds: int) -> dict[str, dict[str, float]]:
-    """GB/s of a sum over as many bytes as a token reads in int8 and in float32: the limit."""
-    found = {}
-    for name, size in (("int8", 1), ("float32", 4)):
-        n_bytes = size * (N_READ - N_READ % 8)
-        numbers = torch.zeros(n_bytes // 8, dtype=torch.int64)
-        (seconds,) = in_turn({name: numbers.sum}, 10 * rounds).values()
-        found[name] = {"mb": n_bytes / 1e6, "gb_per_s": n_bytes / 1e9 / statistics.median(seconds)}
-    return found
-
-
-def parts(decoder: Decoder, rounds: int) -> dict[str, float]:
-    """Milliseconds of a step of one sequence, with 128 tokens in the cache, and of a choice."""
-    cache = decoder.new_cache(torch.zeros(1, dtype=torch.int64), 256)
-    sampling, token = SamplingConfig(), torch.tensor([5])
-
-    def step() -> torch.Tensor:
-        cache.length = 128
-        return decoder.step(token, cache)
-
-    logits, chances = step(), torch.rand(1, N_CHANCES)
-    works = {
-        "step": lambda: [step() for _ in range(BURST)],
-        "choice": lambda: [choose(logits, sampling, chances) for _ in range(BURST)],
-    }
-    seconds = in_turn(works, 2 * rounds)
-    return {name: 1e3 * statistics.median(took) / BURST for name, took in seconds.items()}
-
-
 def show(title: str, lines: dict[str, dict[str, float]]) -> None:
     print(title)
     for name, found in lines.items():
@@ -237,8 +204,6 @@ def main(cfg: DecodeConfig) -> None:
         show(title, found)
 
     with torch.inference_mode(), ExitStack() as stack:
-        record("read", read_speed(cfg.rounds))
-        record("parts_ms", {name: parts(d, cfg.rounds) for name, d in decoders.items()})
         llamas = llama_cpps(model, cfg, stack)
         record("one_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=False))
         record("one_greedy_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=True))

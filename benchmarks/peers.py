@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from babyllama.errors import ConfigError
 from export.gguf import GgufType, add_shape, add_weights, finish
@@ -33,6 +36,24 @@ def hf_copy(model: Transformer) -> LlamaForCausalLM:
     peer, names = hf_model(model.config), hf_names(model.config)
     peer.load_state_dict({names[name]: weight for name, weight in model.state_dict().items()})
     return peer.eval()
+
+
+def usual_step(
+    model: LlamaForCausalLM, ids: Tensor, precision: str, compiled: bool = False
+) -> Callable[[], None]:
+    """A step of the usual loop: transformers' own loss, torch's AdamW, clipping."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=ids.is_cuda)
+    forward = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = forward(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def write_gguf(model: Transformer, file: Path, kind: GgufType) -> None:

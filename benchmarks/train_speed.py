@@ -32,7 +32,7 @@ from babyllama.device import Scaler, memory_gb, pick_precision
 from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.trainer import forward_backward, next_token_loss
-from benchmarks.peers import SHAPE_43M
+from benchmarks.peers import SHAPE_43M, hf_model, usual_step
 from model import ModelConfig, Transformer
 
 LENGTH, MICRO = 512, 8
@@ -92,24 +92,6 @@ def our_step(
     return step
 
 
-def hf_step(precision: str) -> Callable[[], None]:
-    """The usual loop round transformers' model: its own loss, torch's AdamW, clipping."""
-    from benchmarks.peers import hf_model
-
-    model, batch = hf_model(SHAPE_43M), make_batch(SHAPE_43M, MICRO)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = model(input_ids=batch["tokens"], labels=batch["tokens"]).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
 def seconds_of(work: Callable[[], object], times: int, warm_up: bool = True) -> float:
     """Seconds of one call, the median of `times` after one that is not counted."""
     found = []
@@ -137,7 +119,7 @@ def measure_one(name: str, steps: int) -> dict[str, float]:
     if kind == "hf":
         # Where bfloat16 is emulated a step takes minutes: one, cold, is enough to see the order.
         steps = 1 if rest == "bfloat16" and auto == "float32" else steps
-        step = hf_step(rest)
+        step = usual_step(hf_model(SHAPE_43M), make_batch(SHAPE_43M, MICRO)["tokens"], rest)
     elif kind == "ours":
         step = our_step(SHAPE_43M, "adamw", rows, 2 if is_avx2 else MICRO, auto, not is_avx2)
     else:

@@ -5,21 +5,19 @@
     llama-server -m out/redgpt-q8/redgpt-q8_0.gguf --jinja
     ollama create redgpt -f out/redgpt-q8/Modelfile
 
-The file holds weights, shape, vocabulary and chat template; parity.json beside it tells what was
-compared. transformers reads the file back: its logits and greedy replies must be those of the
-checkpoint, or, for f16 and q8_0, of the checkpoint with its weights rounded in that way; how far
-the rounding itself moves the logits is counted. A SentencePiece model built from the vocabulary in
-the file must give our ids. Where llama-cpp-python is installed, llama.cpp itself is compared too:
-token ids and rendered chats always, logits and replies for f32 (its kernels round more for the
+The file (GGUF 3) holds weights, shape, vocabulary and chat template; parity.json beside it tells
+what was compared. transformers reads the file back: its logits and greedy replies must be those of
+the checkpoint, or, for f16 and q8_0, of the checkpoint with its weights rounded in that way; how
+far the rounding itself moves the logits is counted. A SentencePiece model built from the vocabulary
+in the file must give our ids. Where llama-cpp-python is installed, llama.cpp itself is compared
+too: token ids and rendered chats always, logits and replies for f32 (its kernels round more for the
 other types).
-
-A GGUF file of a checkpoint: names, order of rows, types, vocabulary; and reading it back.
 
 Rows of wq and wk are put in another order. Our heads (and transformers') turn the pairs
 (c, c + C/2), llama.cpp's "llama" architecture turns (2c, 2c + 1): llama_model_rope_type in its
 src/llama-model.cpp gives LLM_ARCH_LLAMA the type NORM, "operating on pairs of consecutive head
 values", and LlamaModel.permute in its convert_hf_to_gguf.py reorders in this way. Scores are sums
-over the whole head, so an order that queries and keys share changes nothing else. Format: GGUF 3.
+over the whole head, so an order that queries and keys share changes nothing else.
 """
 
 import copy
@@ -42,17 +40,20 @@ from babyllama.config import parse, run
 from babyllama.generate import generate
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
-from export.folder import check_out, new_folder, settle, show
+from export.hf import hf_names
 from export.parity import (
     AT_ONCE,
     N_NEW,
+    ExportConfig,
     Material,
-    compare_ids,
-    compare_logits,
-    compare_replies,
-    compare_templates,
+    check_out,
+    compare_model,
+    compare_text,
+    new_folder,
     origin_of,
     read_material,
+    settle,
+    show,
 )
 from export.tools import (
     GgufInTransformers,
@@ -60,7 +61,6 @@ from export.tools import (
     chat_template,
     package,
     piece_of,
-    probes,
     read_proto,
     require_convertible,
 )
@@ -69,19 +69,6 @@ from tokenizer import LABELS, SEPARATOR
 
 GgufType = Literal["f32", "f16", "q8_0"]
 
-LAYER_NAMES = {
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-}
-OUTER_NAMES = {"tok_embeddings": "token_embd", "norm": "output_norm", "output": "output"}
-
 # q8_0 stores so many weights of a row as a float16 scale and as many whole numbers.
 _BLOCK = 32
 WIDTH = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / _BLOCK}  # bytes a weight takes
@@ -89,11 +76,9 @@ WIDTH = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / _BLOCK}  # bytes a weight takes
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:
     """Our name of every parameter, and its name in GGUF."""
-    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in OUTER_NAMES.items()}
-    for layer in range(config.n_layers):
-        for ours, theirs in LAYER_NAMES.items():
-            names[f"layers.{layer}.{ours}.weight"] = f"blk.{layer}.{theirs}.weight"
-    return names
+    gguf = package("gguf")
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    return {ours: known.get_name(name, (".weight",)) for ours, name in hf_names(config).items()}
 
 
 def interleave(weight: Tensor, n_heads: int) -> Tensor:
@@ -237,22 +222,15 @@ def vocabulary_in(file: Path) -> tuple[sentencepiece.SentencePieceProcessor, str
 
 
 @dataclass(frozen=True)
-class GgufConfig:
+class GgufConfig(ExportConfig):
     """What is exported, how it is rounded, and where to.
 
     Args:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/
-        out: directory to make
         type: of the weights: f32 (as trained), f16, or q8_0 (8 bits and a scale for 32)
-        force: replace an earlier export of that name as a whole
-        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
     """
 
-    checkpoint: Path | None = None
-    out: Path | None = None
     type: GgufType = "f32"
-    force: bool = False
-    text: Path | None = None
 
 
 def drift(
@@ -285,23 +263,16 @@ def drift(
 def prove(loaded: Loaded, file: Path, material: Material, wanted: GgufType) -> dict:
     """Compare the file, as three readers see it, with the checkpoint."""
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
-    finished = material.finished(tokenizer, context)
-    prompts = material.prompts(tokenizer, context)
     twin = loaded.model if wanted == "f32" else rounded(loaded.model, wanted)
-    peer = GgufInTransformers(file, tokenizer.eos_id)
     pieces, template = vocabulary_in(file)
     report = {
         **origin_of(loaded, material, ["transformers"]),
         "type": wanted,
-        "logits": compare_logits(twin, peer.logits, finished),
-        "replies": compare_replies(twin, tokenizer.eos_id, peer.replies, prompts),
-        "token_ids": compare_ids(tokenizer, pieces.encode, material.lines),
-        "hard_token_ids": compare_ids(tokenizer, pieces.encode, probes(tokenizer)),
-        "chat_template": compare_templates(
-            tokenizer, renderer(loaded, template), None, material.lines
-        ),
+        **compare_model(loaded, GgufInTransformers(file, tokenizer.eos_id), material, twin),
+        **compare_text(loaded, pieces.encode, renderer(loaded, template), None, material),
     }
     if wanted != "f32":
+        finished, prompts = (of(tokenizer, context) for of in (material.finished, material.prompts))
         report["rounding"] = drift(loaded.model, twin, tokenizer.eos_id, finished, prompts)
     if find_spec("llama_cpp") is None:
         return report | {"llama_cpp": "llama.cpp was not compared: llama-cpp-python is missing"}
@@ -326,21 +297,13 @@ def prove_llama_cpp(
     loaded: Loaded, file: Path, material: Material, wanted: GgufType
 ) -> dict[str, dict]:
     """The same comparisons in llama.cpp; logits and replies are bounded for f32 only."""
-    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
-    peer = LlamaCpp(file, context)
+    peer = LlamaCpp(file, loaded.config.max_seq_len)
+    render = renderer(loaded, peer.template)
     found = {
-        "llama_cpp_logits": compare_logits(
-            loaded.model, peer.logits, material.finished(tokenizer, context)
-        ),
-        "llama_cpp_replies": compare_replies(
-            loaded.model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
-        ),
-        "llama_cpp_token_ids": compare_ids(tokenizer, peer.encode, material.lines),
-        "llama_cpp_hard_token_ids": compare_ids(tokenizer, peer.encode, probes(tokenizer)),
-        "llama_cpp_chat_template": compare_templates(
-            tokenizer, renderer(loaded, peer.template), peer.encode_rendered, material.lines
-        ),
+        **compare_model(loaded, peer, material),
+        **compare_text(loaded, peer.encode, render, peer.encode_rendered, material),
     }
+    found = {f"llama_cpp_{name}": check for name, check in found.items()}
     if wanted != "f32":
         for name in ("llama_cpp_logits", "llama_cpp_replies"):
             found[name]["passed"] = None

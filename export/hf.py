@@ -16,7 +16,6 @@ Back again: python -m export.import_hf. For llama.cpp: python -m export.gguf.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -25,15 +24,18 @@ from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
-from export.folder import check_out, new_folder, settle, show, write_json
 from export.parity import (
+    ExportConfig,
     Material,
-    compare_ids,
-    compare_logits,
-    compare_replies,
-    compare_templates,
+    check_out,
+    compare_model,
+    compare_text,
+    new_folder,
     origin_of,
     read_material,
+    settle,
+    show,
+    write_json,
 )
 from export.tools import (
     HuggingFaceFolder,
@@ -41,7 +43,6 @@ from export.tools import (
     fast_tokenizer,
     package,
     piece_of,
-    probes,
     require_convertible,
 )
 from model import ModelConfig
@@ -60,23 +61,6 @@ LAYER_NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-
-
-@dataclass(frozen=True)
-class HfConfig:
-    """What is exported, and where to.
-
-    Args:
-        checkpoint: a run (its newest step) or one step; if absent the newest run in out/
-        out: directory to make
-        force: replace an earlier export of that name as a whole
-        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
-    """
-
-    checkpoint: Path | None = None
-    out: Path | None = None
-    force: bool = False
-    text: Path | None = None
 
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
@@ -160,7 +144,7 @@ def generation_config(tokenizer: Tokenizer) -> dict:
 
 
 def write_folder(loaded: Loaded, place: Path) -> None:
-    """The files that transformers reads, and tokenizer.model for the way back."""
+    """The files that transformers reads, and tokenizer.model for import_hf."""
     config, tokenizer, names = loaded.config, loaded.tokenizer, hf_names(loaded.config)
     weights = {names[name]: weight for name, weight in model_weights(loaded.model).items()}
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
@@ -174,23 +158,15 @@ def write_folder(loaded: Loaded, place: Path) -> None:
 
 def prove(loaded: Loaded, place: Path, material: Material) -> dict:
     """Compare the folder, as transformers loads it, with the checkpoint."""
-    model, tokenizer, context = loaded.model, loaded.tokenizer, loaded.config.max_seq_len
     peer = HuggingFaceFolder(place)
     return {
         **origin_of(loaded, material, ["transformers", "tokenizers"]),
-        "logits": compare_logits(model, peer.logits, material.finished(tokenizer, context)),
-        "replies": compare_replies(
-            model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
-        ),
-        "token_ids": compare_ids(tokenizer, peer.encode, material.lines),
-        "hard_token_ids": compare_ids(tokenizer, peer.encode, probes(tokenizer)),
-        "chat_template": compare_templates(
-            tokenizer, peer.render, peer.encode_rendered, material.lines
-        ),
+        **compare_model(loaded, peer, material),
+        **compare_text(loaded, peer.encode, peer.render, peer.encode_rendered, material),
     }
 
 
-def main(cfg: HfConfig) -> None:
+def main(cfg: ExportConfig) -> None:
     """Write the folder, prove it, put it in its place."""
     source = chosen_run(cfg.checkpoint)
     out = check_out(cfg.out, cfg.force, source)
@@ -207,4 +183,4 @@ def main(cfg: HfConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, parse(HfConfig, doc=__doc__, positional=("checkpoint",)))
+    run(main, parse(ExportConfig, doc=__doc__, positional=("checkpoint",)))

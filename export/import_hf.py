@@ -25,9 +25,16 @@ from tqdm import tqdm
 from babyllama.checkpoint import Loaded, Snapshot, load_model, load_weights, save_checkpoint
 from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
-from export.folder import check_out, new_folder, settle, show
 from export.hf import hf_names, model_config
-from export.parity import compare_logits, compare_replies, origin_of, read_material
+from export.parity import (
+    check_out,
+    compare_model,
+    new_folder,
+    origin_of,
+    read_material,
+    settle,
+    show,
+)
 from export.tools import TransformersModel, llama_of
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -250,7 +257,7 @@ def prove(folder: Path, loaded: Loaded, text: Path | None) -> dict:
     which may name kernels to load or ask for any amount of memory.
     """
     material = read_material(text)
-    tokenizer, context, names = loaded.tokenizer, loaded.config.max_seq_len, hf_names(loaded.config)
+    tokenizer, names = loaded.tokenizer, hf_names(loaded.config)
     weights = {names[n]: w for n, w in read_weights(folder, loaded.config).items()}
     peer = TransformersModel(
         llama_of(model_config(loaded.config, tokenizer), weights), tokenizer.eos_id
@@ -258,10 +265,7 @@ def prove(folder: Path, loaded: Loaded, text: Path | None) -> dict:
     return {
         **origin_of(loaded, material, ["transformers"]),
         "source": shown(folder),
-        "logits": compare_logits(loaded.model, peer.logits, material.finished(tokenizer, context)),
-        "replies": compare_replies(
-            loaded.model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
-        ),
+        **compare_model(loaded, peer, material),
     }
 
 

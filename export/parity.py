@@ -1,4 +1,4 @@
-"""The proof: what an exported model must do exactly as the checkpoint does.
+"""Where an export goes, and the proof of what it must do exactly as the checkpoint does.
 
     logits     of 100 dialogues, every position, to 1e-3 in float32
     replies    to 50 prompts, greedy, the same ids when fed the same ids
@@ -8,25 +8,32 @@
 The other side is given as functions (tools.py). Our prompts are encoded label by label and content
 by content; a tool that encodes the rendered string in one go gets other ids now and then, because
 a token may there reach over a border. How often is counted, not bounded.
+
+An export is built beside its place under another name and renamed when it is finished and proven.
+What stood in its place before is touched only then, and only if it is an export itself.
 """
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded
-from babyllama.config import REPO, from_repo, shown
-from babyllama.errors import DataError
+from babyllama.config import REPO, atomic_dir, from_repo, shown
+from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.generate import generate
 from babyllama.rows import numbered_lines, read_rows, texts_of
 from babyllama.sampling import SamplingConfig
-from export.tools import TextFormat, dialogues, package, piece_of
+from export.tools import TextFormat, dialogues, package, piece_of, probes
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -35,6 +42,117 @@ FEWEST_LINES = 100
 BOUND = 1e-3  # of a logit, in float32
 AT_ONCE = 10  # replies written together
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is exported, and where to.
+
+    Args:
+        checkpoint: a run (its newest step) or one step; if absent the newest run in out/
+        out: directory to make
+        force: replace an earlier export of that name as a whole
+        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
+    """
+
+    checkpoint: Path | None = None
+    out: Path | None = None
+    force: bool = False
+    text: Path | None = None
+
+
+# Every export holds it, and nothing without it is ever replaced.
+REPORT = "parity.json"
+
+
+class NotEqualError(CheckpointError):
+    """The exported model does not behave like the checkpoint."""
+
+
+def check_out(out: Path | None, force: bool, source: Path) -> Path:
+    """The directory to make; every reason against it is found before anything is loaded.
+
+    raises: ConfigError if it is missing, stands already, or holds what is exported
+    """
+    if out is None:
+        raise ConfigError(
+            "--out: wanted a directory to write, found none; for example --out out/hf"
+        )
+    out = from_repo(out)
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ConfigError(f"--out {shown(out)} holds {shown(source)}, which is read; name another")
+    if out.is_dir() and not any(out.iterdir()):
+        return out
+    if out.exists() and not force:
+        raise ConfigError(
+            f"--out {shown(out)} exists; name another directory, or replace it with --force"
+        )
+    if out.exists() and not (out / REPORT).is_file():
+        raise ConfigError(
+            f"--out {shown(out)} is no export (it holds no {REPORT}), so --force does not replace "
+            f"it; delete it yourself or name another directory"
+        )
+    return out
+
+
+@contextmanager
+def new_folder(out: Path, n_bytes: int) -> Iterator[Path]:
+    """A temporary directory that takes the place of `out` if the block succeeds.
+
+    n_bytes: about what will be written
+    raises: ConfigError if the disk does not take it; nothing has changed then
+    """
+    try:
+        with atomic_dir(out) as temporary:
+            total, _, free = shutil.disk_usage(temporary)
+            if total and free < n_bytes:
+                raise OSError(f"{n_bytes / 1e6:.1f} MB are wanted, {free / 1e6:.1f} MB are free")
+            yield temporary
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"could not write {shown(out)}: {error}; nothing that stood there was changed; free "
+            f"some space or name another --out, then start the same command again"
+        ) from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    """A dict as readable JSON."""
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def settle(report: dict, place: Path, out: Path) -> None:
+    """Write the report into the new directory, or refuse the whole export because of it.
+
+    raises: NotEqualError if a check failed; the report then lies beside the place of the export
+    """
+    checks = {name: value for name, value in report.items() if isinstance(value, dict)}
+    failed = {name: check for name, check in checks.items() if check.get("passed") is False}
+    report["passed"] = not failed
+    if not failed:
+        write_json(place / REPORT, report)
+        return
+    beside = out.with_name(f"{out.name}.failed-{REPORT}")
+    write_json(beside, report)
+    reasons = "; ".join(f"{name} ({_figures(check)})" for name, check in failed.items())
+    raise NotEqualError(
+        f"{shown(out)} was not written: it would not behave like {report['source']} in {reasons}; "
+        f"the first differences are in {shown(beside)}"
+    )
+
+
+def _figures(check: dict) -> str:
+    numbers = {k: v for k, v in check.items() if k != "passed" and isinstance(v, int | float)}
+    return ", ".join(f"{k} {v:.3g}" if v % 1 else f"{k} {v}" for k, v in numbers.items())
+
+
+def show(report: dict, out: Path) -> None:
+    """What was compared, one line each."""
+    for name, check in report.items():
+        if isinstance(check, dict) and "passed" in check:
+            print(f"{'equal' if check['passed'] else 'counted':<8} {name}: {_figures(check)}")
+        elif isinstance(check, str) and name in ("llama_cpp", "note"):
+            print(f"note     {check}")
+    print(f"{shown(out)}: done; the proof is {shown(out / REPORT)}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +235,36 @@ def origin_of(loaded: Loaded, material: Material, packages: list[str]) -> dict:
         "text": material.origin,
         "versions": {name: package(name).__version__ for name in packages}
         | {"torch": torch.__version__},
+    }
+
+
+def compare_model(
+    loaded: Loaded, peer: object, material: Material, model: Transformer | None = None
+) -> dict[str, dict]:
+    """Logits and greedy replies beside a peer's.
+
+    peer: has `logits` and `replies` (tools.py)
+    model: what is compared in place of the checkpoint's own
+    """
+    model, tokenizer, context = model or loaded.model, loaded.tokenizer, loaded.config.max_seq_len
+    return {
+        "logits": compare_logits(model, peer.logits, material.finished(tokenizer, context)),
+        "replies": compare_replies(
+            model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
+        ),
+    }
+
+
+def compare_text(
+    loaded: Loaded, encode: Callable, render: Callable, encode_rendered: Callable | None,
+    material: Material,
+) -> dict[str, dict]:  # fmt: skip
+    """Token ids and rendered chats beside a peer's, given as functions."""
+    tokenizer, lines = loaded.tokenizer, material.lines
+    return {
+        "token_ids": compare_ids(tokenizer, encode, lines),
+        "hard_token_ids": compare_ids(tokenizer, encode, probes(tokenizer)),
+        "chat_template": compare_templates(tokenizer, render, encode_rendered, lines),
     }
 
 

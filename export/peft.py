@@ -36,9 +36,18 @@ from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import LoraConfig
 from babyllama.run_dir import chosen_run
-from export.folder import check_out, new_folder, settle, show
 from export.hf import LAYER_NAMES, OUTER_NAMES, hf_names, model_config
-from export.parity import Material, compare_logits, compare_replies, origin_of, read_material
+from export.parity import (
+    ExportConfig,
+    Material,
+    check_out,
+    compare_model,
+    new_folder,
+    origin_of,
+    read_material,
+    settle,
+    show,
+)
 from export.tools import PeftFolder, package
 from model import Transformer
 
@@ -63,23 +72,18 @@ _VALUES_THAT_CHANGE_NOTHING = (None, False, [], {}, "none")
 
 
 @dataclass(frozen=True)
-class PeftConfig:
+class PeftConfig(ExportConfig):
     """What is exported, and where to.
 
     Args:
         checkpoint: a fine-tuning run or checkpoint that holds an adapter, or a saved adapter; with
             --from the base that the adapter is for; if absent the newest run in out/
-        out: directory to make
         from_: a folder of peft to read
         base: the base of an adapter of ours, if it is no longer where the adapter was trained
-        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
     """
 
-    checkpoint: Path | None = None
-    out: Path | None = None
     from_: Path | None = None
     base: Path | None = None
-    text: Path | None = None
 
 
 def renamed(name: str, parts: dict[str, str]) -> str:
@@ -109,17 +113,6 @@ def write_peft(found: dict, tensors: dict[str, Tensor], place: Path) -> None:
     (place / PEFT_FILES[1]).write_text(json.dumps(config, indent=1), "utf-8")
 
 
-def export_peft(model: Transformer, out: Path) -> Path:
-    """Write the active adapter of a model, unproven.
-
-    raises: ConfigError if the disk does not take it
-    """
-    tensors = model_weights(model)
-    with new_folder(out, _n_bytes(tensors)) as place:
-        write_peft(lora.settings(model), tensors, place)
-    return out
-
-
 def _n_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
@@ -129,18 +122,14 @@ def prove(base: Loaded, adapter: Path, place: Path, material: Material) -> dict:
 
     base: gets the adapter on the way
     """
-    config, tokenizer, context = base.config, base.tokenizer, base.config.max_seq_len
-    names = hf_names(config)
+    names = hf_names(base.config)
     weights = {names[name]: weight for name, weight in model_weights(base.model).items()}
-    peer = PeftFolder(place, model_config(config, tokenizer), weights)
+    peer = PeftFolder(place, model_config(base.config, base.tokenizer), weights)
     model = load_adapter(base.model, adapter)
-    adapted = Loaded(model, tokenizer, base.step, adapter, base.kind)
+    adapted = Loaded(model, base.tokenizer, base.step, adapter, base.kind)
     return {
         **origin_of(adapted, material, ["transformers", "peft"]),
-        "logits": compare_logits(model, peer.logits, material.finished(tokenizer, context)),
-        "replies": compare_replies(
-            model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
-        ),
+        **compare_model(adapted, peer, material),
     }
 
 
@@ -261,7 +250,7 @@ def to_ours(cfg: PeftConfig, source: Path, out: Path) -> None:
 def main(cfg: PeftConfig) -> None:
     """Turn one layout into the other."""
     source = chosen_run(cfg.checkpoint)
-    out = check_out(cfg.out, False, source)
+    out = check_out(cfg.out, cfg.force, source)
     (to_peft if cfg.from_ is None else to_ours)(cfg, source, out)
 
 

@@ -29,9 +29,18 @@ from babyllama.errors import ConfigError
 from babyllama.log import perplexity
 from babyllama.run_dir import chosen_run
 from babyllama.scoring.summarise import PROMPTS
-from export.folder import check_out, new_folder, settle, show
 from export.gguf import drift
-from export.parity import Material, compare_logits, origin_of, read_material
+from export.parity import (
+    ExportConfig,
+    Material,
+    check_out,
+    compare_logits,
+    new_folder,
+    origin_of,
+    read_material,
+    settle,
+    show,
+)
 from model import Transformer
 
 BOUND = 1.005  # of the perplexity, over that of float32
@@ -39,26 +48,19 @@ N_TEXTS = 500
 
 
 @dataclass(frozen=True)
-class ReleaseConfig:
+class ReleaseConfig(ExportConfig):
     """What is published, and where to.
 
     Args:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/
-        out: directory to make
         source: a set with token files, by name or directory; its val part is measured, too
         weights: int8: a quarter of float32's size; float16: half, for those who want more digits
         max_mib: largest size of the directory, in MiB
-        force: replace an earlier export of that name as a whole
-        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
     """
 
-    checkpoint: Path | None = None
-    out: Path | None = None
     source: str = ""
     weights: Literal["int8", "float16"] = "int8"
     max_mib: float = 16.0
-    force: bool = False
-    text: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.max_mib > 0:

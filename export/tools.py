@@ -1,4 +1,4 @@
-"""What exports share: the tools that read them back, the vocabulary and the chat format for others.
+"""Tools that exports share: readers of other programs, vocabularies and chat templates for them.
 
 Labels and separator are read from tokenizer.py, which owns the format; this file owns only how
 Jinja says it. The template stands on one line, because engines differ in how they treat line ends.

@@ -29,7 +29,7 @@ from torch import Tensor
 from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError
-from babyllama.log import cjk_font, writable
+from babyllama.log import cjk_font, table, writable
 from babyllama.scoring.rouge import bootstrap_interval, rouge_clipped
 from vqa import images
 from vqa.chat import greedy
@@ -191,7 +191,7 @@ def answers(
     """The answer to each question, with the features that `chosen` names for it."""
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
     prompts = [tokenizer.render_prompt(one.messages) for one in asked]
-    order = sorted(range(len(asked)), key=lambda n: len(prompts[n]))  # little filler
+    order = sorted(range(len(asked)), key=lambda n: len(prompts[n]))  # little padding
     texts = [""] * len(asked)
     for start in range(0, len(order), 64):
         part = order[start : start + 64]
@@ -208,53 +208,51 @@ def is_right(said: str, answer: str) -> bool:
     return said.strip(" 。.\n") == answer.strip(" 。.\n")
 
 
-def share(flags: list[bool]) -> float:
-    return sum(flags) / max(1, len(flags))
-
-
 def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> dict:
     """Figures per question and in all: accuracy of closed questions, ROUGE of the others."""
+    goals = [one.answer for one in asked]
+    right = {
+        mode: np.array(list(map(is_right, texts, goals)), float) for mode, texts in said.items()
+    }
     by_question = defaultdict(list)
     for number, one in enumerate(asked):
         by_question[one.question].append(number)
-    closed, closed_rows, open_rows = {}, [], []
+    closed, closed_rows, open_rows, n_majority = {}, [], [], 0
     for question, rows in by_question.items():
-        counts = Counter(asked[n].answer for n in rows)
+        counts = Counter(goals[n] for n in rows)
         if len(counts) <= max_answers and len(rows) >= 2 * len(counts):
+            most = max(counts.values())
             closed[question] = {"rows": len(rows), "answers": len(counts),
-                                "majority": max(counts.values()) / len(rows)} | {
-                mode: share([is_right(texts[n], asked[n].answer) for n in rows])
-                for mode, texts in said.items()
-            } | _interval(asked, said["true"], rows)  # fmt: skip
-            closed_rows += rows
+                                "majority": most / len(rows), **_shares(right, rows)}  # fmt: skip
+            closed_rows, n_majority = closed_rows + rows, n_majority + most
         else:
             open_rows += rows
-    total = sum(c["rows"] for c in closed.values())
-    keys = ("majority", *said)
+    majority = n_majority / max(1, len(closed_rows))
     found = {
-        "closed": {k: sum(c[k] * c["rows"] for c in closed.values()) / max(1, total) for k in keys}
-        | _interval(asked, said["true"], closed_rows),
+        "closed": {"majority": majority, **_shares(right, closed_rows)},
         "questions": closed,
-        "rows": {"closed": total, "open": len(open_rows)},
+        "rows": {"closed": len(closed_rows), "open": len(open_rows)},
     }
     if open_rows:
-        goals = [asked[n].answer for n in open_rows]
+        wanted = [goals[n] for n in open_rows]
         found["open"] = {
             mode: {
                 name: round(float(f.mean()), 4)
-                for name, f in rouge_clipped([texts[n] for n in open_rows], goals).f.items()
+                for name, f in rouge_clipped([texts[n] for n in open_rows], wanted).f.items()
             }
             for mode, texts in said.items()
         }
     return found
 
 
-def _interval(asked: list[Asked], texts: list[str], rows: list[int]) -> dict[str, float]:
-    """The 95 % interval of the share of right answers; {} without rows."""
+def _shares(right: dict[str, np.ndarray], rows: list[int]) -> dict[str, float]:
+    """The share of right answers by mode, with the 95 % interval of "true" where there are any."""
     if not rows:
-        return {}
-    flags = np.array([is_right(texts[n], asked[n].answer) for n in rows], np.float64)
-    return dict(zip(("low", "high"), bootstrap_interval(flags), strict=True))
+        return dict.fromkeys(right, 0.0)
+    low, high = bootstrap_interval(right["true"][rows])
+    return {mode: float(flags[rows].mean()) for mode, flags in right.items()} | {
+        "low": low, "high": high,
+    }  # fmt: skip
 
 
 def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
@@ -271,21 +269,21 @@ def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
     return probe(*parts)
 
 
-def table(found: dict, limit: int = 12) -> str:
+def report(found: dict, limit: int = 12) -> str:
     """Figures as the user sees them."""
-    head = [f"{mode:>9}" for mode in ("majority", *MODES)]
-    lines = [f"{'question':<24} {'rows':>6} {' '.join(head)}   95 % of true"]
+    modes = ("majority", *MODES)
+    lines = [["question", "rows", *modes, "95 % of true"]]
     largest = sorted(found["questions"].items(), key=lambda item: -item[1]["rows"])
     rows = [*largest[:limit], ("all closed", found["closed"] | {"rows": found["rows"]["closed"]})]
     for question, figures in rows:
-        cells = " ".join(f"{figures[m]:>9.1%}" for m in ("majority", *MODES))
         interval = f"{figures['low']:.1%} - {figures['high']:.1%}" if "low" in figures else "-"
-        lines.append(f"{question:<24} {figures['rows']:>6} {cells}   {interval}")
-    for mode, scores in found.get("open", {}).items():
-        lines.append(f"open, {mode}: {scores}")
+        cells = [f"{figures[mode]:.1%}" for mode in modes]
+        lines.append([question, figures["rows"], *cells, interval])
+    text = [table(lines)]
+    text += [f"open, {mode}: {scores}" for mode, scores in found.get("open", {}).items()]
     if "probe" in found:
-        lines.append(f"linear probe on the same features: {found['probe']:.1%}")
-    return "\n".join(lines)
+        text.append(f"linear probe on the same features: {found['probe']:.1%}")
+    return "\n".join(text)
 
 
 def draw(photos: list, font: str | None) -> "Figure":
@@ -354,7 +352,7 @@ def main(cfg: EvaluateConfig) -> None:
         one, name = asked[n], pictures.names[asked[n].picture]
         print(f"{name}  {one.question}  {one.answer}  | "
               + "  ".join(f"{m}: {said[m][n]}" for m in MODES))  # fmt: skip
-    print(table(found))
+    print(report(found))
     if cfg.sheet:
         write_sheet(from_repo(cfg.sheet), pictures, asked, said["true"], cfg.n_photos)
     run_directory = loaded.path.parent

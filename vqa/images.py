@@ -2,7 +2,7 @@
 
 Owns decoding: what is refused (not a picture, cut off, too many pixels or bytes), how a picture is
 turned upright (EXIF), flattened (alpha on white, CMYK and 16 bits to RGB, the first frame of an
-animation) and laid into squares. The header is read before any pixel, so a decompression bomb
+animation) and cut into squares. The header is read before any pixel, so a decompression bomb
 costs no memory. What an encoder does with the squares is vqa/'s; the chat page may use this too.
 """
 

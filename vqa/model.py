@@ -17,20 +17,19 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from babyllama.checkpoint import load_weights, read_checkpoint
+from babyllama.checkpoint import Loaded, load_weights, read_checkpoint
 from babyllama.config import shown
 from babyllama.cpu import draw
 from babyllama.decoder import Decoder
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.run_dir import find_checkpoint
 from model import KVCache, Loss, ModelConfig, Transformer
-from tokenizer import Tokenizer
 from vqa.encoders import Encoder, EncoderConfig, make_encoder
 from vqa.images import normalise
 
@@ -46,8 +45,7 @@ class FusionConfig:
         n_queries: positions of a picture, for resampler
         n_blocks: how often the queries look, for resampler
         layers: the layers that look, for cross; empty: all
-        dropout: share of the features that is left out at random in training, against learning
-            few photos by heart
+        dropout: share of the features that is left out at random in training, against overfitting
     """
 
     kind: Literal["splice", "resampler", "cross"] = "splice"
@@ -338,17 +336,8 @@ def with_picture(ids: Sequence[int], picture: int, n_positions: int) -> list[int
     return [ids[0], *range(-1 - first, -1 - first - n_positions, -1), *ids[1:]]
 
 
-class Loaded(NamedTuple):
-    """A checkpoint that answers about pictures, ready to use."""
-
-    model: VqaModel
-    tokenizer: Tokenizer
-    step: int
-    path: Path
-
-
 def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
-    """Load a checkpoint strictly, in evaluation mode.
+    """Load a checkpoint that answers about pictures, strictly, in evaluation mode.
 
     path: a checkpoint, or a run for its newest one
     raises: CheckpointError if it is missing, damaged, or of another kind
@@ -376,4 +365,4 @@ def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
         encoder.net.set_eps(eps)
     model = VqaModel(Transformer(info["model"]), encoder, fusion)
     load_weights(model, weights, path)
-    return Loaded(model.to(device).eval(), tokenizer, info["step"], path)
+    return Loaded(model.to(device).eval(), tokenizer, info["step"], path, info["kind"])

@@ -1,1 +1,1 @@
-"""What a model has learnt, forgot and costs."""
+"""Measurements of a model: perplexity, memory over turns, loops, and what a run takes."""

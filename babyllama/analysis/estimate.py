@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: parameters, memory and time.
+"""Estimate of what a run takes before it is started: parameters, memory and time.
 
 python pretrain.py --dry-run         of a run, with ten probing steps
 python -m babyllama.analysis.estimate         a table: the largest batches on usual cards, computed

@@ -1,4 +1,4 @@
-"""What the first step of a run reads, for people: `python sft.py --dataset csl --inspect`.
+"""The first batch of a run, readable: `python sft.py --dataset csl --inspect`.
 
 The sequences of the first micro-batch, each with its segments: source, row, and the text with what
 is learnt in green (in ⟦ ⟧ where there are no colours). Nothing is computed or written.

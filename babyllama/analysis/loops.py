@@ -1,4 +1,4 @@
-"""How often a checkpoint's replies fall into loops, and what the guard does about it.
+"""Loops in a checkpoint's replies: how often, and what the guard does about them.
 
     python -m babyllama.analysis.loops out/redgpt                     two dozen built-in questions
     python -m babyllama.analysis.loops out/wiki --prompts prompts.txt --loop_guard end

@@ -1,4 +1,4 @@
-"""What a chat checkpoint still knows some turns later, in two tests.
+"""Memory of a chat checkpoint some turns later, in two tests.
 
     python -m babyllama.analysis.multi_turn out/NAME
     python -m babyllama.analysis.multi_turn release --turns 0,1,4 --out said.jsonl

@@ -1,4 +1,4 @@
-"""What inspecting puts on a terminal: coloured tokens; Chinese text cut and aligned by its width.
+"""Terminal output: coloured tokens; Chinese text cut and aligned by its width.
 
 A character's width is that of Unicode Standard Annex 11: W and F take two columns.
 """

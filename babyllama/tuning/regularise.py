@@ -1,4 +1,4 @@
-"""Against learning a small set by heart: dropout and noise, put on from outside; label smoothing.
+"""Regularisation against overfitting a small set: dropout and noise by hooks; label smoothing.
 
 Each is off by default and works in training alone. What is drawn belongs to the step (the loop
 seeds it), so a run that goes on draws what it would have drawn. The average of weights is in

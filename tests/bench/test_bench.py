@@ -371,10 +371,10 @@ def test_the_harness_own_model_gives_an_exported_checkpoint_the_same_scores(taug
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from export.hf import HfConfig
     from export.hf import main as export
+    from export.parity import ExportConfig
 
-    export(HfConfig(checkpoint=taught, out=tmp_path / "hf"))
+    export(ExportConfig(checkpoint=taught, out=tmp_path / "hf"))
     loaded = load_model(taught)
     theirs = HFLM(
         str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=1,

@@ -23,15 +23,19 @@ from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer
 from conftest import TEXTS, small_config
 from export import gguf, hf, import_hf
-from export.folder import NotEqualError, check_out, new_folder, settle
 from export.gguf import interleave, rounded, write_file
 from export.parity import (
+    ExportConfig,
     Material,
+    NotEqualError,
+    check_out,
     compare_ids,
     compare_logits,
     compare_replies,
     compare_templates,
+    new_folder,
     read_material,
+    settle,
 )
 from export.tools import (
     NORMAL,
@@ -94,7 +98,7 @@ def text(root: Path) -> Path:
 @pytest.fixture(scope="module")
 def folder(root: Path, source: Path, text: Path) -> Path:
     """The Hugging Face folder, as the command writes it."""
-    hf.main(hf.HfConfig(source, root / "hf", text=text))
+    hf.main(ExportConfig(source, root / "hf", text=text))
     return root / "hf"
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from babyllama.checkpoint import load_adapter, load_model, read_adapter, save_adapter
+from babyllama import lora
+from babyllama.checkpoint import load_adapter, load_model, model_weights, read_adapter, save_adapter
 from babyllama.errors import CheckpointError
 from babyllama.lora import LoraConfig, apply_lora, fingerprint, stored
 from benchmarks.peers import hf_copy
@@ -19,7 +20,6 @@ from export.parity import Material
 from export.peft import (
     HF_PARTS,
     OUR_PARTS,
-    export_peft,
     import_peft,
     prove,
     renamed,
@@ -28,6 +28,12 @@ from export.peft import (
 from test_lora import ALL, LAYERS, TOKENS, adapted, make
 
 PEFT_TARGETS = [("wq", "wv"), LAYERS, ALL, ("layers.1.attention.wo", "w2")]
+
+
+def export_peft(model, out: Path) -> Path:
+    out.mkdir()
+    write_peft(lora.settings(model), model_weights(model), out)
+    return out
 
 
 @pytest.mark.parametrize("targets", PEFT_TARGETS, ids=str)

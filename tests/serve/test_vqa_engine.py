@@ -31,7 +31,7 @@ def asked(number: int) -> list[dict]:
 
 @pytest.fixture(params=["splice", "resampler", "cross"])
 def loaded(request, tokenizer: Tokenizer, tmp_path) -> Loaded:
-    return Loaded(seeing_model(tokenizer, request.param), tokenizer, 1, tmp_path)
+    return Loaded(seeing_model(tokenizer, request.param), tokenizer, 1, tmp_path, "vqa")
 
 
 def alone(loaded: Loaded, number: int, colour: str, sampling: SamplingConfig) -> str:

@@ -31,7 +31,7 @@ from vqa.data import (
     prepared,
 )
 from vqa.encoders import EncoderConfig, make_encoder
-from vqa.evaluate import Asked, probe, score, shuffled, table
+from vqa.evaluate import Asked, probe, report, score, shuffled
 from vqa.images import normalise
 from vqa.pack import Finder, PackConfig, Pictures, members, pack
 from vqa.train import VqaConfig
@@ -371,7 +371,7 @@ def test_scores_know_the_majority_and_open_questions():
     assert low < 7 / 8 < high == 1 and found["questions"][QUESTION]["low"] == low
     everything = found | {"closed": {"majority": 0, "true": 0, "shuffled": 0, "blank": 0},
                           "questions": {}}  # fmt: skip
-    assert table(everything).splitlines()[-3].endswith(" -"), "no closed question, no interval"
+    assert report(everything).splitlines()[-3].endswith(" -"), "no closed question, no interval"
     assert found["rows"] == {"closed": 8, "open": 1}
     assert 0 < found["open"]["true"]["rouge-1"] < 1 and found["open"]["blank"]["rouge-1"] == 0
 
