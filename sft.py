@@ -19,18 +19,15 @@ Ctrl-C saves first.
 
 import copy
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-
-import yaml
 
 from babyllama.analysis.estimate import dry_run
 from babyllama.analysis.inspect_batch import shown_batch
 from babyllama.analysis.terminal_text import painter_of
 from babyllama.checkpoint import load_model
-from babyllama.config import REPO, confirm, from_repo, parse, run, shown
+from babyllama.config import confirm, from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
@@ -44,7 +41,7 @@ from babyllama.trainer import Objective, TrainConfig, next_token, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
-from data_process.registry import require_known
+from data_process.registry import require_known, settings_of
 from model import Transformer
 
 # What a run shows of itself at each evaluation.
@@ -162,22 +159,6 @@ def own_settings(cfg: SftConfig) -> Path:
     if cfg.dataset:
         raise ConfigError(f"--rows or --dataset, not both; found {cfg.rows} and {cfg.dataset}")
     return own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base, confirm)
-
-
-def settings_of(argv: Sequence[str]) -> list[str]:
-    """What is read before a command line without --config: the file of the first set that it
-    names, configs/sft/<set>.yaml, else its line in configs/sft/datasets.yaml."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=False):
-        name = following if word == "--dataset" else word.removeprefix("--dataset=")
-        name = name.partition(",")[0].partition(":")[0].strip()
-        if word.startswith("--dataset") and not any(w.startswith("--config") for w in argv):
-            table = REPO / "configs/sft/datasets.yaml"
-            own, sets = table.with_name(f"{name}.yaml"), yaml.safe_load(table.read_text("utf-8"))
-            if own.is_file() and own != table:
-                return ["--config", str(own)]
-            changes = sets["all"] | sets[name] if name in sets else {}
-            return [f"--{setting}={value}" for setting, value in changes.items()]
-    return []
 
 
 def start_run() -> int:

@@ -9,12 +9,12 @@ import importlib.util
 import pickle
 import pkgutil
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from babyllama.config import REPO, shown
+from babyllama.config import REPO, read_yaml, shown
 from babyllama.errors import ConfigError, DataError, nearest
 from data_process import datasets
 
@@ -116,6 +116,22 @@ def known_names() -> list[str]:
     made = [*(REPO / "data").glob("clean/*/"), *(REPO / "data").glob("tokens/*/*/")]
     configs = (REPO / "configs/sft").glob("*.yaml")
     return [*GROUPS, *MODULES, *(path.name for path in made), *(path.stem for path in configs)]
+
+
+def settings_of(argv: Sequence[str]) -> list[str]:
+    """What sft.py reads before a command line without --config: the file of the first set that it
+    names, configs/sft/<set>.yaml, else its line in configs/sft/datasets.yaml."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name = following if word == "--dataset" else word.removeprefix("--dataset=")
+        name = name.partition(",")[0].partition(":")[0].strip()
+        if word.startswith("--dataset") and not any(w.startswith("--config") for w in argv):
+            table = REPO / "configs/sft/datasets.yaml"
+            own, sets = table.with_name(f"{name}.yaml"), read_yaml(table)
+            if own.is_file() and own != table:
+                return ["--config", str(own)]
+            changes = sets["all"] | sets[name] if name in sets else {}
+            return [f"--{setting}={value}" for setting, value in changes.items()]
+    return []
 
 
 def _unknown(name: str) -> ConfigError:
