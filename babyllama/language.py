@@ -26,7 +26,7 @@ CATALOGUE = Path(__file__).with_name("zh.po")
 
 # A message that begins or ends so is part of a longer one: "; did you mean {}?".
 OPEN = (" ", ",", ";", ":", "(")
-SEPARATORS = {"\n": "\n", "; ": "；", ", ": "，", ": ": "："}
+SEPARATORS = {"; ": "；", ", ": "，", ": ": "："}
 MARGIN = r"(?:\s|\x1b\[[\d;]*m)*"
 COMMANDS = (" ", "python")  # so begins a docstring's paragraph of them
 REMARK = re.compile(r"(?<=\S)(  +(?:# )?)(\S.*)")  # behind a command
@@ -79,7 +79,7 @@ class Message:
     is_open: tuple[bool, bool]  # something may stand before it, behind it
 
     def filled_in(self, text: str) -> list[str] | None:
-        """What is filled in, if `text` is this message."""
+        """What is filled in, if `text` is this message; lines only where it says so, or last."""
         first, *middle, last = self.pieces
         if not (text.startswith(first) and text.endswith(last)):
             return None
@@ -90,6 +90,8 @@ class Message:
                 return None
             found.append(text[at:there])
             at = there + len(piece)
+        if "\n" in "".join(found) and "\n" not in "".join(self.pieces):
+            return None
         return [*found, text[at:end]] if at <= end else None
 
 
@@ -109,8 +111,10 @@ class Catalogue:
             if any(is_open) or len(pieces) > 1:
                 pieces = [""] * is_open[0] + pieces + [""] * is_open[1]
                 messages.append(Message(tuple(pieces), translation, is_open))
-        # One whose beginning is known before one that begins with anything, "error: {}".
-        self.messages = sorted(messages, key=lambda m: (not m.pieces[0], -len("".join(m.pieces))))
+        # Of two that fit the more specific one, but what stands before a message goes first.
+        self.messages = sorted(
+            messages, key=lambda one: (": " not in one.pieces[0], -len("".join(one.pieces)))
+        )
 
     def say(self, text: str, is_part: bool = False) -> str:
         """A text in Chinese as far as it is known; a part of one may be several."""
@@ -124,6 +128,17 @@ class Catalogue:
                 head = said.pop(0) if message.is_open[0] else ""
                 tail = said.pop() if message.is_open[1] else ""
                 return head + message.translation.format(*said) + tail
+        if "\n" in text:
+            return "\n".join(self.printed(line, is_part) for line in text.split("\n"))
+        if "  " in text:  # cells of a table
+            first, *others = re.split("(  +)", text)
+            said = self.say(first, is_part)
+            room = width_of(first) - width_of(said)
+            for gap, cell in zip(others[::2], others[1::2], strict=True):
+                new = self.say(cell, is_part)
+                room += len(gap) + width_of(cell) - width_of(new)
+                said, room = said + " " * max(1, room) + new, 0
+            return said
         for separator, wide in SEPARATORS.items() if is_part else ():
             if separator in text:
                 parts = text.split(separator)
@@ -131,9 +146,8 @@ class Catalogue:
                 return wide.join(said) if said != parts else text
         return text
 
-    def printed(self, text: str) -> str:
-        """What is printed at once: a message between blanks and colours, or lines of them, the
-        cells of a table, a progress bar."""
+    def printed(self, text: str, is_part: bool = False) -> str:
+        """What is printed at once: a message between blanks and colours, or a progress bar."""
         if text.startswith(("{", "[{", '["')):  # JSON
             return text
         if text.startswith("\r"):
@@ -141,18 +155,7 @@ class Catalogue:
             rest = re.sub(r" [a-z]+(?=/s|\])", lambda unit: self.exact.get(unit[0], unit[0]), rest)
             return "\r" + self.say(name[1:]) + colon + rest
         head, core, tail = re.fullmatch(rf"({MARGIN})(.*?)({MARGIN})", text, re.S).groups()
-        said = self.say(core)
-        if said == core and "\n" in core:
-            said = "\n".join(map(self.printed, core.split("\n")))
-        elif said == core and "  " in core:
-            first, *others = re.split("(  +)", core)
-            said = self.say(first)
-            room = width_of(first) - width_of(said)
-            for gap, cell in zip(others[::2], others[1::2], strict=True):
-                new = self.say(cell)
-                room += len(gap) + width_of(cell) - width_of(new)
-                said, room = said + " " * max(1, room) + new, 0
-        return head + said + tail
+        return head + self.say(core, is_part) + tail
 
     def paragraphs(self, text: str) -> str:
         """A docstring: whole paragraphs, and of indented lines what is said behind a command."""

@@ -239,7 +239,7 @@ def table(made: list[tuple[dict, dict[str, int] | None]]) -> str:
         n_dropped = counts["rows_in"] - counts["rows_out"]
         reasons = ", ".join(f"{name} {n['rows']:,}" for name, n in counts["dropped"].items())
         lines.append(
-            f"{'':<16} {n_dropped:,} of {counts['rows_in']:,} rows dropped"
+            f"{'':<17}{n_dropped:,} of {counts['rows_in']:,} rows dropped"
             + (f": {reasons}" if reasons else "")
         )
     if len(made) > 1:

@@ -35,6 +35,7 @@ NOT_SHOWN = ("quickstart.py", "babyllama/__init__.py", "babyllama/scoring/report
 API = "answers app documents engine guard page_routes prompt scheduler schema"
 NOT_SHOWN += tuple(f"serve/{name}.py" for name in API.split())
 SAYERS = ("print", "say", "warn", "confirm", "error", "tqdm", "_complain", "note", "tell")
+CELLS = ("lines", "head", "_NATURE")  # so are tables called while they are made
 TWO_WORDS = re.compile(r"[a-z]{2,}[,;:]? [a-z]{2,}")
 WORD_AND_SPACE = re.compile(r"\b[a-z]{2,}[,;:]? | [a-z]{2,}\b")
 CHINESE = re.compile("[\u4e00-\u9fff]")
@@ -90,14 +91,21 @@ def written(node: ast.AST, is_said: bool = False) -> Iterator[str]:
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
         return  # a regular expression
+    if isinstance(node, ast.List | ast.Tuple | ast.Dict) and is_said:
+        for cell in node.values if isinstance(node, ast.Dict) else node.elts:
+            yield from written(cell, is_said)
+        return
+    said = spoken(node)
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
             continue  # a docstring
-        yield from written(child, child in spoken(node))
+        yield from written(child, child in said)
 
 
 def spoken(node: ast.AST) -> list[ast.AST]:
-    """The parts of a call that the user will read, of a choice of them each."""
+    """The parts of a call, or of a table's first lines, that the user will read."""
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in CELLS:
+        return [node.value]
     call = node.exc if isinstance(node, ast.Raise) else node
     if not isinstance(call, ast.Call):
         return []
