@@ -1,7 +1,7 @@
 """Decoding speed of the 43M shape on this processor, beside transformers' generate.
 
     python -m benchmarks.decode_speed                          about 4 minutes on two cores
-    python -m benchmarks.decode_speed --llama_python PYTHON    and llama.cpp, a minute more
+    python -m benchmarks.decode_speed --llama                  and llama.cpp, a minute more
 
 All contestants have the same random weights and take turns, so that what else the machine does
 meets all of them; a ratio is the median of the ratios of the rounds. One sequence: a prompt of 64
@@ -15,7 +15,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,14 +46,13 @@ class DecodeConfig:
         rounds: how often each contestant takes its turn
         threads: of the processor; 0: as torch sees fit
         int8: measure int8 weights too; needs a C compiler
-        llama_python: a python that has llama-cpp-python, to compare with llama.cpp (f16 and q8_0,
-            one thread and more)
+        llama: compare with llama.cpp (f16 and q8_0, one thread and more); needs llama-cpp-python
     """
 
     rounds: int = 5
     threads: int = 0
     int8: bool = True
-    llama_python: Path | None = None
+    llama: bool = False
 
 
 def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -170,18 +168,15 @@ def show(title: str, lines: dict[str, dict[str, float]]) -> None:
         print(f"  {name:<16}" + "  ".join(f"{key} {value:,.2f}" for key, value in found.items()))
 
 
-def llama_cpps(model: Transformer, cfg: DecodeConfig, stack: ExitStack) -> dict[str, LlamaCpp]:
+def llama_cpps(model: Transformer) -> dict[str, LlamaCpp]:
     """llama.cpp with each type of weights and each number of threads."""
-    if cfg.llama_python is None:
-        return {}
-    place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     found = {}
-    for kind in ("f16", "q8_0"):
-        file = place / f"{kind}.gguf"
-        write_gguf(model, file, kind)
-        for threads in range(1, torch.get_num_threads() + 1):
-            llama = LlamaCpp(cfg.llama_python, file, threads)
-            found[f"{LLAMA} {kind} {threads}"] = stack.enter_context(llama)
+    with tempfile.TemporaryDirectory() as place:
+        for kind in ("f16", "q8_0"):
+            file = Path(place) / f"{kind}.gguf"
+            write_gguf(model, file, kind)
+            for threads in range(1, torch.get_num_threads() + 1):
+                found[f"{LLAMA} {kind} {threads}"] = LlamaCpp(file, threads)
     return found
 
 
@@ -203,8 +198,8 @@ def main(cfg: DecodeConfig) -> None:
         result[title] = found
         show(title, found)
 
-    with torch.inference_mode(), ExitStack() as stack:
-        llamas = llama_cpps(model, cfg, stack)
+    with torch.inference_mode():
+        llamas = llama_cpps(model) if cfg.llama else {}
         record("one_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=False))
         record("one_greedy_reply", one_reply(decoders, peer, llamas, cfg.rounds, greedy=True))
         record("many_replies", many_replies(decoders, cfg.rounds))

@@ -1,18 +1,15 @@
-"""The same weights in the hands of peers: transformers, and llama.cpp in a process of its own."""
+"""The same weights in the hands of peers: transformers, and llama.cpp."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from babyllama.errors import ConfigError
 from export.gguf import GgufType, add_shape, add_weights, finish
 from export.hf import hf_names, llama_shape
 from export.tools import package
@@ -77,34 +74,17 @@ def write_gguf(model: Transformer, file: Path, kind: GgufType) -> None:
 
 
 class LlamaCpp:
-    """A process that decodes with llama.cpp (llama_peer.py); a context manager."""
+    """A GGUF file in llama.cpp, by way of llama-cpp-python, as fast as it goes."""
 
-    def __init__(self, python: Path, file: Path, threads: int) -> None:
-        command = [str(python), str(Path(__file__).with_name("llama_peer.py")), str(file)]
-        self.process = subprocess.Popen(
-            [*command, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._answer(f"{python} with llama-cpp-python, that loads {file}")
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+    def __init__(self, file: Path, threads: int) -> None:
+        self._model = package("llama_cpp").Llama(
+            str(file), n_ctx=512, n_batch=512, n_ubatch=512, n_threads=threads,
+            n_threads_batch=threads, verbose=False,
+        )  # fmt: skip
 
     def generate(self, prompt: Sequence[int], n: int, greedy: bool) -> int:
-        """Let it write exactly n tokens; returns how many came."""
-        asked = {"prompt": list(prompt), "n": n, "greedy": greedy}
-        print(json.dumps(asked), file=self.process.stdin, flush=True)
-        return self._answer("a reply of llama.cpp")["tokens"]
-
-    def _answer(self, wanted: str) -> dict:
-        line = self.process.stdout.readline()
-        if not line:
-            sys.stderr.flush()
-            raise ConfigError(
-                f"wanted {wanted}, found that it ended with exit code {self.process.wait()}; see "
-                f"its message above; pip install llama-cpp-python there"
-            )
-        return json.loads(line)
+        """Let it write exactly n tokens, greedy or at 0.8 and top-p 0.9; returns how many came."""
+        drawn = {"temp": 0.0} if greedy else {"temp": 0.8, "top_p": 0.9}
+        self._model.reset()  # or it would begin where an equal prompt ended
+        tokens = self._model.generate(prompt, top_k=0, min_p=0.0, repeat_penalty=1.0, **drawn)
+        return sum(1 for _ in islice(tokens, n))
