@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
 
@@ -217,8 +217,20 @@ def event(data: dict) -> bytes:
     return b"data: " + text.encode("utf-8") + b"\n\n"
 
 
-async def gone(receive: Receive) -> None:
-    """Returns when the client has left."""
+async def unless_gone(work: Coroutine, receive: Receive) -> asyncio.Task | None:
+    """The work, done; None where the client left before, which ends it."""
+    doing, leaving = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return doing if doing.done() else None
+    finally:
+        for task in (doing, leaving):
+            task.cancel()
+        # The pieces' own clean-up must have run when the places are given back.
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -235,17 +247,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.places:
-            sending = asyncio.create_task(self._send(send))
-            leaving = asyncio.create_task(gone(receive))
-            try:
-                await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (sending, leaving):
-                    task.cancel()
-                # The pieces' own clean-up must have run when the places are given back.
-                await asyncio.gather(sending, leaving, return_exceptions=True)
-        if sending.done() and not sending.cancelled() and sending.exception():
-            raise sending.exception()
+            sent = await unless_gone(self._send(send), receive)
+        if sent:
+            sent.result()
 
     async def _send(self, send: Send) -> None:
         headers = [

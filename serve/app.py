@@ -18,7 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from babyllama.errors import ConfigError
-from serve.answers import Asked, EventStream, answer_titles, gone, titled_text, whole
+from serve.answers import Asked, EventStream, answer_titles, titled_text, unless_gone, whole
 from serve.engine import Engine, Job
 from serve.guard import Gate, GateConfig
 from serve.page_routes import Service, add_page, model_facts
@@ -203,17 +203,8 @@ async def _answer(asked: Asked, body: Request, request: HttpRequest, places: Exi
     if body.stream:
         return EventStream(asked, places)
     with places:
-        writing = asyncio.create_task(whole(asked))
-        leaving = asyncio.create_task(gone(request.receive))
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not writing.done():
-                return Response(status_code=499)  # nobody reads it
-            return JSONResponse(writing.result())
-        finally:
-            for task in (writing, leaving):
-                task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
+        written = await unless_gone(whole(asked), request.receive)
+    return JSONResponse(written.result()) if written else Response(status_code=499)  # nobody reads
 
 
 def _wants_usage(body: Request) -> bool:

@@ -2,7 +2,7 @@
 
 `Engine.step` reads a block of the prompt that waits longest and continues every reply by a token.
 Who runs the steps, in which thread, and what becomes of the pieces is serve's business; nothing
-here waits or locks. Rules and random numbers of a reply are generate.py's: reply number i of a
+here waits or locks. Rules and random numbers of a reply are sampling.py's: reply number i of a
 request is that of generate_replies with the same seed.
 
 What holds for a reply in company, beside the same reply written alone: prompts are read one at a
