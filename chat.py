@@ -26,9 +26,9 @@ from typing import Literal
 
 from babyllama.chat.commands import Again, User, completions, obey
 from babyllama.chat.replies import MISTAKES, answer, answer_lines, answer_once, greet, write_title
-from babyllama.chat.session import Session, choose_checkpoint, named, open_retriever
+from babyllama.chat.session import Session, choose_checkpoint, open_retriever
 from babyllama.chat.terminal import Lines, paint, say, state_dir, visible, whole
-from babyllama.checkpoint import find_adapter, load_model, read_adapter
+from babyllama.checkpoint import load_model
 from babyllama.config import parse, run
 from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
@@ -73,17 +73,6 @@ class ChatConfig(SamplingConfig):
     loop_guard: Literal["off", "end", "redraw"] = "redraw"  # people do not want to read loops
 
 
-def open_session(cfg: ChatConfig) -> Session:
-    """Model, adapters and index as the settings name them."""
-    checkpoint = cfg.checkpoint
-    if checkpoint is None and cfg.lora:
-        _, found, _ = read_adapter(find_adapter(named(cfg.lora[0])[1]))
-        checkpoint = Path(found["base"]) if found["base"] else None
-    retriever = open_retriever(cfg.index, cfg.retrieve)
-    loaded = load_model(choose_checkpoint(checkpoint), pick_device(cfg.device))
-    return Session(loaded, cfg, cfg.weights, cfg.lora, retriever, cfg.retrieve, cfg.wiki_url)
-
-
 def converse(session: Session) -> None:
     """Read, answer, repeat, until /quit, Ctrl-D, or Ctrl-C twice on an empty line."""
     lines = Lines(lambda before, word: completions(session, before, word), state_dir() / "history")
@@ -92,15 +81,12 @@ def converse(session: Session) -> None:
     is_leaving = False
     while True:
         try:
-            if is_leaving:
+            if is_leaving:  # here, where a second Ctrl-C is heard at once
                 say("再按一次 Ctrl-C 退出")
             line = whole(lines.read(LABELS["user"]))
-        except EOFError:
+        except (KeyboardInterrupt, EOFError) as stopped:
             print()
-            return
-        except KeyboardInterrupt:
-            print()
-            if is_leaving:
+            if is_leaving or isinstance(stopped, EOFError):
                 return
             is_leaving = not lines.so_far()
             continue
@@ -129,7 +115,10 @@ def main(cfg: ChatConfig) -> int:
         raise ConfigError("--prompt is blank; give a message, or leave it out to talk")
     if cfg.n > 1 and not cfg.prompt:
         raise ConfigError(f"--n {cfg.n} is for one message; add --prompt, or leave it out to talk")
-    session = open_session(cfg)
+    retriever = open_retriever(cfg.index, cfg.retrieve)
+    checkpoint = choose_checkpoint(cfg.checkpoint, lora=cfg.lora)
+    loaded = load_model(checkpoint, pick_device(cfg.device))
+    session = Session(loaded, cfg, cfg.weights, cfg.lora, retriever, cfg.retrieve, cfg.wiki_url)
     place = sys.stderr if cfg.prompt or cfg.json or cfg.title else sys.stdout
     print(paint(visible(greet(session, cfg.index, cfg.reference), place), file=place), file=place)
     if cfg.title:

@@ -16,20 +16,16 @@ to make them again. Measures: scoring/rouge.py; published figures: scoring/publi
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Literal
 
-from babyllama.checkpoint import load_model
 from babyllama.config import from_repo, parse, plain, run, shown
 from babyllama.decoder import Weights
-from babyllama.device import pick_device
-from babyllama.errors import ConfigError
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring import probes, report, rouge, tables, test_sets
-from babyllama.scoring.summarise import AskConfig, ReadyModel, decodings, summarise
+from babyllama.scoring.summarise import AskConfig, ReadyModel, decodings, summarise_all
 from babyllama.scoring.tables import System
 from babyllama.scoring.test_sets import SummarySet
 
@@ -74,49 +70,7 @@ class EvalConfig(AskConfig):
 
     def ways(self) -> dict[str, SamplingConfig]:
         """The ways to decode, by name; "" for the one that the settings describe."""
-        plain = {field.name: getattr(self, field.name) for field in fields(SamplingConfig)}
-        return decodings(self.decoding, SamplingConfig(**plain))
-
-
-def require_sense(cfg: EvalConfig, systems: list[list[Path]]) -> None:
-    """Refuse at the start what has nothing to work on.
-
-    raises: ConfigError
-    """
-    n_lines = sum(1 if paths[0].is_file() else len(cfg.ways()) for paths in systems)
-    if cfg.report and n_lines < 2:
-        raise ConfigError(
-            "--report sets two systems side by side, found one; name a second checkpoint or file "
-            "of titles, or two ways to decode: --decoding greedy,best"
-        )
-    if (cfg.wordings or cfg.follow_up) and (systems[0][0].is_file() or len(systems[0]) > 1):
-        raise ConfigError(
-            "--wordings and --follow-up ask one checkpoint, the first system; name it first"
-        )
-
-
-def summarise_all(
-    cfg: EvalConfig, found: SummarySet, systems: dict[str, list[Path]]
-) -> tuple[list[System], ReadyModel | None]:
-    """The titles of each file and of each checkpoint in each way to decode; the first model."""
-    lines, first, texts = [], None, found.column("text")
-    for name, paths in systems.items():
-        if paths[0].is_file():
-            lines.append(System(name, test_sets.predictions_for(paths[0], found)))
-            continue
-        device = pick_device(cfg.device)
-        models = [ReadyModel.of(load_model(path, device), cfg.weights) for path in paths]
-        first = first or models[0]
-        for way, sampling in cfg.ways().items():
-            began = perf_counter()
-            how = sampling, cfg.batch_size, cfg.prompts, None, cfg.max_seq_len
-            made = summarise(models, texts, *how)
-            line = System(f"{name} {way}".rstrip(), [each.title for each in made])
-            line.seconds = perf_counter() - began
-            line.n_cut = sum(e.n_read < len(t) for e, t in zip(made, texts, strict=True))
-            line.n_lead_ins = sum(each.had_lead_in for each in made)
-            lines.append(line)
-    return lines, first
+        return decodings(self.decoding, self.alone)
 
 
 def evaluate(
@@ -151,12 +105,13 @@ def evaluate(
 def main(cfg: EvalConfig) -> None:
     """Read, summarise, score, compare, print, write."""
     systems = test_sets.choose_systems(cfg.systems)
-    require_sense(cfg, list(systems.values()))
+    asks_more = cfg.wordings or cfg.follow_up
+    test_sets.require_sense(systems, len(cfg.ways()), cfg.report is not None, asks_more)
     places = [path for paths in systems.values() for path in paths]
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
     out = test_sets.choose_out(cfg.out, cfg.report, places, found)
     published = test_sets.choose_published(cfg.published, found, tables.published_sets())
-    lines, model = summarise_all(cfg, found, systems)
+    lines, model = summarise_all(systems, found, cfg.ways(), cfg)
     result = {
         "set": found.name,
         "data_sha256": found.sha256,

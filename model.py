@@ -10,8 +10,8 @@ embedding (Su et al. 2021), SwiGLU (Shazeer 2020), grouped queries (Ainslie et a
 Axes: B batch, T time, D width, H heads, K key/value heads, C head width, V vocabulary, S cache.
 """
 
-import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,9 +24,8 @@ from babyllama.errors import ConfigError
 IGNORED = -100
 
 # Positions whose logits exist at the same time. At V = 65,000 a slice of 256 takes 67 MB, which
-# stays near the processor; the whole of B = 32, T = 512 would take 4.3 GB. A card adds to the whole
-# gradient of the head once a slice, so there fewer and larger slices are faster.
-SLICE, CARD_SLICE = 256, 1024
+# stays near the processor; the whole of B = 32, T = 512 would take 4.3 GB.
+SLICE = 256
 
 
 @dataclass(frozen=True)
@@ -240,6 +239,7 @@ class Transformer(nn.Module):
         if config.tied:
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("rope", rope_table(config), persistent=False)
+        self.sliced_loss = SlicedLoss.apply  # what is faster on a device takes its place
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -289,18 +289,13 @@ class Transformer(nn.Module):
             return self.output(x)
         if per_position:
             return token_losses(x, self.output.weight, targets)[0]
+        x, targets = x.flatten(0, 1), targets.reshape(-1)
         if chosen is None:
-            chosen = (targets.reshape(-1) != IGNORED).nonzero().squeeze(1)
-        return Loss(*self.sliced_loss(
-            x.reshape(-1, x.shape[-1]).index_select(0, chosen), self.output.weight,
-            targets.reshape(-1)[chosen],
-            None if weights is None else weights.reshape(-1)[chosen], label_smoothing,
-        ))  # fmt: skip
-
-    @staticmethod
-    def sliced_loss(*arguments: Tensor | float | None) -> tuple[Tensor, ...]:
-        """As SlicedLoss.forward; what is faster on a device takes its place."""
-        return SlicedLoss.apply(*arguments)
+            chosen = (targets != IGNORED).nonzero().squeeze(1)
+        x, targets = x.index_select(0, chosen), targets[chosen]
+        weights = None if weights is None else weights.reshape(-1)[chosen]
+        head = self.output.weight
+        return Loss(*self.sliced_loss(x, head, targets, weights, label_smoothing))
 
     def hidden(
         self,
@@ -376,15 +371,16 @@ class SlicedLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor | None = None,
         smoothing: float = 0.0,
+        size: int = SLICE,
+        softmax_loss: Callable | None = None,
+        product: Callable = torch.mm,
     ) -> tuple[Tensor, ...]:
-        """hidden (N, D), weight (V, D), targets (N,) without ignored ones, weights (N,)."""
+        """hidden (N, D), weight (V, D), targets (N,) without ignored ones, weights (N,).
+
+        softmax_loss, product: what a device computes faster (cuda/attention.py)
+        """
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        dtype = _matmul_dtype(hidden)
-        size, softmax_loss, product = SLICE, _softmax_loss, torch.mm
-        if hidden.is_cuda:
-            size, softmax_loss = CARD_SLICE, functools.partial(_on_card, dtype=dtype)
-            if dtype != torch.float32:  # whose products a card adds up and gives unrounded
-                product = functools.partial(torch.mm, out_dtype=torch.float32)
+        softmax_loss, dtype = softmax_loss or _softmax_loss, matmul_dtype(hidden)
         w = weight.to(dtype)
         grad_hidden = torch.zeros_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
@@ -421,10 +417,10 @@ class SlicedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, *[None] * 6
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
+def matmul_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -449,28 +445,6 @@ def _softmax_loss(
     return losses, hits, error.sub_(smoothing / error.shape[1]) if smoothing else error
 
 
-def _on_card(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in four passes over the memory, for which a card waits, in place of ten.
-
-    dtype: of the gradient
-    """
-    log_probs = logits.log_softmax(dim=1)
-    at, evenly = targets[:, None], smoothing / logits.shape[1]
-    aimed = log_probs.gather(1, at)  # (N, 1)
-    even = 1.001 / logits.shape[1]  # of equal logits none is the largest
-    hits = ((aimed >= log_probs.amax(dim=1, keepdim=True)) & (aimed.exp() > even)).squeeze(1)
-    found = aimed
-    if smoothing:
-        found = (1 - smoothing) * aimed + smoothing * log_probs.mean(dim=1, keepdim=True)
-    error = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
-    error = error.sub_(evenly) if smoothing else error
-    # Near 1 a narrow format would round a probability's distance from 1 away.
-    error.scatter_(1, at, (aimed.exp() - (1 - smoothing) - evenly).to(dtype))
-    return -found.squeeze(1), hits, error
-
-
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of each position, differentiable, and whether its target was the likeliest token:
     (B, T) float32 and bool, 0 and false where there is no target. Logits exist by slices."""
@@ -480,7 +454,6 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
         logits = F.linear(part, weight).float()
         losses.append(F.cross_entropy(logits, goal, reduction="none"))
         hits.append(logits.argmax(dim=1) == goal)
-    empty = torch.zeros(targets.shape, device=hidden.device)
-    return empty.masked_scatter(chosen, torch.cat(losses)), (empty > 0).masked_scatter(
-        chosen, torch.cat(hits)
-    )
+    none = torch.zeros(targets.shape, device=hidden.device)
+    found, right = torch.cat(losses), torch.cat(hits)
+    return none.masked_scatter(chosen, found), none.bool().masked_scatter(chosen, right)

@@ -11,7 +11,6 @@ fit (data_process/own.py). Any setting below can be given as a flag or in a YAML
 command, started again, continues a stopped run. Ctrl-C saves first.
 """
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import babyllama  # noqa: F401  (says what to do where nothing is installed)
 import torch
 
 from babyllama.analysis.estimate import dry_run
-from babyllama.checkpoint import Loaded, load_model
+from babyllama.checkpoint import load_model
 from babyllama.config import confirm, from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
@@ -75,51 +74,35 @@ class PretrainConfig:
     dry_run: bool = False
 
 
-def resolve(cfg: PretrainConfig, tokenizer: Tokenizer) -> PretrainConfig:
-    """The config with the vocabulary's size in its shape.
+def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
+    """A new model with the tokenizer's vocabulary, or the base's weights and shape if there is one.
 
-    raises: ConfigError if model.vocab_size belongs to another tokenizer
+    raises: ConfigError if the base or model.vocab_size belongs to another tokenizer
     """
-    if cfg.base is None and cfg.model.vocab_size not in (0, tokenizer.vocab_size):
+    if cfg.base is not None:
+        loaded = load_model(from_repo(cfg.base))
+        if loaded.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"--base {shown(loaded.path)} was trained with tokenizer {loaded.tokenizer.name} "
+                f"({loaded.tokenizer.fingerprint[:12]}…), --tokenizer {shown(tokenizer.path)} is "
+                f"another ({tokenizer.fingerprint[:12]}…); use the same for both"
+            )
+        return loaded.model
+    if cfg.model.vocab_size not in (0, tokenizer.vocab_size):
         raise ConfigError(
             f"model.vocab_size is {cfg.model.vocab_size}, {shown(tokenizer.path)} has "
             f"{tokenizer.vocab_size} pieces; leave model.vocab_size out"
         )
-    return replace(cfg, model=replace(cfg.model, vocab_size=tokenizer.vocab_size))
-
-
-def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
-    """A new model, or the base's weights and shape if there is a base.
-
-    raises: ConfigError if the base belongs to another tokenizer
-    """
-    if cfg.base is not None:
-        return load_base(cfg.base, tokenizer).model
-    if not cfg.dry_run:
-        require_same(cfg.name, cfg)  # before memory is taken for a shape that may be a mistake
+    shape = replace(cfg.model, vocab_size=tokenizer.vocab_size)
+    if not cfg.dry_run:  # before memory is taken for a shape that may be a mistake
+        require_same(cfg.name, replace(cfg, model=shape))
     torch.manual_seed(cfg.train.seed)
-    return Transformer(cfg.model)
-
-
-def load_base(base: Path, tokenizer: Tokenizer) -> Loaded:
-    """The checkpoint to start from.
-
-    raises: ConfigError if it was trained with another tokenizer
-    """
-    loaded = load_model(from_repo(base))
-    if loaded.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ConfigError(
-            f"--base {shown(loaded.path)} was trained with tokenizer {loaded.tokenizer.name} "
-            f"({loaded.tokenizer.fingerprint[:12]}…), --tokenizer {shown(tokenizer.path)} is "
-            f"another ({tokenizer.fingerprint[:12]}…); use the same for both"
-        )
-    return loaded
+    return Transformer(shape)
 
 
 def main(cfg: PretrainConfig) -> int:
     """Train; returns the exit code."""
     tokenizer = Tokenizer(from_repo(cfg.tokenizer))
-    cfg = resolve(cfg, tokenizer)
     model = make_model(cfg, tokenizer)
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
@@ -129,10 +112,7 @@ def main(cfg: PretrainConfig) -> int:
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
-            code = train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
-            if code == 0 and world.is_main:
-                print(f"let it write on: python chat.py {shown(directory)}", file=sys.stderr)
-            return code
+            return train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
 
 
 def start_run() -> int:

@@ -27,7 +27,7 @@ from babyllama.analysis.estimate import dry_run
 from babyllama.analysis.inspect_batch import shown_batch
 from babyllama.analysis.terminal_text import painter_of
 from babyllama.checkpoint import load_model
-from babyllama.config import confirm, from_repo, parse, run, shown
+from babyllama.config import confirm, parse, run, shown, weighted_names
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
@@ -35,14 +35,13 @@ from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
 from babyllama.lora import LoraConfig, apply_lora, describe
 from babyllama.optim import OptimConfig
-from babyllama.run_dir import newest_run, open_run, read_base, read_info
-from babyllama.sources import READERS, DataConfig, named_sources
-from babyllama.trainer import Objective, TrainConfig, next_token, train
+from babyllama.run_dir import chosen_run, open_run, read_base, read_info
+from babyllama.sources import READERS, DataConfig, SourceConfig
+from babyllama.trainer import TrainConfig, next_token, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
 from data_process.registry import require_known, settings_of
-from model import Transformer
 
 # What a run shows of itself at each evaluation.
 SAMPLES = ("你好！", "请介绍一下你自己。", "秋天有什么特点？")
@@ -97,7 +96,8 @@ def resolve(cfg: SftConfig) -> SftConfig:
 
     raises: ConfigError if there is nothing to train on or to start from
     """
-    named = named_sources(cfg.dataset) if cfg.dataset is not None else ()
+    wanted = weighted_names(cfg.dataset) if cfg.dataset is not None else {}
+    named = tuple(SourceConfig(*each) for each in wanted.items())
     if not named and not cfg.data.sources:
         raise ConfigError(
             "nothing to train on: name a file of your own, python sft.py --rows my.jsonl, or a "
@@ -110,10 +110,7 @@ def resolve(cfg: SftConfig) -> SftConfig:
     name = cfg.name or "+".join(Path(source.name).name for source in named)
     if not name:
         raise ConfigError("the run has no name: give --name, or --dataset to take that")
-    base = cfg.base or newest_run(kind="pretrain")
-    if base is None:
-        raise ConfigError("no base to start from: run python pretrain.py first, or name --base")
-    base = from_repo(base)
+    base = chosen_run(cfg.base, kind="pretrain")
     return replace(cfg, name=name, base=base.resolve() if base.exists() else base)
 
 
@@ -121,16 +118,17 @@ def main(cfg: SftConfig) -> int:
     """Fine-tune; returns the exit code."""
     cfg = resolve(cfg)
     base = load_model(cfg.base)
-    length = base.config.max_seq_len
     readers = preference.READERS if cfg.objective == "dpo" else READERS
-    data = open_data(cfg.data, base.tokenizer, length, cfg.train, readers)
+    data = open_data(cfg.data, base.tokenizer, base.config.max_seq_len, cfg.train, readers)
     if cfg.inspect:
         for line in shown_batch(data.train, cfg.train.micro_batch_size, painter_of(base.tokenizer)):
             print(line)
         return 0
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)
-        objective = make_objective(cfg, model)
+        objective = next_token(cfg.regularise.label_smoothing)
+        if cfg.objective == "dpo":  # which compares with a copy of the base
+            objective = preference.dpo(copy.deepcopy(model), cfg.dpo_beta, cfg.dpo_nll)
         if cfg.lora:
             apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
             if world.is_main:
@@ -141,31 +139,18 @@ def main(cfg: SftConfig) -> int:
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
-            code = train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
-            if code == 0 and world.is_main:
-                print(f"talk to it: python chat.py {shown(directory)}", file=sys.stderr)
-            return code
-
-
-def make_objective(cfg: SftConfig, base: Transformer) -> Objective:
-    """What the run makes smaller; dpo keeps a copy of the base to compare with."""
-    if cfg.objective == "dpo":
-        return preference.dpo(copy.deepcopy(base), cfg.dpo_beta, cfg.dpo_nll)
-    return next_token(cfg.regularise.label_smoothing)
-
-
-def own_settings(cfg: SftConfig) -> Path:
-    """The settings that fit --rows and the base, as a file to be read before the flags."""
-    if cfg.dataset:
-        raise ConfigError(f"--rows or --dataset, not both; found {cfg.rows} and {cfg.dataset}")
-    return own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base, confirm)
+            return train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
 
 
 def start_run() -> int:
     """Read the command line, with the settings that fit the user's own rows below it."""
-    argv = [*settings_of(sys.argv[1:]), *sys.argv[1:]]
-    cfg = parse(SftConfig, __doc__, argv)
-    return main(parse(SftConfig, __doc__, first=own_settings(cfg)) if cfg.rows else cfg)
+    cfg = parse(SftConfig, __doc__, [*settings_of(sys.argv[1:]), *sys.argv[1:]])
+    if not cfg.rows:
+        return main(cfg)
+    if cfg.dataset:
+        raise ConfigError(f"--rows or --dataset, not both; found {cfg.rows} and {cfg.dataset}")
+    first = own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base, confirm)
+    return main(parse(SftConfig, __doc__, first=first))
 
 
 if __name__ == "__main__":

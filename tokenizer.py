@@ -63,6 +63,7 @@ class Tokenizer:
     sp: SentencePiece's own processor
     vocab_size: number of pieces
     bos_id, eos_id: as the model file says; pad_id is eos_id where the model has no pad piece
+    piece_bytes: what each token adds to the text, which may be a part of a character
     fingerprint: SHA-256 of the model file, kept in every token file and checkpoint
     """
 
@@ -88,7 +89,7 @@ class Tokenizer:
                 f"{self.bos_id}, eos {self.eos_id}; train it with both"
             )
         self.pad_id = self.sp.pad_id() if self.sp.pad_id() >= 0 else self.eos_id
-        self._piece_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
+        self.piece_bytes = [self._bytes_of(i) for i in range(self.vocab_size)]
         self._labels = {role: self.encode(label) for role, label in LABELS.items()}
         self._separator = self.encode(SEPARATOR)
 
@@ -112,19 +113,15 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control pieces vanish, and so do bytes that make no whole character."""
-        return b"".join(self._piece_bytes[i] for i in ids).decode("utf-8", errors="ignore")
-
-    def token_bytes(self, token: int) -> bytes:
-        """What a token adds to the text, which may be a part of a character."""
-        return self._piece_bytes[token]
+        return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", errors="ignore")
 
     def n_bytes(self, ids: Iterable[int]) -> int:
         """How many UTF-8 bytes of text the ids stand for."""
-        return sum(len(self._piece_bytes[i]) for i in ids)
+        return sum(len(self.piece_bytes[i]) for i in ids)
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder for one reply that arrives token by token."""
-        return StreamDecoder(self._piece_bytes)
+        return StreamDecoder(self.piece_bytes)
 
     def require_dialogue(self) -> None:
         """Refuse a model whose normalisation changes what a dialogue says.

@@ -10,8 +10,8 @@ dicts whose keys are the parameter names of the model's forward.
 
 import bisect
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,15 +19,8 @@ import torch
 from torch import Tensor
 
 from babyllama.errors import ConfigError
-from babyllama.sources import (
-    READERS,
-    DataConfig,
-    Reader,
-    Row,
-    Source,
-    open_source,
-    require_token_files,
-)
+from babyllama.sources import READERS, DataConfig, Reader, Row, Source, open_source
+from babyllama.token_file import require_token_files
 from model import IGNORED
 from tokenizer import Tokenizer
 
@@ -75,27 +68,22 @@ def collate(
     """
     width = max((sum(len(tokens) for tokens, _ in rows) for rows in sequences), default=0) or 1
     shape = (len(sequences), width)
-    tokens = np.full(shape, pad_id, dtype=np.int64)
-    targets = np.full(shape, IGNORED, dtype=np.int64)
-    segments = np.zeros(shape, dtype=np.int64)
+    tokens, targets, segments = (np.full(shape, x, np.int64) for x in (pad_id, IGNORED, 0))
     weights = np.zeros(shape, dtype=np.float32)
     for line, rows in enumerate(sequences):
         start = 0
         for number, (ids, goal) in enumerate(rows, 1):
-            end = start + len(ids)
-            tokens[line, start:end] = ids
-            targets[line, start:end] = goal
-            segments[line, start:end] = number
-            n_targets = (goal != IGNORED).sum()
-            weights[line, start:end] = (row_targets or 0) / max(1, n_targets)
-            start = end
-    batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-    # Filler comes after everything that counts, so causality alone keeps single rows clean.
+            place = line, slice(start, start + len(ids))
+            tokens[place], targets[place], segments[place] = ids, goal, number
+            weights[place] = (row_targets or 0) / max(1, (goal != IGNORED).sum())
+            start += len(ids)
+    batch = {"tokens": tokens, "targets": targets}
+    # Padding comes after everything that counts, so causality alone keeps single rows clean.
     if any(len(rows) > 1 for rows in sequences):
-        batch["segments"] = torch.from_numpy(segments)
+        batch["segments"] = segments
     if row_targets is not None:
-        batch["weights"] = torch.from_numpy(weights)
-    return batch
+        batch["weights"] = weights
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 def share(
@@ -119,25 +107,6 @@ def share(
         collate(mine[start : start + micro_batch_size], pad_id, row_targets)
         for start in range(0, n_mine, micro_batch_size)
     ]
-
-
-def ahead(
-    make: Callable[[int], list[dict[str, Tensor]]], steps: range, device: torch.device
-) -> Iterator[list[dict[str, Tensor]]]:
-    """The batches that `make` gives for each step; where a card computes, a thread makes those of
-    the next step meanwhile.
-
-    A processor that trains has no core to spare.
-    """
-    if device.type == "cpu":
-        yield from map(make, steps)
-        return
-    with ThreadPoolExecutor(1) as thread:
-        coming = None
-        for step in steps:
-            made = (coming or thread.submit(make, step)).result()
-            coming = thread.submit(make, step + 1) if step + 1 in steps else None
-            yield made
 
 
 def permuted(number: int, n: int, *key: int) -> int:
@@ -193,19 +162,15 @@ class Mixture:
         return self.sources[source].row(number, rng)
 
 
+@dataclass
 class TrainData:
     """The training rows of a mixture, step by step."""
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        batch_size: int,
-        max_seq_len: int,
-        pad_id: int,
-        weight_by: str = "token",
-    ) -> None:
-        self.mixture, self.batch_size = mixture, batch_size
-        self.max_seq_len, self.pad_id, self.weight_by = max_seq_len, pad_id, weight_by
+    mixture: Mixture
+    batch_size: int
+    max_seq_len: int
+    pad_id: int
+    weight_by: str = "token"
 
     @property
     def steps_per_epoch(self) -> float:
@@ -222,10 +187,13 @@ class TrainData:
         """What a model learns of the mixture to do, by its sources (run_dir.TASKS)."""
         return list(dict.fromkeys(task for one in self.mixture.sources for task in one.teaches))
 
+    def _places(self, step: int) -> range:
+        """The rows of a step by their number in the whole training."""
+        return range(step * self.batch_size, (step + 1) * self.batch_size)
+
     def rows(self, step: int) -> list[Row | tuple[Row, ...]]:
         """The rows of a step, as they are drawn."""
-        first = step * self.batch_size
-        return [self.mixture.row(first + i) for i in range(self.batch_size)]
+        return [self.mixture.row(place) for place in self._places(step)]
 
     def sequences(self, step: int) -> list[list[Row]]:
         """The global batch of a step, packed."""
@@ -233,8 +201,7 @@ class TrainData:
 
     def names(self, step: int, most: int = 32) -> str:
         """The rows of a step by source and number, to look them up; not more than `most`."""
-        first = step * self.batch_size
-        places = [self.mixture.place(first + i) for i in range(self.batch_size)]
+        places = [self.mixture.place(place) for place in self._places(step)]
         names = [f"{self.mixture.sources[source].name} {row}" for _, source, row, _ in places]
         more = len(names) - most
         return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
@@ -256,8 +223,8 @@ class ValData:
         self.pad_id = pad_id
         self._sequences = {}
         for source in sources:
-            rows = [source.row(i, np.random.default_rng((0, i)))
-                    for i in range(min(max_rows, len(source)))]  # fmt: skip
+            numbers = range(min(max_rows, len(source)))
+            rows = [source.row(i, np.random.default_rng((0, i))) for i in numbers]
             self._sequences[source.name] = pack(rows, max_seq_len)
 
     @property

@@ -1,4 +1,5 @@
-"""What writes replies: a model with a way to continue, a batch of prompts under way, beam search.
+"""Replies under way: a model with a way to continue, a batch with its cache, the rules that end a
+reply, beam search.
 
 A Decoder is a model with a way to continue by one token: plain_decoder's here, or a faster one
 (cpu/decoder.py). A Batch keeps what is known of replies that are being written: prompts are filled
@@ -9,9 +10,10 @@ Source: length-normalised beams (Wu et al. 2016, arXiv:1609.08144, without the 5
 """
 
 import copy
+import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -20,13 +22,15 @@ from torch import Tensor
 
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.sampling import (
-    MOST_REFUSED,
+    N_CHANCES,
     Chooser,
-    Reply,
-    Rules,
     SamplingConfig,
     choose,
+    loops,
     penalise,
+    repeats,
+    squeeze,
+    until_stop,
 )
 from model import KVCache, Transformer
 from tokenizer import Tokenizer
@@ -164,6 +168,85 @@ class Batch:
         self.decoder = replace(plain, choose=self.decoder.choose)
         self.read()
         return self.logits
+
+
+# A reply whose rules refuse so many tokens at one place has nothing left to say.
+MOST_REFUSED = 50
+NOTHING = -2  # no token's id
+
+
+@dataclass
+class Reply:
+    """One reply and how it ended.
+
+    ids: its tokens without <eos>; with the token that holds the end of a stop text
+    text: what a reader gets, cut before a stop text; empty where no tokenizer was given
+    reason: eos; length: the longest reply or the end of the context; stop; loop: the rules against
+        repetition left no other way; "" while it is written
+    """
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    reason: Literal["", "eos", "length", "stop", "loop"] = ""
+
+
+class Rules:
+    """What ends a reply, and which tokens may not follow it."""
+
+    def __init__(self, sampling: SamplingConfig, eos_id: int, tokenizer: Tokenizer | None) -> None:
+        if sampling.reads_text and tokenizer is None:
+            raise ValueError("stop, no_repeat_ngram and loop_guard look at text: give a tokenizer")
+        self.sampling, self.eos_id, self.tokenizer = sampling, eos_id, tokenizer
+
+    def allow(self, ids: list[int], token: int) -> bool:
+        """Whether the rules against repetition let this token follow."""
+        n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
+        if token == self.eos_id or not (n or redraws):
+            return True
+        text = self.tokenizer.decode([*ids, token])
+        return not (redraws and loops(text)) and not (n and repeats(squeeze(text), n))
+
+    def extend(self, reply: Reply, token: int, limit: int) -> None:
+        """Lengthen a reply by a token, or end it, or both."""
+        if token == self.eos_id:
+            reply.reason = "eos"
+        elif token == NOTHING or self._ends_in_loop(reply.ids, token):
+            reply.reason = "loop"
+        else:
+            reply.ids.append(token)
+            if len(reply.ids) >= limit:
+                reply.reason = "length"
+        if self.tokenizer and (reply.reason or self.sampling.stop):
+            text = self.tokenizer.decode(reply.ids)
+            reply.text = until_stop(text, self.sampling.stop)
+            if len(reply.text) < len(text):
+                reply.reason = "stop"
+
+    def _ends_in_loop(self, ids: list[int], token: int) -> bool:
+        return self.sampling.loop_guard == "end" and loops(self.tokenizer.decode([*ids, token]))
+
+
+def random_numbers(logits: Tensor, chances: list[random.Random]) -> Tensor:
+    """For each row of the logits what `choose` asks for, from its own source."""
+    numbers = [[1 - chance.random() for _ in range(N_CHANCES)] for chance in chances]
+    return torch.tensor(numbers, device=logits.device)
+
+
+def redraw(
+    logits: Tensor, token: int, ids: list[int], rules: Rules, chance: random.Random,
+    choose: Chooser,
+) -> int:  # fmt: skip
+    """The token, or the first drawn after it that the rules allow, or NOTHING.
+
+    logits: (V,) of which the token was drawn
+    """
+    logits = logits[None].clone()
+    for _ in range(min(MOST_REFUSED, logits.shape[1])):
+        if rules.allow(ids, token):
+            return token
+        logits[0, token] = -torch.inf
+        token = int(choose(logits, rules.sampling, random_numbers(logits, [chance])))
+    return NOTHING
 
 
 def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, int, int]]:

@@ -11,16 +11,19 @@ import os
 import re
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+import yaml
 from torch import Tensor
 
 from babyllama.distributed import World, whole
 from babyllama.errors import ConfigError
-from model import Transformer
+from model import Loss, Transformer
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -176,6 +179,38 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     }
 
 
+def ahead(
+    make: Callable[[int], list[dict[str, Tensor]]], steps: range, device: torch.device
+) -> Iterator[list[dict[str, Tensor]]]:
+    """The batches that `make` gives for each step; where a card computes, a thread makes those of
+    the next step meanwhile.
+
+    A processor that trains has no core to spare.
+    """
+    if device.type == "cpu":
+        yield from map(make, steps)
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = None
+        for step in steps:
+            made = (coming or thread.submit(make, step)).result()
+            coming = thread.submit(make, step + 1) if step + 1 in steps else None
+            yield made
+
+
+def summed(losses: Sequence[Loss], n: float, world: World) -> Tensor:
+    """The three sums over some losses, and n, over all ranks; (4,) float64 on the CPU, as Apple's
+    GPUs do not have it.
+
+    Read at once: whoever reads a number from a card waits until it has done all its work.
+    """
+    sums = torch.tensor([0, 0, 0, n], dtype=torch.float64)
+    if losses:
+        parts = [torch.stack([part.detach().float() for part in loss]) for loss in losses]
+        sums[:3] = sum(torch.stack(parts).cpu().double())
+    return world.sum(sums.float().to(world.device)).cpu().double() if world.size > 1 else sums
+
+
 class Scaler:
     """Autocast, backward and optimizer step in one format.
 
@@ -255,30 +290,6 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
 
 
-# Dense rates in 10^12 operations a second by the makers' data sheets, with float32 sums:
-# name, float32, float16, bfloat16.
-CARDS = (
-    ("H200", 67, 989, 989),
-    ("H100 NVL", 60, 835, 835),
-    ("H100 PCIe", 51, 756, 756),
-    ("H100", 67, 989, 989),
-    ("A100", 19.5, 312, 312),
-    ("A10G", 31.2, 70, 70),
-    ("L40S", 91.6, 362, 362),
-    ("L40", 90.5, 181, 181),
-    ("L4", 30.3, 121, 121),
-    ("V100", 15.7, 125, 0),
-    ("T4", 8.1, 65, 0),
-    ("4090", 82.6, 165, 165),
-    ("3090 Ti", 40, 80, 80),
-    ("3090", 35.6, 71, 71),
-    ("3080 Ti", 34.1, 68, 68),
-    ("3080", 29.8, 59.5, 59.5),
-    ("3060 Ti", 16.2, 32.4, 32.4),
-    ("3060", 12.7, 25.6, 25.6),
-    ("2080 Ti", 13.4, 53.8, 0),
-    ("1660 Ti", 5.4, 0, 0),
-)
 # Words behind a name that make another card of it.
 _OTHERS = r"(?! (?:Ti|SUPER|D|NVL|PCIe|Laptop|with|Max-Q|Mobile)\b)"
 
@@ -298,9 +309,10 @@ def mfu_per_rate(model: Transformer, world: World, precision: str) -> float:
 
 
 def tabulated_peak(card: str, precision: str) -> float:
-    """Operations a second of a card as its maker states them; 0 where the table does not know."""
-    column = ("float32", "float16", "bfloat16").index(precision) + 1
-    found = (row for row in CARDS if re.search(rf"\b{row[0]}\b{_OTHERS}", card))
+    """Operations a second of a card as its maker states them; 0 where cards.yaml does not know."""
+    known = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text("utf-8"))
+    column = ("float32", "float16", "bfloat16").index(precision)
+    found = (row for name, row in known.items() if re.search(rf"\b{name}\b{_OTHERS}", card))
     return next((row[column] * 1e12 for row in found), 0.0)
 
 

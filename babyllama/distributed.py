@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from babyllama.config import BAD_INPUT
-from babyllama.errors import ConfigError
+from babyllama.errors import ConfigError, require
 from babyllama.lora import adapt_like
 
 
@@ -43,8 +43,7 @@ class ParallelConfig:
     timeout_s: int = 50  # torch's own is 30 minutes
 
     def __post_init__(self) -> None:
-        if self.timeout_s < 1:
-            raise ConfigError(f"parallel.timeout_s wants 1 or more, found {self.timeout_s}")
+        require("parallel", self, {"timeout_s": ("1 or more", self.timeout_s >= 1)})
 
 
 # Graphs that torch.compile keeps of one function, of which it allows 8. Windows and packed rows,

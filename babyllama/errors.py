@@ -24,3 +24,19 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """What to add to a message about an unknown word: the known one most like it, if one is."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def require(section: str, config: object, wanted: dict[str, tuple[str, bool]]) -> None:
+    """Refuse settings that cannot be.
+
+    wanted: by name, what a setting must be and whether it is; NaN compares as false, so conditions
+        are written that hold for what is good
+    raises: ConfigError with all that are not
+    """
+    bad = [
+        f"{section}.{name} wants {what}, found {getattr(config, name)!r}"
+        for name, (what, is_good) in wanted.items()
+        if not is_good
+    ]
+    if bad:
+        raise ConfigError("; ".join(bad))

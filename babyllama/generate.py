@@ -11,16 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from babyllama.decoder import Batch, Decoder, search_beams
-from babyllama.sampling import (
-    Reply,
-    Rules,
-    SamplingConfig,
-    n_showable,
-    random_numbers,
-    redraw,
-    until_stop,
-)
+from babyllama.decoder import Batch, Decoder, Reply, Rules, random_numbers, redraw, search_beams
+from babyllama.sampling import SamplingConfig, n_showable, until_stop
 from model import Transformer
 from tokenizer import Tokenizer
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from babyllama.config import atomic_write, silence
+from babyllama.config import BAD_NUMBERS, atomic_write, shown, silence
 from babyllama.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -102,17 +102,11 @@ class Log:
         if not is_main:
             return
         self._track = open_tracker(track, run)
-        self.records = read_metrics(run, done_steps) if done_steps else []
-        for name, kept in (
-            ("metrics.jsonl", self.records),
-            (
-                "samples.jsonl",
-                read_records(run / "samples.jsonl", done_steps) if done_steps else [],
-            ),
-        ):
-            if kept or (run / name).exists() or name == "metrics.jsonl":
+        for name in ("samples.jsonl", "metrics.jsonl"):
+            self.records = read_records(run / name, done_steps) if done_steps else []
+            if (run / name).exists() or name == "metrics.jsonl":
                 with atomic_write(run / name) as path:
-                    path.write_text("".join(map(_line, kept)), encoding="utf-8")
+                    path.write_text("".join(map(_line, self.records)), encoding="utf-8")
         if sys.stderr.isatty():
             _aloud(self._open_bar)
 
@@ -157,9 +151,7 @@ class Log:
 
     def _left(self, step: int) -> str:
         seconds = (time.perf_counter() - self._start) / max(1, step - self._first)
-        minutes, seconds = divmod(int(seconds * (self.total - step)), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return tqdm.format_interval(seconds * (self.total - step))
 
     def samples(self, step: int, pairs: Sequence[tuple[str, str]]) -> None:
         """Keep what the model made of fixed prompts."""
@@ -183,6 +175,38 @@ class Log:
             _aloud(self._bar.close)
         self.say(text)
         return code
+
+    def bad_numbers(self, n: int) -> int:
+        """End a run of whose last steps so many had numbers that are not finite."""
+        return self.close(
+            BAD_NUMBERS,
+            f"stopped: {n} steps in a row with numbers that are not finite; try a lower "
+            f"--optim.lr; the last checkpoint is intact",
+        )
+
+    def finish(self, kind: str, bad_steps: int, val_loss: float, warmup_steps: int) -> int:
+        """End a run that has made its last step; returns the exit code.
+
+        kind: pretrain, sft or vqa; val_loss: of the last validation
+        bad_steps: the last ones in a row whose numbers were not finite
+        """
+        if bad_steps > 1:  # one alone is how float16 finds its scale
+            return self.bad_numbers(bad_steps)
+        place, newest = shown(self.run), f"step-{self.total:06d}"
+        if not math.isfinite(val_loss):
+            return self.close(
+                BAD_NUMBERS,
+                f"stopped: the validation loss of {place} ({newest}) is no number; try a lower "
+                f"--optim.lr",
+            )
+        made = f"{place} (checkpoint {newest}, curves.png)"
+        why = doubt(self.records, warmup_steps, self.total)
+        self.close(0, f"warning: finished, but {why}: {made}" if why else f"done: {made}")
+        if kind == "pretrain":
+            self.say(f"let it write on: python chat.py {place}")
+        if kind == "sft":
+            self.say(f"talk to it: python chat.py {place}")
+        return 0
 
 
 def doubt(records: list[dict], warmup_steps: int, last: int) -> str:

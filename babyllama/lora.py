@@ -24,7 +24,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.errors import CheckpointError, ConfigError, require
 from model import Transformer
 
 
@@ -150,20 +150,13 @@ class LoraConfig:
     rslora: bool = False
 
     def __post_init__(self) -> None:
-        # Written so that NaN, which compares as false, is refused.
         wanted = {
             "rank": ("1 or more", self.rank >= 1),
             "alpha": ("a number above 0", 0 < self.alpha < math.inf),
             "dropout": ("0 to below 1", 0 <= self.dropout < 1),
             "targets": ("at least one name", len(self.targets) > 0),
         }
-        bad = [
-            f"lora.{name} wants {what}, found {getattr(self, name)!r}"
-            for name, (what, is_good) in wanted.items()
-            if not is_good
-        ]
-        if bad:
-            raise ConfigError("; ".join(bad))
+        require("lora", self, wanted)
 
     @property
     def scale(self) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from babyllama.distributed import share_of, whole
-from babyllama.errors import ConfigError
+from babyllama.errors import require
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class OptimConfig:
     ema: float = 0.0
 
     def __post_init__(self) -> None:
-        # Written so that NaN, which compares as false, is refused.
         wanted = {
             "lr": ("a number above 0", 0 < self.lr < math.inf),
             "min_lr_ratio": ("0 to 1", 0 <= self.min_lr_ratio <= 1),
@@ -66,13 +65,7 @@ class OptimConfig:
             "max_grad_norm": ("more than 0", self.max_grad_norm > 0),
             "ema": ("0 to below 1", 0 <= self.ema < 1),
         }
-        bad = [
-            f"optim.{name} wants {what}, found {getattr(self, name)}"
-            for name, (what, is_good) in wanted.items()
-            if not is_good
-        ]
-        if bad:
-            raise ConfigError("; ".join(bad))
+        require("optim", self, wanted)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

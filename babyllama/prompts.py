@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from babyllama.config import shown
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError
 from babyllama.rows import plain
-from babyllama.token_file import META
+from babyllama.token_file import META, ROLES, TokenFile
 from tokenizer import Tokenizer, defused
 
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -236,6 +235,19 @@ class SummaryPrompts:
         join = len(self._encode(self.turns[name].join))
         return self._turn_longest[name] + n_ids + join * (n_pieces - 1)
 
+    def n_without_turn(self, file: TokenFile, spare: np.ndarray) -> int:
+        """Rows of a file whose meta some second turn asks about, none of which fits into what is
+        left of the context behind each row's text and summary."""
+        row_of = np.repeat(np.arange(file.n_docs), file.n_pieces)
+        asked, fits = (np.zeros(file.n_docs, dtype=bool) for _ in range(2))
+        for name in self.turns:
+            own = file.roles == ROLES.index(name)
+            counts = np.bincount(row_of[own], minlength=file.n_docs)
+            total = np.bincount(row_of[own], file.sizes[own], file.n_docs)
+            asked |= counts > 0
+            fits |= (counts > 0) & (self.turn_size(name, counts, total) <= spare)
+        return int((asked & ~fits).sum())
+
     def _joined(self, pieces: Sequence[Ids], join: str) -> list[Ids]:
         between = self._encode(join)
         return [part for piece in pieces for part in (between, piece)][1:]
@@ -342,25 +354,3 @@ def _one(choices: list, rng: np.random.Generator) -> object:
 
 def _message(role: str, content: list[Ids]) -> dict:
     return {"role": role, "content": content}
-
-
-# What tests of a chat model ask where no prompts are named.
-QUESTIONS = Path("configs/prompts/questions.txt")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    raises: DataError if there is none, or the file is missing or no UTF-8
-    """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        found = "an empty file"
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
-        lines, found = [], f"{type(error).__name__}"
-    if not lines:
-        raise DataError(
-            f"{shown(path)}: wanted UTF-8 text with a prompt on each line, found {found}; correct "
-            f"the name or the file, or leave --prompts out"
-        )
-    return lines

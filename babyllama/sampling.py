@@ -1,7 +1,6 @@
 """Choosing the next token: pure functions of logits, and the rules that look at the text.
 
-Owns SamplingConfig, and what a Reply is. What runs the model is decoder.py's, what writes replies
-generate.py's.
+Owns SamplingConfig. What runs the model and keeps the replies: decoder.py and generate.py.
 
 Sources: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751), min_p (Nguyen et al. 2024,
 arXiv:2407.01082), repetition penalty (Keskar et al. 2019, section 4.1), frequency penalty as in
@@ -9,9 +8,8 @@ OpenAI's interface.
 Axes: B rows of a batch, V vocabulary, S tokens said.
 """
 
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -19,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from babyllama.errors import ConfigError
-from tokenizer import Tokenizer
 
 # Random numbers for one choice; nearly always the first or the second is enough.
 N_CHANCES = 6
@@ -92,6 +89,13 @@ class SamplingConfig:
         ]
         if faults:
             raise ConfigError("sampling cannot use " + ", ".join(faults))
+
+    @property
+    def alone(self) -> "SamplingConfig":
+        """These settings without those that a larger config adds to them."""
+        return SamplingConfig(
+            **{each.name: getattr(self, each.name) for each in fields(SamplingConfig)}
+        )
 
     @property
     def reads_text(self) -> bool:
@@ -215,82 +219,3 @@ def n_showable(text: str, stop: Sequence[str]) -> int:
                 shown = min(shown, len(text) - n)
                 break
     return shown
-
-
-# A reply whose rules refuse so many tokens at one place has nothing left to say.
-MOST_REFUSED = 50
-NOTHING = -2  # no token's id
-
-
-@dataclass
-class Reply:
-    """One reply and how it ended.
-
-    ids: its tokens without <eos>; with the token that holds the end of a stop text
-    text: what a reader gets, cut before a stop text; empty where no tokenizer was given
-    reason: eos; length: the longest reply or the end of the context; stop; loop: the rules against
-        repetition left no other way; "" while it is written
-    """
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    reason: Literal["", "eos", "length", "stop", "loop"] = ""
-
-
-class Rules:
-    """What ends a reply, and which tokens may not follow it."""
-
-    def __init__(self, sampling: SamplingConfig, eos_id: int, tokenizer: Tokenizer | None) -> None:
-        if sampling.reads_text and tokenizer is None:
-            raise ValueError("stop, no_repeat_ngram and loop_guard look at text: give a tokenizer")
-        self.sampling, self.eos_id, self.tokenizer = sampling, eos_id, tokenizer
-
-    def allow(self, ids: list[int], token: int) -> bool:
-        """Whether the rules against repetition let this token follow."""
-        n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
-        if token == self.eos_id or not (n or redraws):
-            return True
-        text = self.tokenizer.decode([*ids, token])
-        return not (redraws and loops(text)) and not (n and repeats(squeeze(text), n))
-
-    def extend(self, reply: Reply, token: int, limit: int) -> None:
-        """Lengthen a reply by a token, or end it, or both."""
-        if token == self.eos_id:
-            reply.reason = "eos"
-        elif token == NOTHING or self._ends_in_loop(reply.ids, token):
-            reply.reason = "loop"
-        else:
-            reply.ids.append(token)
-            if len(reply.ids) >= limit:
-                reply.reason = "length"
-        if self.tokenizer and (reply.reason or self.sampling.stop):
-            text = self.tokenizer.decode(reply.ids)
-            reply.text = until_stop(text, self.sampling.stop)
-            if len(reply.text) < len(text):
-                reply.reason = "stop"
-
-    def _ends_in_loop(self, ids: list[int], token: int) -> bool:
-        return self.sampling.loop_guard == "end" and loops(self.tokenizer.decode([*ids, token]))
-
-
-def random_numbers(logits: Tensor, chances: list[random.Random]) -> Tensor:
-    """For each row of the logits what `choose` asks for, from its own source."""
-    numbers = [[1 - chance.random() for _ in range(N_CHANCES)] for chance in chances]
-    return torch.tensor(numbers, device=logits.device)
-
-
-def redraw(
-    logits: Tensor, token: int, ids: list[int], rules: Rules, chance: random.Random,
-    choose: Chooser,
-) -> int:  # fmt: skip
-    """The token, or the first drawn after it that the rules allow, or NOTHING.
-
-    logits: (V,) of which the token was drawn
-    """
-    logits = logits[None].clone()
-    for _ in range(min(MOST_REFUSED, logits.shape[1])):
-        if rules.allow(ids, token):
-            return token
-        logits[0, token] = -torch.inf
-        token = int(choose(logits, rules.sampling, random_numbers(logits, [chance])))
-    return NOTHING

@@ -7,7 +7,6 @@ The config names the sets and their weights; their token files lie in data/token
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,17 @@ from typing import Literal
 import numpy as np
 
 from babyllama.config import from_repo, shown
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError, DataError, require
 from babyllama.prompts import SummaryPrompts
-from babyllama.token_file import CHOICES, ROLES, TokenFile
+from babyllama.token_file import (
+    CHOICES,
+    ROLES,
+    TokenFile,
+    require_token_files,
+    token_directory,
+)
 from model import IGNORED
-from tokenizer import SEPARATOR, Tokenizer
+from tokenizer import LABELS, SEPARATOR, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,61 +66,15 @@ class DataConfig:
     supervise: Literal["answers", "all"] = "answers"
 
     def __post_init__(self) -> None:
-        if self.max_val_rows < 1:
-            raise ConfigError(f"data.max_val_rows wants 1 or more, found {self.max_val_rows}")
-        if self.max_seq_len is not None and self.max_seq_len < 2:
-            raise ConfigError(f"data.max_seq_len wants 2 or more, found {self.max_seq_len}")
+        fits = self.max_seq_len is None or self.max_seq_len >= 2
+        wanted = {"max_val_rows": ("1 or more", self.max_val_rows >= 1)}
+        require("data", self, {**wanted, "max_seq_len": ("2 or more", fits)})
         for source in self.sources:
             if not 0 < source.weight < math.inf:
                 raise ConfigError(
                     f"source {source.name!r} has weight {source.weight}; wanted more than 0, "
                     f"or leave the source out"
                 )
-
-
-def named_sources(text: str) -> tuple[SourceConfig, ...]:
-    """The sources that a command line names: "csl" or "csl:2,belle_multiturn:0.5".
-
-    raises: ConfigError if a weight is no number or a name comes twice
-    """
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, weight = re.fullmatch(r"(.+?)(?::([^:/\\]*))?", part).groups()
-        try:
-            found.append(SourceConfig(name.strip(), 1.0 if weight is None else float(weight)))
-        except ValueError:
-            raise ConfigError(
-                f"--dataset: wanted NAME or NAME:WEIGHT, found {part!r}; as in csl:2,belle:0.5"
-            ) from None
-    names = [source.name for source in found]
-    if not found or len(set(names)) < len(names):
-        raise ConfigError(
-            f"--dataset {text!r}: wanted each set once; a weight says how often its rows are seen, "
-            f"as in csl:2"
-        )
-    return tuple(found)
-
-
-def token_directory(name: str, tokenizer: Tokenizer) -> Path:
-    """Where the token files of a source lie."""
-    is_path = "/" in name or "\\" in name
-    return from_repo(name if is_path else Path("data/tokens") / tokenizer.name / name)
-
-
-def require_token_files(names: Sequence[str], tokenizer: Tokenizer) -> None:
-    """raises: DataError with the commands that make those that are missing"""
-    model, missing, commands = shown(tokenizer.path), [], []
-    for name in names:
-        where = token_directory(name, tokenizer)
-        for split in ("train", "val"):
-            if not any(where.glob(f"{split}-*.idx")):
-                missing.append(f"{shown(where)} ({split}-*.idx)")
-                commands.append(f"python -m data_process.run {where.name} --tokenizer {model}")
-    if missing:
-        raise DataError(
-            f"wanted token files, found none in {', '.join(missing)}; make them: "
-            f"{' && '.join(dict.fromkeys(commands))}"
-        )
 
 
 Row = tuple[np.ndarray, np.ndarray]  # tokens (n,), targets (n,), int64, n <= max_seq_len
@@ -138,14 +97,17 @@ class Source:
         files: list[TokenFile],
         tokenizer: Tokenizer,
         max_seq_len: int,
-        config: DataConfig | None = None,
+        config: DataConfig = DataConfig(),
     ) -> None:
         tokenizer.require_dialogue()
-        self.name, self.files, self._tokenizer = name, files, tokenizer
-        self._config = config or DataConfig()
+        self.name, self.files, self._tokenizer, self._config = name, files, tokenizer, config
         self.dropped: dict[str, int] = {}
-        # (n, 3): file, row, and how much of it fits
-        self._rows = _kept(self._fitting(max_seq_len))
+        # (n, 3) file, row, and how much of it fits, where that is more than nothing
+        self._rows = np.concatenate([
+            np.stack((np.full(len(rows), number), rows, fitting[rows]), axis=1)
+            for number, fitting in enumerate(self._fitting(max_seq_len))
+            for rows in [np.flatnonzero(fitting)]
+        ]).astype(np.int64)  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -193,23 +155,24 @@ class Dialogues(Source):
 
     def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
         fitting = [self._pieces(file, max_seq_len) for file in self.files]
+        pairs = list(zip(fitting, self.files, strict=True))
         self.dropped = {
-            "answer_does_not_fit": int(sum((n == 0).sum() for n, _ in fitting)),
-            "turns_cut": int(sum(((n > 0) & (n < total)).sum() for n, total in fitting)),
+            "answer_does_not_fit": sum(int((n == 0).sum()) for n in fitting),
+            "turns_cut": sum(int(((n > 0) & (n < file.n_pieces)).sum()) for n, file in pairs),
         }
         has_reference = any((file.roles == ROLES.index("system")).any() for file in self.files)
         self.teaches = ("reference", "chat") if has_reference else ("chat",)
-        return [n for n, _ in fitting]
+        return fitting
 
-    def _pieces(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """How many pieces of each row fit, whole turns only, and how many it has."""
-        sizes, first, n_pieces = message_sizes(file, self._tokenizer)
+    def _pieces(self, file: TokenFile, max_seq_len: int) -> np.ndarray:
+        """How many pieces of each row fit, whole turns only."""
+        sizes = message_sizes(file, self._tokenizer)
         upto = np.cumsum(sizes)
-        before = np.repeat(upto[first] - sizes[first], n_pieces)
-        number = np.arange(len(sizes)) - np.repeat(first, n_pieces)
+        before = np.repeat(upto[file.first] - sizes[file.first], file.n_pieces)
+        number = np.arange(len(sizes)) - np.repeat(file.first, file.n_pieces)
         # With <bos> in front and targets shifted by one, a row takes as many positions as this.
         fits = (upto - before <= max_seq_len) & (file.roles == ROLES.index("assistant"))
-        return np.maximum.reduceat(np.where(fits, number + 1, 0), first), n_pieces
+        return np.maximum.reduceat(np.where(fits, number + 1, 0), file.first)
 
     def row(self, number: int, _rng: np.random.Generator) -> Row:
         file, place, fitting = self._rows[number].tolist()
@@ -218,96 +181,59 @@ class Dialogues(Source):
         return supervised(self._tokenizer, messages, self._config.supervise)
 
 
-def message_sizes(
-    file: TokenFile, tokenizer: Tokenizer
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids of each message in the dialogue's format; the first message of each row, and their
-    number."""
+def message_sizes(file: TokenFile, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of each message in the dialogue's format."""
     # Ids that the format adds to a piece: the separator before it, its label, <eos> after it.
     frame = np.zeros(len(ROLES), dtype=np.int64)
-    for role in ("system", "user", "assistant"):
+    for role in LABELS:
         message = {"role": role, "content": [[]]}
         two = tokenizer.render_chat([message, message])[0]
         frame[ROLES.index(role)] = len(two) - len(tokenizer.render_chat([message])[0])
     for role in CHOICES:
         frame[ROLES.index(role)] = frame[ROLES.index("assistant")]
-    sizes = np.diff(file.piece_ends, prepend=0) + frame[file.roles]
+    sizes = file.sizes + frame[file.roles]
     sizes[file.roles == ROLES.index("image")] = 0  # the name of one, which is not said
-    n_pieces = np.diff(file.ends, prepend=0)
-    first = file.ends - n_pieces
-    sizes[first] -= len(tokenizer.encode(SEPARATOR))
-    return sizes, first, n_pieces
+    sizes[file.first] -= len(tokenizer.encode(SEPARATOR))
+    return sizes
 
 
 class Summaries(Source):
     """A summary source: each row in a wording drawn anew, its text cut to fit."""
 
     def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
-        self._prompts = SummaryPrompts.load(from_repo(self._config.prompts), self._tokenizer)
+        templates = from_repo(self._config.prompts)
+        prompts = self._prompts = SummaryPrompts.load(templates, self._tokenizer)
         frame = self._tokenizer.render_chat(
             [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
         )[0]
-        self._room = max_seq_len + 1 - len(frame) - self._prompts.longest  # for text and summary
-        sizes = [_sizes(file) for file in self.files]
-        fits = [np.minimum(s[:, 0], _LEAST_TEXT) + s[:, 1] <= self._room for s in sizes]
-        cut = [f & (s.sum(axis=1) > self._room) for f, s in zip(fits, sizes, strict=True)]
+        self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
+        fitting, n_cut, n_without_turn = [], 0, 0
+        for file in self.files:
+            text, summary = file.sizes[file.first], file.sizes[file.first + 1]
+            fits = np.minimum(text, _LEAST_TEXT) + summary <= self._room
+            spare = self._room - text - summary
+            n_cut += int((fits & (spare < 0)).sum())
+            n_without_turn += prompts.n_without_turn(file, spare)
+            fitting.append(fits)
         self.dropped = {
-            "summary_does_not_fit": int(sum((~f).sum() for f in fits)),
-            "text_cut": int(sum(c.sum() for c in cut)),
-            "no_room_for_second_turn": sum(
-                self._lacks_room(file, s) for file, s in zip(self.files, sizes, strict=True)
-            ),
+            "summary_does_not_fit": sum(int((~fits).sum()) for fits in fitting),
+            "text_cut": n_cut,
+            "no_room_for_second_turn": n_without_turn,
         }
-        asks = "keywords" in self._prompts.turns and self._prompts.share > 0
         has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in self.files)
+        asks = "keywords" in prompts.turns and prompts.share > 0
         self.teaches = ("title", "keywords") if asks and has_keywords else ("title",)
-        return fits
-
-    def _lacks_room(self, file: TokenFile, sizes: np.ndarray) -> int:
-        """Rows whose meta some second turn asks about, none of which fits behind the text."""
-        row_of = np.repeat(np.arange(file.n_docs), np.diff(file.ends, prepend=0))
-        n_ids = np.diff(file.piece_ends, prepend=0)
-        spare = self._room - sizes.sum(axis=1)
-        asked, fits = (np.zeros(file.n_docs, dtype=bool) for _ in range(2))
-        for name in self._prompts.turns:
-            own = file.roles == ROLES.index(name)
-            counts = np.bincount(row_of[own], minlength=file.n_docs)
-            total = np.bincount(row_of[own], n_ids[own], file.n_docs)
-            asked |= counts > 0
-            fits |= (counts > 0) & (self._prompts.turn_size(name, counts, total) <= spare)
-        return int((asked & ~fits).sum())
+        return fitting
 
     def row(self, number: int, rng: np.random.Generator) -> Row:
         file, place, _ = self._rows[number].tolist()
-        pieces = self.files[file].pieces(place)
-        (_, text), (_, summary) = pieces[:2]
+        (_, text), (_, summary), *more = self.files[file].pieces(place)
+        meta: dict[str, list[np.ndarray]] = {}
+        for role, ids in more:
+            meta.setdefault(role, []).append(ids)
         room = self._room - len(summary)
-        messages = self._prompts.messages(text, summary, rng, room, _meta(pieces))
+        messages = self._prompts.messages(text, summary, rng, room, meta)
         return supervised(self._tokenizer, messages, self._config.supervise)
-
-
-def _sizes(file: TokenFile) -> np.ndarray:
-    """Ids of text and summary of each row, (n_rows, 2); the pieces of its meta come after them."""
-    first = file.ends - np.diff(file.ends, prepend=0)
-    return np.diff(file.piece_ends, prepend=0)[np.stack((first, first + 1), axis=1)]
-
-
-def _meta(pieces: list[tuple[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
-    """The pieces of a summary row that follow text and summary, by role."""
-    meta: dict[str, list[np.ndarray]] = {}
-    for role, ids in pieces[2:]:
-        meta.setdefault(role, []).append(ids)
-    return meta
-
-
-def _kept(counts: list[np.ndarray]) -> np.ndarray:
-    """The rows of several files with a count above 0: (n, 3) file, row, count."""
-    parts = [
-        np.stack((np.full(len(rows), number), rows, found[rows]), axis=1)
-        for number, found in enumerate(counts)
-        for rows in [np.flatnonzero(found)]
-    ]
-    return np.concatenate(parts).astype(np.int64)
 
 
 def supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str = "answers") -> Row:
@@ -336,13 +262,9 @@ def open_source(
     raises: DataError with the command that makes them, where there are none; ConfigError for rows
         of another kind
     """
+    require_token_files([config.name], tokenizer, [split])
     where = token_directory(config.name, tokenizer)
     stems = sorted(where.glob(f"{split}-*.idx"))
-    if not stems:
-        raise DataError(
-            f"{shown(where)}: wanted token files {split}-*.idx, found none; make them: "
-            f"python -m data_process.run {where.name} --tokenizer {shown(tokenizer.path)}"
-        )
     files = [TokenFile(stem, tokenizer.fingerprint) for stem in stems]
     kinds = {file.kind for file in files}
     if len(kinds) > 1:

@@ -24,8 +24,9 @@ from typing import Protocol
 
 import numpy as np
 
-from babyllama.config import NOT_OFFERED, flush
+from babyllama.config import NOT_OFFERED, flush, from_repo, shown
 from babyllama.errors import DataError
+from tokenizer import Tokenizer
 
 MAGIC = b"BABYLTOK"
 VERSION = 1
@@ -66,6 +67,32 @@ def pair(stem: Path) -> tuple[Path, Path]:
     if stem.suffix in (".bin", ".idx"):
         stem = stem.with_suffix("")
     return stem.with_name(stem.name + ".bin"), stem.with_name(stem.name + ".idx")
+
+
+def token_directory(name: str, tokenizer: Tokenizer) -> Path:
+    """Where the token files of a source lie."""
+    is_path = "/" in name or "\\" in name
+    return from_repo(name if is_path else Path("data/tokens") / tokenizer.name / name)
+
+
+def require_token_files(
+    names: Sequence[str], tokenizer: Tokenizer, splits: Sequence[str] = ("train", "val")
+) -> None:
+    """raises: DataError with the commands that make those that are missing"""
+    missing, commands = [], []
+    for name in names:
+        where = token_directory(name, tokenizer)
+        for split in splits:
+            if not any(where.glob(f"{split}-*.idx")):
+                missing.append(f"{shown(where)} ({split}-*.idx)")
+                commands.append(
+                    f"python -m data_process.run {where.name} --tokenizer {shown(tokenizer.path)}"
+                )
+    if missing:
+        made = " && ".join(dict.fromkeys(commands))
+        raise DataError(
+            f"wanted token files, found none in {', '.join(missing)}; make them: {made}"
+        )
 
 
 class TokenFileWriter:
@@ -253,6 +280,21 @@ class TokenFile:
             f"{path}: damaged or cut, {what}; delete it and pre-tokenize again: "
             f"python -m data_process.run <set> --tokenizer <file>"
         )
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Ids of each piece."""
+        return np.diff(self.piece_ends, prepend=0)
+
+    @property
+    def n_pieces(self) -> np.ndarray:
+        """Pieces of each row."""
+        return np.diff(self.ends, prepend=0)
+
+    @property
+    def first(self) -> np.ndarray:
+        """The first piece of each row."""
+        return self.ends - self.n_pieces
 
     def doc(self, number: int) -> np.ndarray:
         """The ids of one document of a text file."""

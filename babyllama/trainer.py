@@ -20,13 +20,22 @@ from numpy.random import SeedSequence
 from torch import Tensor, nn
 
 from babyllama import checkpoint, optim
-from babyllama.config import BAD_NUMBERS, STOPPED, from_repo, shown, stop_requests
-from babyllama.data import Data, TrainData, ValData, ahead
-from babyllama.device import DeviceConfig, Scaler, memory_gb, mfu_per_rate, open_scaler, to_device
+from babyllama.config import STOPPED, from_repo, shown, stop_requests
+from babyllama.data import Data, TrainData, ValData
+from babyllama.device import (
+    DeviceConfig,
+    Scaler,
+    ahead,
+    memory_gb,
+    mfu_per_rate,
+    open_scaler,
+    summed,
+    to_device,
+)
 from babyllama.distributed import World, inner, no_sync, whole_model
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError, DataError, require
 from babyllama.generate import generate
-from babyllama.log import Log, Window, doubt, means
+from babyllama.log import Log, Window, means
 from babyllama.run_dir import find_checkpoint, list_checkpoints
 from babyllama.sampling import SamplingConfig
 from model import IGNORED, Loss, Transformer
@@ -69,22 +78,6 @@ def next_token(label_smoothing: float = 0.0) -> Objective:
     return Objective(lambda model, batch: model(**batch, label_smoothing=label_smoothing))
 
 
-def sums_of(losses: Sequence[Loss]) -> Tensor:
-    """The three sums over some losses; (3,) float64 on the CPU, as Apple's GPUs do not have it.
-
-    Read at once: whoever reads a number from a card waits until it has done all its work.
-    """
-    if not losses:
-        return torch.zeros(3, dtype=torch.float64)
-    parts = [torch.stack([part.detach().float() for part in loss]) for loss in losses]
-    return sum(torch.stack(parts).cpu().double())
-
-
-def over_ranks(sums: Tensor, world: World) -> Tensor:
-    """Sums of this process added to those of the others."""
-    return world.sum(sums.float().to(world.device)).cpu().double() if world.size > 1 else sums
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -93,26 +86,24 @@ def evaluate(
     scaler: Scaler,
     world: World,
     tokenizer: Tokenizer | None = None,
-    measure: LossFunction = next_token_loss,
+    objective: Objective = Objective(),
 ) -> dict:
     """Loss, perplexity and accuracy over the validation rows, in all and per source.
 
     tokenizer: gives bits per byte too, which compares models of different vocabularies
-    measure: the loss; of another kind than the model's own, the figures are what it counts
     """
     model = inner(model)
     model.eval()
-    total = torch.zeros(4, dtype=torch.float64)
-    losses = {}
+    total, losses = torch.zeros(4, dtype=torch.float64), {}
     for name in data.names:
         found, n_bytes = [], 0
         for batch in data.batches(name, micro_batch_size, world.rank, world.size):
-            if tokenizer is not None:
+            if tokenizer is not None and objective.is_of_tokens:
                 targets = batch["targets"]
                 n_bytes += tokenizer.n_bytes(targets[targets != IGNORED].tolist())
             with scaler.autocast():
-                found.append(measure(model, to_device(batch, world.device)))
-        sums = over_ranks(torch.cat((sums_of(found), torch.tensor([float(n_bytes)]))), world)
+                found.append(objective.measure(model, to_device(batch, world.device)))
+        sums = summed(found, n_bytes, world)
         losses[name] = float(sums[0] / sums[1].clamp(min=1))
         total += sums
     model.train()
@@ -195,16 +186,12 @@ class TrainConfig:
             "batch_size", "micro_batch_size", "log_every", "eval_every", "save_every", "keep",
             "max_bad_steps",
         )  # fmt: skip
-        bad = [f"{name} {getattr(self, name)}" for name in numbers if getattr(self, name) < 1]
-        if self.seed < 0:
-            bad.append(f"seed {self.seed}")
-        if self.max_steps < 0 or (self.max_steps == 0 and not 0 < self.epochs < math.inf):
-            bad.append(f"max_steps {self.max_steps} with epochs {self.epochs}")
-        if bad:
-            raise ConfigError(
-                f"train wants whole numbers from 1, a seed from 0, and max_steps or epochs above "
-                f"0; found {', '.join(bad)}"
-            )
+        wanted = {name: ("1 or more", getattr(self, name) >= 1) for name in numbers}
+        wanted["seed"] = ("0 or more", self.seed >= 0)
+        wanted["max_steps"] = ("0 or more", self.max_steps >= 0)
+        has_end = self.max_steps > 0 or 0 < self.epochs < math.inf
+        wanted["epochs"] = ("a number above 0, or max_steps", has_end)
+        require("train", self, wanted)
 
 
 def total_steps(config: TrainConfig, data: TrainData) -> int:
@@ -285,6 +272,11 @@ class Run(checkpoint.Snapshot):
         self.scaler.load(state["scaler"])
         return Seen(state["step"], state["tokens"], state.get("best"), state.get("window"))
 
+    def batches_of(self, step: int) -> list[Batch]:
+        """This process's share of a step."""
+        size, world = self.cfg.train.micro_batch_size, self.world
+        return self.data.train.batches(step, size, world.rank, world.size)
+
     def step(self, batches: list[Batch]) -> None:
         """One update, or none where its numbers are not finite; logged where it is time."""
         config, seen = self.cfg.train, self.seen
@@ -293,10 +285,7 @@ class Run(checkpoint.Snapshot):
         # Dropout belongs to the step, so a resumed run draws what it would have drawn.
         seed = SeedSequence((config.seed, seen.step, self.world.rank)).generate_state(1)[0]
         torch.manual_seed(int(seed))
-        sums = forward_backward(
-            self.wrapped, batches, self.world, self.scaler, self.objective.loss,
-            self.objective.count,
-        )  # fmt: skip
+        sums = forward_backward(self.wrapped, batches, self.world, self.scaler, self.objective)
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         most = self.cfg.optim.max_grad_norm
         grad_norm = self.scaler.step(self.optimizer, trained, most, float(sums[0]))
@@ -323,16 +312,16 @@ class Run(checkpoint.Snapshot):
     def validate(self) -> None:
         """Measure, show samples, and keep the weights in best/ where none were better."""
         config, seen = self.cfg.train, self.seen
-        of_bytes = self.tokenizer if self.objective.is_of_tokens else None
         with optim.averaged(self.model, self.optimizer):
             figures = evaluate(
                 self.wrapped, self.data.val, config.micro_batch_size, self.scaler, self.world,
-                of_bytes, self.objective.measure,
+                self.tokenizer, self.objective,
             )  # fmt: skip
             self.val_loss = figures["loss"]
             self.log.record("val", seen.step, figures)
-            said = samples(self.model, self.tokenizer, config.samples, self.kind)
-            self.log.samples(seen.step, said)
+            self.log.samples(
+                seen.step, samples(self.model, self.tokenizer, config.samples, self.kind)
+            )
             if config.keep_best and seen.step and self.val_loss < (seen.best or math.inf):
                 seen.best = self.val_loss
                 checkpoint.save_best(self, seen.step, seen.best)
@@ -349,44 +338,19 @@ class Run(checkpoint.Snapshot):
 
     def opening(self) -> str:
         """What trains, on what, and for how long."""
-        train, sources, step = self.data.train, self.data.train.mixture.sources, self.seen.step
-        how = f"continues at step {step}" if step else "starts"
+        data, sources, world = self.data.train, self.data.train.mixture.sources, self.world
+        how = f"continues at step {self.seen.step}" if self.seen.step else "starts"
         how += f" from {self.parent}" if self.parent else ""
         rows = ", ".join(f"{s.name} {len(s)}" for s in sources)
-        drops = ", ".join(
-            f"{s.name} {why} {n}" for s in sources for why, n in s.dropped.items() if n
-        )
-        return (
-            (
-                f"{shown(self.directory)} {how}: {self.model.n_parameters():,} parameters, "
-                f"{self.world.size} process(es) on {self.world.device}, {self.scaler.precision}"
-                f"{getattr(self.model, 'kernels', '')}\n"
-                f"rows: {rows}; {train.batch_size} a step, {self.last} steps = "
-                f"{self.last / train.steps_per_epoch:.2f} epochs"
-            )
-            + "\nleft out or cut: " * bool(drops)
-            + drops
-        )
-
-    def ending(self) -> tuple[int, str]:
-        """How a run that has made its last step has ended: exit code and words."""
-        if self.bad_steps > 1:  # one alone is how float16 finds its scale
-            return self.bad_numbers()
-        place, newest = shown(self.directory), list_checkpoints(self.directory)[-1].name
-        if not math.isfinite(self.val_loss):
-            return BAD_NUMBERS, (
-                f"stopped: the validation loss of {place} ({newest}) is no number; try a lower "
-                f"--optim.lr"
-            )
-        made = f"{place} (checkpoint {newest}, curves.png)"
-        why = doubt(self.log.records, self.cfg.optim.warmup_steps, self.last)
-        return 0, f"warning: finished, but {why}: {made}" if why else f"done: {made}"
-
-    def bad_numbers(self) -> tuple[int, str]:
-        return BAD_NUMBERS, (
-            f"stopped: {self.bad_steps} steps in a row with numbers that are not finite; try a "
-            f"lower --optim.lr; the last checkpoint is intact"
-        )
+        drops = [f"{s.name} {why} {n}" for s in sources for why, n in s.dropped.items() if n]
+        lines = [
+            f"{shown(self.directory)} {how}: {self.model.n_parameters():,} parameters, "
+            f"{world.size} process(es) on {world.device}, {self.scaler.precision}"
+            f"{getattr(self.model, 'kernels', '')}",
+            f"rows: {rows}; {data.batch_size} a step, {self.last} steps = "
+            f"{self.last / data.steps_per_epoch:.2f} epochs",
+        ]
+        return "\n".join(lines + [f"left out or cut: {', '.join(drops)}"] * bool(drops))
 
 
 def train(
@@ -406,10 +370,6 @@ def train(
     """
     run = Run(model, data, tokenizer, cfg, world, directory, kind, objective)
     config, seen, last = cfg.train, run.seen, run.last
-
-    def batches_of(step: int) -> list[Batch]:
-        return data.train.batches(step, config.micro_batch_size, world.rank, world.size)
-
     if seen.step >= last:  # nothing is left to do but what a kill after the last checkpoint left
         world.on_main(lambda: checkpoint.tidy(directory))
         return run.log.close(
@@ -422,10 +382,10 @@ def train(
         model.train()
         if seen.step == 0:
             run.validate()
-        for batches in ahead(batches_of, range(seen.step, last), world.device):
+        for batches in ahead(run.batches_of, range(seen.step, last), world.device):
             run.step(batches)
             if run.bad_steps >= config.max_bad_steps:
-                return run.log.close(*run.bad_numbers())
+                return run.log.bad_numbers(run.bad_steps)
             if seen.step % config.eval_every == 0 or seen.step == last:
                 run.validate()
             stop = world.any(bool(asked))
@@ -434,28 +394,26 @@ def train(
             if stop and seen.step < last:
                 said = f"stopped at step {seen.step} of {last}, saved; the same command continues"
                 return run.log.close(STOPPED, said)
-    return run.log.close(*run.ending())
+    return run.log.finish(kind, run.bad_steps, run.val_loss, cfg.optim.warmup_steps)
 
 
 def forward_backward(
     model: nn.Module,
-    batches: list[dict[str, Tensor]],
+    batches: list[Batch],
     world: World,
     scaler: Scaler,
-    loss_function: LossFunction,
-    count: Callable[[Batch], Tensor] = n_targets,
+    objective: Objective = Objective(),
 ) -> Tensor:
     """Gradients of one step; returns (loss_sum, n_targets, n_correct, n_tokens), summed over
     ranks, float64."""
-    n_counted = float(sum(count(batch) for batch in batches))
+    n_counted = float(sum(objective.count(batch) for batch in batches))
     n_counted = world.sum(torch.full((1,), n_counted, device=world.device)).clamp(min=1)
     losses = []
     for number, batch in enumerate(batches):
         with no_sync(model, is_last=number == len(batches) - 1):
             with scaler.autocast():
-                loss = loss_function(model, to_device(batch, world.device))
+                loss = objective.loss(model, to_device(batch, world.device))
             # DDP averages gradients over ranks; the sum is wanted.
             scaler.backward(loss.loss_sum * (world.size / n_counted[0]))
         losses.append(Loss(*(part.detach() for part in loss)))
-    n_tokens = sum(batch["tokens"].numel() for batch in batches)
-    return over_ranks(torch.cat((sums_of(losses), torch.tensor([float(n_tokens)]))), world)
+    return summed(losses, sum(batch["tokens"].numel() for batch in batches), world)

@@ -164,7 +164,7 @@ def one_step(
 ) -> Tensor:  # fmt: skip
     """The gradients of a step, by the trainer; its sums."""
     objective = next_token(smoothing)
-    return forward_backward(model, batches, world, scaler, objective.loss, objective.count)
+    return forward_backward(model, batches, world, scaler, objective)
 
 
 def wrap(world: World, model: nn.Module, blocks: bool = True, **how: bool) -> nn.Module:

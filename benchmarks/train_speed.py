@@ -31,7 +31,7 @@ from babyllama.cpu.fused import fuse
 from babyllama.device import Scaler, memory_gb, pick_precision
 from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
-from babyllama.trainer import forward_backward, next_token_loss
+from babyllama.trainer import forward_backward
 from benchmarks.peers import SHAPE_43M, hf_model, usual_step
 from model import ModelConfig, Transformer
 
@@ -86,7 +86,7 @@ def our_step(
     ]
 
     def step() -> None:
-        forward_backward(model, parts, world, scaler, next_token_loss)
+        forward_backward(model, parts, world, scaler)
         scaler.step(optimizer, parameters, 1.0)
 
     return step

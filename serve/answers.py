@@ -112,7 +112,7 @@ class Asked:
             ]}  # fmt: skip
 
         def text(token: int) -> str:
-            return tokenizer.token_bytes(token).decode("utf-8", "replace")
+            return tokenizer.piece_bytes[token].decode("utf-8", "replace")
 
         texts = [text(s.token) for s in scores]
         places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
@@ -125,7 +125,7 @@ class Asked:
 
 
 def _named(tokenizer: object, token: int, logprob: float) -> dict:
-    data = tokenizer.token_bytes(token)
+    data = tokenizer.piece_bytes[token]
     text = data.decode("utf-8", "replace")
     return {"token": text, "logprob": logprob, "bytes": list(data)}
 

@@ -35,19 +35,9 @@ import torch
 from torch import Tensor
 
 from babyllama.cpu.decoder import Float32Step
-from babyllama.decoder import Decoder
+from babyllama.decoder import Decoder, Reply, Rules, random_numbers, redraw
 from babyllama.errors import ConfigError
-from babyllama.sampling import (
-    Chooser,
-    Reply,
-    Rules,
-    SamplingConfig,
-    n_showable,
-    penalise,
-    random_numbers,
-    redraw,
-    until_stop,
-)
+from babyllama.sampling import Chooser, SamplingConfig, n_showable, penalise, until_stop
 from model import KVCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
 

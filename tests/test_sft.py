@@ -9,11 +9,11 @@ import yaml
 
 from babyllama.analysis.inspect_batch import read_of, shown_batch
 from babyllama.analysis.terminal_text import GREEN, RESET, Painter
-from babyllama.config import REPO, parse, to_yaml
+from babyllama.config import REPO, parse, to_yaml, weighted_names
 from babyllama.data import open_data
 from babyllama.errors import ConfigError
 from babyllama.run_dir import list_checkpoints
-from babyllama.sources import DataConfig, SourceConfig, named_sources
+from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
 from conftest import write_run
 from sft import SftConfig, resolve, settings_of
@@ -38,9 +38,9 @@ from tokenizer import Tokenizer
 def test_sets_are_named_with_their_weights(text, wanted):
     if wanted is None:
         with pytest.raises(ConfigError, match="--dataset"):
-            named_sources(text)
+            weighted_names(text)
     else:
-        assert [(source.name, source.weight) for source in named_sources(text)] == wanted
+        assert list(weighted_names(text).items()) == wanted
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from babyllama.config import from_repo, parse, run
-from babyllama.decoder import Batch
+from babyllama.decoder import Batch, Reply
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import stream_text
 from babyllama.language import verbatim
 from babyllama.prompts import as_trained
 from babyllama.rows import check_messages
-from babyllama.sampling import Reply, SamplingConfig
+from babyllama.sampling import SamplingConfig
 from vqa import images
 from vqa.model import Loaded, VqaModel, load, with_picture
 

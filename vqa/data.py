@@ -169,12 +169,11 @@ class PictureRows(Dialogues):
         self.dropped["picture_missing"] = sum(int((own < 0).sum()) for own in self._pictures)
         return [np.maximum(n_pieces, 0) for n_pieces in fitting]
 
-    def _pieces(self, file: TokenFile, max_seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def _pieces(self, file: TokenFile, max_seq_len: int) -> np.ndarray:
         names = (file.pieces(row)[0][1].tolist() for row in range(file.n_docs))
         numbers = [self.pictures.number.get(self._tokenizer.decode(name), -1) for name in names]
         self._pictures.append(np.array(numbers, dtype=np.int64))
-        n_fitting, n_pieces = super()._pieces(file, max_seq_len)
-        return np.where(self._pictures[-1] < 0, -1, n_fitting), n_pieces
+        return np.where(self._pictures[-1] < 0, -1, super()._pieces(file, max_seq_len))
 
     def _messages(self, number: int) -> tuple[int, list[tuple[str, list[int]]]]:
         file, row, n_pieces = self._rows[number].tolist()

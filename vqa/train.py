@@ -136,7 +136,7 @@ def main(cfg: VqaConfig) -> int:
         if world.device.type == "cuda":
             from babyllama.cuda.attention import on_card  # takes its time, for cards alone
 
-            on_card(model, cfg.train.blocks)
+            on_card(model.language, cfg.train.blocks)
         features = seen_before(model, pictures, world) if cfg.data.cache_features else None
         room = Room(model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
         data = open_vqa_data(

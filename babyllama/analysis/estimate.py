@@ -18,7 +18,7 @@ from babyllama.device import Scaler, memory_gb, mfu_per_rate, open_scaler, synch
 from babyllama.distributed import World
 from babyllama.optim import make_optimizer, move_averages, n_kept
 from babyllama.trainer import Objective, RunConfig, forward_backward, total_steps
-from model import CARD_SLICE, SLICE, ModelConfig, Transformer
+from model import SLICE, ModelConfig, Transformer
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -81,6 +81,8 @@ def memory_by_part(
     # Of a slice there are logits and probabilities, and on a card their gradient and a product.
     of_slice = SLICE * config.vocab_size * 8 + 4 * table
     if is_card:
+        from babyllama.cuda.attention import CARD_SLICE  # takes its time, for cards alone
+
         of_slice = CARD_SLICE * config.vocab_size * (8 + width) + 4 * table * (2 if narrow else 1)
     parts = {
         "weights": 4 * n_parameters / shares + narrow * (n_parameters - table),
@@ -194,7 +196,7 @@ def _probe(
             synchronize(world.device)
             tokens, started = 0, time.perf_counter()
         batches = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
-        sums = forward_backward(wrapped, batches, world, scaler, objective.loss, objective.count)
+        sums = forward_backward(wrapped, batches, world, scaler, objective)
         scaler.step(optimizer, parameters, cfg.optim.max_grad_norm, float(sums[0]))
         move_averages(optimizer)
         tokens += int(sums[3])

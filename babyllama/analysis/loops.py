@@ -16,14 +16,14 @@ from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.decoder import Weights
+from babyllama.decoder import Reply, Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
 from babyllama.log import table
-from babyllama.prompts import QUESTIONS, read_prompts
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
-from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, Reply, SamplingConfig, loops, squeeze
+from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
+from babyllama.scoring.probes import QUESTIONS, read_prompts
 from babyllama.scoring.rouge import ngrams
 from babyllama.scoring.summarise import ReadyModel, ask_all
 

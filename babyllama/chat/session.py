@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from babyllama.chat.terminal import whole
-from babyllama.checkpoint import Loaded, load_adapter
+from babyllama.checkpoint import Loaded, find_adapter, load_adapter, read_adapter
 from babyllama.config import REPO, from_repo, shown
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import Decoder, Weights
+from babyllama.decoder import Decoder, Reply, Weights
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies, stream_text
 from babyllama.lora import switch
@@ -22,7 +22,7 @@ from babyllama.prompts import as_trained
 from babyllama.retrieval.index import trim
 from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
 from babyllama.run_dir import TASKS, newest_run, tasks_of
-from babyllama.sampling import Reply, SamplingConfig
+from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import Suggested, suggest
 from tokenizer import Tokenizer
 
@@ -92,11 +92,15 @@ class Conversation:
         return f"资料{cut}：{self.reference or '无'}"
 
 
-def choose_checkpoint(wanted: Path | None, repo: Path = REPO) -> Path:
-    """The checkpoint the user named, else the newest run in out/, else the released model.
+def choose_checkpoint(wanted: Path | None, repo: Path = REPO, lora: Sequence[str] = ()) -> Path:
+    """The checkpoint the user named, else the base of the first adapter, else the newest run in
+    out/, else the released model.
 
     raises: ConfigError if there is none at all
     """
+    if wanted is None and lora:
+        _, found, _ = read_adapter(find_adapter(named(lora[0])[1]))
+        wanted = Path(found["base"]) if found["base"] else None
     if wanted:
         return from_repo(wanted)
     release = repo / "release"
@@ -163,7 +167,7 @@ class Asked:
     found: the passages that were looked up for it; None where nothing was looked up
     lets_go: the first turns leave what the model sees, and none has before
     text: what was replied so far
-    reason: how the reply ended, see generate.Reply; interrupted: by the user; context: it is full
+    reason: how the reply ended, see decoder.Reply; interrupted: by the user; context: it is full
     """
 
     question: str

@@ -1,4 +1,4 @@
-"""Attention inside the documents of packed rows, as CUDA cards do it fast.
+"""Attention inside the documents of packed rows, and the loss, as CUDA cards do them fast.
 
 A mask of T x T booleans makes every token look at every other, and then forget most of them.
 flex_attention (Dong et al. 2024, arXiv:2412.05496) leaves out the blocks in which no token sees
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model import Attention, Transformer
+from model import Attention, SlicedLoss, Transformer, matmul_dtype
 
 # Rows are padded to a multiple of a block, so that few lengths are compiled.
 BLOCK = 128
@@ -72,10 +72,12 @@ def _compiler() -> Callable[..., Tensor]:
 
 
 def on_card(model: Transformer, blocks: bool = True) -> Transformer:
-    """The model, which from now on attends to packed documents as cards do it fast.
+    """The model, which from now on computes losses, and attention in packed documents, as cards do
+    it fast.
 
     blocks: by flex_attention, where that runs; it is tried when the first packed row comes
     """
+    model.sliced_loss = card_loss
     return attend_by(model, compiled if blocks else None)
 
 
@@ -132,3 +134,45 @@ def attend(
     q, k, v = (F.pad(part, (0, 0, 0, -length % BLOCK)) for part in (q, k, v))
     out = kernel(q, k, v, block_mask=mask, enable_gqa=groups > 1)
     return out[:, :, :length]
+
+
+# A card adds to the whole gradient of the head once a slice, so fewer and larger ones are faster.
+CARD_SLICE = 1024
+
+
+def card_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    smoothing: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """model.SlicedLoss as cards compute it fast."""
+    dtype = matmul_dtype(hidden)
+    product = torch.mm
+    if dtype != torch.float32:  # whose products a card adds up and gives unrounded
+        product = functools.partial(torch.mm, out_dtype=torch.float32)
+    own = functools.partial(softmax_loss, dtype=dtype)
+    return SlicedLoss.apply(hidden, weight, targets, weights, smoothing, CARD_SLICE, own, product)
+
+
+def softmax_loss(
+    logits: Tensor, targets: Tensor, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """model._softmax_loss in four passes over the memory, for which a card waits, not in ten.
+
+    dtype: of the gradient
+    """
+    log_probs = logits.log_softmax(dim=1)
+    at, evenly = targets[:, None], smoothing / logits.shape[1]
+    aimed = log_probs.gather(1, at)  # (N, 1)
+    even = 1.001 / logits.shape[1]  # of equal logits none is the largest
+    hits = ((aimed >= log_probs.amax(dim=1, keepdim=True)) & (aimed.exp() > even)).squeeze(1)
+    found = aimed
+    if smoothing:
+        found = (1 - smoothing) * aimed + smoothing * log_probs.mean(dim=1, keepdim=True)
+    error = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
+    error = error.sub_(evenly) if smoothing else error
+    # Near 1 a narrow format would round a probability's distance from 1 away.
+    error.scatter_(1, at, (aimed.exp() - (1 - smoothing) - evenly).to(dtype))
+    return -found.squeeze(1), hits, error

@@ -6,25 +6,28 @@ risk (Kumar and Byrne 2004; Eikema and Aziz 2020, arXiv:2005.10283) under ROUGE.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from babyllama.checkpoint import Loaded
+from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, shown
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import Decoder, Weights, search_beams
-from babyllama.device import Device
+from babyllama.decoder import Decoder, Reply, Weights, search_beams
+from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
-from babyllama.sampling import Reply, SamplingConfig
+from babyllama.sampling import SamplingConfig
 from babyllama.scoring.rouge import clipped_f_of_all, is_blank
+from babyllama.scoring.tables import System
+from babyllama.scoring.test_sets import SummarySet, predictions_for
 from tokenizer import Tokenizer
 
 # How much more recall counts than precision in the choice. Plain F1 prefers short titles; on 250 of
@@ -202,3 +205,29 @@ def ranked(replies: Sequence[str]) -> list[str]:
     alike = sum(clipped_f_of_all(texts, n, RECALL) for n in (1, 2))
     scores = (alike * said @ list(counts.values())) * said
     return [texts[i] for i in np.argsort(-scores, kind="stable")]
+
+
+def summarise_all(
+    systems: Mapping[str, Sequence[Path]],
+    found: SummarySet,
+    ways: Mapping[str, SamplingConfig],
+    cfg: AskConfig,
+) -> tuple[list[System], ReadyModel | None]:
+    """The titles of each file and of each checkpoint in each way to decode; the first model."""
+    lines, first, texts = [], None, found.column("text")
+    for name, paths in systems.items():
+        if paths[0].is_file():
+            lines.append(System(name, predictions_for(paths[0], found)))
+            continue
+        device = pick_device(cfg.device)
+        models = [ReadyModel.of(load_model(path, device), cfg.weights) for path in paths]
+        first = first or models[0]
+        for way, sampling in ways.items():
+            began = perf_counter()
+            made = summarise(models, texts, sampling, cfg.batch_size, cfg.prompts)
+            line = System(f"{name} {way}".rstrip(), [each.title for each in made])
+            line.seconds = perf_counter() - began
+            line.n_cut = sum(e.n_read < len(t) for e, t in zip(made, texts, strict=True))
+            line.n_lead_ins = sum(each.had_lead_in for each in made)
+            lines.append(line)
+    return lines, first

@@ -12,14 +12,14 @@ A file of titles has the keys id, text, reference and prediction.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.config import REPO, from_repo, require_writable, shown
-from babyllama.errors import CheckpointError, ConfigError, DataError
+from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
-from babyllama.run_dir import beside, checksums, find_checkpoint, newest_run, sha256
+from babyllama.run_dir import beside, checksums, chosen_run, find_checkpoint, sha256
 from babyllama.scoring.tables import System
 
 PREDICTION_KEYS = ("id", "text", "reference", "prediction")
@@ -253,15 +253,9 @@ def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
     named: checkpoints, several joined by "+", or files; if empty the newest SFT run is taken
     raises: CheckpointError if there is none; ConfigError if one is named twice
     """
-    newest = None if named else newest_run(kind="sft")
-    if not named and newest is None:
-        raise CheckpointError(
-            "wanted a checkpoint, found no SFT run in out/; make one with `python sft.py`, or "
-            "name one: python eval_rouge.py CHECKPOINT"
-        )
     groups = [
         [from_repo(one)] if from_repo(one).exists() else list(map(from_repo, str(one).split("+")))
-        for one in named or [newest]
+        for one in named or [chosen_run(None, kind="sft")]
     ]
     groups = [
         [p.resolve() if p.is_file() else find_checkpoint(p).resolve() for p in paths]
@@ -281,6 +275,27 @@ def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
             break
     names = dict(zip(every, names, strict=True))
     return {" + ".join(names[path] for path in paths): paths for paths in groups}
+
+
+def require_sense(
+    systems: Mapping[str, Sequence[Path]], n_ways: int, wants_report: bool, asks_more: bool
+) -> None:
+    """Refuse at the start what has nothing to work on.
+
+    n_ways: in which each checkpoint decodes
+    raises: ConfigError
+    """
+    first, *others = systems.values()
+    n_lines = sum(1 if paths[0].is_file() else n_ways for paths in (first, *others))
+    if wants_report and n_lines < 2:
+        raise ConfigError(
+            "--report sets two systems side by side, found one; name a second checkpoint or file "
+            "of titles, or two ways to decode: --decoding greedy,best"
+        )
+    if asks_more and (first[0].is_file() or len(first) > 1):
+        raise ConfigError(
+            "--wordings and --follow-up ask one checkpoint, the first system; name it first"
+        )
 
 
 def choose_out(

@@ -18,7 +18,7 @@ al. 2024, arXiv:2404.19733, equation 1).
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,11 +30,12 @@ from torch import Tensor, nn
 
 from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, require_writable, run, shown
+from babyllama.decoder import Reply
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.prompts import QUESTIONS, read_prompts
 from babyllama.rows import read_rows, row_kind, write_rows
-from babyllama.sampling import Reply, SamplingConfig, loops
+from babyllama.sampling import SamplingConfig, loops
+from babyllama.scoring.probes import QUESTIONS, read_prompts
 from babyllama.scoring.summarise import ReadyModel, ask_all, ranked
 from babyllama.sources import Reader, Row, Source, message_sizes, supervised
 from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter
@@ -61,10 +62,10 @@ class Pairs(Source):
 
     def _sizes(self, file: TokenFile) -> np.ndarray:
         """Positions that the two dialogues of each row take together."""
-        sizes, first, _ = message_sizes(file, self._tokenizer)
+        sizes = message_sizes(file, self._tokenizer)
         is_choice = np.isin(file.roles, [ROLES.index(role) for role in CHOICES])
         # All that comes before the answers is read twice.
-        return np.add.reduceat(np.where(is_choice, sizes, 2 * sizes), first)
+        return np.add.reduceat(np.where(is_choice, sizes, 2 * sizes), file.first)
 
     def row(self, number: int, _rng: np.random.Generator) -> Pair:
         file, place, _ = self._rows[number].tolist()
@@ -217,7 +218,7 @@ def pair_of(replies: Sequence[Reply]) -> tuple[str, str] | str:
 
 def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[list[Reply]]:
     """The greedy reply and the drawn ones to each prompt."""
-    drawn = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
+    drawn = cfg.alone
     model = ReadyModel.of(loaded, "float32")
     asked = [loaded.tokenizer.render_prompt([{"role": "user", "content": p}]) for p in prompts]
     first, more = (

@@ -13,7 +13,7 @@ kept, so a stopped run continues.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.checkpoint import load_answering
@@ -21,7 +21,7 @@ from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows, write_rows
-from babyllama.sampling import SamplingConfig, repeats, squeeze
+from babyllama.sampling import repeats, squeeze
 from babyllama.scoring.summarise import BEST, AskConfig, ReadyModel, summarise
 
 ROWS_A_FILE = 500
@@ -121,7 +121,7 @@ def main(cfg: PseudoLabelConfig) -> None:
     device = pick_device(cfg.device)
     loaded = [load_answering(from_repo(path), device) for path in cfg.checkpoints]
     models = [ReadyModel.of(one, cfg.weights) for one in loaded]
-    sampling = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
+    sampling = cfg.alone
     out, left_out = from_repo(cfg.out), Counter()
     out.mkdir(parents=True, exist_ok=True)
     print(f"{len(texts)} texts, {n_left} rows of another length or double left out")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from babyllama.errors import ConfigError
+from babyllama.errors import require
 from model import Transformer
 
 
@@ -34,19 +34,12 @@ class RegulariseConfig:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        # Written so that NaN, which compares as false, is refused.
         wanted = {
             "dropout": ("0 to below 1", 0 <= self.dropout < 1),
             "label_smoothing": ("0 to below 1", 0 <= self.label_smoothing < 1),
             "noise": ("0 or more", 0 <= self.noise < math.inf),
         }
-        bad = [
-            f"regularise.{name} wants {what}, found {getattr(self, name)}"
-            for name, (what, is_good) in wanted.items()
-            if not is_good
-        ]
-        if bad:
-            raise ConfigError("; ".join(bad))
+        require("regularise", self, wanted)
 
 
 def regularise(model: Transformer, cfg: RegulariseConfig) -> Transformer:

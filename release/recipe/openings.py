@@ -15,19 +15,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_answering
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import Weights
+from babyllama.decoder import Reply, Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies
 from babyllama.rows import numbered_lines, read_rows, write_rows
-from babyllama.sampling import Reply, SamplingConfig, loops, squeeze
+from babyllama.sampling import SamplingConfig, loops, squeeze
 
 OPENINGS = Path(__file__).parent / "openings.jsonl"
 OFF = re.compile("论文|摘要|标题|关键词|资料")  # nobody asked for these
@@ -149,7 +149,7 @@ def main(cfg: OpeningsConfig) -> None:
         print(f"none of {len(openings)} openings stands in {len(cfg.rows)} sets")
         return
     loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
-    drawn = SamplingConfig(**{f.name: getattr(cfg, f.name) for f in fields(SamplingConfig)})
+    drawn = cfg.alone
     rows = []
     print(f"{shown(loaded.path)}: {len(openings)} openings with their follow-ups")
     for name, way in {

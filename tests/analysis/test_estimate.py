@@ -17,6 +17,7 @@ from babyllama.analysis.estimate import (
     table,
 )
 from babyllama.config import REPO
+from babyllama.cuda.attention import CARD_SLICE
 from babyllama.device import (
     Scaler,
     flops_per_token,
@@ -28,7 +29,7 @@ from babyllama.device import (
 from babyllama.distributed import World
 from babyllama.log import read_metrics
 from conftest import small_config, write_run
-from model import CARD_SLICE, SLICE, ModelConfig, Transformer
+from model import SLICE, ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -98,7 +99,7 @@ from babyllama.analysis.estimate import memory_by_part
 from babyllama.device import Scaler, memory_gb, pick_precision
 from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
-from babyllama.trainer import forward_backward, next_token_loss
+from babyllama.trainer import forward_backward
 from model import ModelConfig, Transformer
 
 CPU = torch.device("cpu")
@@ -110,7 +111,7 @@ def step(batch, n_steps=1, **shape):
     for _ in range(n_steps):
         ids = torch.randint(0, config.vocab_size, (batch, config.max_seq_len + 1))
         parts = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
-        forward_backward(model, [parts], World(0, 1, CPU), scaler, next_token_loss)
+        forward_backward(model, [parts], World(0, 1, CPU), scaler)
         scaler.step(optimizer, list(model.parameters()), 1.0)
     return memory_by_part(config, model.n_parameters(), batch, pick_precision(CPU))
 

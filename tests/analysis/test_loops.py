@@ -6,9 +6,9 @@ import re
 import pytest
 
 from babyllama.analysis import loops
+from babyllama.decoder import Reply
 from babyllama.errors import ConfigError, DataError
-from babyllama.prompts import read_prompts
-from babyllama.sampling import Reply
+from babyllama.scoring.probes import read_prompts
 
 LOOP = "今天天气很好，我们去公园。"
 

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from babyllama.data import ahead, collate
-from babyllama.device import Scaler, to_device
+from babyllama.cuda.attention import card_loss, softmax_loss
+from babyllama.data import collate
+from babyllama.device import Scaler, ahead, summed, to_device
 from babyllama.distributed import GRAPHS, World
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig, averaged, make_optimizer, move_averages
-from babyllama.trainer import Objective, forward_backward, next_token, sums_of
+from babyllama.trainer import Objective, forward_backward, next_token
 from babyllama.tuning.preference import dpo
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from conftest import small_config
-from model import IGNORED, Loss, Transformer, _on_card, _softmax_loss
+from model import IGNORED, Loss, Transformer, _softmax_loss
 from stand_in import CARD, OnCard, card, to_card
 
 CPU = torch.device("cpu")
@@ -59,6 +60,7 @@ def one_step(device, n, optim=None, lora=False, preference=False, weighted=False
         apply_lora(model, LoraConfig(rank=2), base="")
     if device == CARD:
         model, reference = to_card(model), to_card(reference)
+        model.sliced_loss = card_loss  # as cuda.attention.on_card
     if preference:
         objective = dpo(reference, 0.1, 1.0)
     if "regularise" in how:
@@ -76,7 +78,7 @@ def one_step(device, n, optim=None, lora=False, preference=False, weighted=False
 
 
 def step(model, objective: Objective, parts, world, scaler) -> torch.Tensor:
-    return forward_backward(model, parts, world, scaler, objective.loss, objective.count)
+    return forward_backward(model, parts, world, scaler, objective)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -122,7 +124,7 @@ def test_the_cards_softmax_is_the_processors(dtype, smoothing):
     logits, targets = torch.randn(50, 97) * 4, torch.randint(0, 97, (50,))
     logits[0, targets[0]] += 30  # so sure that 1 - p needs more than eight bits
     wanted = _softmax_loss(logits.clone(), targets, smoothing)
-    losses, hits, error = _on_card(logits.clone(), targets, smoothing, dtype=dtype)
+    losses, hits, error = softmax_loss(logits.clone(), targets, smoothing, dtype=dtype)
     torch.testing.assert_close(losses, wanted[0], rtol=1e-5, atol=1e-5)
     assert torch.equal(hits, wanted[1]) and error.dtype == dtype
     is_twice_rounded = smoothing and dtype == torch.bfloat16
@@ -167,7 +169,8 @@ def test_sums_are_those_of_adding_one_after_the_other():
     wanted = torch.zeros(3, dtype=torch.float64)
     for loss in losses:
         wanted += torch.stack([part.float() for part in loss]).double()
-    assert torch.equal(sums_of(losses), wanted) and sums_of([]).tolist() == [0, 0, 0]
+    assert torch.equal(summed(losses, 7, World(0, 1, CPU))[:3], wanted)
+    assert summed([], 7, World(0, 1, CPU)).tolist() == [0, 0, 0, 7]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

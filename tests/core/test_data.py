@@ -509,7 +509,7 @@ def test_a_run_without_sources_is_refused(tokenizer):
 @pytest.mark.parametrize("name", ["no-such-set", "no/such/set"])
 def test_missing_token_files_are_refused_with_the_command_that_makes_them(tokenizer, name):
     command = f"python -m data_process.run {Path(name).name} --tokenizer {tokenizer.path}"
-    with pytest.raises(DataError, match=rf"wanted token files train-\*\.idx.*{command}"):
+    with pytest.raises(DataError, match=rf"found none .*train-\*\.idx.*{command}"):
         open_source(SourceConfig(name), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
 
 

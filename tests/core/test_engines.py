@@ -73,7 +73,7 @@ def double_steps(world: World, n_steps: int = 10) -> dict[str, torch.Tensor]:
     scaler, norms = Scaler(world.device, "float32"), []
     for step in range(n_steps):
         batches = rows_data().train.batches(step, 2, world.rank, world.size)
-        forward_backward(wrapped, batches, world, scaler, loss_function)
+        forward_backward(wrapped, batches, world, scaler, Objective(loss_function))
         norms.append(scaler.step(optimizer, list(model.parameters()), 1.0))
     weights = {name: whole(weight.detach()) for name, weight in model.named_parameters()}
     return {**weights, "norms": torch.tensor(norms, dtype=torch.float64)}

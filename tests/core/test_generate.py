@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import search_beams
+from babyllama.decoder import Reply, search_beams
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.generate import generate, generate_replies, stream, stream_text
-from babyllama.sampling import Reply, SamplingConfig, loops, repeats, squeeze, until_stop
+from babyllama.sampling import SamplingConfig, loops, repeats, squeeze, until_stop
 from conftest import small_config
 from model import Transformer
 from tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from babyllama.data import TrainData, best_fit, collate, open_data, pack, share,
 from babyllama.device import Scaler
 from babyllama.distributed import World
 from babyllama.sources import DataConfig, SourceConfig
-from babyllama.trainer import TrainConfig, forward_backward, next_token_loss
+from babyllama.trainer import TrainConfig, forward_backward
 from babyllama.tuning.preference import Pair
 from model import IGNORED
 from tokenizer import Tokenizer
@@ -51,9 +51,7 @@ def test_by_row_the_loss_of_a_step_is_the_mean_of_the_rows_means(
     token_root, tokenizer, model, micro
 ):
     train = opened(token_root, tokenizer, weight_by="row")
-    sums = forward_backward(
-        model, train.batches(0, micro), WORLD, Scaler(WORLD.device, "float32"), next_token_loss
-    )
+    sums = forward_backward(model, train.batches(0, micro), WORLD, Scaler(WORLD.device, "float32"))
     found = [weight.grad.clone() for weight in model.parameters()]
     model.zero_grad()
     losses = []

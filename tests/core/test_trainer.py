@@ -47,7 +47,6 @@ from babyllama.trainer import (
     TrainConfig,
     evaluate,
     forward_backward,
-    next_token_loss,
     total_steps,
     train,
 )
@@ -108,7 +107,7 @@ def rows_model() -> Transformer:
 def gradients(batches: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The sums and the gradients of one step of a fresh model."""
     model = rows_model()
-    sums = forward_backward(model, batches, WORLD, Scaler(WORLD.device, "float32"), next_token_loss)
+    sums = forward_backward(model, batches, WORLD, Scaler(WORLD.device, "float32"))
     return sums, [weight.grad for weight in model.parameters()]
 
 
@@ -147,7 +146,7 @@ def test_a_batch_without_targets_gives_a_finite_loss_and_no_gradient() -> None:
     before = [weight.clone() for weight in model.parameters()]
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.0))
     scaler = Scaler(WORLD.device, "float32")
-    sums = forward_backward(model, [batch], WORLD, scaler, next_token_loss)
+    sums = forward_backward(model, [batch], WORLD, scaler)
     assert scaler.step(optimizer, list(model.parameters()), 1.0, float(sums[0])) == 0.0
     assert all(map(torch.equal, before, model.parameters()))
 
@@ -396,8 +395,9 @@ def test_a_run_that_learnt_nothing_is_not_called_done(
     optim, loop, words = DOUBTS[name]
     cfg = Settings(TrainConfig(max_steps=6, log_every=1, **loop), OptimConfig(**optim))
     assert train(rows_model(), rows_data(), tokenizer, cfg, WORLD, tmp_path, "sft") == 0
-    last = capfd.readouterr().err.splitlines()[-1]
-    assert last.startswith("warning: finished, but") and words in last
+    said, then = capfd.readouterr().err.splitlines()[-2:]
+    assert said.startswith("warning: finished, but") and words in said
+    assert then.startswith("talk to it: python chat.py ")
 
 
 def test_samples_of_fixed_prompts_are_kept_at_each_evaluation(

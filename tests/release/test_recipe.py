@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from babyllama.config import REPO
+from babyllama.decoder import Reply
 from babyllama.rows import check_messages, write_rows
-from babyllama.sampling import Reply
 from data_process.datasets import conversations, csl, redgpt
 from data_process.decontaminate import digests, is_kept
 from data_process.raw import records

@@ -149,7 +149,7 @@ def test_logprobs_are_those_of_the_tokens(client, model, tokenizer):
     decoder = make_decoder(model)
     sampling = SamplingConfig(max_new_tokens=20, seed=3, loop_guard="redraw")
     (reply,) = generate_replies(decoder, [ids], sampling, tokenizer.eos_id, tokenizer)
-    assert [bytes(t.bytes) for t in found] == [tokenizer.token_bytes(t) for t in reply.ids]
+    assert [bytes(t.bytes) for t in found] == [tokenizer.piece_bytes[t] for t in reply.ids]
     with torch.inference_mode():
         wanted = model(torch.tensor([ids + reply.ids])).log_softmax(-1)[0, len(ids) - 1 :]
     for place, token in enumerate(found):

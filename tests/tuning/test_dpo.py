@@ -12,12 +12,12 @@ import yaml
 from safetensors.torch import load_file
 
 from babyllama.data import DataConfig, open_data
+from babyllama.decoder import Reply
 from babyllama.device import Scaler
 from babyllama.distributed import World
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row, read_rows, write_rows
 from babyllama.run_dir import list_checkpoints
-from babyllama.sampling import Reply
 from babyllama.sources import READERS as OTHERS
 from babyllama.sources import SourceConfig, open_source
 from babyllama.trainer import TrainConfig, forward_backward
@@ -82,9 +82,7 @@ def test_loss_and_gradients_are_those_of_the_formula(batches, pairs, tokenizer, 
         for weight in model.parameters():
             weight += 0.05 * torch.randn_like(weight)
     objective = dpo(reference, beta, nll)
-    sums = forward_backward(
-        model, batches, WORLD, Scaler(WORLD.device, "float32"), objective.loss, objective.count
-    )
+    sums = forward_backward(model, batches, WORLD, Scaler(WORLD.device, "float32"), objective)
     found = [weight.grad.clone() for weight in model.parameters()]
     # The same twelve rows, one by one.
     config = DataConfig((SourceConfig(str(pairs)),))
@@ -112,9 +110,7 @@ def test_the_loss_begins_at_log_two_and_moves_the_right_way(batches, model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(8):
-        sums = forward_backward(
-            model, batches, WORLD, Scaler(WORLD.device, "float32"), objective.loss, objective.count
-        )
+        sums = forward_backward(model, batches, WORLD, Scaler(WORLD.device, "float32"), objective)
         losses.append(float(sums[0] / sums[1]))
         optimizer.step()
         optimizer.zero_grad()
@@ -132,7 +128,7 @@ def test_the_split_into_micro_batches_does_not_matter(pairs, tokenizer, model, m
         model.zero_grad()
         forward_backward(
             model, data.train.batches(0, size), WORLD, Scaler(WORLD.device, "float32"),
-            objective.loss, objective.count,
+            objective,
         )  # fmt: skip
         found.append([weight.grad.clone() for weight in model.parameters()])
     for one, other in zip(*found, strict=True):
