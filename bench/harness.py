@@ -52,7 +52,6 @@ class Scorer:
 
     is_chat: prompts are dialogues, else plain texts
     prefix_id: what stands before a text that has no context
-    n_cut: prompts that lost their beginning
     """
 
     def __init__(self, loaded: Loaded, batch_size: int, is_chat: bool, store: Store) -> None:
@@ -65,7 +64,6 @@ class Scorer:
         self.prefix_id = loaded.tokenizer.eos_id if is_base else loaded.tokenizer.bos_id
         self.max_length = loaded.config.max_seq_len
         self.n_head = 1 + len(loaded.tokenizer.encode(LABELS["user"]))
-        self.n_cut = 0
 
     @property
     def tokenizer_name(self) -> str:
@@ -123,7 +121,6 @@ class Scorer:
         """The last `room` ids; of a dialogue also its head, <bos> and the first label."""
         if len(ids) <= room:
             return ids
-        self.n_cut += 1
         n_head = self.n_head if is_dialogue and room > 2 * self.n_head else 0
         return ids[:n_head] + ids[len(ids) - (room - n_head) :]
 

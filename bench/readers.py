@@ -165,8 +165,7 @@ def read_rows(read: Reader, files: Iterable[File], left_out: Counter[str]) -> li
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise DataError(
                 f"{file[0]}: wanted the published layout of this benchmark, found "
-                f"{type(error).__name__} {error}; "
-                f"bench/readers.py and readers.py list the layouts"
+                f"{type(error).__name__} {error}; bench/readers.py lists the layouts"
             ) from None
     return found
 

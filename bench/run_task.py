@@ -1,14 +1,14 @@
 """Puts one task to a checkpoint through lm-evaluation-harness, and says what came out."""
 
-import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from babyllama.config import atomic_write
+from babyllama.rows import write_rows
 from bench.harness import Scorer
 from bench.sandbox.run import reasons, run_all
 from bench.scoring import (
@@ -30,7 +30,7 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
     """The report of a task; every row with its reply goes to `samples` as JSON lines."""
     from lm_eval.evaluator import evaluate
 
-    began, lm.n_cut = perf_counter(), 0
+    began = perf_counter()
     is_chat = lm.is_chat and task.form != "text"
 
     def room(prompt: str, row: dict) -> bool:
@@ -60,12 +60,12 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
         values = {CODE_METRIC: [float(outcome.passed) for outcome in outcomes]}
         extra["programs"] = reasons(outcomes)
     report = _report(task, rows, values, metric) | extra
-    _write_samples(samples, task, said, values)
+    write_rows(samples, _samples(task, said, values))
     return report | {
         "shots": shots,
         "mean_shots": float(np.mean(made.n_shots)),
         "own_shots": bool(shots and rows.own_shots),
-        "n_cut": _n_cut(made, said, lm, task),
+        "n_cut": _n_cut(made, said),
         "prompt_language": prompt_language(task, prompts),
         "form": "dialogue" if is_chat else "text",
         "chosen": _chosen(task, said),
@@ -125,13 +125,10 @@ def _shows_numbers(task: Task, rows: Rows) -> bool:
     return task.harness.get("doc_to_choice") == "letters" or len(same) == 1
 
 
-def _n_cut(made: object, said: list[dict], lm: Scorer, task: Task) -> int:
+def _n_cut(made: object, said: list[dict]) -> int:
     """Rows whose prompt lost its beginning, or an option its end, even without examples."""
-    rows = 0
-    for sample in said:
-        context = sample["arguments"][0][0]
-        rows += not type(made).room(context, sample["doc"])
-    return rows
+    room = type(made).room
+    return sum(not room(sample["arguments"][0][0], sample["doc"]) for sample in said)
 
 
 def _chosen(task: Task, said: list[dict]) -> dict[str, int]:
@@ -142,21 +139,17 @@ def _chosen(task: Task, said: list[dict]) -> dict[str, int]:
     return {str(n): count for n, count in sorted(Counter(picked).items())}
 
 
-def _write_samples(
-    path: Path, task: Task, said: list[dict], values: dict[str, list[float]]
-) -> None:
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="\n") as file,
-    ):
-        for number, sample in enumerate(said):
-            replies = sample["filtered_resps"]
-            if task.score == "choice":
-                replies = [float(reply[0]) for reply in replies]
-            line = {
-                "prompt": str(sample["arguments"][0][0]),
-                "said": replies,
-                "wanted": sample["doc"]["gold"] or sample["doc"]["answers"],
-                **{name: v[number] for name, v in values.items()},
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+def _samples(
+    task: Task, said: list[dict], values: dict[str, list[float]]
+) -> Iterator[dict[str, object]]:
+    """Every question with its reply."""
+    for number, sample in enumerate(said):
+        replies = sample["filtered_resps"]
+        if task.score == "choice":
+            replies = [float(reply[0]) for reply in replies]
+        yield {
+            "prompt": str(sample["arguments"][0][0]),
+            "said": replies,
+            "wanted": sample["doc"]["gold"] or sample["doc"]["answers"],
+            **{name: v[number] for name, v in values.items()},
+        }

@@ -1,7 +1,7 @@
 """The task files in configs/bench, and what they make of the rows for the harness.
 
 title, groups      what the report calls the task, and the names that choose it
-reader, folder, files   how its rows are read (readers.py, readers.py), and from where
+reader, folder, files   how its rows are read (readers.py), and from where
 language           of the rows; the prompts are Chinese
 score              "choice", "code", or one of scoring.SCORES
 form               "text": never asked as a dialogue

@@ -13,7 +13,6 @@ The key is read from the environment variable that --key_env names, and is not w
 """
 
 import csv
-import io
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from tqdm import tqdm
 
 from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
+from babyllama.rows import write_rows
 from bench.cache import Store
 from bench.readers import find, lines
 from bench.tasks import load, names
@@ -308,19 +308,16 @@ def write_files(entries: list[Entry], out: Path, known: Callable[[str], str | No
         else:
             files[entry.name].append(translated(entry, known))
     for name, data in files.items():
-        path = out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            temporary.write_text(_dump(name, data), "utf-8", newline="\n")
+        if not name.endswith(".csv"):
+            write_rows(out / name, data)
+            continue
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        with (
+            atomic_write(out / name) as temporary,
+            open(temporary, "w", encoding="utf-8", newline="") as file,
+        ):
+            csv.writer(file, lineterminator="\n").writerows(data)
     return failed
-
-
-def _dump(name: str, data: list) -> str:
-    if name.endswith(".csv"):
-        text = io.StringIO(newline="")
-        csv.writer(text, lineterminator="\n").writerows(data)
-        return text.getvalue()
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in data)
 
 
 def check(cfg: TranslateConfig) -> None:
@@ -366,8 +363,7 @@ def main(cfg: TranslateConfig) -> int:
             store.add([(store.key(text), answer)])
             bar.update()
     failed = write_files(entries, out, known)
-    listed = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in failed)
-    (out / "failed.jsonl").write_text(listed, "utf-8")
+    write_rows(out / "failed.jsonl", failed)
     print(f"{cfg.task}: {len(entries) - len(failed):,} of {len(entries):,} entries, "
           f"{len(every):,} texts ({len(waiting):,} asked now) in {shown(out)}")  # fmt: skip
     for row in failed[:10]:

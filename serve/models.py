@@ -45,7 +45,6 @@ class ServerConfig:
         per_client: of all these, the most of one address
         reply_seconds: a reply that takes longer, waiting included, ends where it is
         body_seconds: the head of a request, and then its body, must arrive within this time
-        body_kb: largest body of a request
         shutdown_seconds: running replies get this time when the server is stopped
         prefix_mb: memory for beginnings of prompts, so that a shared 资料 is read once
         truncate: leave out the oldest turns of a dialogue that is too long, unless a request says
@@ -69,7 +68,6 @@ class ServerConfig:
     per_client: int = 16
     reply_seconds: float = 60
     body_seconds: float = 10
-    body_kb: int = 1024
     shutdown_seconds: int = 60
     prefix_mb: float = 256
     truncate: bool = False
@@ -77,7 +75,7 @@ class ServerConfig:
     wiki_url: str = API_URL
 
     def __post_init__(self) -> None:
-        least = {"port": 0, "slots": 1, "queue": 0, "per_client": 1, "prefix_mb": 0, "body_kb": 1,
+        least = {"port": 0, "slots": 1, "queue": 0, "per_client": 1, "prefix_mb": 0,
                  "reply_seconds": 0.1, "body_seconds": 0.1, "shutdown_seconds": 0}  # fmt: skip
         faults = [
             f"--{name} {getattr(self, name)} (at least {bound})"

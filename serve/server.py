@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-# At most so many connections; more are answered with 503.
-MOST_CONNECTIONS = 1000
+MOST_CONNECTIONS = 1000  # more are answered with 503
+LARGEST_BODY = 2**20  # more is answered with 413
 
 
 def main(cfg: ServerConfig) -> int:
@@ -98,7 +98,7 @@ def make_server(
     service = Service(desk, metrics, served, cfg.reply_seconds, cfg.truncate, retriever,
                       cfg.wiki_url)  # fmt: skip
     names = LOOPBACK if cfg.host in LOOPBACK else ()
-    gate = GateConfig(key, names, OPEN, cfg.body_kb * 1024, cfg.body_seconds, LARGER, cfg.origins)
+    gate = GateConfig(key, names, OPEN, LARGEST_BODY, cfg.body_seconds, LARGER, cfg.origins)
     protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds, "open": {}})
     # Without proxy_headers=False a client could give itself another address. Protocol closes idle
     # connections.

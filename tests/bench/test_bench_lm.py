@@ -104,14 +104,14 @@ def test_a_long_text_is_read_in_windows_as_the_harness_cuts_them(vocabulary, tmp
     assert lm.loglikelihood_rolling([Request(text)]) == pytest.approx([wanted], abs=1e-3)
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(vocabulary, tmp_path):
+def test_a_prompt_that_is_too_long_loses_its_beginning(vocabulary, tmp_path):
     model = fixed_model(vocabulary.vocab_size, max_seq_len=16)
     for kind in ("pretrain", "sft"):
         loaded = Loaded(model, vocabulary, 0, tmp_path, kind)
         lm = for_harness(loaded, 2, kind == "sft", Store(None, ""))
         cut = lm.cut(list(range(100, 140)), 15, is_dialogue=kind == "sft")
         head = list(range(100, 100 + lm.n_head)) if kind == "sft" and 2 * lm.n_head < 15 else []
-        assert cut == head + list(range(125 + len(head), 140)) and lm.n_cut == 1
+        assert cut == head + list(range(125 + len(head), 140))
     ((value, _),) = lm.loglikelihood([Request("a", "很长的选项" * 20)])
     assert np.isfinite(value), "an option longer than the context loses its end"
     with pytest.raises(ConfigError, match="random replies"):
