@@ -20,6 +20,7 @@ import babyllama  # noqa: F401  (says what to do where nothing is installed)
 import torch
 
 from babyllama.analysis.estimate import dry_run
+from babyllama.analysis.plan import missing, plan
 from babyllama.checkpoint import load_model
 from babyllama.config import confirm, from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
@@ -33,6 +34,7 @@ from babyllama.sources import DataConfig
 from babyllama.trainer import TrainConfig, next_token, train
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
+from data_process.registry import require_known
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -102,13 +104,16 @@ def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
 
 def main(cfg: PretrainConfig) -> int:
     """Train; returns the exit code."""
+    require_known(source.name for source in cfg.data.sources)
+    objective = next_token(cfg.regularise.label_smoothing)
+    if cfg.dry_run and not cfg.base and (lacking := missing(cfg)):
+        return plan(cfg, lacking, objective)
     tokenizer = Tokenizer(from_repo(cfg.tokenizer))
     model = make_model(cfg, tokenizer)
     cfg = replace(cfg, model=model.config)
     data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         regularise(fuse(model.to(world.device), cfg.train.blocks), cfg.regularise)
-        objective = next_token(cfg.regularise.label_smoothing)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:

@@ -105,11 +105,11 @@ def resolve(cfg: SftConfig) -> SftConfig:
         )
     # The name of one set alone can be that of a config with sources of its own.
     if named and (not cfg.data.sources or cfg.dataset != named[0].name):
-        require_known([source.name for source in named])
         cfg = replace(cfg, data=replace(cfg.data, sources=named))
     name = cfg.name or "+".join(Path(source.name).name for source in named)
     if not name:
         raise ConfigError("the run has no name: give --name, or --dataset to take that")
+    require_known(source.name for source in cfg.data.sources)
     base = chosen_run(cfg.base, kind="pretrain")
     return replace(cfg, name=name, base=base.resolve() if base.exists() else base)
 

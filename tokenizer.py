@@ -22,7 +22,7 @@ import runpy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from babyllama.errors import ConfigError  # first: it says what to do if nothing is installed
+from babyllama.errors import ConfigError, nearest  # first: says what to do if nothing is installed
 
 # isort: split
 import numpy as np
@@ -70,9 +70,10 @@ class Tokenizer:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
+            there = (one.name for one in self.path.parent.glob("*.model"))
             raise ConfigError(
-                f"tokenizer {self.path}: no such file; name a SentencePiece .model, or train one: "
-                f"python tokenizer.py train --rows data/clean/inews --out {self.path}"
+                f"tokenizer {self.path}: no such file{nearest(self.path.name, there)}; name "
+                f"another SentencePiece .model; how to get this one: python pretrain.py --dry-run"
             )
         card = self.path.with_name("model.yaml")
         text = card.read_text("utf-8", errors="replace") if card.is_file() else ""

@@ -383,7 +383,9 @@ class _Parser(ArgumentParser):
         if found := re.match(r'Parser key "(\S+)": .*Literal\[(.+?)\].*Got value: (.*)', reason):
             name, known, value = found[1], found[2].replace("'", "").split(", "), found[3]
             return f"{name}: wanted one of {', '.join(known)}, found {value}{nearest(value, known)}"
-        if found := re.match(r"Parser key \"(\S+)\": File does not exist: '(.+)'", reason):
+        if (
+            found := re.match(r"Parser key \"(\S+)\": (?:File does|Unable)[^']+'(.+?)'", reason)
+        ) and not from_repo(found[2]).exists():
             path = Path(found[2])
             return f"--{found[1]}: no such file {shown(path)}{similar(path)}"
         return reason

@@ -6,7 +6,7 @@
     python -m data_process.run conversations --name sharegpt --raw data/raw/sharegpt --engine processes
     python -m data_process.run wiki --evaluation '[data/raw/cmrc2018/cmrc2018_dev.json]'
     python -m data_process.run wiki --index             and a full-text index, for chat and server
-    python -m data_process.run --config configs/mix/pretrain.yaml --raw data/raw --tokenizer FILE
+    python -m data_process.run --config configs/mix/text.yaml --raw data/raw --tokenizer FILE
 
 Clean rows go to data/clean/<set>/{train,val,test}-00000.jsonl with counts.json beside them: what each
 stage dropped, why, and examples. Token files go to data/tokens/<tokenizer>/<set>/, a mixture to

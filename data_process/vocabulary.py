@@ -16,7 +16,7 @@ import sentencepiece
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from babyllama.config import atomic_write, from_repo, require_writable, run
+from babyllama.config import atomic_write, from_repo, require_writable, run, similar
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows, texts_of
 from tokenizer import Tokenizer
@@ -102,7 +102,10 @@ def _texts(rows: Path, split: str) -> Iterator[str]:
         parts = f"{split}-*.jsonl"
         files = sorted(place.glob(parts)) or sorted(place.glob(f"*/{parts}"))
     if not files:
-        raise DataError(f"{rows}: wanted {split}-*.jsonl, found none; run data_process.run first")
+        raise DataError(
+            f"{rows}: wanted {split}-*.jsonl, found none{similar(place)}; make them: "
+            f"python -m data_process.run {place.name}"
+        )
     for file in files:
         for row in tqdm(read_rows(file), desc=file.name, unit=" rows", leave=False):
             yield from texts_of(row)

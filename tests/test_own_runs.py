@@ -76,6 +76,7 @@ def test_the_newest_run_is_not_taken_where_own_data_is_named(place, checkpoint, 
     assert found.code == 0 and found.err.startswith("base: release, ")
 
 
+INEWS = "[{name: inewz}]"
 FAULTS = {
     "a missing file": (["--rows", "PLACE/zz-own-raws.jsonl"], "did you mean zz-own-rows.jsonl"),
     "a set too": (["--rows", "PLACE/zz-own-rows.jsonl", "--dataset", "csl"], "not both"),
@@ -84,6 +85,24 @@ FAULTS = {
     "a misspelt flag": (["--datset", "csl"], "did you mean --dataset?"),
     "a misspelt value": (["--optim.name", "adam"], "did you mean adamw?"),
     "a misspelt config": (["--config", "configs/sft/smaple.yaml"], "did you mean sample.yaml?"),
+    "a misspelt set among others": (["--dataset", "csl:2,smaltalk"], "did you mean smalltalk?"),
+    "a misspelt text": (["pretrain.py", "--text", "PLACE/zz-own-raws.jsonl"], "zz-own-rows.jsonl"),
+    "a misspelt base of texts": (
+        ["pretrain.py", "--text", "PLACE/zz-own-rows.jsonl", "--base", "realease"],
+        "did you mean release?",
+    ),
+    "a misspelt tokenizer": (
+        ["pretrain.py", "--tokenizer", "release/tokeniser.model"],
+        "did you mean tokenizer.model?",
+    ),
+    "a misspelt source": (["pretrain.py", "--data.sources", INEWS], "did you mean inews?"),
+    "a misspelt shape": (["pretrain.py", "--model", "configs/model/44m.yaml"], "mean 43m.yaml?"),
+    "a misspelt reader": (["data_process/run.py", "smaple"], "did you mean sample?"),
+    "a misspelt vocabulary": (
+        ["data_process/run.py", "sample", "--tokenizer", "release/tokeniser.model"],
+        "did you mean tokenizer.model?",
+    ),
+    "a misspelt checkpoint": (["chat.py", "realease"], "did you mean release?"),
 }
 
 
@@ -91,4 +110,5 @@ FAULTS = {
 def test_a_wrong_name_is_answered_with_the_one_that_was_meant(fault, place, script):
     write_rows(place / "zz-own-rows.jsonl")
     argv, words = FAULTS[fault]
-    assert words in script("sft.py", *(word.replace("PLACE", str(place)) for word in argv)).error
+    name, *argv = argv if argv[0].endswith(".py") else ("sft.py", *argv)
+    assert words in script(name, *(word.replace("PLACE", str(place)) for word in argv)).error

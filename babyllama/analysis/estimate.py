@@ -23,10 +23,11 @@ from model import SLICE, ModelConfig, Transformer
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 PROBES = 10
+_CPU_TOKENS = 100_000  # tokens that a processor reads in a minute, at 43 million parameters
 # Of the memory that there is; the rest is for the allocator's gaps and everybody else.
 _USABLE = 0.9
 # What the driver takes of a card for a process, before the first tensor.
-_CONTEXT_GB = 0.5
+CONTEXT_GB = 0.5
 
 
 def parameters_by_part(model: Transformer) -> dict[str, int]:
@@ -137,7 +138,7 @@ def dry_run(
         for n in (1, 2, train.micro_batch_size)
     }
     program = max(0.0, memory_gb(device) - 4 * n_parameters / 1e9)
-    seconds, tokens = _probe(model, data, cfg, world, scaler, objective)
+    seconds, tokens, n_probes = _probe(model, data, cfg, world, scaler, objective)
     rate = tokens / seconds
     if not world.is_main:
         return 0
@@ -161,7 +162,7 @@ def dry_run(
     steps = total_steps(train, data)
     print(
         f"{steps} steps of {tokens:.0f} tokens on {world.size} x {device} in {precision}: "
-        f"{rate:,.0f} tokens/s over {PROBES} probing steps, "
+        f"{rate:,.0f} tokens/s over {n_probes} probing steps, "
         f"MFU {rate * mfu_per_rate(model, world, precision):.1%}, "
         f"about {steps * seconds / 3600:.2f} hours"
     )
@@ -185,23 +186,28 @@ def _probe(
     world: World,
     scaler: Scaler,
     objective: Objective,
-) -> tuple[float, float]:
-    """Seconds and tokens of a step, the mean of ten after one that warms up."""
+) -> tuple[float, float, int]:
+    """Seconds and tokens of a step, and of how many that is the mean, after a warm-up."""
     wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute)
     optimizer = make_optimizer(model, cfg.optim)
     parameters = list(model.parameters())
+    n_probes = PROBES
+    if world.device.type == "cpu":
+        n_probes = max(1, min(PROBES, _CPU_TOKENS // (data.batch_size * data.max_seq_len)))
     tokens, started = 0, 0.0
-    for step in range(PROBES + 1):
-        if step == 1:
+    for step in range(n_probes + 1):
+        batches = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
+        if step == 0:
+            batches = batches[:1]
+        elif step == 1:
             synchronize(world.device)
             tokens, started = 0, time.perf_counter()
-        batches = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
         sums = forward_backward(wrapped, batches, world, scaler, objective)
         scaler.step(optimizer, parameters, cfg.optim.max_grad_norm, float(sums[0]))
         move_averages(optimizer)
         tokens += int(sums[3])
     synchronize(world.device)
-    return (time.perf_counter() - started) / PROBES, tokens / PROBES
+    return (time.perf_counter() - started) / n_probes, tokens / n_probes, n_probes
 
 
 @dataclass(frozen=True)
@@ -243,9 +249,9 @@ def table(cfg: TableConfig) -> list[str]:
                     memory_by_part(config, n_parameters, n, precision, recompute, is_card=True)
                     for n in (1, 2, cfg.batch)
                 )
-                fits = largest_batch(one, two, float(size) - _CONTEXT_GB / _USABLE)
+                fits = largest_batch(one, two, float(size) - CONTEXT_GB / _USABLE)
                 most.append(f"{fits} x {config.max_seq_len}")
-                needs.append(f"{sum(wanted.values()) + _CONTEXT_GB:.1f} GB")
+                needs.append(f"{sum(wanted.values()) + CONTEXT_GB:.1f} GB")
             lines.append(f"| {' | '.join([*row, *most, *needs])} |")
     return lines
 
@@ -254,7 +260,7 @@ def main(cfg: TableConfig) -> None:
     """Print the table."""
     print("\n".join(table(cfg)))
     print(
-        f"Computed, not measured; {_CONTEXT_GB} GB are for the driver, a tenth of the card is left "
+        f"Computed, not measured; {CONTEXT_GB} GB are for the driver, a tenth of the card is left "
         f"for the allocator's gaps."
     )
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.config import REPO, from_repo, require_writable, shown
+from babyllama.config import REPO, from_repo, require_writable, shown, similar
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
 from babyllama.run_dir import beside, checksums, chosen_run, find_checkpoint, sha256
@@ -79,8 +79,8 @@ def open_set(
         files = sorted(folder.glob(f"{'val' if split == 'dev' else split}-*.jsonl"))
         if not files:
             raise DataError(
-                f"wanted {split} rows in {shown(folder)}, found none; make the set with "
-                f"`python -m data_process.run {dataset}`, or name a file with --data"
+                f"wanted {split} rows in {shown(folder)}, found none{similar(folder)}; make the "
+                f"set with `python -m data_process.run {dataset}`, or name a file with --data"
             )
     else:
         path, name = from_repo(data), str(data)

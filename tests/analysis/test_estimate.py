@@ -1,6 +1,7 @@
 """What `--dry-run` computes: parts that add up, memory that grows with what is kept, MFU."""
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from babyllama.device import (
 )
 from babyllama.distributed import World
 from babyllama.log import read_metrics
+from commands import refused
 from conftest import small_config, write_run
 from model import SLICE, ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -148,6 +150,31 @@ def test_a_dry_run_says_what_a_run_takes(
     assert sum(sizes[name] for name in parts) == pytest.approx(sizes["together"], abs=0.003)
     assert said.code == 0 and sizes["peak"] == pytest.approx(sizes["together"], rel=0.2)
     assert "tokens on 1 x cpu in float32" in said.out and "10 probing steps" in said.out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_dry_run_before_there_is_anything_says_every_step_to_the_run(
+    has_tokenizer: bool, tmp_path: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", tmp_path, tokenizer)
+    words = ["--config", str(config), "--data.sources", "[{name: wiki}]", "--device.device", "cpu"]
+    if not has_tokenizer:
+        words += ["--tokenizer", "data/tokenizers/zz_none.model"]
+    said = script("pretrain.py", "--dry-run", *words)
+    assert said.code == 0, said
+    n_pieces = tokenizer.vocab_size if has_tokenizer else 65_000
+    assert f"assumed: {n_pieces:,} pieces, 250,000,000 tokens an epoch" in said.out
+    assert f"embedding    {32 * n_pieces:>14,} parameters" in said.out
+    assert f"{10} steps of {4 * 128} tokens" in said.out and "on an RTX 3090" in said.out
+    commands = [shlex.split(line) for line in said.out.splitlines() if line.startswith("python ")]
+    starts = [" ".join(words[1:4]) for words in commands]
+    trained = [["tokenizer.py train --rows"], []][has_tokenizer]
+    run = "-m data_process.run wiki"
+    assert starts[:-2] == ["-m data_process.fetch wiki", run, *trained, run]
+    for command in commands:
+        assert not refused(*command[2 if command[1] == "-m" else 1 :]), command
+    assert commands[-1][1:-2] == ["pretrain.py", *words]
     assert not (tmp_path / "run").exists()
 
 
