@@ -218,8 +218,9 @@ def close_doors():
     for one in refused:
         steps += [(equal, 0, 1, one), (give, 0, 0, fail)]
     steps += [(equal, 0, 3, mmap), (load, 0, 0, fourth), (any_bit, 0, 1, 1), (give, 0, 0, fail)]
-    steps += [(load, 0, 0, number), (equal, 0, 4, setsockopt), (load, 0, 0, third)]
-    steps += [(equal, 1, 0, 7), (equal, 0, 1, 32), (give, 0, 0, fail)]  # SO_SNDBUF, …FORCE
+    steps += [(load, 0, 0, number), (equal, 0, 9, setsockopt), (load, 0, 0, third)]
+    for option in (7, 8, 32, 33):  # SO_SNDBUF, SO_RCVBUF, and what root forces them with
+        steps += [(equal, 0, 1, option), (give, 0, 0, fail)]
     steps += [(give, 0, 0, allow)]
     words = [code | yes << 16 | no << 24 | value << 32 for code, yes, no, value in steps]
     code = (ctypes.c_uint64 * len(words))(*words)
