@@ -129,7 +129,8 @@ class Catalogue:
                 tail = said.pop() if message.is_open[1] else ""
                 return head + message.translation.format(*said) + tail
         if "\n" in text:
-            return "\n".join(self.printed(line, is_part) for line in text.split("\n"))
+            alone = [(line, self.printed(line)) for line in text.split("\n")]
+            return "\n".join(s if s != line else self.printed(s, is_part) for line, s in alone)
         if "  " in text:  # cells of a table
             first, *others = re.split("(  +)", text)
             said = self.say(first, is_part)
@@ -152,7 +153,7 @@ class Catalogue:
             return text
         if text.startswith("\r"):
             name, colon, rest = text.partition(": ")
-            rest = re.sub(r" [a-z]+(?=/s|\])", lambda unit: self.exact.get(unit[0], unit[0]), rest)
+            rest = re.sub(r" ?[a-z]+(?=/s|\])", lambda unit: self.exact.get(unit[0], unit[0]), rest)
             return "\r" + self.say(name[1:]) + colon + rest
         head, core, tail = re.fullmatch(rf"({MARGIN})(.*?)({MARGIN})", text, re.S).groups()
         return head + self.say(core, is_part) + tail

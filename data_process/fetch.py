@@ -145,7 +145,7 @@ class Line:
                 failures, best = (1, reached) if reached > best else (failures + 1, best)
                 if failures >= self.tries:
                     raise DataError(
-                        f"{what}: wanted an answer, found {lost} {failures} times in a row; check "
+                        f"{what}: wanted an answer, found {lost}, {failures} times in a row; check "
                         f"the network and start the same command again, it goes on from there"
                     ) from None
                 pause = min(max(self.wait_s * 2 ** (failures - 1), lost.after_s), MAX_WAIT_S)

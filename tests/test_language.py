@@ -77,7 +77,7 @@ def is_message(text: str, is_constant: bool, is_said: bool) -> bool:
     if len(CHINESE.findall(text)) > len(words):
         return False
     pattern = TWO_WORDS if is_constant else WORD_AND_SPACE
-    return is_said or bool(pattern.search(text.replace("{}", "0")))
+    return is_said or bool(pattern.search(text.replace("{}", "…")))
 
 
 def written(node: ast.AST, is_said: bool = False) -> Iterator[str]:
@@ -91,11 +91,9 @@ def written(node: ast.AST, is_said: bool = False) -> Iterator[str]:
         return
     if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re."):
         return  # a regular expression
-    if isinstance(node, ast.List | ast.Tuple | ast.Dict) and is_said:
-        for cell in node.values if isinstance(node, ast.Dict) else node.elts:
-            yield from written(cell, is_said)
-        return
     said = spoken(node)
+    if is_said and isinstance(node, ast.List | ast.Tuple | ast.Dict | ast.keyword):
+        said = node.values if isinstance(node, ast.Dict) else [*ast.iter_child_nodes(node)]
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
             continue  # a docstring
@@ -111,9 +109,9 @@ def spoken(node: ast.AST) -> list[ast.AST]:
         return []
     name = getattr(call.func, "id", getattr(call.func, "attr", ""))
     if name in SAYERS or name.endswith(("Error", "Warning")):
-        named = [word.value for word in call.keywords if word.arg in ("desc", "unit", "message")]
+        named = [word for word in call.keywords if word.arg in ("desc", "unit", "message")]
         return [*call.args, *named]
-    return [word.value for word in call.keywords if word.arg in ("help", "title")]
+    return [word for word in call.keywords if word.arg in ("help", "title")]
 
 
 def explained(tree: ast.Module) -> Iterator[str]:

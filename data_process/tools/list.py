@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
+from babyllama.language import say
 from data_process.registry import MODULES, DataSet, data_sets
 
 LONGEST = 24  # columns of a terminal's cell
@@ -187,7 +188,7 @@ def columns(rows: list[dict[str, str]]) -> list[list[str]]:
 
 def aligned(rows: list[dict[str, str]]) -> str:
     """A table for the terminal."""
-    table = [[shortened(cell) for cell in row] for row in columns(rows)]
+    table = [[shortened(say(cell)) for cell in row] for row in columns(rows)]
     widths = [max(map(width, column)) for column in zip(*table, strict=True)]
     lines = (
         "  ".join(cell + " " * (n - width(cell)) for cell, n in zip(row, widths, strict=True))
