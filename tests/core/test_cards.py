@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from babyllama.cpu.fused import fuse
 from babyllama.cuda.attention import card_loss, softmax_loss
 from babyllama.data import collate
 from babyllama.device import Scaler, ahead, summed, to_device
@@ -60,7 +61,7 @@ def one_step(device, n, optim=None, lora=False, preference=False, weighted=False
         apply_lora(model, LoraConfig(rank=2), base="")
     if device == CARD:
         model, reference = to_card(model), to_card(reference)
-        model.sliced_loss = card_loss  # as cuda.attention.on_card
+        assert fuse(model).sliced_loss is card_loss
     if preference:
         objective = dpo(reference, 0.1, 1.0)
     if "regularise" in how:
