@@ -231,20 +231,6 @@ def load_model(
     return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
 
 
-def load_answering(path: Path, device: torch.device | str = "cpu") -> Loaded:
-    """load_model, and refuse what was never taught to answer.
-
-    raises: CheckpointError as load_model, or for a base
-    """
-    loaded = load_model(path, device)
-    if loaded.kind == "pretrain":
-        raise CheckpointError(
-            f"{shown(loaded.path)}: wanted a checkpoint that answers, found a base; fine-tune it "
-            f"first with python sft.py"
-        )
-    return loaded
-
-
 def _require_fit(config: ModelConfig, weights: dict[str, Tensor], where: Path) -> None:
     """Compare a shape with stored weights before memory is taken for it.
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from babyllama.checkpoint import Loaded, load_answering
+from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
@@ -37,7 +37,7 @@ from babyllama.rows import read_rows, write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.rouge import bootstrap_interval
-from babyllama.scoring.summarise import ReadyModel, ask_all
+from babyllama.scoring.summarise import ReadyModel, ask_all, load_answering
 
 # What is told, how it is asked for, and the values that it may have: none is part of another.
 FACTS = {

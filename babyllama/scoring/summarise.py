@@ -14,6 +14,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_model
@@ -21,7 +22,7 @@ from babyllama.config import from_repo, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Decoder, Reply, Weights, search_beams
 from babyllama.device import Device, pick_device
-from babyllama.errors import ConfigError
+from babyllama.errors import CheckpointError, ConfigError
 from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
@@ -95,6 +96,20 @@ class Suggested(NamedTuple):
     @property
     def title(self) -> str:
         return self.titles[0]
+
+
+def load_answering(path: Path, device: torch.device | str = "cpu") -> Loaded:
+    """load_model, and refuse what was never taught to answer.
+
+    raises: CheckpointError as load_model, or for a base
+    """
+    loaded = load_model(path, device)
+    if loaded.kind == "pretrain":
+        raise CheckpointError(
+            f"{shown(loaded.path)}: wanted a checkpoint that answers, found a base; fine-tune it "
+            f"first with python sft.py"
+        )
+    return loaded
 
 
 def decodings(names: str, sampling: SamplingConfig) -> dict[str, SamplingConfig]:

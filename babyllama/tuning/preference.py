@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from babyllama.checkpoint import Loaded, load_answering
+from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, require_writable, run, shown
 from babyllama.decoder import Reply
 from babyllama.device import Device, pick_device
@@ -36,7 +36,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows, row_kind, write_rows
 from babyllama.sampling import SamplingConfig, loops
 from babyllama.scoring.probes import QUESTIONS, read_prompts
-from babyllama.scoring.summarise import ReadyModel, ask_all, ranked
+from babyllama.scoring.summarise import ReadyModel, ask_all, load_answering, ranked
 from babyllama.sources import Reader, Row, Source, message_sizes, supervised
 from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter
 from babyllama.trainer import Batch, Objective

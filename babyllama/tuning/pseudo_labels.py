@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from babyllama.checkpoint import load_answering
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows, write_rows
 from babyllama.sampling import repeats, squeeze
-from babyllama.scoring.summarise import BEST, AskConfig, ReadyModel, summarise
+from babyllama.scoring.summarise import BEST, AskConfig, ReadyModel, load_answering, summarise
 
 ROWS_A_FILE = 500
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from babyllama.checkpoint import Loaded, load_answering
+from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Reply, Weights
@@ -28,6 +28,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies
 from babyllama.rows import numbered_lines, read_rows, write_rows
 from babyllama.sampling import SamplingConfig, loops, squeeze
+from babyllama.scoring.summarise import load_answering
 
 OPENINGS = Path(__file__).parent / "openings.jsonl"
 OFF = re.compile("论文|摘要|标题|关键词|资料")  # nobody asked for these
