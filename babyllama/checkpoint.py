@@ -248,7 +248,7 @@ def _require_fit(config: ModelConfig, weights: dict[str, Tensor], where: Path) -
             model = Transformer(config)
     except RuntimeError as error:
         raise CheckpointError(f"{shown(where)}: no model has this shape, {error}") from None
-    _require_shapes(_stored_shapes(model), weights, where)
+    require_shapes(_stored_shapes(model), weights, where)
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:
@@ -256,13 +256,16 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
 
     raises: CheckpointError with every name and shape that does not fit
     """
-    _require_shapes(_stored_shapes(model), weights, where)
+    require_shapes(_stored_shapes(model), weights, where)
     with torch.no_grad():
         for name, weight in lora.stored(model).items():
             weight.copy_(share_of(weight, weights[name]))
 
 
-def _require_shapes(wanted: dict, tensors: dict[str, Tensor], where: Path) -> None:
+def require_shapes(
+    wanted: dict, tensors: dict[str, Tensor], where: Path | str, advice: str = ""
+) -> None:
+    """raises: CheckpointError with the names and shapes that do not fit"""
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     faults = [
         f"{name}: wanted {wanted.get(name)}, found {found.get(name)}"
@@ -270,7 +273,8 @@ def _require_shapes(wanted: dict, tensors: dict[str, Tensor], where: Path) -> No
         if wanted.get(name) != found.get(name)
     ]
     if faults:
-        raise CheckpointError(f"{shown(where)} does not fit the model: " + "; ".join(faults[:10]))
+        some = "; ".join(faults[:10]) + advice
+        raise CheckpointError(f"{shown(where)} does not fit the model: {some}")
 
 
 def _stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
@@ -527,7 +531,7 @@ def attach(
     base: str | None = None,
 ) -> Transformer:
     """Put on an adapter with these values; a misfit is found before the model is touched."""
-    _require_shapes(lora.shapes(model, cfg), tensors, where)
+    require_shapes(lora.shapes(model, cfg), tensors, where)
     lora.apply_lora(model, cfg, name, base)
     load_weights(model, tensors, where)
     return model

@@ -1,21 +1,19 @@
 """Throughput and memory from JSON lines to token files, stage by stage.
 
-    python -m benchmarks.data_speed                    1 GB, one worker and two
-    python -m benchmarks.data_speed --mb 100 --kill 30 also: 30 kills, each continued to the same bytes
+    python -m benchmarks.data_speed              1 GB, one worker and two
+    python -m benchmarks.data_speed --mb 100     a tenth of it
 
 The text is generated from real text: documents of sentences drawn from the built-in news sample,
 one in twenty a copy with some characters changed. MB are those of the raw file; rates are per
 worker. Peak memory is that of the largest process. The last line is one JSON object.
-"""  # noqa: E501
+"""
 
 import hashlib
 import json
-import os
 import random
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -42,14 +40,12 @@ class DataSpeedConfig:
         mb: size of the raw file
         workers: each number is one run
         tokenizer: a SentencePiece .model; trained on the sample if it is missing
-        kill: how many runs are killed at a random moment and continued
         work: where the files go; null: a temporary directory
     """
 
     mb: int = 1000
     workers: tuple[int, ...] = (1, 2)
     tokenizer: Path = Path("data/tokenizers/sample.model")
-    kill: int = 0
     work: Path | None = None
 
 
@@ -122,21 +118,8 @@ def digest(root: Path) -> str:
     return total.hexdigest()
 
 
-def killed(raw: Path, out: Path, tokenizer: Path, seconds: float, wanted: str) -> bool:
-    """Whether a run that is killed after some seconds, then continued, ends in the same bytes."""
-    shutil.rmtree(out, ignore_errors=True)
-    one = subprocess.Popen(command(raw, out, tokenizer, 2), cwd=REPO, start_new_session=True,
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    time.sleep(seconds)
-    os.killpg(one.pid, signal.SIGKILL)
-    one.wait()
-    subprocess.run(command(raw, out, tokenizer, 2), cwd=REPO, check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    return digest(out) == wanted
-
-
 def main(cfg: DataSpeedConfig) -> None:
-    """Generate, run once for each number of workers, kill, print one JSON line."""
+    """Generate, run once for each number of workers, print one JSON line."""
     with tempfile.TemporaryDirectory() as directory:
         work = cfg.work or Path(directory)
         work.mkdir(parents=True, exist_ok=True)
@@ -154,11 +137,6 @@ def main(cfg: DataSpeedConfig) -> None:
         result = {"mb": cfg.mb, "runs": runs, "same_bytes": len(digests) == 1}
         if len(runs) > 1:
             result["speedup"] = round(runs[0]["seconds"] / runs[1]["seconds"], 2)
-        if cfg.kill:
-            chance, (wanted,) = random.Random(1), digests
-            moments = [chance.uniform(0.5, runs[-1]["seconds"]) for _ in range(cfg.kill)]
-            same = [killed(raw, work / "killed", tokenizer, s, wanted) for s in tqdm(moments)]
-            result["kills"] = {"n": cfg.kill, "same_bytes": sum(same)}
         print(json.dumps(result))
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from export.gguf import GgufType, add_shape, add_weights, finish
-from export.hf import hf_names, llama_shape
-from export.tools import package
 from model import ModelConfig, Transformer
 
+# Peers and exports are imported where they are needed: not where ours alone is measured.
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
+
+    from export.gguf import GgufType
 
 # The benchmarked shape: configs/model/43m.yaml with a vocabulary of 65,000.
 SHAPE_43M = ModelConfig(vocab_size=65_000)
@@ -24,12 +24,17 @@ SHAPE_43M = ModelConfig(vocab_size=65_000)
 
 def hf_model(config: ModelConfig) -> LlamaForCausalLM:
     """A transformers model of our shape with random weights."""
-    transformers = package("transformers")  # not where ours alone is measured
+    from export.hf import llama_shape
+    from export.tools import package
+
+    transformers = package("transformers")
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_shape(config)))
 
 
 def hf_copy(model: Transformer) -> LlamaForCausalLM:
     """A transformers model with our weights."""
+    from export.hf import hf_names
+
     peer, names = hf_model(model.config), hf_names(model.config)
     peer.load_state_dict({names[name]: weight for name, weight in model.state_dict().items()})
     return peer.eval()
@@ -55,6 +60,9 @@ def usual_step(
 
 def write_gguf(model: Transformer, file: Path, kind: GgufType) -> None:
     """A GGUF file with the model's weights; its tokens have names, but only numbers are used."""
+    from export.gguf import add_shape, add_weights, finish
+    from export.tools import package
+
     writer = package("gguf").GGUFWriter(file, "llama")
     add_shape(writer, model.config, file.stem)
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
@@ -77,6 +85,8 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, by way of llama-cpp-python, as fast as it goes."""
 
     def __init__(self, file: Path, threads: int) -> None:
+        from export.tools import package
+
         self._model = package("llama_cpp").Llama(
             str(file), n_ctx=512, n_batch=512, n_ubatch=512, n_threads=threads,
             n_threads_batch=threads, verbose=False,

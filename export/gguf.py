@@ -42,12 +42,11 @@ from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from export.hf import hf_names
 from export.parity import (
-    AT_ONCE,
-    N_NEW,
     ExportConfig,
     Material,
     check_out,
     compare_model,
+    compare_replies,
     compare_text,
     new_folder,
     origin_of,
@@ -249,11 +248,11 @@ def drift(
             theirs.log_softmax(-1), ours.log_softmax(-1), reduction="sum", log_target=True
         )
         divergence, n_tokens = divergence + float(gap), n_tokens + len(ids)
-    greedy = SamplingConfig(temperature=0, max_new_tokens=N_NEW)
-    parts = [prompts[start : start + AT_ONCE] for start in range(0, len(prompts), AT_ONCE)]
-    pairs = [zip(*(generate(net, p, greedy, eos_id) for net in (model, twin)), strict=True)
-             for p in parts]  # fmt: skip
-    n_kept = sum(ours == theirs for pair in pairs for ours, theirs in pair)
+
+    def replies(prompts: list[list[int]], n_new: int) -> list[list[int]]:
+        return generate(twin, prompts, SamplingConfig(n_new, temperature=0), eos_id)
+
+    n_kept = compare_replies(model, eos_id, replies, prompts)["equal"]
     return {
         "mean_divergence": divergence / n_tokens, "prompts": len(prompts), "equal": n_kept,
         "passed": None,

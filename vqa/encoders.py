@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from babyllama.checkpoint import require_shapes
 from babyllama.config import from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError
 from vqa.images import IMAGENET, Mean
@@ -545,23 +546,12 @@ def _no_weights(path: Path, found: object) -> CheckpointError:
     )
 
 
-def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str | None) -> None:
+def load_strictly(net: nn.Module, weights: dict[str, Tensor], where: str) -> None:
     """Put published weights into a network.
 
     raises: CheckpointError with every name and shape that does not fit
     """
-    wanted = {name: tuple(t.shape) for name, t in net.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in weights.items()}
-    faults = [
-        f"{name}: wanted {wanted.get(name)}, found {found.get(name)}"
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise CheckpointError(
-            f"{where}: these weights are not those of {type(net).__name__}: "
-            + "; ".join(faults[:5]) + more
-            + "; choose the file of the network that encoder.name names"
-        )  # fmt: skip
+    shapes = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    advice = "; choose the file of the network that encoder.name names"
+    require_shapes(shapes, weights, where, advice)
     net.load_state_dict(weights)

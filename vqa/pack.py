@@ -22,11 +22,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
-from babyllama.config import atomic_dir, atomic_write, from_repo, parse, run, shown
+from babyllama.config import atomic_dir, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import read_rows
 from vqa import images
@@ -35,12 +34,6 @@ SHARD_BYTES = 1 << 30
 COCO = "COCO_train2014_"
 N_EXAMPLES = 5
 AHEAD = 64  # pictures that are decoded while others are written
-
-
-class Member(NamedTuple):
-    shard: int
-    place: int
-    size: int
 
 
 class Pictures:
@@ -58,12 +51,12 @@ class Pictures:
                 f"{shown(self.place)}: wanted pictures-*.tar, found none; pack them: "
                 f"python -m vqa.pack {self.place.name} --images DIRECTORY"
             )
-        self._members: list[Member] = []
+        self._members: list[tuple[int, int, int]] = []  # shard, place, size
         self.number: dict[str, int] = {}
         for shard, path in enumerate(self._shards):
             for name, start, size in members(path):
                 self.number[name] = len(self._members)
-                self._members.append(Member(shard, start, size))
+                self._members.append((shard, start, size))
         self.names = list(self.number)
 
     def __len__(self) -> int:
@@ -105,15 +98,6 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
     if found and found[-1][1] + found[-1][2] > size:
         raise DataError(f"{shown(tar)}: cut off inside {found[-1][0]!r}; pack or copy it again")
     return found
-
-
-def write_index(tar: Path) -> None:
-    """Write the index beside a finished shard."""
-    index = tar.with_suffix(".index")
-    index.unlink(missing_ok=True)
-    lines = [f"{start} {size} {name}" for name, start, size in members(tar)]
-    with atomic_write(index) as temporary:
-        temporary.write_text("\n".join([str(tar.stat().st_size), *lines]) + "\n", "utf-8")
 
 
 class Finder:
@@ -308,8 +292,10 @@ def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
                 f"that can be used: {counts['left_out']}; the first: {first}; say with --images "
                 f"where they lie"
             )
-        for path in place.glob("*.tar"):
-            write_index(path)
+        for tar in place.glob("*.tar"):
+            lines = [f"{start} {size} {name}" for name, start, size in members(tar)]
+            text = "\n".join([str(tar.stat().st_size), *lines]) + "\n"
+            tar.with_suffix(".index").write_text(text, "utf-8")
         text = json.dumps(counts, ensure_ascii=False, indent=1) + "\n"
         (place / "counts.json").write_text(text, "utf-8")
     return counts
