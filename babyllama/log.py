@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from babyllama.config import BAD_NUMBERS, atomic_write, shown, silence
 from babyllama.errors import ConfigError, DataError
+from babyllama.language import catalogue, say
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -328,8 +329,8 @@ def _draw_sources(axis: object, records: list[dict], font: str | None) -> None:
     names = dict.fromkeys(name for record in validated for name in record.get("sources", {}))
     for name in names if len(names) > 1 else ():
         points = [(r["step"], r["sources"][name]) for r in validated if name in r["sources"]]
-        label = writable(f"val {Path(name).name}", font)
-        axis.plot(*zip(*points, strict=True), label=label, lw=1, ls="--")
+        words = f"{label(LABELS['val'], font)}: {writable(Path(name).name, font)}"
+        axis.plot(*zip(*points, strict=True), label=words, lw=1, ls="--")
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -339,8 +340,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = {title, *(name for record in records for name in record.get("sources", {}))}
-    font = None if all(map(str.isascii, names)) else cjk_font()
+    font = plot_font(title, *(name for record in records for name in record.get("sources", {})))
     families = [*([font] if font else []), "DejaVu Sans"]
     with pyplot.rc_context({"font.family": families}), atomic_write(path) as temporary:
         try:
@@ -359,16 +359,31 @@ def _draw(records: list[dict], title: str, font: str | None) -> "Figure":
         for kind, style in (("train", {"lw": 1, "alpha": 0.7}), ("val", {"lw": 2, "marker": "."})):
             points = [(r["step"], r[key]) for r in records if r["kind"] == kind]
             if points:
-                axis.plot(*zip(*points, strict=True), label=kind, **style)
+                axis.plot(*zip(*points, strict=True), label=label(LABELS[kind], font), **style)
         if key == "loss":
             _draw_sources(axis, records, font)
-        axis.set(xlabel="step", title={"ppl": "perplexity"}.get(key, key))
+        axis.set(xlabel=label("training step", font), title=label(LABELS[key], font))
         axis.grid(alpha=0.3)
         if key == "ppl":
             axis.set_yscale("log")
     axes[0].legend()
     figure.suptitle(title)
     return figure
+
+
+# What curves are called; in the user's language where the plot has a font for it.
+LABELS = {"train": "of training", "val": "of validation", "loss": "loss a token",
+          "ppl": "perplexity a token", "accuracy": "accuracy of the next token"}  # fmt: skip
+
+
+def label(text: str, font: str | None) -> str:
+    """A label of ours, in the user's language where it can be written."""
+    return say(text) if font else text
+
+
+def plot_font(*names: str) -> str | None:
+    """The font of a plot that shows these names: None where all is English."""
+    return cjk_font() if catalogue() or not all(map(str.isascii, names)) else None
 
 
 # Families with simplified Chinese, the more legible ones first; a part of the name is enough.

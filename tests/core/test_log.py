@@ -10,8 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from babyllama import language
 from babyllama.errors import ConfigError
-from babyllama.log import Log, draw_curves, read_metrics, read_records
+from babyllama.log import (
+    LABELS,
+    Log,
+    cjk_font,
+    draw_curves,
+    label,
+    plot_font,
+    read_metrics,
+    read_records,
+)
 
 FIGURES = {"loss": 2.5, "ppl": 12.18, "accuracy": 0.25, "n_targets": 640, "tokens_per_s": 12345.6}
 
@@ -222,6 +232,14 @@ def test_a_run_whose_reader_has_gone_goes_on(
         log.close(0, "done")
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 4]
     assert (tmp_path / "curves.png").exists()
+
+
+def test_labels_of_plots_speak_the_language_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plot_font("run") is None and label(LABELS["loss"], "a font") == "loss a token"
+    monkeypatch.setattr(sys, "stderr", language.Door(sys.stderr, language._chinese()))
+    assert plot_font("run") == cjk_font()
+    for text in (*LABELS.values(), "training step"):
+        assert not label(text, "a font").isascii() and label(text, None) == text
 
 
 def test_curves_of_a_run_with_a_chinese_name_are_drawn_without_a_warning(tmp_path: Path) -> None:
