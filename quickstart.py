@@ -262,9 +262,10 @@ def show_answers(root: Path, python: Path) -> int:
         say(f"$ {command} < questions.txt")
         done = subprocess.run(
             [python, *command.split()[1:]], cwd=root, env=environment(), encoding="utf-8",
-            input="\n".join(ASKED), stdout=subprocess.PIPE,
+            input="\n".join(ASKED), capture_output=True,
         )  # fmt: skip
         if done.returncode:
+            say(done.stderr)
             return done.returncode
         said.append([json.loads(line)["reply"] for line in done.stdout.splitlines()])
     for question, before, after in zip(ASKED, *said, strict=True):
