@@ -74,6 +74,7 @@ NAMES = {
     "release": "release/，没学过这些新闻 / as it is released",
     "headlines": "第二幕：release/ 学过新闻标题 / act 2: fine-tuned on headlines",
     "first sentence": "照抄第一句 / the first sentence",
+    "first clause": "照抄第一个分句 / the first clause",
     "first 25 characters": "照抄前 25 字 / the first 25 characters",
     "best sentence (knows the reference)": "对着答案挑最好的一句 / the best sentence, by an oracle",
 }
