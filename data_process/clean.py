@@ -9,8 +9,8 @@ belong to dedup.py.
 import html
 import itertools
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from html.entities import html5
 
 from babyllama import rows
 from babyllama.errors import ConfigError
@@ -30,9 +30,9 @@ Row = dict
 
 # Fixes.
 TITLE_TAILS = (
-    re.compile(r"\s*_.*$"),
-    re.compile(r"\s*[|｜].*$"),
-    re.compile(r"\s*(?:--|\s[-–—]\s).*$"),
+    re.compile(r"_.*"),
+    re.compile(r"[|｜].*"),
+    re.compile(r"(?:--|\s[-–—]\s).*"),
     re.compile(r"[-–—][^-–—]{0,12}(?:网|新闻|论坛|频道|在线|公司|头条)\S{0,6}$"),
 )
 TITLE_LABEL = re.compile(
@@ -70,7 +70,7 @@ def cut_title_tail(row: Row) -> Row:
     if FORUM.search(title):
         return row | {"summary": title}
     for pattern in (*TITLE_TAILS, TITLE_LABEL, TITLE_LABEL):
-        shorter = pattern.sub("", title)
+        shorter = pattern.sub("", title, count=1).rstrip()
         if len(shorter) >= LEAST_TITLE:
             title = shorter
     return row | {"summary": title.strip()}
@@ -86,12 +86,15 @@ def cut_site_text(row: Row) -> Row:
     return row | {"text": (text[:start] + tail).strip()}
 
 
+BEHIND_TITLE = re.compile(r"[ \n:：,，。!！?？…]*")
+
+
 def cut_repeated_title(row: Row) -> Row:
     """A body that begins with its own headline would teach copying."""
-    title, text = row["summary"], row["text"]
-    while title and text.startswith(title) and len(text) > len(title):
-        text = text[len(title) :].lstrip(" \n:：,，。!！?？…")
-    return row | {"text": text}
+    title, text, at = row["summary"], row["text"], 0
+    while title and text.startswith(title, at) and len(text) - at > len(title):
+        at = BEHIND_TITLE.match(text, at + len(title)).end()
+    return row | {"text": text[at:]}
 
 
 # Rules for articles.
@@ -157,7 +160,7 @@ def vulgar(row: Row) -> bool:
 
 # Rules for pairs of text and headline.
 SHOUTING = re.compile(
-    r"[!！].*[!！]|速看|99%|想不到|惊呆|必看|赶紧看|快看|转疯|一定要看|你知道吗|太可怕|看完|看哭|为什么.*[?？]|扩散"
+    "速看|99%|想不到|惊呆|必看|赶紧看|快看|转疯|一定要看|你知道吗|太可怕|看完|看哭|扩散"
 )
 CUT_OFF = re.compile(r"^[.…]{2,}|[.…]{2,}$")
 WORD = re.compile(r"[\u4e00-\u9fff0-9a-zA-Z]+")
@@ -175,14 +178,17 @@ def title_cut_off(row: Row) -> bool:
 
 def clickbait(row: Row) -> bool:
     """The headline shouts or teases instead of telling."""
-    return bool(SHOUTING.search(row["summary"]))
+    title = row["summary"]
+    shouts = title.count("!") + title.count("！") > 1
+    asks = any(mark in title.partition("为什么")[2] for mark in "?？")
+    return shouts or asks or bool(SHOUTING.search(title))
 
 
 def title_not_in_text(row: Row) -> bool:
     """Fewer than three in ten pairs of neighbouring headline characters stand in the text."""
     title = "".join(WORD.findall(row["summary"])).lower()
     text = "".join(WORD.findall(row["text"])).lower()
-    pairs = [title[i : i + 2] for i in range(len(title) - 1)]
+    pairs = [title[i : i + 2] for i in range(min(len(title) - 1, 100))]
     return sum(pair in text for pair in pairs) < 0.3 * len(pairs) or not pairs
 
 
@@ -206,53 +212,75 @@ def _each_content(row: Row, change: Callable[[str], str]) -> Row:
 
 
 # Fixes for documents and summaries.
-INVISIBLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2060\ufeff\ue000-\uf8ff]")
 WIDE_SPACE = re.compile("[\u00a0\u2000-\u200a\u2028\u2029\u3000\t ]+")
 BLANK_LINES = re.compile(r" *\n\s*")
-TAG = re.compile(r"</?(?:a|br|div|font|img|li|p|span|table|td|tr|ul)\b[^<>]*>", re.IGNORECASE)
+# Only what is written as a tag is one: a name, attributes with values, ">". So a<b and n<p stay.
+TAG = re.compile(
+    r"""</?(?:a|br|div|font|img|li|p|span|table|td|tr|ul)
+    (?:\s+[a-z][\w:-]*+\s*+=\s*+(?:"[^"<>]*+"|'[^'<>]*+'|[^\s"'<>=`]++)|\s+nowrap)*+
+    \s*+/?>""",
+    re.IGNORECASE | re.VERBOSE,
+)
 SITE_HTML = re.compile(r"</?founder-content>|<!--.{0,80}?-->")
+ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+CODE = "```"
 
 
-def tidy_characters(row: Row) -> Row:
-    """Zero-width, control and private-use characters go; runs of space become one space."""
+def _outside_code(text: str, change: Callable[[str], str]) -> str:
+    """A changed text in which what stands between ``` is as it was."""
+    parts = text.split(CODE)
+    if len(parts) < 3 or len(parts) % 2 == 0:
+        return change(text)
+    return CODE.join(part if n % 2 else change(part) for n, part in enumerate(parts))
+
+
+def normalise(row: Row) -> Row:
+    """Every text takes the form that prompts have too (babyllama/rows.py)."""
+    change = _each_content if "messages" in row else _each_text
+    return change(row, rows.plain)
+
+
+def tidy_space(row: Row) -> Row:
+    """Runs of space become one space, blank lines and indents go."""
 
     def change(text: str) -> str:
-        # U+2581 is the space of SentencePiece and would come back as one.
-        text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2581", "_")
-        text = WIDE_SPACE.sub(" ", INVISIBLE.sub("", text))
-        return BLANK_LINES.sub("\n", text).strip()
+        return BLANK_LINES.sub("\n", WIDE_SPACE.sub(" ", text))
 
-    return _each_text(row, change)
+    # U+2581 is the space of SentencePiece and would come back as one.
+    return _each_text(row, lambda t: _outside_code(t.replace("\u2581", "_"), change).strip())
+
+
+def unescape(text: str) -> str:
+    """Entities become characters, but only those that end with a semicolon: &section= stays."""
+    return ENTITY.sub(_character, text) if "&" in text else text
+
+
+def _character(found: re.Match[str]) -> str:
+    return html.unescape(found[0]) if found[1][0] == "#" else html5.get(f"{found[1]};", found[0])
 
 
 def strip_html(row: Row) -> Row:
-    """Entities become characters, tags go."""
+    """Tags go, entities become characters."""
 
     def change(text: str) -> str:
-        if "&" in text:
-            text = html.unescape(text)
-        return SITE_HTML.sub("", TAG.sub("", text)).strip() if "<" in text else text
+        return unescape(SITE_HTML.sub("", TAG.sub("", text)) if "<" in text else text)
 
-    return _each_text(row, change)
+    return _each_text(row, lambda text: _outside_code(text, change).strip())
 
 
-REFERENCE = re.compile(r"\[\d{1,3}(?:-\d{1,3})?\]")
-EMPTY_BRACKETS = re.compile(r"[（(][，,、；;：:\s]*[）)]|《》|「」")
+# Behind Chinese text or a full stop; behind a Latin name [12] is an index and () a call.
+REFERENCE = re.compile(
+    r"(?<=[\u4e00-\u9fff。，、；：！？”’）》」』.,;:!?])(?:\[[1-9]\d{0,2}(?:-\d{1,3})?\])+"
+)
+EMPTY_BRACKETS = re.compile(
+    r"（\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}）"
+    r"|(?<![A-Za-z0-9_\])>'\"`.\s号])(?:\(\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}\)|（）|\(\))"
+)
 OWNER = re.compile(
     r"^(?:作者[:：]\S{1,40}|链接[:：]\s*https?://\S+|来源[:：]\s*知乎"
     r"|著作权归作者所有[^\n]{0,60}|商业转载请联系[^\n]{0,60})\s*$",
     re.MULTILINE,
 )
-
-
-def compose(row: Row) -> Row:
-    """Letters with separate accents become one character (Unicode NFC)."""
-    return _each_text(row, lambda text: unicodedata.normalize("NFC", text))
-
-
-def narrow(row: Row) -> Row:
-    """Full-width letters and digits become plain ones."""
-    return _each_text(row, rows.narrow)
 
 
 def strip_marks(row: Row) -> Row:
@@ -261,7 +289,7 @@ def strip_marks(row: Row) -> Row:
     def change(text: str) -> str:
         return EMPTY_BRACKETS.sub("", REFERENCE.sub("", text)).replace("。。", "。")
 
-    return _each_text(row, change)
+    return _each_text(row, lambda text: _outside_code(text, change))
 
 
 def cut_owner(row: Row) -> Row:
@@ -269,13 +297,14 @@ def cut_owner(row: Row) -> Row:
     return _each_text(row, lambda text: OWNER.sub("", text).strip() if "：" in text else text)
 
 
-def simplify(row: Row) -> Row:
-    """Texts in traditional characters become simplified ones (OpenCC, t2s)."""
-    return (_each_content if "messages" in row else _each_text)(row, rows.simplify)
-
-
-# Fixes for dialogues. Beyond `simplify`, their texts are never changed inside.
-THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+# Fixes for dialogues. Beyond `normalise`, their texts are never changed inside.
+THINKING, THOUGHT = "<think>", "</think>"
+PERSONA = re.compile(
+    r"(?i)\W{0,9}(?:you are|you're|you will|your name|act as|assistant|a chat between|below is|meta"
+    r"|你是|您是|你叫|你将|你现在|你的名字|现在你|从现在|请你?扮演|请以|请用|假设|假如|作为|扮演)"
+)
+LEAST_REFERENCE = 30  # characters
+LEADING_SPACE = re.compile(r"\s*")
 
 
 def _messages(row: Row, messages: list[dict]) -> Row:
@@ -289,16 +318,29 @@ def strip_turns(row: Row) -> Row:
 
 def drop_persona(row: Row) -> Row:
     """A system turn such as "you are a helpful assistant" is not reference text."""
-    return _messages(row, [m for m in row["messages"] if m["role"] != "system"])
+    kept = [m for m in row["messages"] if m["role"] != "system" or _is_reference(m["content"])]
+    return _messages(row, kept)
+
+
+def _is_reference(text: str) -> bool:
+    return len(text) >= LEAST_REFERENCE and not PERSONA.match(text)
 
 
 def drop_thinking(row: Row) -> Row:
     """<think>…</think> goes from answers."""
     changed = [
-        m | {"content": THINK.sub("", m["content"])} if m["role"] == "assistant" else m
+        m | {"content": _without_thoughts(m["content"])} if m["role"] == "assistant" else m
         for m in row["messages"]
     ]
     return _messages(row, changed)
+
+
+def _without_thoughts(text: str) -> str:
+    kept, at = [], 0
+    while (start := text.find(THINKING, at)) >= 0 and (end := text.find(THOUGHT, start)) >= 0:
+        kept.append(text[at:start])
+        at = LEADING_SPACE.match(text, end + len(THOUGHT)).end()
+    return "".join([*kept, text[at:]])
 
 
 def cut_open_turn(row: Row) -> Row:
@@ -309,20 +351,20 @@ def cut_open_turn(row: Row) -> Row:
     )
 
 
-WEB = (tidy_characters, strip_html, cut_title_tail, cut_site_text, cut_repeated_title)
-DOCUMENT_FIXES = (compose, tidy_characters, strip_html, narrow, simplify, strip_marks, cut_owner)
-DIALOGUE_FIXES = (drop_thinking, simplify, strip_turns, cut_open_turn)
+TEXT_FIXES = (strip_html, normalise, tidy_space)
+WEB = (*TEXT_FIXES, cut_title_tail, cut_site_text, cut_repeated_title)
+DIALOGUE_FIXES = (drop_thinking, normalise, strip_turns, cut_open_turn)
 
 FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
-    "text": DOCUMENT_FIXES,
-    "summary": (tidy_characters, strip_html, simplify),
+    "text": (*TEXT_FIXES, strip_marks, cut_owner),
+    "summary": TEXT_FIXES,
     "article": WEB,
     "headline": WEB,
     "chat": (drop_persona, *DIALOGUE_FIXES),
     "reference": DIALOGUE_FIXES,
     "exam": DIALOGUE_FIXES,
     "vqa": DIALOGUE_FIXES,
-    "smalltalk": (strip_turns, cut_open_turn),
+    "smalltalk": (normalise, strip_turns, cut_open_turn),
 }
 
 
@@ -356,11 +398,6 @@ def short_text(row: Row) -> bool:
 def garbled(row: Row) -> bool:
     """Marks of a lost encoding, three or more in the text or one in the headline."""
     return len(GARBLED.findall(row["text"])) > 2 or bool(GARBLED.search(row.get("summary", "")))
-
-
-def traditional(row: Row) -> bool:
-    """One in fifty characters is a traditional form; the project's text is simplified."""
-    return len(rows.TRADITIONAL.findall(row["text"])) > 0.02 * len(row["text"])
 
 
 PAIR = re.compile(r"(.)\1", re.DOTALL)
@@ -438,7 +475,7 @@ def mixed_languages(row: Row) -> bool:
     return han_share("".join(texts(row))) < 0.5
 
 
-DOCUMENT = (empty, garbled, not_chinese, traditional, repetition)
+DOCUMENT = (empty, garbled, not_chinese, repetition)
 ARTICLE = (*DOCUMENT, short_body, little_han, gambling, advert, forum,
            promotion, vulgar)  # fmt: skip
 HEADLINE = (short_title, title_cut_off, clickbait, title_not_in_text)

@@ -74,20 +74,6 @@ def parts(row: dict[str, Any]) -> list[str]:
     return [f"{key}:{row[key]}" for key in ("text", "summary") if row.get(key)]
 
 
-class Seen:
-    """Remembers the rows that passed by."""
-
-    def __init__(self) -> None:
-        self._marks: set[bytes] = set()
-
-    def repeats(self, row: dict[str, Any]) -> bool:
-        """Whether a part of the row came before; remembers all its parts."""
-        marks = {fingerprint(part) for part in parts(row)}
-        again = not marks.isdisjoint(self._marks)
-        self._marks |= marks
-        return again
-
-
 PIECE = 5  # characters
 BASE = 0x9E3779B97F4A7C15  # of the rolling hash: odd, without a pattern
 TILE = 1 << 16  # hashes that stay in the processor's cache while all minima are taken

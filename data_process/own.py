@@ -25,7 +25,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -38,39 +38,25 @@ from babyllama.errors import DataError
 from babyllama.rows import check_row
 from data_process import office
 from data_process.clean import fix
-from data_process.datasets import csl, instruction, news, text
-from data_process.datasets.conversations import labelled, split_at_labels
+from data_process.columns import KNOWN
+from data_process.datasets.turns import labelled, split_at_labels
 from data_process.executor import key_of, write_whole
-from data_process.pipeline import share_of
+from data_process.formats import HEAD, format_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.raw import HEAD, Part, Record, Skip, data_files, layout_of, records, split_of
+from data_process.raw import Part, Record, Skip, records, sorted_files, split_of
+from data_process.registry import data_sets
+from data_process.stages import share_of
 from tokenizer import LABELS, Tokenizer
 
 Purpose = Literal["dialogue", "text"]
 Rows = Iterable[dict | Skip]
-# What could fit: words for it, the kind of its rows, the reader.
+# What could fit: words for it, and the entry of the catalogue whose reader is tried.
 READERS = {
-    "dialogue": (
-        ("dialogues", "chat", instruction.read),
-        ("texts with titles", "summary", csl.read),
-        ("texts with titles", "summary", news.read),
-    ),
-    "text": (("texts", "text", text.read),),
+    "dialogue": (("dialogues", "instruction"), ("texts with titles", "pairs")),
+    "text": (("texts", "text"),),
 }
 COMMANDS = {"dialogue": "sft.py --rows", "text": "pretrain.py --text"}
 RULES = {"chat": "reference", "summary": "summary", "text": "text"}  # in clean.py
-# What people write above the columns of a table, as the readers call it.
-COLUMNS = {
-    name: key
-    for key, names in {
-        "instruction": "question Question Q 问题 提问 问 指令 用户 输入",
-        "output": "answer Answer A 答案 回答 答 回复 输出 助手",
-        "system": "资料 背景",
-        "title": "标题 题目",
-        "content": "正文 内容 文章 摘要",
-    }.items()
-    for name in names.split()
-}
 # Turns in a text file: 问：… 答：…
 LABEL = re.compile(
     r"^\s*(问|用户|人类|Q|User|Human|答|助手|A|Assistant)\s*[:：]", re.IGNORECASE | re.MULTILINE
@@ -126,8 +112,9 @@ def prepare(
         raise DataError(f"{shown(place)}: wanted a file or a folder, found none{similar(place)}")
     if purpose == "dialogue":
         tokenizer.require_dialogue()
-    files = data_files(place)
-    code = [Path(module.__file__) for module in (office, csl, instruction, news, text)]
+    files = sorted_files(place)[0]
+    entries = [entry for readers in READERS.values() for _, entry in readers]
+    code = [Path(office.__file__), *(part for e in entries for part in data_sets(e)[0].key())]
     key = key_of(purpose, tokenizer.fingerprint, Path(__file__), *code, *map(str, files), *files)[
         :8
     ]
@@ -185,37 +172,37 @@ def _recognised(files: list[Path], purpose: Purpose, ask: Callable[[str], bool])
         return _Found("dialogues with labels (问：… 答：…)", "chat", _labelled(prose), has_parts)
     first = list(islice(_records(files), TRIED))
     objects = (r.data for r in first if isinstance(r, Record) and isinstance(r.data, dict))
-    keys, names = list(next(objects, ())), COLUMNS
-    best = _best([_renamed(record, names) for record in first], READERS[purpose])
-    if not best[3] and purpose == "dialogue" and len(keys) == 2:
-        names = dict(zip(keys, ("instruction", "output"), strict=True))
-        best = _best([_renamed(record, names) for record in first], READERS[purpose])
-        if best[3] and not ask(f"is {keys[0]!r} the question and {keys[1]!r} the answer?"):
-            names = dict(zip(keys, ("output", "instruction"), strict=True))
-    words, kind, reader, n_rows = best
+    keys, chosen = list(next(objects, ())), {}
+    words, entry, n_rows = _best(first, READERS[purpose])
+    if not n_rows and purpose == "dialogue" and len(keys) == 2:
+        chosen = dict(zip(("question", "answer"), keys, strict=True))
+        entry = "instruction"
+        n_rows = _understood(first, entry, chosen)
+        if n_rows and not ask(f"is {keys[0]!r} the question and {keys[1]!r} the answer?"):
+            chosen = dict(zip(("answer", "question"), keys, strict=True))
     if not n_rows:
         raise DataError(_not_understood(files[0], first, keys, purpose))
-    entries = (_renamed(record, names) for record in _records(files))
-    return _Found(f"{words} ({', '.join(keys)})", kind, reader(entries), has_parts)
+    (data_set,) = data_sets(entry)
+    rows = data_set.read(_records(files), columns=chosen)
+    return _Found(f"{words} ({', '.join(keys)})", data_set.kind, rows, has_parts)
 
 
-def _renamed(record: Record | Skip, names: dict[str, str]) -> Record | Skip:
-    """A record whose keys are called as the readers call them."""
-    if isinstance(record, Skip) or not isinstance(record.data, dict):
-        return record
-    return record._replace(data={names.get(key.strip(), key): v for key, v in record.data.items()})
+def _understood(first: list[Record | Skip], entry: str, columns: Mapping[str, str]) -> int:
+    """How many of the first records a reader makes a row of."""
+    rows = data_sets(entry)[0].read(first, columns=columns)
+    return sum(isinstance(row, dict) for row in rows)
 
 
-def _best(first: list[Record | Skip], readers: tuple) -> tuple[str, str, Callable, int]:
+def _best(first: list[Record | Skip], readers: tuple) -> tuple[str, str, int]:
     """Of several readers the one that makes most rows of the first records, and their number."""
-    counted = [(*one, sum(isinstance(row, dict) for row in one[2](first))) for one in readers]
-    return max(counted, key=lambda one: one[3])
+    counted = [(words, entry, _understood(first, entry, {})) for words, entry in readers]
+    return max(counted, key=lambda one: one[2])
 
 
 def _not_understood(file: Path, first: list, keys: list[str], purpose: Purpose) -> str:
     """What to say of records that no reader makes a row of."""
     other = "text" if purpose == "dialogue" else "dialogue"
-    if _best(first, READERS[other])[3]:
+    if _best(first, READERS[other])[2]:
         return _wrong_script(file, other)
     wanted = {
         "dialogue": "question and answer, instruction and output, messages, conversations, or "
@@ -256,10 +243,11 @@ def encoding_of(path: Path) -> str:
 def _is_prose(path: Path) -> bool:
     if path.suffix.lower() == ".docx":
         return True
-    if path.suffix.lower() in office.TABLES or _is_packed(path):
+    if _is_packed(path):
         return False
     with open(path, "rb") as file:
-        return layout_of(file.read(HEAD), encoding_of(path), path.name) in ("text", "document")
+        what = format_of(file.read(HEAD), encoding_of(path), path.name, KNOWN)
+    return what in ("text", "document")
 
 
 def _is_packed(path: Path) -> bool:
@@ -275,24 +263,16 @@ def _records(files: list[Path]) -> Iterator[Record | Skip]:
     """Every entry of tables, JSON files and archives."""
     number = count()
     for path in files:
-        if path.suffix.lower() in office.TABLES:
-            rows = office.table_rows(path, encoding_of(path) if path.suffix != ".xlsx" else "")
-            found = (
-                Record(0, f"{path.name}[{n}]", split_of(path.name), row)
-                for n, row in enumerate(rows, 2)
-            )
-        else:
-            found = records(
-                [Part(path, path.name)], "utf-8-sig" if _is_packed(path) else encoding_of(path)
-            )
-        for record in found:
+        encoding = "utf-8-sig" if _is_packed(path) else encoding_of(path)
+        for record in records([Part(path, path.name)], encoding, columns=KNOWN):
             n = next(number)
             yield record._replace(n=n) if isinstance(record, Record) else record
 
 
 def _text_lines(path: Path) -> Iterator[str]:
     if path.suffix.lower() == ".docx":
-        yield from office.paragraphs(path)
+        with open(path, "rb") as file:
+            yield from office.paragraphs(path.name, file)
         return
     with open(path, encoding=encoding_of(path), errors="replace") as file:
         yield from (line.rstrip() for line in file)
@@ -385,6 +365,7 @@ def _kept(found: _Found, name: str, left_out: Counter[str]) -> Iterator[tuple[di
             continue
         part = item.pop("split", None) if found.has_parts else None
         item.pop("split", None)
+        item.pop("unused", None)
         row, _ = fix(item | {"id": f"{name}/0"}, RULES[found.kind])
         digest = key_of(row)[:16]
         reason = check_row(row) or ("duplicate" if digest in seen else None)

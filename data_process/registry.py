@@ -1,36 +1,44 @@
-"""The table of data sets: each file in datasets/ is one.
+"""The data sets: entries of datasets/catalog.yaml, each with the function that reads it.
 
-What a reader says of its source, for fetch.py and tools/list.py; and raw data inside installed
-packages, found without importing, read without running code.
+A reader is a function in datasets/, known by the name of its first argument:
+
+    record   one raw record -> a row, or an iterator of rows; Refused is raised for none
+    records  all raw records -> rows and Skips, where records depend on each other
+    raw_dir  the directory itself, where the files are neither JSON nor tables nor text
+
+Its other arguments come from the entry's `options`, and from --columns and --roles if it has them.
+raw.py opens the files; what is kept is decided in clean.py and dedup.py. A row has the keys of its
+kind, an `id` (the record's number; pipeline.py makes it unique and puts the set's name before it)
+and optionally `split`, where the publisher fixed the part it belongs to.
 """
 
+import functools
 import importlib
 import importlib.util
-import pickle
-import pkgutil
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from babyllama.config import REPO, read_yaml, shown
+import yaml
+
+from babyllama.config import REPO, read_yaml
 from babyllama.errors import ConfigError, DataError, nearest
+from babyllama.rows import ROLES
 from data_process import datasets
+from data_process.columns import COLUMNS, Refused
+from data_process.raw import Record, Skip
+
+GROUPS = {"sample": ("inews", "inews_title", "smalltalk")}
+CATALOG = Path(datasets.__path__[0]) / "catalog.yaml"
+IMPORT = re.compile(r"^from data_process\.datasets\.(\w+) import", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Source:
-    """The publisher's places and figures of a data set. Empty fields are not known.
-
-    home: page that describes the set
-    rows, size: as published
-    huggingface, modelscope: "owner/name" of the data set there
-    files: which files of the hub are wanted, as glob patterns; empty: all
-    urls: direct addresses of files
-    sha256: of files, by name
-    manual: what the user must do where there is no open download
-    """
+    """The publisher's places and figures of a data set. Empty fields are not known."""
 
     home: str
     rows: str = ""
@@ -46,76 +54,132 @@ class Source:
         return self.home
 
 
-MODULES = tuple(sorted(module.name for module in pkgutil.iter_modules(datasets.__path__)))
-GROUPS = {"sample": ("inews", "inews_title", "smalltalk")}
-SHARES = {"val": 0.02}
-IMPORT = re.compile(r"^from data_process\.datasets\.(\w+) import", re.MULTILINE)
-
-
 @dataclass(frozen=True)
 class DataSet:
-    """A set to be made: a reader's module with the usual values filled in.
+    """A set to be made. The fields are explained at the top of the catalogue.
 
     name: of the set, its directory under data/clean
-    ids: the name before the ids of its rows
-    rules: which row of the tables in clean.py applies
-    The other fields are explained in datasets/__init__.py.
+    entry: its name in the catalogue
     """
 
     name: str
+    entry: str
+    about: str
     reader: str
     kind: str
-    source: Source
     license: str
+    source: Source
     ids: str
     rules: str
-    shares: Mapping[str, float]
-    package: tuple[str, str, str] | None
-    layout: str
-    whole: bool
-    split_files: bool
-    refused_count: bool
-    read: Callable[..., Iterator] | None
-    read_dir: Callable[[Path, str], Iterator] | None
-    finish: Callable[[dict], dict]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    finish: str = ""
+    shares: Mapping[str, float] = field(default_factory=lambda: {"val": 0.02})
+    package: tuple[str, str, str] | None = None
+    layout: str = ""
+    inputs: tuple[str, ...] = ()
+    whole: bool = False
+    split_files: bool = True
+    refused_count: bool = False
 
-    def code(self) -> list[Path]:
-        """The reader's file, and those of the readers that it builds on."""
-        found, waiting = [], [self.reader]
+    def _takes(self) -> list[str]:
+        return list(inspect.signature(_function(self.reader)).parameters)
+
+    @property
+    def reads_dir(self) -> bool:
+        """Whether the reader opens the files itself."""
+        return self._takes()[0] == "raw_dir"
+
+    def read(self, found: Any, *more: object, **chosen: Mapping[str, str]) -> Iterator[dict | Skip]:
+        """Rows and Skips of the raw records, or of a directory and an encoding.
+
+        chosen: columns and roles that the user named
+        raises: ConfigError if he named some for a reader that has no choice
+        """
+        takes, given = self._takes(), {name: value for name, value in chosen.items() if value}
+        if odd := [name for name in given if name not in takes]:
+            raise ConfigError(
+                f"--{odd[0]}: {self.entry} has a fixed layout; leave it out, or read the files as "
+                f"instruction, conversations, passages, pairs or text"
+            )
+        function = functools.partial(_function(self.reader), **self.options, **given)
+        return _each(function, found) if takes[0] == "record" else function(found, *more)
+
+    def finished(self, row: dict) -> dict:
+        """The last step for a row, after cleaning and de-duplication."""
+        return _function(self.finish)(row) if self.finish else row
+
+    def key(self) -> list[object]:
+        """What decides the rows: the entry, and the code of the reader and of what it builds on."""
+        found, waiting = [], [self.reader.split(".")[0]]
         while waiting:
             path = Path(datasets.__path__[0]) / f"{waiting.pop()}.py"
             if path not in found:
                 found.append(path)
                 waiting += IMPORT.findall(path.read_text(encoding="utf-8"))
-        return sorted(found)
+        return [repr(self), *sorted(found)]
 
 
-def data_sets(reader: str, name: str | None = None) -> list[DataSet]:
+def _function(name: str) -> Callable[..., Any]:
+    module, function = name.split(".")
+    return getattr(importlib.import_module(f"data_process.datasets.{module}"), function)
+
+
+def _each(
+    function: Callable[[Record], dict | Iterator[dict | Skip]], records: Iterable[Record | Skip]
+) -> Iterator[dict | Skip]:
+    """The rows of all records. Several of one record have the ids n, n-1, n-2 …, which keeps them
+    in one part of the set: they share its text."""
+    for record in records:
+        if isinstance(record, Skip):
+            yield record
+            continue
+        try:
+            made = function(record)
+            rows = [made] if isinstance(made, dict) else list(made)
+        except Refused as refused:
+            yield refused.skip(record)
+            continue
+        n_rows = 0
+        for row in rows:
+            if isinstance(row, dict):
+                row = row | {"id": f"{record.n}-{n_rows}"} if n_rows else row
+                n_rows += 1
+            yield row
+
+
+@functools.cache
+def catalog() -> dict[str, dict[str, Any]]:
+    """The entries of all sets by name, with what they take from others filled in."""
+    found = yaml.safe_load(CATALOG.read_text("utf-8"))
+    return {name: found.get(entry.pop("like", ""), {}) | entry for name, entry in found.items()}
+
+
+def data_sets(entry: str, name: str | None = None) -> list[DataSet]:
     """The sets behind a name on the command line; a group has several.
 
-    name: what the set is called, if not as its reader
-    raises: ConfigError if the reader is not known, or the name is no file name
+    name: what the set is called, if not as its entry
+    raises: ConfigError if there is no such entry, or the name is no file name
     """
-    if reader not in (*MODULES, *GROUPS):
-        raise _unknown(reader)
-    if name and (reader in GROUPS or "/" in name or name.startswith(".") or "\\" in name):
-        raise ConfigError(f"--name {name!r} does not fit {reader}: a group keeps its names, "
+    if entry not in (*catalog(), *GROUPS):
+        raise _unknown(entry)
+    if name and (entry in GROUPS or "/" in name or name.startswith(".") or "\\" in name):
+        raise ConfigError(f"--name {name!r} does not fit {entry}: a group keeps its names, "
                           f"and a name is one plain word")  # fmt: skip
-    return [_data_set(member, name or member) for member in GROUPS.get(reader, (reader,))]
+    return [_data_set(member, name or member) for member in GROUPS.get(entry, (entry,))]
 
 
 def require_known(names: Iterable[str]) -> None:
-    """raises: ConfigError at a name that is no reader's, no set's that was made, and no path"""
+    """raises: ConfigError at a name that is no entry's, no set's that was made, and no path"""
     for name in names:
         if not {"/", "\\"} & set(name) and name not in known_names():
             raise _unknown(name)
 
 
 def known_names() -> list[str]:
-    """Readers, groups, sets that were made, and the configs of sft.py."""
+    """Entries, groups, sets that were made, and the configs of sft.py."""
     made = [*(REPO / "data").glob("clean/*/"), *(REPO / "data").glob("tokens/*/*/")]
     configs = (REPO / "configs/sft").glob("*.yaml")
-    return [*GROUPS, *MODULES, *(path.name for path in made), *(path.stem for path in configs)]
+    return [*GROUPS, *catalog(), *(path.name for path in made), *(path.stem for path in configs)]
 
 
 def settings_of(argv: Sequence[str]) -> list[str]:
@@ -141,27 +205,20 @@ def _unknown(name: str) -> ConfigError:
     )
 
 
-def _data_set(reader: str, name: str) -> DataSet:
-    module = importlib.import_module(f"data_process.datasets.{reader}")
-    read_dir = getattr(module, "read_dir", None)
-    return DataSet(
-        name=name,
-        reader=reader,
-        kind=module.KIND,
-        source=module.SOURCE,
-        license=module.LICENSE,
-        ids=getattr(module, "IDS", name),
-        rules=getattr(module, "RULES", module.KIND),
-        shares=getattr(module, "SHARES", SHARES),
-        package=getattr(module, "PACKAGE", None),
-        layout=getattr(module, "LAYOUT", ""),
-        whole=getattr(module, "WHOLE", False) or read_dir is not None,
-        split_files=getattr(module, "SPLIT_FILES", True),
-        refused_count=getattr(module, "REFUSED_COUNT", False),
-        read=getattr(module, "read", None),
-        read_dir=read_dir,
-        finish=getattr(module, "finish", lambda row: row),
-    )
+def _data_set(entry: str, name: str) -> DataSet:
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in catalog()[entry].items()}
+    source = Source(**{f.name: given.pop(f.name) for f in fields(Source) if f.name in given})
+    usual = {"name": name, "entry": entry, "ids": name, "rules": given["kind"], "source": source}
+    return DataSet(**(usual | given))
+
+
+def check_chosen(columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
+    """Refuse --columns and --roles for what there is not."""
+    if odd := sorted(set(columns) - set(COLUMNS)):
+        raise ConfigError(f"--columns.{odd[0]}: wanted one of {', '.join(COLUMNS)}")
+    for name, role in roles.items():
+        if role not in ROLES:
+            raise ConfigError(f"--roles.{name}: wanted {', '.join(ROLES)}, found {role!r}")
 
 
 def package_dir(requirement: str, module: str, folder: str) -> Path:
@@ -173,24 +230,3 @@ def package_dir(requirement: str, module: str, folder: str) -> Path:
             f"pip install {requirement}"
         )
     return Path(spec.submodule_search_locations[0]) / folder
-
-
-class _NoGlobals(pickle.Unpickler):
-    """Reads lists, strings and numbers; a pickle that names a function or class is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
-
-
-def read_pickle(path: Path) -> Any:
-    """The plain value in a pickle file."""
-    try:
-        with open(path, "rb") as file:
-            return _NoGlobals(file).load()
-    # A damaged pickle fails in as many ways as it has opcodes.
-    except (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError,
-            LookupError, MemoryError, TypeError, ValueError) as error:  # fmt: skip
-        raise DataError(
-            f"{shown(path)}: wanted a pickle of plain lists, found one that is refused "
-            f"({error}); install the package again"
-        ) from None

@@ -16,21 +16,24 @@ again with the same command. A set is replaced only when the new one is whole.
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import from_repo, lock, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.retrieval.index import build
 from data_process.clean import check_names
+from data_process.columns import role_of
 from data_process.dedup import DedupConfig
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
-from data_process.pipeline import SPLITS, PipelineConfig, RawSet, make_clean, raw_place
+from data_process.pipeline import PipelineConfig, RawSet, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.registry import GROUPS, MODULES, DataSet, data_sets
+from data_process.registry import GROUPS, DataSet, catalog, check_chosen, data_sets
+from data_process.stages import SPLITS
 from tokenizer import Tokenizer
 
 
@@ -44,13 +47,17 @@ class SetConfig:
         raw: directory or file with its raw data, below --raw, else below the repository
         weight: how often each row is seen in an epoch of the mixture
         official: keep the publisher's train, validation and test parts; else split by hash
+        columns: which column has which role, where the usual names do not fit (text: body)
+        roles: who speaks under a name that is not known (narrator: user)
     """
 
     reader: str
     name: str | None = None
     raw: Path | None = None
     weight: float = 1.0
-    official: bool = True
+    official: bool | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,16 @@ class ProcessConfig:
     """Settings of data_process.run.
 
     Args:
-        dataset: name of a set or a group (sample); python -m data_process.tools.list shows all
+        dataset: name of a set or a group (sample), python -m data_process.tools.list shows all; or
+            of a set that was made before, to be made again
         name: what the set is called, if not as its reader
         raw: directory or file with the raw data (default data/raw/<set>)
         out: root of clean/, tokens/, mixtures/, index/ and work/
         tokenizer: a SentencePiece .model; with it token files are made too
         index: make a full-text index of each set too (babyllama/retrieval), for sets of texts
         official: keep the publisher's train, validation and test parts; else split by hash
+        columns: which column has which role, where the usual names do not fit: --columns.text body
+        roles: who speaks under a name that is not known: --roles.narrator user
         sets: several sets that are made together and become a mixture
         mixture: name of the mixture's file in mixtures/
         evaluation: files whose text must not be trained on: texts of any kind, or .u64 lists
@@ -84,7 +94,9 @@ class ProcessConfig:
     out: Path = Path("data")
     tokenizer: Path | None = None
     index: bool = False
-    official: bool = True
+    official: bool | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
     sets: tuple[SetConfig, ...] = ()
     mixture: str | None = None
     evaluation: tuple[Path, ...] = ()
@@ -111,6 +123,8 @@ def check(cfg: ProcessConfig) -> None:
             "python -m data_process.tools.list shows the names"
         )
     check_names(cfg.skip_rules)
+    for one in (cfg, *cfg.sets):
+        check_chosen(one.columns, one.roles)
     for path in cfg.evaluation:
         if not from_repo(path).exists():
             raise ConfigError(f"--evaluation: wanted a file, found no {path}")
@@ -130,11 +144,11 @@ def chosen(cfg: ProcessConfig) -> list[RawSet]:
         return [
             RawSet(
                 one,
-                raw_place(one, cfg.raw / one.reader if cfg.raw and inside else cfg.raw),
-                cfg.official,
+                raw_place(one, cfg.raw / one.entry if cfg.raw and inside else cfg.raw),
+                cfg.official, cfg.columns, cfg.roles,
             )
             for one in data_sets(cfg.dataset, cfg.name)
-        ]
+        ]  # fmt: skip
     found = []
     for one in cfg.sets:
         (data_set,) = data_sets(one.reader, one.name)
@@ -142,7 +156,7 @@ def chosen(cfg: ProcessConfig) -> list[RawSet]:
         if one.raw and not from_repo(place).exists() and from_repo(one.raw).exists():
             place = one.raw
         place = raw_place(data_set, None if data_set.package else place)
-        found.append(RawSet(data_set, place, one.official))
+        found.append(RawSet(data_set, place, one.official, one.columns, one.roles))
     names = Counter(raw_set.data_set.name for raw_set in found)
     if twice := [name for name, n in names.items() if n > 1]:
         raise ConfigError(f"sets: wanted different names, found {twice} twice; give them a `name`")
@@ -153,7 +167,7 @@ def made_before(cfg: ProcessConfig) -> tuple[DataSet, dict] | None:
     """A set of the user's own name whose clean rows stand, with its counts: its raw files need
     not be named again to make token files or an index of it."""
     place = from_repo(cfg.out) / "clean" / cfg.dataset / "counts.json"
-    if cfg.sets or cfg.raw or cfg.dataset in (*MODULES, *GROUPS) or not place.is_file():
+    if cfg.sets or cfg.raw or cfg.dataset in (*catalog(), *GROUPS) or not place.is_file():
         return None
     counts = json.loads(place.read_text("utf-8"))
     return data_sets(counts["reader"], cfg.dataset)[0], counts
@@ -242,12 +256,27 @@ def table(made: list[tuple[dict, dict[str, int] | None]]) -> str:
             f"{'':<17}{n_dropped:,} of {counts['rows_in']:,} rows dropped"
             + (f": {reasons}" if reasons else "")
         )
+        lines += [f"{'':<16} {note}" for note in remarks(counts)]
     if len(made) > 1:
         ids = f"{totals['tokens']:,}" if totals["tokens"] else "-"
         lines.append(
             f"{'all':<16} {'train':<6} {totals['rows']:>10,} {totals['chars']:>13,} {ids:>13}"
         )
     return "\n".join(lines)
+
+
+def remarks(counts: dict) -> Iterator[str]:
+    """What was not understood or not used of the raw files, each with an example."""
+    for name, found in counts["dropped"].items():
+        if "why" in found:
+            yield f"{name}: {found['why']}"
+    for column, seen in counts.get("unused", {}).items():
+        role = role_of(column)
+        choice = f"; to take it instead: --columns.{role} {column}" if role else ""
+        yield f"not used: {column} ({seen['rows']:,} rows, such as {seen['example']!r}{choice})"
+    if names := counts.get("left_alone"):
+        more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+        yield f"left alone: {', '.join(names[:5])}{more}"
 
 
 def settings_of(cfg: ProcessConfig) -> PipelineConfig:
@@ -267,8 +296,16 @@ def settings_of(cfg: ProcessConfig) -> PipelineConfig:
 
 
 def main(cfg: ProcessConfig) -> None:
-    """Make every set that is named, then print the table."""
+    """Make every set that is named; one run at a time in each --out."""
     check(cfg)
+    work = from_repo(cfg.out) / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    with lock(work, "take another --out"):
+        make(cfg)
+
+
+def make(cfg: ProcessConfig) -> None:
+    """Make every set that is named, then print the table; nobody else is at work in --out."""
     tokenizer = Tokenizer(from_repo(cfg.tokenizer)) if cfg.tokenizer else None
     standing = made_before(cfg)
     raw_sets = [] if standing else chosen(cfg)

@@ -126,8 +126,8 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_600, "core": 5_840, "product": 36_000}
-MOST_FILES = 194
+MOST_LINES = {"evening": 2_600, "core": 5_900, "product": 35_200}
+MOST_FILES = 170
 
 
 def n_lines(paths: Iterable[Path]) -> int:
@@ -158,7 +158,7 @@ def is_product(path: Path) -> bool:
 
 
 # Who reads pickles: one that allows no globals, and torch's own reader of tensors alone.
-PICKLES = {"data_process.registry": {"pickle"}, "vqa.encoders": {"pickle", "torch.load"}}
+PICKLES = {"data_process.datasets.inews": {"pickle"}, "vqa.encoders": {"pickle", "torch.load"}}
 ABLE = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 
 

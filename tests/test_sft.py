@@ -16,6 +16,7 @@ from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
 from conftest import write_run
+from data_process.registry import catalog
 from sft import SftConfig, resolve, settings_of
 from tokenizer import Tokenizer
 
@@ -84,7 +85,7 @@ def own_settings() -> dict[str, dict]:
 def test_a_set_brings_its_settings(name, tmp_path):
     cfg = resolved(name, tmp_path)
     assert cfg.name == name and cfg.data.sources == (SourceConfig(name),)
-    assert (REPO / f"data_process/datasets/{name}.py").is_file()
+    assert name in catalog()
     assert 0 < cfg.train.epochs <= 10 and 1e-4 <= cfg.optim.lr <= 1e-3
     assert cfg.train.epochs == own_settings()[name].get("train.epochs", 3)
     assert cfg.train.micro_batch_size == 16

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from babyllama.config import atomic_dir
 from babyllama.errors import DataError
-from babyllama.rows import read_rows, row_kind
+from babyllama.rows import read_rows, row_kind, simplify
 
 # A sentence with the quotes and brackets that close it, or a line.
 _SENTENCE = re.compile(r".+?(?:[。！？!?…；]+[”’」』）)\"]*|\.(?=\s)|\n+|$)", re.DOTALL)
@@ -134,8 +134,8 @@ QUESTION_WORDS = re.compile(
 
 
 def normal(text: str) -> str:
-    """Text as it is compared: full and half width alike, small letters."""
-    return unicodedata.normalize("NFKC", text).lower()
+    """Text as it is compared: simplified characters, full and half width alike, small letters."""
+    return unicodedata.normalize("NFKC", simplify(text)).lower()
 
 
 def terms(text: str) -> list[str]:

@@ -18,13 +18,19 @@ from pathlib import Path
 
 from babyllama.config import REPO, from_repo, require_writable, shown, similar
 from babyllama.errors import ConfigError, DataError
-from babyllama.rows import check_row, numbered_lines, row_kind, write_rows
+from babyllama.rows import (
+    BODIES,
+    SUMMARIES,
+    check_row,
+    first_column,
+    numbered_lines,
+    row_kind,
+    write_rows,
+)
 from babyllama.run_dir import beside, checksums, chosen_run, find_checkpoint, sha256
 from babyllama.scoring.tables import System
 
 PREDICTION_KEYS = ("id", "text", "reference", "prediction")
-BODIES = ("short_text", "content", "source", "article")
-SUMMARIES = ("summary", "title", "target", "summarization")
 # As the publishers name the parts of their sets.
 PARTS = {"test": ("test", "part_iii"), "dev": ("dev", "val", "valid", "part_ii")}
 ENDINGS = (".tsv", ".json", ".jsonl")
@@ -159,11 +165,12 @@ def _from_json(line: str, row_id: str) -> tuple[object, str | None]:
         return {"id": str(row["id"]), "text": row["abst"], "summary": row["title"]}, (
             "csl_title_public"
         )
-    body = next((key for key in BODIES if key in row), None)
-    summary = next((key for key in SUMMARIES if key in row), None)
+    body, summary = first_column(row, BODIES), first_column(row, SUMMARIES)
     if body is None or summary is None:
         return row, None
     ours = {"id": str(row.get("id", row_id)), "text": row[body], "summary": row[summary]}
+    if "meta" in row:
+        ours["meta"] = row["meta"]
     if "system" in row:
         ours["meta"] = {"system": row["system"]}
     return ours, "lcsts"

@@ -1,114 +1,113 @@
-"""Lists of turns: ShareGPT, minimind's dialogue files and relatives.
+"""Lists of turns: ShareGPT, minimind, Diamante, KdConv, DuConv, LCCC, MOSS and relatives.
 
-    {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}
-    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
-    {"conversation": [{"human": "…", "assistant": "…"}]}           both sides in one turn
-
-Any name of the list goes with any form of its turns. Dialogues that call tools are left out.
-Below `read` stand the parts that all readers of dialogues share.
+The list stands under one of the names in columns.py, its turns in any form that turns.py knows.
+Dialogues that call tools are left out. A reference text or a list of facts beside the turns is
+what the dialogue is about, and becomes its system turn.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from itertools import cycle
+from collections.abc import Iterable, Iterator, Mapping
 
-from babyllama.rows import check_messages
-from data_process.raw import Record, Skip, as_row
-from data_process.registry import Source
-
-KIND = "chat"
-SOURCE = Source(
-    home='your own files of {"conversations": [{"from" | "role": …, "value" | "content": …}]}',
-    manual="nothing to fetch: put your own files there",
-)
-LICENSE = "that of the files"
-
-LISTS = ("conversations", "conversation", "messages")
-CONTENTS = ("value", "content", "utterance")
-ROLES = {"system": "system", "user": "user", "human": "user", "speaker1": "user",
-         "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
-         "bot": "assistant", "speaker2": "assistant"}  # fmt: skip
-TOOL_ROLES = ("tool", "function", "function_call", "observation")
-TOOL_KEYS = ("tools", "tool_calls", "functions", "function_call")
+from data_process.columns import Fields, Refused
+from data_process.datasets.turns import TOOL_KEYS, dialogue, in_turns, messages_of
+from data_process.raw import Record, Skip
 
 
-def read(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
-    """One dialogue an object."""
+def conversation(
+    record: Record, columns: Mapping[str, str] | None = None, roles: Mapping[str, str] | None = None
+) -> dict:
+    """One dialogue."""
+    if isinstance(record.data, list):  # the turns themselves
+        return dialogue(record, messages_of(record.data, roles))
+    fields = Fields(record, columns)
+    if any(record.data.get(key) for key in TOOL_KEYS):
+        raise Refused("tools")
+    turns = fields.value("turns")
+    if turns is None:
+        raise Refused("no_answer") if "turns" in fields else fields.unknown("turns")
+    messages = messages_of(turns, roles)
+    about = about_of(fields)
+    if about and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": about})
+    return dialogue(record, messages, unused=fields.unused())
+
+
+def about_of(fields: Fields) -> str:
+    """What a dialogue is about: a reference text, a list of texts or of (subject, relation, object)
+    as lines, or else what the system says."""
+    about = fields.value("reference")
+    if not isinstance(about, list):
+        return fields.text("reference") or fields.text("system")
+    lines = (" ".join(map(str, one)) if isinstance(one, list) else str(one) for one in about)
+    return "\n".join(lines)
+
+
+INNER_SPACE = re.compile(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])")
+
+
+def spaced(record: Record) -> dict:
+    """LCCC: a list of utterances, published with spaces between their characters or words, which
+    go again but for those between Latin words."""
+    turns = record.data.split("\t") if isinstance(record.data, str) else record.data
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise Refused("wrong_type", "wanted a list of utterances", broken=True)
+    return dialogue(record, in_turns(map(_joined, turns)))
+
+
+def _joined(text: str) -> str:
+    words = text.split()
+    if all(len(word) == 1 for word in words):  # spaced by characters, Latin words too
+        return "".join(words)
+    return INNER_SPACE.sub("", text)
+
+
+SIDES = ("Human", "MOSS")
+TAGS = re.compile(r"^\s*<\|(?:Human|MOSS)\|>:|<eo[hm]>\s*$")
+NO_COMMAND = ("", "None")
+
+
+def moss(record: Record) -> dict:
+    """MOSS: {"chat": {"turn_1": {"Human": "<|Human|>: …<eoh>", "Commands": …, "MOSS": …}, …}}."""
+    data = record.data if isinstance(record.data, dict) else {}
+    turns = list(data["chat"].values()) if isinstance(data.get("chat"), dict) else []
+    persona = data.get("meta_instruction") or ""
+    texts = [t.get(side) if isinstance(t, dict) else None for t in turns for side in SIDES]
+    if not texts or not all(isinstance(text, str) for text in (persona, *texts)):
+        raise Refused("wrong_keys", "wanted chat.turn_1.Human and .MOSS", broken=True)
+    commands = (str(turn.get("Commands", "")).strip() for turn in turns)
+    commands = (c.removeprefix("<|Commands|>:").removesuffix("<eoc>").strip() for c in commands)
+    if any(command not in NO_COMMAND for command in commands):
+        raise Refused("tools")
+    system = [{"role": "system", "content": persona}] if persona.strip() else []
+    return dialogue(record, system + in_turns(TAGS.sub("", text).strip() for text in texts))
+
+
+ORDER = ("test", "val", "train", None)
+
+
+def naturalconv(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
+    """NaturalConv: {"dialog_id", "content": […]}, and the official split in lists of ids, which may
+    be read after the dialogues they name; so these wait (about 50 MB). Held-out parts come first.
+    """
+    split: dict[str, str | None] = {}
+    waiting = []
     for record in records:
-        yield record if isinstance(record, Skip) else conversation(record)
-
-
-def conversation(record: Record) -> dict | Skip:
-    """The row of an object that holds a list of turns."""
-    if not isinstance(record.data, dict):
-        return refuse(record, "not_json")
-    turns = next((record.data[key] for key in LISTS if key in record.data), None)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return refuse(record, "wrong_type")
-    pairs = [pair for turn in turns for pair in _pairs(turn)]
-    uses_tools = any(role in TOOL_ROLES for role, _ in pairs)
-    if uses_tools or any(part.get(key) for part in (record.data, *turns) for key in TOOL_KEYS):
-        return refuse(record, "tools", broken=False)
-    return dialogue(record, labelled(pairs))
-
-
-def _pairs(turn: dict) -> list[tuple[str, object]]:
-    """Role and content of one turn; {"human": …, "assistant": …} holds two."""
-    if "human" in turn and "assistant" in turn:
-        return [(role, turn[role]) for role in ("human", "assistant")]
-    role = str(turn.get("from", turn.get("role"))).lower()
-    return [(role, next((turn[key] for key in CONTENTS if key in turn), None))]
-
-
-def refuse(record: Record, reason: str, broken: bool = True) -> Skip:
-    """The Skip of a record that becomes no row."""
-    return Skip(reason, record.where, str(record.data), broken)
-
-
-def dialogue(record: Record, messages: list[dict]) -> dict | Skip:
-    """The row of a dialogue, or why it is none.
-
-    A last question without an answer may stay: clean.py cuts and counts it. A system turn
-    counts for nothing here.
-    """
-    if not all(isinstance(message["content"], str) for message in messages):
-        return refuse(record, "wrong_type")
-    turns = [message for message in messages if message["role"] != "system"]
-    if turns and turns[-1]["role"] == "user":
-        turns.pop()
-    reason = check_messages(turns) if turns else "no_answer"
-    return refuse(record, reason, broken=False) if reason else as_row(record, messages=messages)
-
-
-def labelled(pairs: Iterable[tuple[str, object]]) -> list[dict]:
-    """Messages of (label, content); labels stand in ROLES, an unknown one stays as it is."""
-    return [{"role": ROLES.get(label.lower(), label), "content": text} for label, text in pairs]
-
-
-def in_turns(utterances: Iterable[object]) -> list[dict]:
-    """Messages of two speakers who take turns; the first is the user."""
-    roles = cycle(("user", "assistant"))
-    return [{"role": r, "content": u} for r, u in zip(roles, utterances, strict=False)]
-
-
-def split_at_labels(label: re.Pattern[str], text: str) -> tuple[str, list[tuple[str, str]]]:
-    """A text with marked turns, as what stands before the first mark and (label, content) pairs.
-
-    label: finds a mark; its one group is the label
-    """
-    before, *rest = label.split(text)
-    return before, list(zip(rest[::2], map(str.strip, rest[1::2]), strict=True))
-
-
-def with_ids(record: Record, rows: Iterable[dict | Skip], mark: str = "-") -> Iterator[dict | Skip]:
-    """The rows of one record under the ids n, n-1, n-2 …
-
-    Rows that share a text stay in one part of the set; with the mark "." they are split one by one.
-    """
-    n_rows = 0
-    for row in rows:
-        if isinstance(row, Skip):
-            yield row
+        if isinstance(record, Skip):
+            yield record
+        elif isinstance(record.data, str):
+            split[record.data.strip()] = record.split
         else:
-            yield row | {"id": f"{record.n}{mark}{n_rows}"} if n_rows else row
-            n_rows += 1
+            waiting.append(record)
+    named = [record._replace(split=split.get(_dialog_id(record))) for record in waiting]
+    for record in sorted(named, key=lambda record: ORDER.index(record.split)):
+        data = record.data if isinstance(record.data, dict) else {}
+        try:
+            if not isinstance(data.get("content"), list):
+                raise Refused("wrong_keys", f"columns {', '.join(data)}; wanted content", True)
+            yield dialogue(record, in_turns(data["content"]))
+        except Refused as refused:
+            yield refused.skip(record)
+
+
+def _dialog_id(record: Record) -> str:
+    return str(record.data.get("dialog_id")) if isinstance(record.data, dict) else ""

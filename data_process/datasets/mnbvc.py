@@ -16,28 +16,16 @@ import re
 from collections.abc import Iterable, Iterator
 
 from data_process.raw import Record, Skip, as_row
-from data_process.registry import Source
-
-KIND = "text"
-SPLIT_FILES = False  # the turns of a conversation are neighbouring lines
-SOURCE = Source(
-    home="github.com/esbatmop/MNBVC",
-    size="about 60 TB; a file at most 500 MB",
-    huggingface="liwu/MNBVC",
-    files=("qa/20230196/zhihu/*.jsonl.gz",),
-    manual="other parts: choose folders of the Hugging Face repository, or the zips named on the "
-    "home page (password 253874)",
-)
-LICENSE = "MIT (repository and card); the texts are not copyright-checked"
 
 # 扩展字段 is meant to be JSON inside a string, but some converters left values unquoted.
-TURN = re.compile(r'"会话"\s*:\s*"?([^",}]+).*?"多轮序号"\s*:\s*"?(\d+)', re.DOTALL)
+TALK = re.compile(r'"会话"\s*:\s*"?([^",}]+)')
+PLACE = re.compile(r'"多轮序号"\s*:\s*"?(\d{1,9})')
 # Details that describe the line ({"from": "human"} and the like) instead of the question.
 NO_DETAIL = re.compile(r'\s*(?:[{\[]|"\w+"\s*:)')
 MOST_TURNS = 1_000  # of a conversation kept in memory; a longer one becomes several documents
 
 
-def read(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
+def mnbvc(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
     """One document a line, or one a conversation."""
     first, name, turns = None, "", {}
     for record in records:
@@ -59,10 +47,11 @@ def _turn(record: Record | Skip) -> tuple[str, int] | None:
     data = None if isinstance(record, Skip) else record.data
     if not isinstance(data, dict) or not isinstance(data.get("元数据"), dict):
         return None
-    found = TURN.search(str(data["元数据"].get("扩展字段")))
-    if not found or not (_is_text(data.get("问")) and _is_text(data.get("答"))):
+    extra = str(data["元数据"].get("扩展字段"))
+    talk, place = TALK.search(extra), PLACE.search(extra)
+    if not (talk and place and _is_text(data.get("问")) and _is_text(data.get("答"))):
         return None
-    return f"{record.where.rpartition(':')[0]} {found[1]}", int(found[2])
+    return f"{record.where.rpartition(':')[0]} {talk[1]}", int(place[1])
 
 
 def _row(record: Record) -> dict | Skip:

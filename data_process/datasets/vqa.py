@@ -1,86 +1,68 @@
-"""Your own rows about pictures, and the parts that all readers of such rows share.
+"""Rows about pictures: your own, Chinese-LLaVA's and minimind-v's.
 
     {"image": "a.jpg", "messages": [{"role": "user", "content": "…"}, …]}     or "conversations"
     {"image": "a.jpg", "qa": [{"question": "…", "answer": "…"}, …]}           each pair one row
+    parquet: conversations = a JSON string of such a list, image_bytes = one picture or a list
 
-Only the rows are read: files of JSON, also compressed, below the directory. The pictures stay where
-they are; python -m vqa.pack looks for them. A file whose name says test or dev is that part.
+Only the rows are read; the pictures stay where they are, and python -m vqa.pack looks for them. The
+picture in a parquet row is called "<file>#<row>". "<image>" may stand before or after the first
+question. Rows about several pictures are left out and counted.
 """
 
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
 
-from babyllama.config import shown
-from babyllama.errors import DataError
-from data_process.datasets.conversations import LISTS, conversation, dialogue, in_turns, refuse
-from data_process.raw import Part, Record, Skip, data_files, records
-from data_process.registry import Source
+from data_process.columns import Refused
+from data_process.datasets.conversations import conversation
+from data_process.datasets.turns import dialogue, in_turns
+from data_process.raw import Record, Skip
 
-KIND = "vqa"
-SOURCE = Source(
-    home='your own files of {"image": …, "messages" | "conversations" | "qa": […]}',
-    manual="nothing to fetch: put your own files there",
-)
-LICENSE = "that of the files"
-
-ROWS = (".json", ".jsonl", ".json.xz", ".jsonl.xz", ".json.gz", ".jsonl.gz")
 PLACEHOLDER = "<image>"
+ENDING = re.compile(r"(?i)\.(?:jpe?g|png|webp|gif|bmp)\s*$")
 
 
-def read_dir(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
+def vqa(record: Record, roles: Mapping[str, str] | None = None) -> Iterator[dict | Skip]:
     """One row a dialogue, or a question with its answer."""
-    for record in records(row_files(raw_dir), encoding):
-        if isinstance(record, Skip):
-            yield record
-        else:
-            yield from rows_of(record)
-
-
-def row_files(raw_dir: Path, endings: tuple[str, ...] = ROWS) -> list[Part]:
-    """The files of rows below a directory; pictures beside them are left alone.
-
-    raises: DataError if there are none
-    """
-    paths = [path for path in data_files(raw_dir) if path.name.endswith(endings)]
-    if not paths:
-        raise DataError(f"{shown(raw_dir)}: wanted {', '.join(endings)} files, found none")
-    return [Part(path, path.name) for path in paths]
-
-
-def rows_of(record: Record) -> Iterator[dict | Skip]:
-    """The rows of one object."""
-    if not isinstance(record.data, dict) or not isinstance(record.data.get("qa"), list):
-        yield about_picture(record)
+    if not isinstance(record.data, dict):
+        raise Refused("not_an_object", broken=True)
+    image = _picture(record)
+    data = {key: v for key, v in record.data.items() if key not in ("image", "image_bytes", "id")}
+    if not isinstance(data.get("qa"), list):
+        yield _with_image(conversation(record._replace(data=data), None, roles), image)
         return
-    for number, pair in enumerate(record.data["qa"]):
-        if not isinstance(pair, dict):
-            yield refuse(record, "wrong_type")
-            continue
-        turns = in_turns((pair.get("question"), pair.get("answer")))
-        row = with_image(record, dialogue(record, turns))
-        yield row if isinstance(row, Skip) else row | {"id": f"{record.n}-{number}"}
+    for pair in data["qa"]:
+        try:
+            if not isinstance(pair, dict):
+                raise Refused("wrong_type", "column 'qa': wanted a question and its answer", True)
+            turns = in_turns((pair.get("question"), pair.get("answer")))
+            yield _with_image(dialogue(record, turns), image)
+        except Refused as refused:  # the other pairs stay
+            yield refused.skip(record)
 
 
-def about_picture(record: Record) -> dict | Skip:
-    """The row of an object with a picture and a list of turns."""
-    if not isinstance(record.data, dict) or not any(key in record.data for key in LISTS):
-        return refuse(record, "wrong_keys")
-    return with_image(record, conversation(record))
-
-
-def with_image(record: Record, row: dict | Skip) -> dict | Skip:
-    """A dialogue with its record's picture; "<image>" and the line break beside it go.
-
-    Refused are rows of no picture, of several, and those that name the picture anywhere but in the
-    first question.
-    """
-    if isinstance(row, Skip):
-        return row
-    named = record.data.get("image")
-    names = named if isinstance(named, list) else str(named or "").split(",")
+def _picture(record: Record) -> str:
+    """The name of the record's one picture; a name with commas is several names where each of them
+    ends like a picture's."""
+    held, named = record.data.get("image_bytes"), record.data.get("image")
+    if held is not None:
+        file, _, row = record.where.rpartition(":")
+        n_held = len(held) if isinstance(held, list) else 1
+        names = [f"{file}#{row}" if n == 0 else f"{file}#{row}.{n}" for n in range(n_held)]
+    elif isinstance(named, str) and all(map(ENDING.search, named.split(","))):
+        names = named.split(",")
+    else:
+        names = named if isinstance(named, list) else [named]
     names = [name.strip() for name in names if isinstance(name, str) and name.strip()]
     if len(names) != 1:
-        return refuse(record, "several_pictures" if names else "no_picture", broken=False)
+        raise Refused("several_pictures" if names else "no_picture")
+    return names[0].replace("\\", "/")  # as Windows writes it
+
+
+def _with_image(row: dict, image: str) -> dict:
+    """A dialogue with its picture; "<image>" and the line break beside it go.
+
+    raises: Refused if it names the picture anywhere but in the first question
+    """
     messages = [dict(message) for message in row["messages"]]
     question = next(m for m in messages if m["role"] == "user")
     text = question["content"]
@@ -88,7 +70,7 @@ def with_image(record: Record, row: dict | Skip) -> dict | Skip:
         text = text.replace(mark, "", 1) if PLACEHOLDER in text else text
     question["content"] = text
     if not text.strip():
-        return refuse(record, "empty_turn", broken=False)
+        raise Refused("empty_turn")
     if any(PLACEHOLDER in message["content"] for message in messages):
-        return refuse(record, "several_pictures", broken=False)
-    return row | {"image": names[0], "messages": messages}
+        raise Refused("several_pictures")
+    return row | {"image": image, "messages": messages}

@@ -12,36 +12,22 @@ pictures, references and the sections that hold nothing else go, and of -{zh-han
 the simplified form stays.
 """
 
-import html
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 
+from data_process.clean import unescape
 from data_process.raw import Record, Skip, as_row
-from data_process.registry import Source
-
-KIND = "text"
-SPLIT_FILES = False  # a page has many lines
-SOURCE = Source(
-    home="huggingface.co/datasets/pleisto/wikipedia-cn-20230720-filtered",
-    rows="254,547",
-    size="524 MB",
-    huggingface="pleisto/wikipedia-cn-20230720-filtered",
-    modelscope="AI-ModelScope/wikipedia-cn-20230720-filtered",
-    files=("wikipedia-cn-20230720-filtered.json",),
-    manual="the whole Wikipedia instead: a dump (zhwiki-latest-pages-articles.xml.bz2, 3 GB) of "
-    "dumps.wikimedia.org/zhwiki, or wiki2019zh (link in github.com/brightmart/nlp_chinese_corpus)",
-)
-LICENSE = "CC BY-SA 3.0 (from 2023-06 on also 4.0)"
 
 LONGEST_PAGE = 10_000_000  # characters; MediaWiki itself stops at 2 MB
 OPENING = re.compile(r"\s*<(?:doc\s.*|page)>\s*$")
 CLOSING = re.compile(r"\s*</(?:doc|page)>\s*$")
 # What a lost template leaves in brackets: （，）, （teapot，）, （）.
 REST = re.compile(r"(?<=（)[\s，、；：。,;:]{1,20}|[\s，、；：,;:]{1,20}(?=）)")
-EMPTY_BRACKETS = re.compile(r"（）|\([\s，、；：。,;:]+\)")
+EMPTY_BRACKETS = re.compile(r"（）|《》|「」|\([\s，、；：。,;:]+\)|(?<![A-Za-z_])\(\)")
 
 
-def read(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
+def wiki(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
     """One document an object, or a block."""
     start, lines, size = None, [], 0
     for record in records:
@@ -90,9 +76,9 @@ def _skip(reason: str, record: Record, sample: str = "") -> Skip:
 
 
 TITLE_OF_DOC = re.compile(r'\stitle="(.*)"')
-TITLE = re.compile(r"<title>(.*?)</title>")
+TITLE = re.compile(r"<title>([^<]*)</title>")
 NAMESPACE = re.compile(r"<ns>(-?\d+)</ns>")
-TEXT = re.compile(r"<text\b[^<>]*>(.*?)</text>", re.DOTALL)
+TEXT = re.compile(r"<text\b[^<>]*>([^<]*)</text>")
 REDIRECT = re.compile(r"(?i)\s*#\s*(?:redirect|重定向)")
 MEANINGS = re.compile(
     r"(?i)\{\{\s*(?:(?:人名|地名)?消歧[义義][页頁]?|disambig(?:uation)?|dab|hndis|geodis)\s*[|}]"
@@ -103,15 +89,15 @@ MEANINGS = re.compile(
 def _block(start: Record, lines: list[str]) -> dict | Skip:
     if not start.data.lstrip().startswith("<page"):
         title = TITLE_OF_DOC.search(start.data)
-        return _document(start, html.unescape(title[1]).strip() if title else "", "\n".join(lines))
+        return _document(start, unescape(title[1]).strip() if title else "", "\n".join(lines))
     page = "\n".join(lines)
     found, namespace, text = TITLE.search(page), NAMESPACE.search(page), TEXT.search(page)
-    title = html.unescape(found[1]) if found else ""
+    title = unescape(found[1]) if found else ""
     if not title or not namespace:
         return Skip("wrong_page", start.where, page[:200])
     if namespace[1] != "0":
         return _skip("not_an_article", start, title)
-    wikitext = html.unescape(text[1]) if text else ""
+    wikitext = unescape(text[1]) if text else ""
     if "<redirect " in page or REDIRECT.match(wikitext):
         return _skip("redirect", start, title)
     if MEANINGS.search(wikitext) or title.endswith(("(消歧义)", "(消歧義)")):
@@ -128,16 +114,16 @@ MARK = re.compile(
     r"|^[ \t:*]*(\{\|)|^[ \t]*(\|\})(?!\})",
     re.MULTILINE | re.IGNORECASE,
 )
+DEEPEST = 100  # MediaWiki itself stops at 100 templates inside each other
 VERBATIM = {"math": "${}$", "chem": "{}", "ce": "{}", "nowiki": "{}"}
 OPENS = {"}}": "{{", "]]": "[[", "}-": "-{", "|}": "{|"}
 STRAY = re.compile(r"\[\[|\]\]|\{\{|\}\}|__[A-Z]+__")
-OUTER_LINK = re.compile(r"\[(?:https?:|ftp:)?//[^\s\[\]]+[ \t]*([^\[\]\n]*)\]")
+OUTER_LINK = re.compile(r"\[(?:https?:|ftp:)?//[^\s\[\]]++[ \t]*+([^\[\]\n]*+)\]")
 QUOTES = re.compile(r"'{2,5}")
 LINE_BREAK = re.compile(r"<br\s*/?>|</(?:p|div|li|tr)>", re.IGNORECASE)
 TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 HEADING = re.compile(r"(={1,6})(.+)\1")
-BULLET = re.compile(r"[*#:;]*[*#][*#:;]*\s*")
-INDENT = re.compile(r"[:;]+\s*")
+LIST_MARK = re.compile(r"([*#:;]+)\s*")
 APPENDIX = re.compile(
     r"(?:参考|參考)(?:文献|文獻|资料|資料|来源|來源|书目|書目)?|(?:资料|資料)(?:来源|來源)|(?:外部|相关|相關)"
     r"(?:链接|鏈接|连结|連結)|[参參另][见見]|[参參][看阅閱]|[注註](?:释|釋|解|脚|腳)|脚注|腳註|(?:相关|相關|关联|關聯)"
@@ -150,7 +136,7 @@ def plain(wikitext: str) -> str:
     verbatim: list[str] = []
     text = STRAY.sub("", _resolved(wikitext.replace("\0", ""), verbatim))
     text = QUOTES.sub("", OUTER_LINK.sub(r"\1", text))
-    text = html.unescape(TAG.sub("", LINE_BREAK.sub("\n", text)))
+    text = unescape(TAG.sub("", LINE_BREAK.sub("\n", text)))
     text = "\n".join(_sections(text.split("\n")))
     return re.sub("\0(\\d+)\0", lambda place: verbatim[int(place[1])], text)
 
@@ -158,11 +144,12 @@ def plain(wikitext: str) -> str:
 def _resolved(text: str, verbatim: list[str]) -> str:
     """The text with everything that stands in paired marks replaced, from the inside outwards.
 
-    A mark without its partner costs nothing but itself.
+    A mark without its partner costs nothing but itself; of marks inside marks the innermost
+    DEEPEST count.
 
     verbatim: gets the contents that no later rule may touch; \\0 with their number marks the place
     """
-    parts, opened, at, never_closed = [], [], 0, set()
+    parts, opened, at, never_closed = [], deque(), 0, set()
     waiting = dict.fromkeys(CONTENT, 0)
     while mark := MARK.search(text, at):
         parts.append(text[at : mark.start()])
@@ -175,12 +162,14 @@ def _resolved(text: str, verbatim: list[str]) -> str:
             if end >= 0:
                 if name in VERBATIM:
                     parts.append(f"\0{len(verbatim)}\0")
-                    inside = html.unescape(" ".join(text[at:end].split()))
+                    inside = unescape(" ".join(text[at:end].split()))
                     verbatim.append(VERBATIM[name].format(inside))
                 at = end + len(closing)
             elif not sign.endswith("/>"):
                 never_closed.add(closing)
         elif sign in CONTENT:
+            if len(opened) == DEEPEST:
+                waiting[opened.popleft()[0]] -= 1
             opened.append((sign, len(parts)))
             waiting[sign] += 1
             parts.append(sign)
@@ -223,10 +212,7 @@ def _link(content: str) -> str:
     return labels[-1] if labels and labels[-1].strip() else target.strip().lstrip(":")
 
 
-VARIANT = re.compile(
-    r"(?:^|;)\s*(zh(?:-[a-z]+)?)\s*:(.*?)(?=;\s*(?:[^;:]*=>)?\s*zh(?:-[a-z]+)?\s*:|;?\s*$)",
-    re.DOTALL,
-)
+VARIANT = re.compile(r"(?:[^:]*=>)?\s*(zh(?:-[a-z]+)?)\s*:(.*)", re.DOTALL)
 SIMPLIFIED = ("zh-hans", "zh-cn", "zh-sg", "zh-my", "zh")
 
 
@@ -237,7 +223,13 @@ def _variant(content: str) -> str:
         flags, body = "", content
     if flags.strip() in ("H", "T", "-", "N"):
         return ""
-    variants = {code: text.strip() for code, text in VARIANT.findall(body)}
+    variants, code = {}, ""
+    for part in body.split(";"):
+        if found := VARIANT.fullmatch(part):
+            code, variants[found[1]] = found[1], found[2]
+        elif code and part.strip():  # a semicolon in the text itself
+            variants[code] += f";{part}"
+    variants = {code: text.strip() for code, text in variants.items()}
     first = next(iter(variants.values()), body)
     return next((variants[code] for code in SIMPLIFIED if code in variants), first)
 
@@ -256,7 +248,9 @@ def _sections(lines: Iterable[str]) -> Iterator[str]:
                 left_out = level if APPENDIX.fullmatch(name) else 7
         # What begins with | or ! is left of a table that is nowhere closed.
         elif left_out == 7 and line[:1] not in ("|", "!"):
-            line = INDENT.sub("", BULLET.sub("* ", line, count=1)) if line[:1] in "*#:;" else line
+            if mark := LIST_MARK.match(line):
+                bullet = "* " if "*" in mark[1] or "#" in mark[1] else ""
+                line = bullet + line[mark.end() :]
             if re.search(r"\w", line):
                 yield from (above for _, above in headings)
                 headings = []

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.language import say
-from data_process.registry import MODULES, DataSet, data_sets
+from data_process.registry import DataSet, catalog, data_sets
 
 LONGEST = 24  # columns of a terminal's cell
 LINKS = {
@@ -51,7 +51,7 @@ def main(cfg: ListConfig) -> None:
     if cfg.markdown and cfg.json:
         raise ConfigError("wanted one of --markdown and --json, found both; leave one out")
     root = from_repo(cfg.root)
-    known = [described(data_set) for name in MODULES for data_set in data_sets(name)]
+    known = [described(data_set) for name in catalog() for data_set in data_sets(name)]
     entries = known + own_sets(root, {entry["name"] for entry in known})
     for entry in entries:
         entry |= on_disk(entry["name"], root)

@@ -30,7 +30,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.log import cjk_font
 from babyllama.rows import read_rows, texts_of
 from babyllama.token_file import TokenFile
-from data_process.pipeline import SPLITS
+from data_process.stages import SPLITS
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:

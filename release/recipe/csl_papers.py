@@ -17,9 +17,10 @@ from typing import Literal
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import write_rows
-from data_process.datasets.csl import papers
-from data_process.pipeline import share_of
+from data_process.columns import Refused
+from data_process.datasets.csl import paper_of
 from data_process.raw import Skip, records
+from data_process.stages import share_of
 
 # Where each field beside title and abstract stands.
 FOLDERS = {"keywords": "kg", "discipline": "cls_dcp", "category": "cls_ctg"}
@@ -58,11 +59,16 @@ def task(cfg: PapersConfig, folder: str, *wanted: str) -> Iterator[dict]:
             f"{shown(place)}: wanted the folders ts, kg, cls_dcp and cls_ctg of CSL's benchmark, "
             f"found none of that name; see github.com/ydli-ai/CSL"
         )
-    for record, paper in papers(records(place, "utf-8"), *wanted):
-        if isinstance(paper, Skip):
+    for record in records(place, "utf-8"):
+        try:
+            paper = None if isinstance(record, Skip) else paper_of(record, *wanted)
+        except Refused:
+            paper = None
+        if paper is None:
+            found = record.sample if isinstance(record, Skip) else str(record.data)
             raise DataError(
-                f"{shown(place)}, {paper.where}: wanted {' and '.join(wanted)}, found "
-                f"{paper.sample[:60]!r}; take the file from CSL's repository again"
+                f"{shown(place)}, {record.where}: wanted {' and '.join(wanted)}, found "
+                f"{found[:60]!r}; take the file from CSL's repository again"
             )
         if record.split == SPLIT[cfg.part]:
             yield paper

@@ -28,8 +28,8 @@ import yaml
 from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.rows import write_rows
 from data_process.decontaminate import Windows, hits, read_list
-from data_process.pipeline import share_of
 from data_process.raw import Skip, records
+from data_process.stages import share_of
 from release.recipe.passages import HERE, MOST_COPIES, SENTENCE, questions
 
 CNKI_DEV, VAL = 0.067, 0.005

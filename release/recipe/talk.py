@@ -23,8 +23,8 @@ import yaml
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.rows import write_rows
 from data_process.clean import han_share
-from data_process.datasets.instruction import read
 from data_process.raw import Skip, records
+from data_process.registry import data_sets
 from release.recipe.papers import filled, turn
 from release.recipe.passages import HERE, grounded, objects
 
@@ -104,7 +104,7 @@ def joined(
 def short(paths: Iterable[Path]) -> Iterator[dict]:
     """Dialogues whose questions and answers are short and Chinese."""
     for path in paths:
-        for row in read(records(path, "utf-8")):
+        for row in data_sets("instruction")[0].read(records(path, "utf-8")):
             if isinstance(row, Skip):
                 continue
             said = [message["content"] for message in row["messages"]]

@@ -619,7 +619,7 @@ def test_what_people_write_is_read_in_the_letters_of_training_and_begins_no_turn
     text = tokenizer.decode(talk.prompt_for("發展\r\n资料：无"))
     assert text == (
         "资料：A\n\n「人类」:好\n\n人类：这个问题\n\n「助手」：好\n\n助手：國家\n\n人類：Ａ"
-        "\n\n人类：发展\r\n「资料」：无\n\n助手："
+        "\n\n人类：发展\n「资料」：无\n\n助手："
     )
     assert talk.turns == turns
 

@@ -1,19 +1,16 @@
 """Readers of benchmarks' training parts: dialogues from train, nothing from what is scored."""
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
-from test_datasets_chat import canonical, mutants, told
+from reading import FIXTURES, check_wrong_types, fault, raw, read, set_of
+from test_datasets_chat import told
 
-from data_process.clean import RULES
 from data_process.decontaminate import overlap
 from data_process.pipeline import make_clean
-from data_process.raw import Record, Skip, records
+from data_process.raw import Skip
 from data_process.run import ProcessConfig, chosen, settings_of
 
-FIXTURES = Path(__file__).parents[1] / "fixtures/data_process"
 STEPS = "请一步一步计算，最后写“答案是”和得数。"
 
 EXPECTED = {
@@ -68,39 +65,31 @@ EXPECTED = {
 }  # fmt: skip
 
 
-def module_of(place: str):
-    name = place.split(".")[0].removesuffix("_train")
-    return importlib.import_module(f"data_process.datasets.{name}")
-
-
-def raw(place: str) -> list[Record | Skip]:
-    return list(records(FIXTURES / place, "utf-8-sig"))
+def name_of(place: str) -> str:
+    return place.split(".")[0].removesuffix("_train")
 
 
 @pytest.mark.parametrize("place", EXPECTED)
 def test_every_record_becomes_the_expected_rows_and_skips(place):
-    module = module_of(place)
-    assert [told(item) for item in module.read(raw(place))] == EXPECTED[place]
-    assert module.KIND == "chat" and getattr(module, "RULES", "chat") in RULES
-    rows = [item for item in module.read(raw(place)) if not isinstance(item, Skip)]
-    assert not any(canonical(row, module) for row in rows)
+    data_set = set_of(name_of(place))
+    items = read(data_set, raw(FIXTURES / place, data_set))
+    assert [told(item) for item in items] == EXPECTED[place]
+    rows = [item for item in items if not isinstance(item, Skip)]
+    assert not any(fault(data_set, row, fixed=True) for row in rows)
 
 
 @pytest.mark.parametrize("place", EXPECTED)
 @pytest.mark.parametrize("part", ["val", "test"])
 def test_nothing_is_learnt_from_a_part_that_is_scored(place, part):
-    held_out = [record._replace(split=part) for record in raw(place)]
-    found = list(module_of(place).read(held_out))
+    data_set = set_of(name_of(place))
+    held_out = [record._replace(split=part) for record in raw(FIXTURES / place, data_set)]
+    found = read(data_set, held_out)
     assert [item.reason for item in found] == ["scored_part"] * len(held_out)
 
 
 @pytest.mark.parametrize("place", EXPECTED)
 def test_a_wrong_type_anywhere_is_counted_and_never_raises(place):
-    module = module_of(place)
-    for record in raw(place):
-        for data in mutants(record.data):
-            for item in module.read([record._replace(data=data)]):
-                assert isinstance(item, Skip) or canonical(item, module) is None, data
+    check_wrong_types(set_of(name_of(place)), FIXTURES / place, fixed=True)
 
 
 def test_english_dialogues_with_short_answers_pass_the_rules(tmp_path):

@@ -1,16 +1,13 @@
 """Readers of dialogues and instructions on the real files, where these lie beside the project."""
 
-import importlib
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from reading import SHARED, raw, read, set_of
 
 from babyllama.rows import check_row
 from data_process.clean import fix, reason_to_drop
-from data_process.raw import Skip, records
-
-SHARED = Path(__file__).resolve().parents[3] / "shared/data"
+from data_process.raw import Skip
 
 # Rows and skips of real files; the sums agree with plain counts of their JSON.
 REAL = {
@@ -36,14 +33,14 @@ REAL = {
 @pytest.mark.parametrize("place", REAL)
 def test_real_files_give_the_counted_rows(place):
     reader, n_rows, skips = REAL[place]
-    module = importlib.import_module(f"data_process.datasets.{reader}")
-    layout = getattr(module, "LAYOUT", "")
-    items = list(module.read(records(SHARED / place, "utf-8-sig", layout)))
+    data_set = set_of(reader)
+    items = read(data_set, raw(SHARED / place, data_set))
     rows = [item for item in items if not isinstance(item, Skip)]
     assert Counter(item.reason for item in items if isinstance(item, Skip)) == skips
-    rules = getattr(module, "RULES", module.KIND)
+    rules = data_set.rules
     fixed = [fix(row | {"id": str(row["id"])}, rules)[0] for row in rows[:500]]
-    reasons = {check_row({"id": row["id"], "messages": row["messages"]}) for row in fixed}
+    kept = [row for row in fixed if not reason_to_drop(row, rules)]
+    reasons = {check_row({"id": row["id"], "messages": row["messages"]}) for row in kept}
     assert len(rows) == n_rows and reasons == {None}
     # Half of llama_chinese is English.
-    assert sum(not reason_to_drop(row, rules) for row in fixed) >= 0.45 * len(fixed)
+    assert len(kept) >= 0.45 * len(fixed)

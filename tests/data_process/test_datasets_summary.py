@@ -1,24 +1,16 @@
 """Readers of summaries and of CSL's tasks: what becomes of each row of the fixtures, and why."""
 
-import importlib
-from types import ModuleType
-
 import pytest
-from test_datasets_text import FIXTURES, SHARED, mutants, raw, reason
+from reading import FIXTURES, SHARED, check_wrong_types, fault, raw, read, reason, set_of
 
-from babyllama.rows import check_row
-from data_process.clean import FIXES, RULES
-from data_process.datasets import lcsts, news, news_title
+from data_process.datasets import pairs
 from data_process.raw import Record, Skip
-from data_process.registry import Source
 
 KEYWORDS = "请列出下面这篇论文的关键词：\n"
 DISCIPLINE = "下面这篇论文摘要属于哪个学科？\n"
 CATEGORY = "下面这个论文标题属于哪个学科门类？\n"
 META = {"keywords": ["注意力", "分类"], "discipline": "计算机科学与技术", "category": "工学"}
 RICE = {"keywords": ["水稻", "育种"], "discipline": "作物学", "category": "农学"}
-
-CSL_CHAT = ("csl_keywords", "csl_discipline", "csl_category")
 
 # What comes of every record: (id, split, text, summary, meta), or a Skip's reason, with "!" if the
 # line is damaged. Questions and answers stand where texts and summaries do.
@@ -95,47 +87,29 @@ EXPECTED = {
         "outside_block!",
         "cut_block!",
         (12, "train", "【暴雨来袭】今晚有雨，\n请带伞。", "暴雨来袭"),
-        "empty_text",
+        "no_summary",
         "cut_block!",
     ],
     ("lcsts", "lcsts.PART_II.txt"): [
         "low_label",
         (9, "val", "【快讯】文字乙。", "相关的摘要"),
     ],
-    ("csl_pseudo_title", "csl_pseudo_title.jsonl"): [
-        (
-            0,
-            None,
-            "针对噪声问题,提出了一种基于小波变换的图像去噪方法,实验表明其有效.",
-            "一种基于小波变换的图像去噪方法",
-        ),
-        (
-            1,
-            None,
-            "本文研究了施肥深度对水稻产量的影响.结果表明,深施较好.",
-            "施肥深度对水稻产量的影响",
-        ),
-        "no_phrase",
-        "has_title",
-        "false_keywords",
-        "no_abstract",
-    ],
     ("lcsts", "lcsts.rows.jsonl"): [
         (0, None, "【】本市新增两条公交线路。", "两条公交线路"),
         (1, None, "原文", "摘要"),
         "low_label",
-        "empty_text",
-        "wrong_type!",
+        "no_summary",
+        "unknown_columns",
     ],
     ("nlpcc2017", "nlpcc2017.train_with_summ.txt"): [
         (0, "train", "本市新增两条线路。\n将于下周一开始。", "两条公交线路下周试运行。"),
         "no_summary",
-        "no_summary",
-        "wrong_type!",
+        "unknown_columns",
+        "no_text",
     ],
     ("nlpcc2017", "nlpcc2017.wrapped.json"): [
         (0, None, "图书馆本周起开放到十点。", "图书馆延长开放。"),
-        "empty_text",
+        "no_text",
     ],
     ("nlpcc2017", "nlpcc2017.bare.json"): [
         (0, None, "图书馆本周起开放到十点。", "图书馆延长开放。"),
@@ -143,9 +117,9 @@ EXPECTED = {
     ("news_title", "news.json"): [
         (0, None, "本市新增两条线路。\n下周一开始。", "两条公交线路试运行"),
         (1, None, "图书馆本周起开放到晚上十点。", "图书馆 延长开放"),
-        "no_title",
-        "no_body",
-        "wrong_type!",
+        "no_summary",
+        "no_text",
+        "no_text",
     ],
 }
 
@@ -154,21 +128,16 @@ REAL = {
     ("csl", "csl/benchmark"): {"val": 1000, "other_task": 11_000},
     ("csl", "csl/csl_title_public"): {"train": 3000, "val": 250},
     ("csl_keywords", "csl/benchmark"): {"val": 1000, "other_task": 11_000},
-    ("csl_keywords", "science_abstracts"): {None: 659, "no_keywords": 9536},
-    ("csl_pseudo_title", "science_abstracts"): {None: 2207, "no_phrase": 7988},
+    ("csl_keywords", "science_abstracts/fewclue_csl.jsonl.xz"): {None: 659, "no_keywords": 681},
     ("csl_discipline", "csl/benchmark"): {"val": 1000, "other_task": 11_000},
-    ("csl_discipline", "science_abstracts"): {None: 5870, "no_discipline": 4325},
+    ("csl_discipline", "science_abstracts/fewclue_csldcp.jsonl.xz"): {
+        None: 5870,
+        "no_discipline": 2985,
+    },
     ("csl_category", "csl/benchmark"): {"train": 8000, "val": 1000, "other_task": 3000},
     ("lcsts", "lcsts"): {"test": 362},
     ("news_title", "news_zh/inews_dev.jsonl.xz"): {"val": 689},
 }
-
-
-def module_of(name: str) -> ModuleType:
-    return importlib.import_module(f"data_process.datasets.{name}")
-
-
-MODULES = {name: module_of(name) for name, _ in EXPECTED}
 
 
 def told(item: dict | Skip) -> object:
@@ -180,54 +149,28 @@ def told(item: dict | Skip) -> object:
     return (item["id"], item.get("split"), *texts, *meta)
 
 
-def fault(row: dict) -> str | None:
-    """Why a row is not canonical."""
-    return check_row({k: v for k, v in row.items() if k != "split"} | {"id": f"x/{row['id']}"})
-
-
 @pytest.mark.parametrize(("name", "place"), EXPECTED)
 def test_every_record_becomes_the_expected_rows_and_skips(name, place):
-    module = MODULES[name]
-    items = list(module.read(raw(FIXTURES / place, module)))
+    data_set = set_of(name)
+    items = read(data_set, raw(FIXTURES / place, data_set))
     assert [told(item) for item in items] == EXPECTED[name, place]
-    assert not any(fault(item) for item in items if not reason(item))
+    assert not any(fault(data_set, item) for item in items if not reason(item))
 
 
 @pytest.mark.parametrize(("name", "place"), EXPECTED)
 def test_a_wrong_type_anywhere_is_counted_and_never_raises(name, place):
-    module = MODULES[name]
-    for record in raw(FIXTURES / place, module):
-        for data in mutants(record.data) if isinstance(record, Record) else ():
-            for item in module.read([record._replace(data=data)]):
-                assert reason(item) or fault(item) is None, data
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_every_reader_says_what_it_is_and_passes_damage_on(name):
-    module = MODULES[name]
-    kind = "chat" if name in CSL_CHAT else "summary"
-    assert kind == module.KIND and module.LICENSE
-    assert isinstance(module.SOURCE, Source) and module.SOURCE.home
-    assert module.SOURCE.huggingface or module.SOURCE.manual
-    rules = getattr(module, "RULES", module.KIND)
-    assert rules in FIXES and rules in RULES
-    damage = Skip("broken_json", "x.json:1", '{"text": ')
-    assert list(module.read([damage])) == [damage]
+    check_wrong_types(set_of(name), FIXTURES / place, fixed=False)
 
 
 @pytest.mark.parametrize(("name", "place"), REAL)
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data")
-def test_real_files_give_the_published_numbers_of_rows(name, place, tmp_path):
-    module, files = MODULES[name], SHARED / place
-    if place == "science_abstracts":  # which holds abstracts of other sets, too
-        for path in files.glob("fewclue_*"):
-            (tmp_path / path.name).symlink_to(path)
-        files = tmp_path
-    items = list(module.read(raw(files, module)))
+def test_real_files_give_the_published_numbers_of_rows(name, place):
+    data_set = set_of(name)
+    items = read(data_set, raw(SHARED / place, data_set))
     found = [item.get("split") if isinstance(item, dict) else reason(item) for item in items]
     assert {kind: found.count(kind) for kind in set(found)} == REAL[name, place]
     rows = [item for item in items if isinstance(item, dict)]
-    assert not any(fault(row) for row in rows)
+    assert not any(fault(data_set, row) for row in rows)
     assert len({row["id"] for row in rows}) == len(rows)
 
 
@@ -237,7 +180,7 @@ def test_real_files_give_the_published_numbers_of_rows(name, place, tmp_path):
 @pytest.mark.parametrize("keywords", ["甲_乙", " 甲 __乙_", ["甲", "", " 乙"]])
 def test_keywords_are_the_same_list_however_they_are_written(keywords):
     data = {"title": "题", "abst": "摘要.", "keyword": keywords}
-    (row,) = MODULES["csl"].read([Record(0, "a:1", None, data)])
+    (row,) = read(set_of("csl"), [Record(0, "a:1", None, data)])
     assert row["meta"] == {"keywords": ["甲", "乙"]}
 
 
@@ -246,7 +189,7 @@ def test_keywords_are_the_same_list_however_they_are_written(keywords):
                                                (None, "no_discipline")])  # fmt: skip
 def test_only_a_name_is_taken_for_a_discipline(label, wanted):
     data = {"abst": "摘要.", "keyword": ["甲"], "label": label}
-    (item,) = MODULES["csl_discipline"].read([Record(0, "a:1", None, data)])
+    (item,) = read(set_of("csl_discipline"), [Record(0, "a:1", None, data)])
     assert reason(item) == wanted
 
 
@@ -261,7 +204,7 @@ def block(label: str = "", body: str = "正文。", end: str = "</doc>") -> list
 
 def read_lcsts(lines: list[str], file: str) -> list:
     entries = [Record(n, f"{file}:{n + 1}", None, text) for n, text in enumerate(lines)]
-    return list(lcsts.read(entries))
+    return list(pairs.lcsts(entries))
 
 
 @pytest.mark.parametrize(("file", "split"), [("DATA/PART_I.txt", "train"), ("PART_II.txt", "val"),
@@ -283,16 +226,19 @@ def test_an_endless_block_is_read_in_bounded_memory_and_its_lines_are_counted():
     lines = block(end="没有结尾") + ["还有一行"] * 500
     items = read_lcsts(lines, "PART_I.txt")
     assert {reason(item) for item in items} == {"outside_block!", "cut_block!"}
-    assert len(items) == len(lines) - 1 - lcsts.MOST_LINES
-    assert not lcsts.SPLIT_FILES, "a block has several lines"
+    assert len(items) == len(lines) - 1 - pairs.MOST_LINES
+    assert not set_of("lcsts").split_files, "a block has several lines"
 
 
 # News.
 
 
-def test_documents_and_headlines_are_made_of_the_same_articles():
-    path = FIXTURES / "news.json"
-    documents, pairs = (list(m.read(raw(path, m))) for m in (news, news_title))
-    assert documents == pairs and news.IDS == news_title.IDS and news.SHARES == news_title.SHARES
-    assert news.REFUSED_COUNT and news_title.REFUSED_COUNT, "they agree on duplicates"
-    assert news.finish(pairs[0]) == {"id": 0, "text": "两条公交线路试运行\n" + pairs[0]["text"]}
+@pytest.mark.parametrize("name", ["news", "inews"])
+def test_documents_and_headlines_are_made_of_the_same_articles(name):
+    documents, headlines = set_of(name), set_of(f"{name}_title")
+    assert (documents.ids, documents.shares) == (headlines.ids, headlines.shares)
+    assert documents.refused_count and headlines.refused_count, "they agree on duplicates"
+    assert documents.reader == headlines.reader
+    row = {"id": 0, "text": "正文。", "summary": "标题"}
+    assert documents.finished(row) == {"id": 0, "text": "标题\n正文。"}
+    assert headlines.finished(row) == row

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_process.registry import MODULES, Source, data_sets
+from data_process.registry import Source, catalog, data_sets
 from data_process.tools.list import (
     LONGEST,
     aligned,
@@ -49,7 +49,7 @@ def columns_of(line: str) -> int:
 def test_json_tells_of_every_set_what_is_on_the_disk(script, root):
     found = script("data_process/tools/list.py", "--root", root, "--json").out.splitlines()
     entries = {entry["name"]: entry for entry in map(json.loads, found)}
-    assert list(entries) == [*MODULES, "朋友圈"]
+    assert list(entries) == [*catalog(), "朋友圈"]
     assert entries["csl"]["raw_bytes"] == 2000 and entries["csl"]["raw_unfinished"]
     assert entries["csl"]["rows_kept"] == 12345
     assert entries["csl"]["tokens"] == {"a": 770, "b": 5}
@@ -59,9 +59,9 @@ def test_json_tells_of_every_set_what_is_on_the_disk(script, root):
 
 def test_the_columns_of_the_table_stand_below_each_other(script, root):
     header, *lines = script("data_process/tools/list.py", "--root", root).out.splitlines()
-    assert len(lines) == len(MODULES) + 1
+    assert len(lines) == len(catalog()) + 1
     start = columns_of(header[: header.index("from")])
-    for line, name in zip(lines, [*MODULES, "朋友圈"], strict=True):
+    for line, name in zip(lines, [*catalog(), "朋友圈"], strict=True):
         assert line.startswith(name)
         before = next(n for n in range(len(line) + 1) if columns_of(line[:n]) >= start)
         assert columns_of(line[:before]) == start and line[before - 2 : before] == "  "
@@ -71,10 +71,10 @@ def test_the_columns_of_the_table_stand_below_each_other(script, root):
 
 def test_markdown_holds_the_same_with_links(script, root):
     lines = script("data_process/tools/list.py", "--root", root, "--markdown").out.splitlines()
-    assert len(lines) == len(MODULES) + 3
+    assert len(lines) == len(catalog()) + 3
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert set(lines[1]) <= set("| -")
-    for name in MODULES:
+    for name in catalog():
         source = data_sets(name)[0].source
         (line,) = (line for line in lines if line.startswith(f"| {name} |"))
         for address in (f"huggingface.co/datasets/{source.huggingface}",

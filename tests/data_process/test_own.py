@@ -267,7 +267,7 @@ def test_a_missing_file_is_answered_with_the_one_that_was_meant(tmp_path, made):
     [
         ("a.jsonl", b'{"x": 1, "y": 2, "z": 3}\n', "x, y, z"),
         ("a.bin", b"\x89PNG\r\n\x1a\n" + bytes(100), "another kind"),
-        ("a.xlsx", b"PK\x03\x04 cut", "office program"),
+        ("a.xlsx", b"PK\x03\x04 cut", "cut or damaged"),
         ("a.csv", b"a,,b\n1,2,3\n", "first row names the columns"),
         ("a.json", b'{"data": []}', "no entry"),
     ],

@@ -13,9 +13,10 @@ import pytest
 from babyllama.errors import ConfigError
 from babyllama.rows import read_rows
 from data_process import raw
-from data_process.pipeline import PipelineConfig, RawSet, by_hash, make_clean
+from data_process.pipeline import PipelineConfig, RawSet, make_clean
 from data_process.registry import data_sets
 from data_process.run import ProcessConfig, SetConfig, main
+from data_process.stages import by_hash
 
 HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜"
 
@@ -54,7 +55,7 @@ def test_jobs_cover_every_file_once_and_end_with_whole_lines(job_bytes, texts, t
     for name in ("a", "b", "c"):
         write_lines(tmp_path / f"{name}.jsonl", texts[: 100 if name == "b" else 3])
     (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 500))
-    jobs = raw.divide(tmp_path, data_sets("text")[0], "utf-8-sig", job_bytes)
+    jobs = raw.divide(raw.whole_files(tmp_path), "utf-8-sig", job_bytes=job_bytes)
     found: dict[Path, bytes] = {}
     for part in (part for job in jobs for part in job):
         content = part.path.read_bytes()[part.start : part.end]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from babyllama.errors import DataError
-from data_process.datasets import csl
 from data_process.raw import records
+from data_process.registry import data_sets
 from release.recipe.csl_papers import PapersConfig, main
 
 N = 40
@@ -64,7 +64,7 @@ def test_a_paper_keeps_its_part_when_others_go(benchmark, tmp_path):
 
 def test_the_reader_of_csl_takes_the_rows_with_their_parts(benchmark, tmp_path):
     main(PapersConfig(benchmark, tmp_path / "out"))
-    rows = list(csl.read(records(tmp_path / "out", "utf-8")))
+    rows = list(data_sets("csl")[0].read(records(tmp_path / "out", "utf-8")))
     assert len(rows) == N and {row["split"] for row in rows} == {"train", "val"}
     assert {"keywords", "discipline", "category"} == set(rows[-1]["meta"])
 

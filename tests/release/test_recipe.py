@@ -12,9 +12,9 @@ import yaml
 from babyllama.config import REPO
 from babyllama.decoder import Reply
 from babyllama.rows import check_messages, write_rows
-from data_process.datasets import conversations, csl, redgpt
 from data_process.decontaminate import digests, is_kept
 from data_process.raw import records
+from data_process.registry import data_sets
 from release.recipe import openings, papers, passages, talk
 
 RECIPE = REPO / "release/recipe"
@@ -146,8 +146,8 @@ def test_the_readers_take_what_is_written(tmp_path: Path):
     write_rows(tmp_path / "about/train.jsonl", [papers.Talk(3).about(paper)])
     write_rows(tmp_path / "asked/train.jsonl", [passages.grounded(TEXT, [("问？", "答\n二")])])
     (title,), (about,), (asked,) = (
-        list(reader.read(records(tmp_path / name, "utf-8")))
-        for reader, name in ((csl, "titles"), (conversations, "about"), (redgpt, "asked"))
+        list(data_sets(reader)[0].read(records(tmp_path / name, "utf-8")))
+        for reader, name in (("csl", "titles"), ("conversations", "about"), ("redgpt", "asked"))
     )
     assert title["summary"] == "稻田灌溉" and title["meta"] == {"keywords": ["稻田"]}
     assert about["messages"][0]["role"] == "user"

@@ -264,7 +264,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_counts(client, to
     assert len(tokenizer.encode(one)) == 4
     n_tokens = CONTEXT - 1 + more + 1
     n_more = n_tokens - empty
-    text = one * (n_more // 4) + "\x01" * (n_more % 4)
+    text = one * (n_more // 4 - 1) + "\t" * (n_more % 4) + one
     if len(text) > 32_000:
         with pytest.raises(openai.BadRequestError, match="32000"):
             client.chat.completions.create(messages=[{"role": "user", "content": text}], **QUICK)

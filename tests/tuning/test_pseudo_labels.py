@@ -5,8 +5,8 @@ import pytest
 from babyllama.errors import DataError
 from babyllama.rows import write_rows
 from babyllama.tuning.pseudo_labels import keep_good, read_texts
-from data_process.datasets import csl
-from data_process.raw import data_files, records
+from data_process.raw import records, sorted_files
+from data_process.registry import data_sets
 
 ABSTRACTS = [
     f"针对{what}中存在的噪声问题,提出了一种基于{how}的{what}方法.该方法首先对数据进行预处理,然后利用{how}"
@@ -70,9 +70,9 @@ def test_the_released_model_titles_abstracts_and_finished_files_are_kept(
     )
     done = script(*words)
     assert done.code == 0, done.err
-    (path,) = data_files(out)
+    (path,), _ = sorted_files(out)
     assert path.read_text("utf-8").count("\n") > 1
-    read = list(csl.read(records(out, "utf-8")))
+    read = list(data_sets("csl")[0].read(records(out, "utf-8")))
     assert read and {row["text"] for row in read} <= set(ABSTRACTS)
     for row in read:  # a title is made of the abstract's words
         assert len(set(row["summary"]) & set(row["text"])) > len(set(row["summary"])) / 2
@@ -89,7 +89,7 @@ def test_several_checkpoints_vote(abstracts, tmp_path, script):
         "--beams", 4, "--n", 4, "--limit", 2,
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "release/second: 100%" in done.err and data_files(out)
+    assert "release/second: 100%" in done.err and sorted_files(out)[0]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row
 from babyllama.sources import SourceConfig
 from conftest import small_config
-from data_process.datasets import chinese_llava, minimind_v, vqa
-from data_process.raw import Skip
+from data_process.raw import Skip, records, whole_files
+from data_process.registry import data_sets
 from model import IGNORED
 from vqa.data import (
     PictureRows,
@@ -52,12 +52,22 @@ def llava(name: str, *turns: str) -> dict:
     return {"id": "GCC", "image": name, "conversations": said}
 
 
-def read(reader, place: Path) -> list:
+def rows_of(name: str, place: Path) -> list[dict | Skip]:
+    (data_set,) = data_sets(name)
+    files = whole_files(place, data_set.inputs)
+    rows = list(data_set.read(records(files, "utf-8-sig", data_set.layout)))
+    for row in rows:
+        if isinstance(row, dict):
+            row.pop("unused", None)
+    return rows
+
+
+def read(name: str, place: Path) -> list:
     return [
         row.reason
         if isinstance(row, Skip)
         else (row["image"], *(m["content"] for m in row["messages"]))
-        for row in reader.read_dir(place, "utf-8-sig")
+        for row in rows_of(name, place)
     ]
 
 
@@ -73,13 +83,13 @@ def test_llava_rows_lose_their_placeholder_wherever_it_stands(tmp_path):
     (tmp_path / "chat-translated.json").write_text(json.dumps(rows), "utf-8")
     (tmp_path / "chat.json").write_text(json.dumps([llava("x.jpg", "What?", "A dog.")]), "utf-8")
     (tmp_path / "a.jpg").write_bytes(stored("red"))
-    assert read(chinese_llava, tmp_path) == [
+    assert read("chinese_llava", tmp_path) == [
         ("a.jpg", "图里有什么？", "一只狗。"),
         ("b.jpg", "描述图像。", "一辆车。", "什么颜色？", "红色。"),
         "several_pictures",
         "no_picture",
         "empty_turn",
-        "wrong_keys",
+        "unknown_columns",
     ]
 
 
@@ -96,14 +106,14 @@ def test_own_rows_of_all_forms_are_canonical_and_have_ids_of_their_own(tmp_path)
     ]
     with lzma.open(tmp_path / "train.jsonl.xz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    found = [r for r in vqa.read_dir(tmp_path, "utf-8-sig") if not isinstance(r, Skip)]
-    assert [row["id"] for row in found] == ["0-0", "0-1", 1]
+    found = [r for r in rows_of("vqa", tmp_path) if not isinstance(r, Skip)]
+    assert [row["id"] for row in found] == [0, "0-1", 1]
     assert all(row.pop("split") == "train" for row in found)
     assert all(check_row(row | {"id": f"x/{row['id']}"}) is None for row in found)
     (tmp_path / "train.jsonl.xz").unlink()
     (tmp_path / "a.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"wanted \.json"):
-        read(vqa, tmp_path)
+    with pytest.raises(DataError, match=r"like \*\.json.*found a\.jpg"):
+        read("vqa", tmp_path)
 
 
 def test_minimind_rows_of_both_editions(tmp_path):
@@ -121,10 +131,9 @@ def test_minimind_rows_of_both_editions(tmp_path):
         pyarrow.table({"conversations": texts, "image_bytes": held}), tmp_path / "i2t.parquet"
     )
     asked = ("什么颜色？", "红色。")
-    assert read(minimind_v, tmp_path) == [
-        ("a.jpg", *asked), "several_pictures",
+    assert read("minimind_v", tmp_path) == [
         ("i2t.parquet#0", *asked), "several_pictures", ("i2t.parquet#2", *asked), "no_picture",
-        "broken_json",
+        "wrong_type", ("a.jpg", *asked), "several_pictures",
     ]  # fmt: skip
     finder = Finder(tmp_path)
     assert finder.find("i2t.parquet#0") == held[0][0]

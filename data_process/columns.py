@@ -1,0 +1,154 @@
+"""Columns of rows: the names that files use for them, the user's own choice, and what is left over.
+
+A reader asks a record for its question, answer, text … by the tables below. The first filled name
+counts; --columns.ROLE NAME chooses another. What no reader asked for is named and counted in the
+set's counts.json, so nothing is lost in silence. A record that cannot be understood is Refused,
+with what was found in it and what is known.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from babyllama.rows import BODIES, SUMMARIES
+from data_process.raw import Record, Skip
+
+# For each role the names of its columns, in the order in which they are looked for.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "question": ("instruction", "question", "query", "prompt", "problem", "q", "指令", "问题",
+                 "提问", "问", "用户"),
+    "input": ("input", "context", "passage", "材料", "输入"),
+    "answer": ("output", "response", "answer", "target", "completion", "reply", "chosen", "a",
+               "回答", "答案", "答", "回复", "输出", "助手"),
+    "system": ("system", "system_prompt", "meta_instruction", "系统", "系统提示"),
+    "reference": ("reference", "knowledge", "document", "资料", "参考资料", "背景"),
+    "history": ("history", "历史", "历史对话"),
+    "turns": ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "chat",
+              "对话"),
+    "text": BODIES,
+    "summary": SUMMARIES,
+    "title": ("title", "headline", "prefix", "标题", "题目"),
+    "keywords": ("keywords", "keyword", "关键词"),
+}  # fmt: skip
+KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
+NUMBERS = ("id", "idx", "index", "qid")  # name a row, say nothing
+SAMPLE = 40  # characters of a column that is left over
+LONGEST_WHY = (200, 800)  # characters at the beginning and at the end
+
+
+class Refused(Exception):
+    """A record that becomes no row.
+
+    reason: short, to be counted
+    why: what was found and what is known; empty where the reason says all
+    broken: the record is damaged, which counts against --max_bad
+    """
+
+    def __init__(self, reason: str, why: str = "", broken: bool = False) -> None:
+        super().__init__(reason)
+        self.reason, self.why, self.broken = reason, why, broken
+
+    def skip(self, record: Record) -> Skip:
+        why, (begin, end) = self.why, LONGEST_WHY
+        if len(why) > begin + end:  # a name of a column may be as long as the file
+            why = f"{why[:begin]} … {why[-end:]}"
+        return Skip(self.reason, record.where, str(record.data), self.broken, why)
+
+
+def as_text(value: object, what: str) -> str:
+    """A cell as text: an empty one (null, NaN) is "", a number is written out, parts are joined.
+
+    raises: Refused that names the column or turn (`what`), and what stands there
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if float(value).is_integer() else str(value)
+    if isinstance(value, list):
+        if all(isinstance(part, str) for part in value) and len(value) < 2:
+            return "".join(value)
+        if all(isinstance(part, dict) and "type" in part for part in value):
+            odd = sorted({str(part["type"]) for part in value} - {"text"})
+            if odd:
+                raise Refused("not_text", f"{what}: a part of type {', '.join(odd)}; wanted text")
+            return "".join(as_text(part.get("text"), what) for part in value)
+    kind = {dict: "an object", list: "a list", bool: "true or false"}.get(type(value), "no text")
+    raise Refused("wrong_type", f"{what}: {kind}; wanted text")
+
+
+class Fields:
+    """The columns of a record. What is asked for is marked as used.
+
+    chosen: the user's choice of columns, by role
+    """
+
+    def __init__(self, record: Record, chosen: Mapping[str, str] | None = None) -> None:
+        if not isinstance(record.data, dict):
+            found = "a line of text" if isinstance(record.data, str) else "a list"
+            raise Refused("not_an_object", f"{found}; wanted an object or the row of a table")
+        self.where, self._chosen = record.where, chosen or {}
+        self._data = {str(key).strip().lower(): value for key, value in record.data.items()}
+        self._used: set[str] = set()
+
+    def __contains__(self, role: str) -> bool:
+        """Whether a column of that role is there, even an empty one."""
+        return any(name in self._data for name in self._names(role))
+
+    def _names(self, role: str) -> Iterable[str]:
+        return (self._chosen[role].lower(),) if role in self._chosen else COLUMNS[role]
+
+    def _filled(self, role: str) -> Iterator[str]:
+        for name in self._names(role):
+            is_publisher = name == "source" and "target" not in self._data
+            if name in self._data and not _is_empty(self._data[name]) and not is_publisher:
+                yield name
+
+    def value(self, role: str) -> Any:
+        """The first filled column of a role as it is, or None."""
+        name = next(self._filled(role), None)
+        self._used.update([name] if name else ())
+        return self._data.get(name) if name else None
+
+    def text(self, role: str) -> str:
+        """The first filled column of a role as text; "" if there is none."""
+        name = next(self._filled(role), None)
+        return self._take(name) if name else ""
+
+    def texts(self, role: str) -> list[str]:
+        """All filled columns of a role as texts."""
+        return [self._take(name) for name in self._filled(role)]
+
+    def _take(self, name: str) -> str:
+        self._used.add(name)
+        return as_text(self._data[name], f"column {name!r}").strip()
+
+    def unknown(self, *roles: str) -> Refused:
+        """The refusal of a record that lacks columns of these roles."""
+        found = ", ".join(map(str, self._data)) or "none"
+        known = "; ".join(f"{role}: {', '.join(self._names(role))}" for role in roles)
+        options = " ".join(f"--columns.{role} NAME" for role in roles)
+        return Refused(
+            "unknown_columns", f"columns {found}; known are {known}; choose with {options}"
+        )
+
+    def unused(self) -> dict[str, str]:
+        """The filled columns that nobody asked for, each with the beginning of what it holds."""
+        return {
+            name: str(value)[:SAMPLE]
+            for name, value in self._data.items()
+            if name not in self._used and name not in NUMBERS and not _is_empty(value)
+        }
+
+
+def _is_empty(value: object) -> bool:
+    """Nothing, NaN, blank text or an empty list."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip()) or (
+        isinstance(value, list | dict) and not value
+    )  # fmt: skip
+
+
+def role_of(column: str) -> str | None:
+    """The role that a column could have."""
+    return next((role for role, names in COLUMNS.items() if column in names), None)

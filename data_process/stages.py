@@ -1,0 +1,408 @@
+"""The two ends of making a set, as shard functions: raw files to clean rows, clean rows to rows.
+
+Between them, dedup.py and decontaminate.py say which clean rows go. A clean row is a canonical row
+but for three keys: its `id` is its number within the job, `split` is the part that the publisher
+put it in, and `refused` the rule that refuses it (only where `refused_count`). Which part a row
+belongs to depends on nothing but the publisher's split or its id, so it stays where it is when
+other rows come or go.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from babyllama.config import flush
+from babyllama.rows import check_row
+from data_process.clean import fix, reason_to_drop, texts
+from data_process.columns import KNOWN
+from data_process.executor import Counts
+from data_process.raw import Part, Skip, from_json, records
+from data_process.registry import DataSet, data_sets
+
+N_EXAMPLES = 10
+SAMPLE_CHARS = 80
+
+
+@dataclass
+class Tally:
+    """Counts of one stage, of one shard or of all.
+
+    dropped: rows by reason; examples: at most ten of each, "place: beginning"
+    why: for reasons that do not say all, the first place with what was found there
+    """
+
+    rows_in: int = 0
+    chars_in: int = 0
+    rows_out: int = 0
+    chars_out: int = 0
+    fixed: Counter = field(default_factory=Counter)
+    dropped: Counter = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+
+    def drop(self, reason: str, where: str, sample: str, why: str = "") -> None:
+        """Count a row that goes."""
+        self.dropped[reason] += 1
+        if why:
+            self.why.setdefault(reason, f"{where}: {why}")
+        examples = self.examples.setdefault(reason, [])
+        if len(examples) < N_EXAMPLES:
+            examples.append(f"{where}: {sample[:SAMPLE_CHARS]}")
+
+    def as_dict(self) -> dict:
+        """What JSON can hold, the most frequent reasons first."""
+        counts = {name: getattr(self, name)
+                  for name in ("rows_in", "chars_in", "rows_out", "chars_out")}  # fmt: skip
+        counts["fixed"] = dict(self.fixed.most_common())
+        counts["dropped"] = {
+            reason: {"rows": n, "examples": self.examples[reason]}
+            | ({"why": self.why[reason]} if reason in self.why else {})
+            for reason, n in self.dropped.most_common()
+        }
+        return counts
+
+
+def merged(counts: Iterable[dict]) -> dict:
+    """The sum of what several shards counted."""
+    total = Tally()
+    for one in counts:
+        for name in ("rows_in", "chars_in", "rows_out", "chars_out"):
+            setattr(total, name, getattr(total, name) + one[name])
+        total.fixed.update(one["fixed"])
+        for reason, found in one["dropped"].items():
+            total.dropped[reason] += found["rows"]
+            examples = total.examples.setdefault(reason, [])
+            examples += found["examples"][: N_EXAMPLES - len(examples)]
+            if "why" in found:
+                total.why.setdefault(reason, found["why"])
+    return total.as_dict()
+
+
+TAIL = re.compile(r"(?<=\d)-\d+$")
+SPLITS = ("train", "val", "test")
+
+
+def share_of(row_id: str) -> float:
+    """A number in [0, 1) that belongs to an id."""
+    digest = hashlib.blake2b(row_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def by_hash(row_id: str, shares: Mapping[str, float]) -> str:
+    """The part of a row: held-out parts get their shares, train the rest.
+
+    Rows of one entry ("x/3-1", "x/3-2") stay together: they share its text.
+    """
+    place = share_of(TAIL.sub("", row_id))
+    for name, share in shares.items():
+        if place < share:
+            return name
+        place -= share
+    return "train"
+
+
+class Splitter:
+    """Assigns rows to parts.
+
+    official: the parts that the publisher fixed, in the whole set
+    """
+
+    def __init__(self, shares: Mapping[str, float], official: Collection[str]) -> None:
+        self._shares, self._official = shares, official
+
+    def split(self, row_id: str, official: str | None) -> str:
+        """The part of a row.
+
+        An official train row serves as validation only if the publisher gives no validation
+        part, and never as test.
+        """
+        if official in ("val", "test"):
+            return official
+        if official == "train":
+            shares = {"val": self._shares.get("val", 0.0)}
+            return "train" if "val" in self._official else by_hash(row_id, shares)
+        return by_hash(row_id, self._shares)
+
+
+SHARD_CHARS = 20_000_000  # about 60 MB of rows
+N_BROKEN = 5
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What decides the clean rows of a job, next to its raw parts.
+
+    entry: in the catalogue
+    place: for readers that open the files themselves
+    official: keep the parts that the publisher fixed
+    columns, roles: those that the user named
+    skip: names of fixes and rules that are switched off
+    """
+
+    entry: str
+    name: str
+    encoding: str
+    place: Path
+    official: bool = True
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+    skip: tuple[str, ...] = ()
+    shard_chars: int = SHARD_CHARS
+
+
+class RowShards:
+    """Writes rows to <stem>-000.jsonl, -001 …, each of about as many characters."""
+
+    def __init__(self, stem: Path, shard_chars: int) -> None:
+        self._stem, self._shard_chars = stem, shard_chars
+        self._file: Any = None
+        self._room = 0
+        self.names: list[str] = []
+
+    def __enter__(self) -> "RowShards":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def add(self, row: dict, n_chars: int) -> None:
+        if self._room <= 0:
+            self._close()
+            self.names.append(f"{self._stem.name}-{len(self.names):03d}.jsonl")
+            path = self._stem.with_name(self.names[-1])
+            self._file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
+            self._room = self._shard_chars
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._room -= n_chars
+
+    def _close(self) -> None:
+        if self._file:
+            self._file.close()
+            flush(Path(self._file.name))
+            self._file = None
+
+
+class _Counted:
+    """Passes an iterator on and counts."""
+
+    def __init__(self, items: Iterable) -> None:
+        self._items, self.n = items, 0
+
+    def __iter__(self) -> Iterator:
+        for item in self._items:
+            self.n += 1
+            yield item
+
+
+def clean_shard(source: Path, target: Path, cfg: CleanConfig) -> Counts:
+    """Read the parts that a plan file names, clean their rows, write them behind `target`."""
+    (data_set,) = data_sets(cfg.entry, cfg.name)
+    parts = from_json(source.read_text(encoding="utf-8"))
+    for stale in target.parent.glob(f"{target.name}-*.jsonl"):
+        stale.unlink()
+    known = KNOWN | {name.lower() for name in cfg.columns.values()}
+    entries = _Counted(records(parts, cfg.encoding, data_set.layout, known))
+    if data_set.reads_dir:
+        items = data_set.read(cfg.place, cfg.encoding)
+    else:
+        items = data_set.read(entries, columns=cfg.columns, roles=cfg.roles)
+    cleaning = Cleaning(data_set, cfg.official, cfg.skip)
+    with RowShards(target, cfg.shard_chars) as shards:
+        for row, n_chars in cleaning.rows(items):
+            shards.add(row, n_chars)
+    return cleaning.counts() | {
+        "entries": entries.n,
+        "inputs": {f"{p.name}+{p.start}" if p.start else p.name: _digest(p) for p in parts},
+        "files": shards.names,
+        "shards": len(shards.names),
+    }
+
+
+class Cleaning:
+    """Fixes and rules over the rows of a reader; everything that goes is counted."""
+
+    def __init__(
+        self, data_set: DataSet, official: bool = True, skip: tuple[str, ...] = ()
+    ) -> None:
+        self._data_set, self._keep_official, self._skip = data_set, official, skip
+        self.read, self.clean = Tally(), Tally()
+        self.official: Counter[str] = Counter()
+        self.unused: dict[str, dict] = {}
+        self.n_broken, self.broken = 0, []
+
+    def rows(self, items: Iterable[dict | Skip]) -> Iterator[tuple[dict, int]]:
+        """The clean rows that stay, each with its number of characters."""
+        for item in items:
+            self.read.rows_in += 1
+            if isinstance(item, Skip):
+                self._skipped(item)
+                continue
+            n_chars = sum(map(len, texts(item)))
+            self.read.rows_out += 1
+            self.read.chars_out += n_chars
+            official = item.pop("split", None) if self._keep_official else None
+            item.pop("split", None)
+            for column, sample in item.pop("unused", {}).items():
+                seen = self.unused.setdefault(column, {"rows": 0, "example": sample})
+                seen["rows"] += 1
+            row, changed = fix(item, self._data_set.rules, self._skip)
+            self.clean.fixed.update(changed)
+            # The publisher's held-out rows stay as they are, or scores could not be compared.
+            if official in ("val", "test"):
+                reason = None
+            else:
+                reason = reason_to_drop(row, self._data_set.rules, self._skip)
+            if reason:
+                self.clean.drop(reason, f"{self._data_set.ids}/{row['id']}", " | ".join(texts(row)))
+                if not self._data_set.refused_count:
+                    continue
+                row["refused"] = reason
+            if official:
+                row["split"] = official
+                self.official[official] += 1
+            n_chars = sum(map(len, texts(row)))
+            if not reason:
+                self.clean.rows_out += 1
+                self.clean.chars_out += n_chars
+            yield row, n_chars
+
+    def _skipped(self, skip: Skip) -> None:
+        self.read.drop(skip.reason, skip.where, skip.sample, skip.why)
+        if skip.broken:
+            self.n_broken += 1
+            if len(self.broken) < N_BROKEN:
+                why = f" ({skip.why})" if skip.why else ""
+                self.broken.append(f"{skip.where} {skip.reason}{why}")
+
+    def counts(self) -> Counts:
+        self.read.chars_in = self.read.chars_out  # characters of damaged rows are not known
+        self.clean.rows_in, self.clean.chars_in = self.read.rows_out, self.read.chars_out
+        return {
+            "read": self.read.as_dict(),
+            "clean": self.clean.as_dict(),
+            "official": dict(self.official),
+            "unused": self.unused,
+            "n_broken": self.n_broken,
+            "broken": self.broken,
+        }
+
+
+def _digest(part: Part) -> str:
+    """SHA-256 of the bytes of a part."""
+    digest = hashlib.sha256()
+    with open(part.path, "rb") as file:
+        file.seek(part.start)
+        left = (part.end or part.path.stat().st_size) - part.start
+        while left and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """What decides the finished rows of a shard, next to its clean rows.
+
+    first_id: number of the first entry of the shard's job among all of the set
+    official: the parts that the publisher fixed, in the whole set
+    drops: for each stage between, a function (clean shard) -> {line: (reason, remark)}
+    """
+
+    entry: str
+    name: str
+    first_id: int
+    official: tuple[str, ...]
+    drops: tuple[tuple[str, Callable[[Path], Mapping[int, tuple[str, str]]], Path], ...] = ()
+
+
+def write_shard(source: Path, target: Path, cfg: WriteConfig) -> Counts:
+    """Write <target>.train.jsonl, .val.jsonl and .test.jsonl from clean rows; empty ones not."""
+    (data_set,) = data_sets(cfg.entry, cfg.name)
+    finishing = Finishing(data_set, cfg)
+    parts = {split: Counter(rows=0, chars=0) for split in SPLITS}
+    with contextlib.ExitStack() as stack:
+        out = {
+            split: stack.enter_context(
+                open(_part_path(target, split), "w", encoding="utf-8", newline="\n")
+            )
+            for split in SPLITS
+        }
+        with open(source, encoding="utf-8", newline="\n") as lines:
+            for split, row in finishing.rows(map(json.loads, lines)):
+                parts[split].update(rows=1, chars=sum(map(len, texts(row))))
+                out[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+    for split in SPLITS:
+        flush(_part_path(target, split))
+    kept = [split for split in SPLITS if parts[split]["rows"]]
+    for split in set(SPLITS) - set(kept):
+        _part_path(target, split).unlink()
+    return {
+        "stages": {name: tally.as_dict() for name, tally in finishing.stages.items()},
+        "parts": {split: dict(count) for split, count in parts.items()},
+        "leaks": finishing.leaks,
+        "files": [_part_path(target, split).name for split in kept],
+    }
+
+
+def _part_path(target: Path, split: str) -> Path:
+    return target.with_name(f"{target.name}.{split}.jsonl")
+
+
+class Finishing:
+    """Takes out what the stages between drop, gives the rows their ids and their parts."""
+
+    def __init__(self, data_set: DataSet, cfg: WriteConfig) -> None:
+        self._data_set, self._first_id = data_set, cfg.first_id
+        self._splitter = Splitter(data_set.shares, cfg.official)
+        self._drops = [(stage, load(path)) for stage, load, path in cfg.drops]
+        self.stages = {name: Tally() for name in (*(stage for stage, _, _ in cfg.drops), "write")}
+        self.leaks: list[str] = []
+
+    def rows(self, clean_rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:
+        """(part, canonical row) for every row that stays."""
+        for number, row in enumerate(clean_rows):
+            official = row.pop("split", None)
+            if row.pop("refused", None):
+                continue
+            row["id"] = f"{self._data_set.ids}/{self._number(row['id'])}"
+            if self._is_dropped(number, row, official):
+                continue
+            n_chars = sum(map(len, texts(row)))
+            tally = self.stages["write"]
+            tally.rows_in, tally.chars_in = tally.rows_in + 1, tally.chars_in + n_chars
+            row = self._data_set.finished(row)
+            if reason := check_row(row):
+                tally.drop(reason, row["id"], str(row))
+                continue
+            n_chars = sum(map(len, texts(row)))
+            tally.rows_out, tally.chars_out = tally.rows_out + 1, tally.chars_out + n_chars
+            yield self._splitter.split(row["id"], official), row
+
+    def _number(self, local: int | str) -> str:
+        """An entry's number in the set; rows of one entry, "3-1" or "3.1", keep their ends."""
+        number = re.match(r"\d+", str(local))[0]
+        return f"{self._first_id + int(number)}{str(local)[len(number) :]}"
+
+    def _is_dropped(self, number: int, row: dict, official: str | None) -> bool:
+        n_chars = sum(map(len, texts(row)))
+        for stage, drops in self._drops:
+            tally = self.stages[stage]
+            tally.rows_in, tally.chars_in = tally.rows_in + 1, tally.chars_in + n_chars
+            reason, remark = drops.get(number, ("", ""))
+            # The publisher's held-out rows stay as they are, or scores could not be compared.
+            if reason and official not in ("val", "test"):
+                tally.drop(reason, row["id"], f"{remark} {' | '.join(texts(row))}".strip())
+                if stage == "decontaminate":
+                    self.leaks.append(row["id"])
+                return True
+            tally.rows_out, tally.chars_out = tally.rows_out + 1, tally.chars_out + n_chars
+        return False
+
+
+STAGES = ("read", "clean", "dedup", "decontaminate", "write")
