@@ -354,7 +354,7 @@ def _columns(name: str, cells: list[str]) -> list[str]:
     if len(set(columns)) < len(columns) or not all(columns):
         raise DataError(
             f"{name}: wanted a table whose first row names the columns, found {cells!r:.200}; "
-            f"write a name of its own above each"
+            "write a name above each, as in: question, answer"
         )
     return columns
 

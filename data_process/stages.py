@@ -403,6 +403,3 @@ class Finishing:
                 return True
             tally.rows_out, tally.chars_out = tally.rows_out + 1, tally.chars_out + n_chars
         return False
-
-
-STAGES = ("read", "clean", "dedup", "decontaminate", "write")
