@@ -23,7 +23,7 @@ from model import SLICE, ModelConfig, Transformer
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 PROBES = 10
-_CPU_TOKENS = 100_000  # tokens that a processor reads in a minute, at 43 million parameters
+_CPU_TOKENS = 20_000  # tokens that a processor reads in ten seconds, at 43 million parameters
 # Of the memory that there is; the rest is for the allocator's gaps and everybody else.
 _USABLE = 0.9
 # What the driver takes of a card for a process, before the first tensor.
@@ -187,19 +187,24 @@ def _probe(
     scaler: Scaler,
     objective: Objective,
 ) -> tuple[float, float, int]:
-    """Seconds and tokens of a step, and of how many that is the mean, after a warm-up."""
+    """Seconds and tokens of a step, and of how many that is the mean, after a warm-up.
+
+    On a processor from as many of a step's micro-batches as are read in seconds.
+    """
     wrapped = world.wrap(model, cfg.train.compile, cfg.train.recompute)
     optimizer = make_optimizer(model, cfg.optim)
     parameters = list(model.parameters())
-    n_probes = PROBES
+    n_probes, n_used, share = PROBES, None, 1.0
     if world.device.type == "cpu":
-        n_probes = max(1, min(PROBES, _CPU_TOKENS // (data.batch_size * data.max_seq_len)))
+        n_used = max(1, _CPU_TOKENS // (cfg.train.micro_batch_size * data.max_seq_len))
+        n_rows = min(data.batch_size, n_used * cfg.train.micro_batch_size)
+        n_probes = max(1, min(PROBES, _CPU_TOKENS // (n_rows * data.max_seq_len)))
     tokens, started = 0, 0.0
     for step in range(n_probes + 1):
-        batches = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
-        if step == 0:
-            batches = batches[:1]
-        elif step == 1:
+        whole = data.batches(step, cfg.train.micro_batch_size, world.rank, world.size)
+        batches = whole[:n_used]
+        share = len(batches) / len(whole)
+        if step == 1:
             synchronize(world.device)
             tokens, started = 0, time.perf_counter()
         sums = forward_backward(wrapped, batches, world, scaler, objective)
@@ -207,7 +212,8 @@ def _probe(
         move_averages(optimizer)
         tokens += int(sums[3])
     synchronize(world.device)
-    return (time.perf_counter() - started) / n_probes, tokens / n_probes, n_probes
+    seconds = time.perf_counter() - started
+    return seconds / n_probes / share, tokens / n_probes / share, n_probes
 
 
 @dataclass(frozen=True)
