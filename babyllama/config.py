@@ -269,19 +269,15 @@ def parse(
     """
     argv = speak(sys.argv[1:] if argv is None else argv)
     doc = catalogue().paragraphs(doc) if catalogue() else doc
-    parser = _Parser(description=doc, formatter_class=_Help)
+    parser = Parser(description=doc, formatter_class=Help)
     parser.add_argument(
         "--config",
         action="config",
         help="YAML file with any of the settings below; later wins; "
         "a config inside it (model: ../model/43m.yaml) is named from where the file lies",
     )
-    parser.add_argument(
-        "--lang",
-        choices=LANGUAGES,
-        default=SUPPRESS,
-        help="language of messages, if not that of the environment",
-    )
+    about = "language of messages, if not that of the environment"
+    parser.add_argument("--lang", choices=LANGUAGES, default=SUPPRESS, help=about)
     hints = config_class.__dataclass_fields__
     explained = {p.arg_name: p.description for p in docstring(config_class.__doc__).params}
     for name in positional:
@@ -366,7 +362,7 @@ def _split_config(word: str) -> list[str]:
     return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
     """A parser whose complaint is one line, not a screen of usage above it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -391,14 +387,17 @@ class _Parser(ArgumentParser):
         return reason
 
 
-class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the script's docstring as it is written, and all in the user's language."""
 
-    def add_usage(self, usage: str | None, actions: object, groups: object, *_: object) -> None:
-        super().add_usage(usage, actions, groups, say("usage: "))
+    def add_usage(self, usage: str, actions: list, groups: list, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, say("usage: ") if prefix is None else prefix)
 
     def start_section(self, heading: str | None) -> None:
         super().start_section(heading and say(heading))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(say(text), width, indent)
 
     def _expand_help(self, action: Action) -> str:
         return say(" ".join(super()._expand_help(action).split()))

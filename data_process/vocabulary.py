@@ -9,6 +9,7 @@ tokenizer.py. Format: SentencePiece ModelProto (Kudo and Richardson 2018, arXiv:
 import io
 import random
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -16,8 +17,17 @@ import sentencepiece
 from jsonargparse import auto_cli
 from tqdm import tqdm
 
-from babyllama.config import atomic_write, from_repo, require_writable, run, similar
+from babyllama.config import (
+    Help,
+    Parser,
+    atomic_write,
+    from_repo,
+    require_writable,
+    run,
+    similar,
+)  # fmt: skip
 from babyllama.errors import ConfigError, DataError
+from babyllama.language import speak
 from babyllama.rows import read_rows, texts_of
 from tokenizer import Tokenizer
 
@@ -169,7 +179,10 @@ def stats(tokenizer: Path, rows: Path, split: str = "train") -> None:
 
 def main() -> None:
     """The three commands that tokenizer.py's docstring shows."""
-    auto_cli({"train": train, "show": show, "stats": stats}, as_positional=False)
+    auto_cli(
+        {"train": train, "show": show, "stats": stats}, speak(sys.argv[1:]), as_positional=False,
+        parser_class=Parser, formatter_class=Help,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
