@@ -178,8 +178,8 @@ def require_known(names: Iterable[str]) -> None:
 def known_names() -> list[str]:
     """Entries, groups, sets that were made, and the configs of sft.py."""
     made = [*(REPO / "data").glob("clean/*/"), *(REPO / "data").glob("tokens/*/*/")]
-    configs = (REPO / "configs/sft").glob("*.yaml")
-    return [*GROUPS, *catalog(), *(path.name for path in made), *(path.stem for path in configs)]
+    configs = {path.stem for path in (REPO / "configs/sft").glob("*.yaml")} - {"datasets"}
+    return [*GROUPS, *catalog(), *(path.name for path in made), *sorted(configs)]
 
 
 def settings_of(argv: Sequence[str]) -> list[str]:
