@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from docstring_parser import parse as docstring
 
 REPO = Path(__file__).parent.parent
@@ -43,8 +44,9 @@ CHINESE = re.compile("[\u4e00-\u9fff]")
 
 
 def sources() -> list[Path]:
-    """The product's Python files that speak to a terminal."""
+    """The product's files that speak to a terminal."""
     files = [*REPO.glob("*.py"), *REPO.glob("[a-z]*/**/*.py")]
+    files.append(REPO / "data_process/datasets/catalog.yaml")  # what the list of sets shows
     names = {path.relative_to(REPO).as_posix(): path for path in files}
     skipped = ("tests/", "out/", "data/", "docs/")
     return [names[n] for n in sorted(names) if not n.startswith(skipped) and n not in NOT_SHOWN]
@@ -134,6 +136,11 @@ def explained(tree: ast.Module) -> Iterator[str]:
 
 
 def messages(path: Path) -> set[str]:
+    if path.suffix == ".yaml":
+        values = [entry.get(key) for entry in yaml.safe_load(path.read_text("utf-8")).values()
+                  for key in ("license", "home", "rows", "size", "manual")]  # fmt: skip
+        texts = (template(ast.Constant(value)) for value in values if value)
+        return {text for text in texts if text and is_message(text, True, False)}
     tree = ast.parse(path.read_text("utf-8"))
     help_texts = {text.replace("{", "{{").replace("}", "}}") for text in explained(tree)}
     return set(written(tree)) | {text for text in help_texts if re.search("[a-z]{2}", text)}
