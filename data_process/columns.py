@@ -15,16 +15,16 @@ from data_process.raw import Record, Skip
 
 # For each role the names of its columns, in the order in which they are looked for.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "question": ("instruction", "question", "query", "prompt", "problem", "q", "指令", "问题",
-                 "提问", "问", "用户"),
+    "question": ("instruction", "question", "query", "prompt", "problem", "inputs", "human", "q",
+                 "指令", "问题", "提问", "问", "用户"),
     "input": ("input", "context", "passage", "材料", "输入"),
-    "answer": ("output", "response", "answer", "target", "completion", "reply", "chosen", "a",
-               "回答", "答案", "答", "回复", "输出", "助手"),
+    "answer": ("output", "response", "answer", "target", "completion", "reply", "chosen", "answers",
+               "targets", "assistant", "a", "回答", "答案", "答", "回复", "输出", "助手"),
     "system": ("system", "system_prompt", "meta_instruction", "系统", "系统提示"),
     "reference": ("reference", "knowledge", "document", "资料", "参考资料", "背景"),
     "history": ("history", "历史", "历史对话"),
     "turns": ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "chat",
-              "对话"),
+              "contents", "对话"),
     "text": BODIES,
     "summary": SUMMARIES,
     "title": ("title", "headline", "prefix", "标题", "题目"),
@@ -69,8 +69,8 @@ def as_text(value: object, what: str) -> str:
     if isinstance(value, list):
         if all(isinstance(part, str) for part in value) and len(value) < 2:
             return "".join(value)
-        if all(isinstance(part, dict) and "type" in part for part in value):
-            odd = sorted({str(part["type"]) for part in value} - {"text"})
+        if all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in value):
+            odd = sorted({str(part.get("type", "text")) for part in value} - {"text"})
             if odd:
                 raise Refused("not_text", f"{what}: a part of type {', '.join(odd)}; wanted text")
             return "".join(as_text(part.get("text"), what) for part in value)

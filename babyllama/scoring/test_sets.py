@@ -159,21 +159,19 @@ def _from_json(line: str, row_id: str) -> tuple[object, str | None]:
         return line, None
     if not isinstance(row, dict):
         return row, None
-    if "text" in row and "summary" in row:
-        return row | {"id": str(row.get("id", row_id))}, None
     if row.keys() == {"id", "abst", "title"}:
         return {"id": str(row["id"]), "text": row["abst"], "summary": row["title"]}, (
             "csl_title_public"
         )
     body, summary = first_column(row, BODIES), first_column(row, SUMMARIES)
     if body is None or summary is None:
-        return row, None
+        return row | {"id": str(row.get("id", row_id))}, None
     ours = {"id": str(row.get("id", row_id)), "text": row[body], "summary": row[summary]}
     if "meta" in row:
         ours["meta"] = row["meta"]
     if "system" in row:
         ours["meta"] = {"system": row["system"]}
-    return ours, "lcsts"
+    return ours, None if (body, summary) == ("text", "summary") else "lcsts"
 
 
 def _add_meta(rows: Sequence[dict], ts: Path, split: str) -> None:

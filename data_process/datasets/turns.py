@@ -20,10 +20,10 @@ ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 TOOL_ROLES = ("tool", "function", "function_call", "observation")
 TOOL_KEYS = ("tools", "tool_calls", "functions", "function_call")
 SPEAKERS = ("from", "role", "speaker", "sender", "author", "角色")
-CONTENTS = ("value", "content", "utterance", "message", "text", "内容")
+CONTENTS = ("value", "content", "utterance", "message", "text", "parts", "内容")
 # Both sides of a turn in one object: {"human": …, "assistant": …}, {"q": …, "a": …}.
-ASKED = ("human", "user", *COLUMNS["question"], "input")
-ANSWERED = ("assistant", "bot", "gpt", "moss", *COLUMNS["answer"])
+ASKED = ("user", *COLUMNS["question"], "input")
+ANSWERED = ("bot", "gpt", "moss", *COLUMNS["answer"])
 LABEL = re.compile(r"\s*(\w{1,10})\s?[:：]\s*")
 
 

@@ -71,7 +71,14 @@ def rows(*columns: str) -> list[dict]:
 
 PAIRS = ["instruction output", "instruction response", "query response", "question answer", "q a",
          "prompt completion", "problem target", "问题 答案", "指令 输出", "Question Answer",
-         " 问 答 ", "prompt chosen", "用户 助手"]  # fmt: skip
+         " 问 答 ", "prompt chosen", "用户 助手", "human assistant", "inputs targets",
+         "question answers"]  # fmt: skip
+
+
+def test_answers_in_a_list_of_one_are_that_answer(tmp_path: Path) -> None:
+    data = [{"question": q, "answers": [a]} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
+    _, found = make("instruction", write(tmp_path / "a.jsonl", data))
+    assert turns_of(found) == dialogues()
 
 
 @pytest.mark.parametrize("names", PAIRS)
@@ -239,6 +246,8 @@ SHAPES: dict[str, Callable[[str, str], dict]] = {
     "in a text": lambda q, a: {"conversations": json.dumps([{"from": "human", "value": q},
                                                             {"from": "gpt", "value": a}])},
     "message": lambda q, a: {"messages": [{"message": q}, {"message": a, "attrs": []}]},
+    "of Gemini": lambda q, a: {"contents": [{"role": "user", "parts": [{"text": q}]},
+                                            {"role": "model", "parts": [{"text": a}]}]},
 }  # fmt: skip
 
 

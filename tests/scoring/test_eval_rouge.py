@@ -295,6 +295,16 @@ def test_a_row_of_ours_needs_no_name(row_id, tmp_path):
     assert row == {"id": "0" if row_id else "own/1", "text": "文", "summary": "题"}
 
 
+@pytest.mark.parametrize("columns", ["article title", "text summary", "content headline"])
+def test_a_publisher_beside_the_article_is_not_the_text(columns, tmp_path):
+    body, title = columns.split()
+    row = {body: "本文研究文本摘要。", title: "文本摘要", "source": "新浪网"}
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    (found,) = test_sets.open_set(path, None, "test", None).rows
+    assert (found["text"], found["summary"]) == (row[body], row[title])
+
+
 def test_a_layout_tells_the_published_set(tmp_path):
     ts = tmp_path / "ts"
     ts.mkdir()
