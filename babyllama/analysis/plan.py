@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +28,7 @@ from babyllama.cpu.fused import fuse
 from babyllama.data import Mixture, TrainData
 from babyllama.device import flops_per_token, open_scaler, pick_device, tabulated_peak
 from babyllama.distributed import ParallelConfig, start
+from babyllama.language import verbatim
 from babyllama.sources import DataConfig, Row, Source
 from babyllama.token_file import token_directory
 from babyllama.trainer import Objective, RunConfig, total_steps
@@ -95,23 +96,29 @@ def plan(cfg: PlannedRun, missing: list[str], objective: Objective) -> int:
         code = dry_run(model, data, replace(cfg, model=shape, train=fits), world, objective)
         if world.is_main:
             n_tokens = total_steps(train, data) * train.batch_size * length
-            command = f"{run_of(sys.argv)} --train.micro_batch_size"
             print(
                 f"not there yet: {', '.join(missing)}; assumed: {n_pieces:,} pieces, {TOKENS:,} "
-                f"tokens an epoch, as many as Wikipedia has\n\nthe whole way, as commands:"
+                f"tokens an epoch, as many as Wikipedia has"
             )
-            print(*preparing(cfg, n_pieces), sep="\n")
-            print(f"# training on this machine\n{command} {fits.micro_batch_size}")
-            print(on_card(model, n_tokens))
-            print(f"{command} {min(CARD_BATCH, train.batch_size)}")
-            print(*(smaller_way() if cfg.tokenizer == LLAMA_CHINESE else ()), sep="\n")
+            print("the whole way, as commands:")
+            run = f"{run_of(sys.argv)} --train.micro_batch_size"
+            show(preparing(cfg, n_pieces))
+            show(["# training on this machine", f"{run} {fits.micro_batch_size}"])
+            show([on_card(model, n_tokens), f"{run} {min(CARD_BATCH, train.batch_size)}"])
+            show(smaller_way() if cfg.tokenizer == LLAMA_CHINESE else ())
         return code
 
 
 def run_of(argv: Sequence[str]) -> str:
     """The command line that trains, from that of its dry run."""
     line = shlex.join(["python", Path(argv[0]).name, *argv[1:]])
-    return re.sub(r" --dry[-_]run([ =](true|yes))?(?= |$)", "", line)
+    return re.sub(r" --(dry[-_]run([ =](true|yes))?|lang[ =]\w+)(?= |$)", "", line)
+
+
+def show(lines: Iterable[str]) -> None:
+    """Print commands as they are, and remarks in the user's language."""
+    for line in lines:
+        print(line, file=sys.stdout if line.startswith("#") else verbatim(sys.stdout))
 
 
 def fitting(shape: ModelConfig, cfg: PlannedRun, device: torch.device) -> int:

@@ -178,6 +178,17 @@ def test_a_dry_run_before_there_is_anything_says_every_step_to_the_run(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_chinese_dry_run_prints_the_same_commands(
+    tmp_path: Path, tokenizer: Tokenizer, script: Callable
+) -> None:
+    config = write_run(tmp_path / "run.yaml", tmp_path, tokenizer)
+    words = ("--config", config, "--data.sources", "[{name: wiki}]", "--device.device", "cpu")
+    said = [script("pretrain.py", "--dry-run", "--lang", lang, *words).out for lang in ("en", "zh")]
+    english, chinese = (re.findall(r"^python .*", text, re.MULTILINE) for text in said)
+    assert english == chinese and len(english) == 5
+    assert "# 在本机训练" in said[1] and "或用 RTX 3090：" in said[1]
+
+
 def test_an_average_of_the_weights_takes_its_memory_and_its_place_on_the_disk(
     tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
 ) -> None:
