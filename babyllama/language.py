@@ -46,6 +46,8 @@ def speak(argv: Sequence[str]) -> list[str]:
     if asked not in (*LANGUAGES, None):
         return [*rest, f"--lang={asked}"]  # for the parser to refuse
     if is_chinese(os.environ) if asked is None else asked == "zh":
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="utf-8", errors="replace")
         sys.stdout, sys.stderr = Door(sys.stdout, _chinese()), Door(sys.stderr, _chinese())
     return rest
 

@@ -36,8 +36,8 @@ from babyllama.language import (  # noqa: E402
 NOT_SHOWN = ("quickstart.py", "babyllama/__init__.py", "babyllama/scoring/report.py")
 API = "answers app documents engine guard page_routes prompt scheduler schema"
 NOT_SHOWN += tuple(f"serve/{name}.py" for name in API.split())
-SAYERS = ("print", "say", "warn", "confirm", "error", "tqdm", "_complain", "note", "tell")
-CELLS = ("lines", "head", "_NATURE")  # so are tables called while they are made
+SAYERS = ("print", "say", "warn", "confirm", "error", "tqdm", "_complain", "note", "tell", "label")
+CELLS = ("lines", "head", "_NATURE", "LABELS")  # so are tables called, and labels of plots
 TWO_WORDS = re.compile(r"[a-z]{2,}[,;:]? [a-z]{2,}")
 WORD_AND_SPACE = re.compile(r"\b[a-z]{2,}[,;:]? | [a-z]{2,}\b")
 CHINESE = re.compile("[\u4e00-\u9fff]")
