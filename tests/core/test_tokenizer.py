@@ -153,7 +153,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path, data):
 
 
 def test_a_missing_file_is_refused_with_the_command_that_makes_one(tmp_path):
-    with pytest.raises(ConfigError, match=r"no such file.*python tokenizer\.py train"):
+    with pytest.raises(ConfigError, match=r"no such file.*python pretrain\.py --dry-run"):
         Tokenizer(tmp_path / "x.model")
 
 
