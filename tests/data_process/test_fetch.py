@@ -152,6 +152,7 @@ def running() -> Iterator[ThreadingHTTPServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetch, "BLOCK", 100)
         patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)  # as the benchmarks set it
         for name, value in {"NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": ""}.items():
             patch.setenv(name, value)
         patch.delenv("HF_ENDPOINT", raising=False)
