@@ -1,4 +1,4 @@
-"""Every message has its Chinese in babyllama/zh.po, and the Chinese is the right one.
+"""Every message has its Chinese in babyllama/language/zh.po, and the Chinese is the right one.
 
     python tests/test_language.py [PATH ...]     # what the catalogue lacks, to be filled in there
     python tests/test_language.py --drop         # take out what nobody says any more

@@ -115,7 +115,7 @@ def test_the_server_reaches_pictures_through_one_function():
 
 def test_the_core_is_flat_and_short():
     core = {name for name in MODULES if room_of(name) == "core"} - {"babyllama"}
-    assert len(core - {"babyllama.supervise"}) <= 17, sorted(core)  # errors and language: floor 0
+    assert len(core - {"babyllama.supervise"}) <= 17, sorted(core)  # and errors, floor 0
 
 
 # The files of the main path, in the order in which they are read.
@@ -126,8 +126,8 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_600, "core": 5_900, "product": 35_200}
-MOST_FILES = 170
+MOST_LINES = {"evening": 2_600, "core": 5_690, "product": 35_200}
+MOST_FILES = 158
 
 
 def n_lines(paths: Iterable[Path]) -> int:
