@@ -239,7 +239,9 @@ def summarise_all(
         first = first or models[0]
         for way, sampling in ways.items():
             began = perf_counter()
-            made = summarise(models, texts, sampling, cfg.batch_size, cfg.prompts)
+            made = summarise(
+                models, texts, sampling, cfg.batch_size, cfg.prompts, None, cfg.max_seq_len
+            )
             line = System(f"{name} {way}".rstrip(), [each.title for each in made])
             line.seconds = perf_counter() - began
             line.n_cut = sum(e.n_read < len(t) for e, t in zip(made, texts, strict=True))

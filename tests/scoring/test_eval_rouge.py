@@ -10,6 +10,7 @@ import eval_rouge
 from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.errors import ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer
+from babyllama.prompts import SummaryPrompts
 from babyllama.rows import numbered_lines, write_rows
 from babyllama.scoring import rouge, test_sets
 from model import Transformer
@@ -107,6 +108,19 @@ def test_a_set_is_summarised_scored_and_saved(checkpoint, rows_file, tmp_path, s
     assert all(title in done.out for title in TITLES) and "(3) rouge-chinese" in done.out
     assert "the references" in done.out and "no published set" in done.out
     assert "5/5" in done.err and "jieba" not in done.err
+
+
+def test_texts_are_cut_to_the_length_that_is_asked_for(
+    checkpoint, rows_file, tmp_path, script, tokenizer
+):
+    out = tmp_path / "predictions.jsonl"
+    done = script("eval_rouge.py", checkpoint, "--data", rows_file, "--out", out, *FEW,
+                  "--max_seq_len", 38)  # fmt: skip
+    assert done.code == 0, done.err
+    own = SummaryPrompts.load(REPO / "tests/small_prompts.yaml", tokenizer)
+    wanted = sum(own.eval_prompt(text, 38 - 8)[1] > 0 for text in TEXTS)
+    found = json.loads(out.with_suffix(".scores.json").read_text("utf-8"))["n_cut"]
+    assert list(found.values()) == [wanted] and wanted > 1
 
 
 def test_two_systems_are_compared_row_by_row(checkpoint, other, rows_file, tmp_path, script):
