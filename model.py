@@ -120,7 +120,7 @@ class KVCache:
 
     Rows of a batch may begin at different columns (prompts are filled up on the left).
 
-    start: (B,) first column of each row that is no filler
+    start: (B,) first column of each row that is not padding
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
         # Filler on the left is not seen, and each row counts its positions from its own start.
         every = torch.arange(past + T, device=self.rope.device)
         seen = (every <= columns[:, None]) & (every >= cache.start[:, None, None])  # (B, T, S)
-        # A filler must see something, or softmax divides by zero; what it computes is not used.
+        # Padding must see something, or softmax divides by zero; what it computes is not used.
         seen |= every == columns[:, None]
         positions = (columns - cache.start[:, None]).clamp(min=0)
         return self.rope[:, positions][:, :, None], seen[:, None]
@@ -359,7 +359,7 @@ class SlicedLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, slice by slice, so that (N, V) logits never exist whole.
 
     Where gradients are wanted, those of the hidden states and of the head are computed in the
-    same pass, from the same logits: no logits are stored for the way back and none are computed
+    same pass, from the same logits: none are stored for the backward pass and none are computed
     twice. Only sums are returned; their scale arrives with the backward call.
     """
 

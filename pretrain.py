@@ -56,7 +56,7 @@ class PretrainConfig:
         data: what is trained on
         optim: optimizer and schedule
         train: the loop
-        regularise: against learning a small set by heart
+        regularise: against overfitting a small set
         device: where and in which format to compute
         parallel: how several processes share the work
         dry_run: only print parameters, memory and time

@@ -62,7 +62,7 @@ class SftConfig:
         optim: optimizer and schedule
         lora: train adapters beside frozen weights; null: train the weights
         train: the loop; a batch is a number of dialogues
-        regularise: against learning a small set by heart
+        regularise: against overfitting a small set
         objective: next_token: say what the rows say; dpo: prefer one answer to another, from rows
             of two (python -m babyllama.tuning.preference)
         dpo_beta: how dear it is to leave the base; less lets the answers change more

@@ -17,7 +17,7 @@ A released model (export.release) has int8 matrices in model.safetensors and no 
 A run that trains an adapter stores it alone, adapter.safetensors and adapter.yaml in place of
 model.safetensors.
 
-A checkpoint is complete or absent: it is written under a temporary name, flushed to the disk and
+Checkpoints are written atomically: each is written under a temporary name, flushed to the disk and
 renamed. No pickle is read or written. Format of the weights: safetensors 0.4 and later.
 
 An adapter alone:

@@ -1,4 +1,4 @@
-"""From sources to batches: their mixture, one global order, rows laid into sequences.
+"""From sources to batches: their mixture, one global order, rows packed into sequences.
 
 The order is a pure function of (seed, epoch), the global batch of step s of (seed, s): it depends
 neither on the number of processes nor on the micro-batch size, and resuming needs the step
@@ -45,7 +45,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(rows: Sequence[Row | tuple[Row, ...]], max_seq_len: int) -> list[list[Row]]:
-    """Rows laid into sequences of at most max_seq_len positions; rows in a tuple stay together."""
+    """Rows packed into at most max_seq_len positions each; those of a tuple stay together."""
     parts = [row if isinstance(row[0], tuple) else (row,) for row in rows]
     bins = best_fit([sum(len(tokens) for tokens, _ in part) for part in parts], max_seq_len)
     return [[row for item in items for row in parts[item]] for items in bins]

@@ -89,7 +89,7 @@ def _plain_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
 class Batch:
     """Prompts that were read, and the logits of what follows each.
 
-    said: (B, S) ids of prompt and reply; filler repeats a token of its row, so that who asks what
+    said: (B, S) ids of prompt and reply; padding repeats a token of its row, so that who asks what
         was said need not know of it
     """
 

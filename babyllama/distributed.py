@@ -111,7 +111,7 @@ class World:
         With fsdp2 its parameters become shares: the optimizer is made afterwards.
 
         compiled: each layer runs as torch.compile makes it
-        recompute: a layer keeps its input alone for the way back, and computes the rest again
+        recompute: activation checkpointing, a layer keeps only its input for the backward pass
         """
         if compiled or self.device.type == "cuda":
             torch._dynamo.config.recompile_limit = GRAPHS

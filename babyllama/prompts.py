@@ -1,4 +1,4 @@
-"""Summary rows as dialogues: templates laid round already tokenized pieces. No torch.
+"""Summary rows as dialogues: prompt templates around already tokenized pieces. No torch.
 
 A template file (configs/prompts/summary_zh.yaml) has `slots` (words that may stand for each
 other), `families` (questions that fit with answers), `following` (second turns about a row's

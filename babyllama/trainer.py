@@ -157,7 +157,7 @@ class TrainConfig:
         seed: of initial weights, order and wordings
         max_bad_steps: stop after so many steps in a row with numbers that are not finite
         compile: run each layer as torch.compile makes it; the first steps take minutes
-        recompute: keep less for the way back and compute it again: less memory, a third slower
+        recompute: activation checkpointing: less memory, a third slower
         blocks: on CUDA cards that can, attend to packed dialogues block by block; else by a mask
         samples: prompts continued or answered at each evaluation, kept in samples.jsonl
         track: also send the figures to TensorBoard, SwanLab or Weights & Biases

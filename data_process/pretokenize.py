@@ -1,7 +1,7 @@
 """Canonical rows become token files: ids and roles, nothing that depends on a template.
 
     text     ids of the text, then <eos>
-    chat     one piece a message with its role; labels and <eos> are laid round it at load time
+    chat     one piece a message with its role; labels and <eos> are added at load time
     summary  a piece "text" and a piece "summary"; of its meta a piece for each keyword, and one for
              discipline and category
 

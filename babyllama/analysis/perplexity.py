@@ -185,7 +185,7 @@ class _Reader:
         for number in range(file.n_docs):
             if file.kind == "text":
                 ids = file.doc(number).tolist()
-                # The document's own <eos> is laid round it again.
+                # The document's own <eos> is added again.
                 pieces = [("text", ids[:-1] if ids[-1:] == [self.tokenizer.eos_id] else ids)]
             else:
                 pieces = [(role, ids.tolist()) for role, ids in file.pieces(number)]

@@ -127,7 +127,7 @@ class Float32Step:
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=1, keepdim=True), self.eps)
 
     def _positions(self, cache: KVCache) -> tuple[Tensor, Tensor | None]:
-        """The rotary angles of the new tokens, and what hides filler: (B K, 1, S) or None."""
+        """The rotary angles of the new tokens, and what hides padding: (B K, 1, S) or None."""
         rope = self.model.rope
         if not cache.ragged:
             return rope[:, None, None, cache.length, None], None

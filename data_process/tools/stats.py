@@ -6,7 +6,7 @@
 
 A set is a name in data/clean, or a directory of clean rows. With a tokenizer the token files
 beside it (../../tokens/<tokenizer>/<set>) are measured too. Their tokens are the stored ones: a
-text's <eos> counts, the labels and wordings that are laid round dialogues do not. Every row is
+text's <eos> counts, labels and templates around dialogues do not. Every row is
 read once; 4 bytes a row stay in memory, 8 with tokens.
 
 The labels of the picture are Chinese where there is a font for them, else English. Lengths lie on a
