@@ -148,7 +148,8 @@ def version_of(python: Path) -> str:
 
 def run_tests(root: Path, python: Path, slow: bool, pytest_args: list) -> int:
     """Run the linter, the formatter's check and the tests; the first exit code that is not 0."""
-    choice = [] if slow else ["-m", "not slow"]
+    choice = ["-n", "logical", "--maxprocesses", "4", "--dist", "worksteal"]  # a process a core
+    choice += [] if slow else ["-m", "not slow"]
     results = {}
     for command in ("ruff check", "ruff format --check", "pytest"):
         more = [*choice, *pytest_args] if command == "pytest" else []
