@@ -189,7 +189,10 @@ class Scorer:
     def _loglikelihoods(self, pairs: list, keys: list[str]) -> list[tuple[float, bool]]:
         groups: list[Group] = []
         newest: dict[tuple, Group] = {}
-        for number, (context, after) in enumerate(pairs):
+        # The longest first, so that options that share a context, often an empty one, are padded
+        # little.
+        for number in sorted(range(len(pairs)), key=lambda n: -len(pairs[n][1])):
+            context, after = pairs[number]
             if keys[number] in self.store.known:
                 continue
             group = newest.get(tuple(context))
