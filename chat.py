@@ -5,7 +5,7 @@
     python chat.py --prompt "你好"                   # one reply on stdout and nothing else
     python chat.py --prompt "作者是谁？" --reference text.txt
     python chat.py --prompt "你好" --json            # one JSON object a reply
-    python chat.py --json < questions.txt           # a conversation, one message a line
+    python chat.py < questions.txt                  # a conversation, one message a line
     python chat.py --title abstract.txt             # the title of a text; - is standard input
     python chat.py --retrieve                       # look each question up in the local index
     python chat.py out/base --lora a=out/csl_lora --lora b=out/redgpt_lora
@@ -14,18 +14,27 @@
 In the conversation /help lists the commands: /资料 gives the model a text to answer from, /wiki
 finds one in the local index (python -m data_process.run wiki --index), /总结 writes a title. Tab
 completes them, the arrow keys bring back what was typed, in former sessions too (Windows: the
-console's own editing, this session's lines, no Tab). Ctrl-C stops a reply, Ctrl-D leaves. Without
-a terminal three short exchanges are shown. The session is babyllama/chat/session.py's, the terminal
-terminal.py's; this file owns what the user sees when.
+console's own editing, this session's lines, no Tab). Ctrl-C stops a reply, Ctrl-D leaves. With
+neither a terminal nor lines to answer three short exchanges are shown. The session is
+babyllama/chat/session.py's, the terminal terminal.py's; this file owns what the user sees when.
 """
 
 import sys
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from babyllama.chat.commands import Again, User, completions, obey
-from babyllama.chat.replies import MISTAKES, answer, answer_lines, answer_once, greet, write_title
+from babyllama.chat.commands import User, completions
+from babyllama.chat.replies import (
+    MISTAKES,
+    answer_lines,
+    answer_once,
+    greet,
+    piped_lines,
+    respond,
+    write_title,
+)
 from babyllama.chat.session import Session, choose_checkpoint, open_retriever
 from babyllama.chat.terminal import Lines, paint, say, state_dir, visible, whole
 from babyllama.checkpoint import load_model
@@ -92,16 +101,8 @@ def converse(session: Session) -> None:
             continue
         is_leaving = False
         try:
-            if line.startswith(("/", "／")):
-                found = obey(session, "/" + line[1:], user)
-                if found is None:
-                    return
-                if isinstance(found, Again):
-                    answer(session, found.message)
-                else:
-                    say(found)
-            elif line.strip():
-                answer(session, line)
+            if line.strip() and respond(session, line, user) is None:
+                return
         except (KeyboardInterrupt, EOFError):
             say("\n已取消")
         except (*MISTAKES, OSError) as error:
@@ -126,15 +127,16 @@ def main(cfg: ChatConfig) -> int:
     if cfg.prompt:
         return answer_once(session, cfg.prompt, cfg.json)
     if cfg.json:
-        return answer_lines(session)
-    if all(file is not None and file.isatty() for file in (sys.stdin, sys.stdout)):
+        return answer_lines(session, piped_lines(), True)
+    is_typed, is_seen = (file is not None and file.isatty() for file in (sys.stdin, sys.stdout))
+    if is_typed and is_seen:
         converse(session)
         return 0
-    session.sampling = replace(cfg, seed=cfg.seed or 0)
-    for question in EXAMPLES:
-        print(LABELS["user"] + question)
-        answer(session, question)
-    return 0
+    lines = iter(()) if is_typed else piped_lines()
+    first = next(lines, None)
+    if first is None:
+        session.sampling = replace(cfg, seed=cfg.seed or 0)
+    return answer_lines(session, EXAMPLES if first is None else chain([first], lines), False)
 
 
 if __name__ == "__main__":

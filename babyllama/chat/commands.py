@@ -210,11 +210,13 @@ def offered(session: Session) -> dict[str, Command]:
 
 
 def obey(session: Session, line: str, user: User) -> str | Again | None:
-    """Carry out a line that begins with "/"; None if it ends the conversation.
+    """Carry out a line that begins with "/", any other is a message; None ends the conversation.
 
     raises: ConfigError, DataError, WikiError and OSError with what to tell the user
     """
-    name, _, value = line.strip().partition(" ")
+    if not line.startswith(("/", "／")):
+        return Again(line)
+    name, _, value = f"/{line[1:]}".strip().partition(" ")
     if name not in NAMES:
         raise ConfigError(f"没有命令 {name[:40]}；有 {' '.join(offered(session))}")
     command = COMMANDS[NAMES[name]]

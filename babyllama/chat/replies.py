@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from babyllama.chat.commands import Again, User, obey
@@ -57,8 +58,8 @@ def reply(session: Session, asked: Asked) -> None:
         pieces.close()
 
 
-def answer(session: Session, message: str) -> None:
-    """One turn of a conversation on the screen."""
+def answer(session: Session, message: str) -> str:
+    """One turn of a conversation on the screen; returns how the reply ended."""
     asked = session.ask(message)
     if asked.lets_go:
         say("（上下文满了：从现在起，模型看不到最早的几轮；资料保留）")
@@ -67,6 +68,18 @@ def answer(session: Session, message: str) -> None:
     print(paint(ENDINGS.get(asked.reason, "")))
     if asked.found is not None:
         say(sources(asked))
+    return asked.reason
+
+
+def respond(session: Session, line: str, user: User) -> str | None:
+    """Answer a message or carry out a command on the screen; returns how a reply ended, or None
+    where the conversation ends."""
+    found = obey(session, line, user)
+    if isinstance(found, Again):
+        return answer(session, found.message)
+    if found is not None:
+        say(found)
+    return found
 
 
 def no_terminal(*_: str) -> str:
@@ -78,19 +91,6 @@ def note(text: str) -> None:
 
 
 SCRIPT = User(no_terminal, note, no_terminal)
-
-
-def obeyed(session: Session, line: str) -> str | None:
-    """What a command gives where nobody can be asked; None for a message.
-
-    raises: ConfigError and others with what to tell the user
-    """
-    if not line.startswith(("/", "／")):
-        return None
-    found = obey(session, "/" + line[1:], SCRIPT)
-    if isinstance(found, Again):
-        return "".join(session.answer(session.ask(found.message)))
-    return found or ""
 
 
 def decoded(data: bytes, is_first: bool = True) -> str:
@@ -131,21 +131,19 @@ def write_title(session: Session, title: str, is_json: bool) -> int:
 def answer_once(session: Session, prompt: str, is_json: bool) -> int:
     """The reply to one message, or `n` of them, on standard output and nothing else; returns the
     exit code."""
-    said = obeyed(session, whole(prompt))
-    if said is not None:
-        record = {"prompt": prompt, "reply": said}
-        print(json.dumps(record, ensure_ascii=False) if is_json else visible(said))
+    found = obey(session, whole(prompt), SCRIPT)
+    if not isinstance(found, Again):
+        record = {"prompt": prompt, "reply": found or ""}
+        print(as_json(record) if is_json else visible(found or ""))
         return 0
-    asked = session.ask(whole(prompt))
+    asked = session.ask(found.message)
     if session.sampling.n > 1:
         for one in session.answers(asked):
-            text = as_json(session, one) if is_json else visible(one.text)
+            text = as_json(session.record(one)) if is_json else visible(one.text)
             print(text, file=verbatim(sys.stdout))
         return 0
     if is_json:
-        for _ in session.answer(asked):
-            pass
-        print(as_json(session, asked))
+        print(as_json(finished(session, asked)))
         return 0
     reply(session, asked)
     print(flush=True)
@@ -154,29 +152,44 @@ def answer_once(session: Session, prompt: str, is_json: bool) -> int:
     return INTERRUPTED if asked.reason == "interrupted" else 0
 
 
-def as_json(session: Session, asked: Asked) -> str:
-    return json.dumps(session.record(asked), ensure_ascii=False)
+def as_json(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False)
 
 
-def answer_lines(session: Session) -> int:
-    """A JSON object for each line of standard input, which is one conversation; a message that
-    cannot be answered gives an object with "error", and exit code 2 at the end."""
-    code = 0
-    for number, line in enumerate(sys.stdin.buffer):
+def finished(session: Session, asked: Asked) -> dict:
+    """The record of a reply, written to its end."""
+    for _ in session.answer(asked):
+        pass
+    return session.record(asked)
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input that are not blank, each as soon as it is there."""
+    for number, line in enumerate(sys.stdin.buffer if sys.stdin else ()):
         message = whole(decoded(line, number == 0).rstrip("\r\n"))
-        if not message.strip():
-            continue
+        if message.strip():
+            yield message
+
+
+def answer_lines(session: Session, lines: Iterable[str], is_json: bool) -> int:
+    """One conversation, a message or command a line: as on a terminal, or an object of JSON each.
+    One that cannot be answered gives its error, and exit code 2 at the end."""
+    code = 0
+    for line in lines:
+        if not is_json:
+            print(LABELS["user"] + visible(line), file=verbatim(sys.stdout), flush=True)
         try:
-            said = obeyed(session, message)
-            asked = session.ask(message) if said is None else None
+            if not is_json:
+                ended = respond(session, line, SCRIPT)
+            elif isinstance(ended := obey(session, line, SCRIPT), Again):
+                print(as_json(finished(session, session.ask(ended.message))), flush=True)
+            elif ended is not None:
+                print(as_json({"prompt": line, "reply": ended}), flush=True)
         except (*MISTAKES, OSError) as error:
             code = BAD_INPUT
-            print(json.dumps({"prompt": message, "error": str(error)}, ensure_ascii=False))
+            record = {"prompt": line, "error": str(error)}
+            print(as_json(record), flush=True) if is_json else note(str(error))
             continue
-        if asked is None:
-            print(json.dumps({"prompt": message, "reply": said}, ensure_ascii=False), flush=True)
-            continue
-        for _ in session.answer(asked):
-            pass
-        print(as_json(session, asked), flush=True)
+        if ended is None or ended == "interrupted":
+            return code if ended is None else INTERRUPTED
     return code

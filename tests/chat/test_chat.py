@@ -85,23 +85,60 @@ def endless(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "NO_PROXY": "127.0.0.1"}
 
 
+def run_chat(*words: object, cwd: Path = REPO, **files: object) -> subprocess.CompletedProcess:
+    """chat.py as a process; files: its standard input and output, else nothing and a pipe."""
+    files = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | files
+    if "input" not in files:
+        files.setdefault("stdin", subprocess.DEVNULL)
+    command = [sys.executable, str(REPO / "chat.py"), *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, timeout=120, **files)
+
+
 def test_prompt_prints_the_reply_and_nothing_else_on_stdout(polite, tmp_path):
     (tmp_path / "text.txt").write_text("银杏是乔木。", encoding="gb18030")
     words = [polite, "--prompt", "你好\x07", "--reference", "text.txt"]
-    done = subprocess.run(
-        [sys.executable, REPO / "chat.py", *words], stdin=subprocess.DEVNULL, capture_output=True,
-        encoding="utf-8", cwd=tmp_path, env=ENVIRONMENT,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, REPLY + "\n")
-    assert str(polite) in done.stderr and "银杏是乔木。" in done.stderr
+    done = run_chat(*words, cwd=tmp_path)
+    assert (done.returncode, done.stdout.decode()) == (0, REPLY + "\n")
+    said = done.stderr.decode()
+    assert str(polite) in said and "银杏是乔木。" in said
 
 
-def test_without_a_terminal_three_exchanges_are_shown_always_the_same(tmp_path, tokenizer, script):
+def test_with_nothing_to_answer_three_exchanges_are_shown_always_the_same(tmp_path, tokenizer):
     path = make_checkpoint(tmp_path / "random", tokenizer, None)
-    done = script("chat.py", path, "--max_new_tokens", 20)
-    assert done.code == 0 and done.out.count(LABELS["assistant"]) == 3
-    assert re.findall(f"{PROMPT}(.+)", done.out) == list(chat.EXAMPLES)
-    assert script("chat.py", path, "--max_new_tokens", 20).out == done.out
+    words = (path, "--max_new_tokens", 20)
+    done = run_chat(*words)
+    shown = done.stdout.decode()
+    assert done.returncode == 0 and shown.count(LABELS["assistant"]) == 3
+    assert re.findall(f"{PROMPT}(.+)", shown) == list(chat.EXAMPLES)
+    screen, inside = os.openpty()
+    typed = run_chat(*words, stdin=inside)  # a terminal to type at, and its output in a file
+    closed = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, REPO / "chat.py", *map(str, words)],
+        cwd=REPO, env=ENVIRONMENT, capture_output=True,
+    )  # fmt: skip
+    assert typed.stdout == closed.stdout == done.stdout
+    os.close(screen), os.close(inside)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
+def test_piped_lines_are_one_conversation_as_on_a_terminal(polite, tmp_path, encoding):
+    lines = ["你叫什么？", "/资料 银杏是乔木。", "", "再见", "/总结", "好" * 2000]
+    lines += ["/save talk.jsonl", "/retry", "/quit", "没有人读"]
+    done = run_chat(polite, cwd=tmp_path, input="\r\n".join(lines).encode(encoding))
+    shown, said = done.stdout.decode(), done.stderr.decode()
+    assert re.findall(f"{PROMPT}(.+)", shown) == [line for line in lines[:-1] if line]
+    assert shown.count(LABELS["assistant"] + REPLY) == 3 and "资料：银杏是乔木。" in shown
+    assert "no terminal" in said and "太长" in said and "Traceback" not in said
+    assert done.returncode == 2  # two lines could not be answered
+    (row,) = read_rows(tmp_path / "talk.jsonl")
+    asked = [m["content"] for m in row["messages"] if m["role"] == "user"]
+    assert asked == ["你叫什么？", "再见"]
+
+
+def test_one_piped_question_is_answered_and_nothing_else(polite):
+    done = run_chat(polite, input="你叫什么？\n".encode())
+    said = f"{PROMPT}你叫什么？\n{LABELS['assistant']}{REPLY}\n"
+    assert done.returncode == 0 and done.stdout.decode().partition("\n")[2] == said
 
 
 @pytest.mark.parametrize(
