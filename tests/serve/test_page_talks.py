@@ -114,7 +114,14 @@ def test_two_tabs_do_not_overwrite_each_other(page):
     ask(other, "从另一页", tokens=3)
     until(page, "talk.messages.length === 4")  # this one follows
     # Both at once: what the one has not seen yet is not lost to the other.
-    page.evaluate("store.onChange(() => {}), talk.version -= 1")
+    other.evaluate("saving")
+    page.evaluate(
+        """(async () => {
+            store.onChange(() => {});
+            await othersChanged(talk.id); // what was under way is over with it
+            talk.version -= 1;
+        })()"""
+    )
     ask(page, "从这一页", tokens=3)
     until(page, "$('toast').textContent.includes('两份都保留了')")
     kept = page.evaluate(
