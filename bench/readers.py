@@ -34,8 +34,6 @@ from babyllama.errors import ConfigError, DataError
 DAMAGED = (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError, zipfile.BadZipFile,
            UnicodeDecodeError)  # fmt: skip
 
-OWN = ("translated.jsonl", "failed.jsonl")  # what translate.py keeps beside its files
-
 
 def find(folder: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
     """(name, text) of the files that the first pattern with any match names, by name.
@@ -45,8 +43,6 @@ def find(folder: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
     for pattern in patterns:
         found = []
         for name, read in _inside(folder):
-            if name in OWN:
-                continue
             if fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}"):
                 found.append((name, _text(folder, name, read)))
         if found:

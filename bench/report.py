@@ -1,19 +1,15 @@
-"""The report of a checkpoint: card.md, card.json and card.png.
+"""The report of a checkpoint: card.md and card.json.
 
 A row says what the number is worth: its interval, what chance and the most frequent answer give,
 how many questions there were, and how many of them stood in the training rows.
 """
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from babyllama.log import cjk_font, writable
-
 HEAD = ("任务 task", "分数 score", "95 %", "随机 chance", "常答 constant", "题数 n", "例 shots",
         "语言 rows / prompt", "污染 leaked", "结论 verdict")  # fmt: skip
-ABOVE, BELOW, PLAIN = "#2b7a4b", "#b03a2e", "#8a8a8a"
 
 
 def markdown(card: dict) -> str:
@@ -106,42 +102,9 @@ def notes(card: dict) -> list[str]:
     return [f"- {line}" for line in found]
 
 
-def draw(card: dict, path: Path) -> None:
-    """Scores with their intervals; a bar for chance, a dot for the most frequent answer."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    # A font that exists in one weight only is drawn in that, without a word about it.
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    font, reports = cjk_font(), card["tasks"][::-1]
-    with rc_context({"font.family": [font or "DejaVu Sans", "DejaVu Sans"]}):
-        figure = Figure(figsize=(9, 1.4 + 0.34 * len(reports)), layout="constrained")
-        axes = figure.subplots()
-        for y, r in enumerate(reports):
-            color = {"above": ABOVE, "below": BELOW}.get(r["verdict"].split()[0], PLAIN)
-            axes.plot([100 * r["low"], 100 * r["high"]], [y, y], color=color, lw=5, alpha=0.45)
-            axes.plot(100 * r["score"], y, "o", color=color, ms=6)
-            axes.plot([100 * r["chance"]] * 2, [y - 0.38, y + 0.38], color="black", lw=1.2)
-            axes.plot(100 * r["constant"], y, "x", color="black", ms=5)
-            axes.text(101, y, f"{100 * r['score']:.1f}  n={r['n']:,}", va="center", fontsize=8)
-        axes.set_yticks(
-            range(len(reports)), [writable(r["title"], font) for r in reports], fontsize=8
-        )
-        axes.set_xlim(-1, 100)
-        axes.set_ylim(-0.8, len(reports) - 0.2)
-        axes.grid(axis="x", alpha=0.25)
-        axes.set_xlabel(
-            "score in %, with its 95 % interval      | chance      × most frequent answer"
-        )
-        title = f"{card['checkpoint']}: green is above chance and above one constant answer"
-        axes.set_title(writable(title, font), fontsize=10)
-        figure.savefig(path, dpi=150)
-
-
 def write(card: dict, out: Path) -> list[Path]:
-    """Write the three files; returns them."""
-    paths = [out / f"card.{ending}" for ending in ("md", "json", "png")]
+    """Write both files; returns them."""
+    paths = [out / "card.md", out / "card.json"]
     paths[0].write_text(markdown(card), "utf-8")
     paths[1].write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", "utf-8")
-    draw(card, paths[2])
     return paths

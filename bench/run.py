@@ -7,7 +7,7 @@
     python -m bench.run --list true                                       every task and its files
 
 lm-evaluation-harness asks and scores (requirements/bench.txt); nothing is fetched. A second call
-continues where the first one stopped. The report is <run>/bench-<step>/card.md, .json and .png;
+continues where the first one stopped. The report is <run>/bench-<step>/card.md and card.json;
 beside it lies, for each task, every question with its reply. Groups: math, reading, reasoning,
 knowledge, grammar, code, cloze (options scored by their own text), all.
 """

@@ -1,6 +1,5 @@
 """Puts one task to a checkpoint through lm-evaluation-harness, and says what came out."""
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,6 @@ from bench.scoring import (
 from bench.tasks import Rows, Task, harness_task, length_of_answer, prompt_language
 
 CODE_METRIC = "pass@1"
-_HAN = re.compile(r"[\u3400-\u9fff]")
 
 
 def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: Path) -> dict:
@@ -102,7 +100,7 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         "n": len(scores),
         "n_all": len(rows.every),
         "left_out": dict(rows.left_out),
-        "language": _language(task, rows),
+        "language": task.language,
         "other_metrics": {n: float(np.mean(v)) for n, v in values.items() if n != metric},
         "by_subject": {
             name: {"n": len(v), "score": float(np.mean(v))}
@@ -111,12 +109,6 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         },
         "data_sha256": rows.sha256,
     }
-
-
-def _language(task: Task, rows: Rows) -> str:
-    """Of the rows: an English set may have been translated (translate.py)."""
-    n_han = sum(bool(_HAN.search(row["ask"])) for row in rows.every)
-    return "en→zh" if task.language == "en" and 2 * n_han > len(rows.every) else task.language
 
 
 def _shows_numbers(task: Task, rows: Rows) -> bool:

@@ -274,7 +274,6 @@ def test_one_command_writes_a_card_that_says_what_the_numbers_are_worth(
     bench(taught, tmp_path / "out", *words)
     text = (tmp_path / "out/card.md").read_text("utf-8")
     found = json.loads((tmp_path / "out/card.json").read_text("utf-8"))
-    assert (tmp_path / "out/card.png").read_bytes()[:4] == b"\x89PNG"
     scores = {report["task"]: report for report in found["tasks"]}
     assert scores["gsm8k"]["score"] == scores["cmmlu"]["score"] == 0.75
     assert scores["cmmlu"]["chance"] == 0.25 and scores["cmmlu"]["constant"] == 0.5
@@ -287,7 +286,7 @@ def test_one_command_writes_a_card_that_says_what_the_numbers_are_worth(
     assert "humaneval was not run: it runs what the model writes" in text
     assert "config.yaml" in text, "the training rows are not known"
     out = capsys.readouterr().out
-    assert "gsm8k: 75.0%" in out and "card.png" in out
+    assert "gsm8k: 75.0%" in out and "card.json" in out
 
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.answers.jsonl")}
     bench(taught, tmp_path / "out", *words)
