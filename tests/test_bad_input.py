@@ -113,18 +113,18 @@ PRETRAIN = {
     "empty ids": (replace("text/val-00000.bin", b""), "damaged or cut"),
     "no ids": (remove("text/train-00000.bin"), "no such file"),
     "no index": (remove("text/train-00000.idx"), "python -m data_process.run text"),
-    "no validation": (remove("text/val-00000.idx", "text/val-00000.bin"), "val-*.idx"),
+    "no validation": (remove("text/val-00000.idx", "text/val-00000.bin"), "val-*.idx); make them"),
     "a cut index": (cut("text/train-00000.idx", 7), "damaged or cut"),
     "an altered index": (flip("text/train-00000.idx", 60), "damaged or cut"),
     "an empty index": (replace("text/train-00000.idx", b""), "wanted a babyllama index"),
     "a foreign index": (replace("text/train-00000.idx", b"MMIDIDX\0" * 99), "wanted a babyllama"),
-    "an empty set": (rows_of("text", "train"), "no row of train"),
+    "an empty set": (rows_of("text", "train"), "make the set again"),
     "an empty validation set": (rows_of("text", "val"), "no row of val"),
     "a set of one id": (rows_of("text", "train", [5]), "no row of train"),
 }
 SFT = {
     "an empty set": (rows_of("chat", "train"), "no row of train"),
-    "only long dialogues": (rows_of("chat", "train", LONG, LONG), "no row of train"),
+    "only long dialogues": (rows_of("chat", "train", LONG, LONG), "longer model.max_seq_len"),
     "no answers": (rows_of("chat", "train", UNANSWERED), "no row of train"),
     "no answers to validate": (rows_of("chat", "val", UNANSWERED), "no row of val"),
     "only long summaries": (

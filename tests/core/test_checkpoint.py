@@ -608,34 +608,6 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path, tokenizer: Token
         save(tmp_path / "file/run", tokenizer)
 
 
-def only_step_5(run: Path, script: Callable, config: Path) -> dict[str, bytes]:
-    """Make a run, take its last checkpoint away, and return what is left."""
-    assert script("pretrain.py", "--config", config).code == 0
-    shutil.rmtree(run / "step-000010")
-    return contents(run / "step-000005")
-
-
-def test_a_run_whose_disk_fills_up_ends_with_one_line_and_code_2(
-    tmp_path: Path, token_root: Path, tokenizer: Tokenizer, script: Callable
-) -> None:
-    config, run = write_run(tmp_path / "run.yaml", token_root, tokenizer), tmp_path / "run"
-    before = only_step_5(run, script, config)
-    found = subprocess.run(
-        [sys.executable, REPO / "pretrain.py", "--config", config],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)),
-        capture_output=True,
-        text=True,
-    )
-    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
-    assert found.returncode == 2, found.stderr
-    assert found.stderr.splitlines()[-1:] == errors and "Traceback" not in found.stderr
-    assert "could not save" in errors[0] and "step-000005 is intact" in errors[0]
-    assert contents(run / "step-000005") == before
-    assert not list(run.glob("tmp-*"))
-    assert script("pretrain.py", "--config", config).code == 0  # with space again it goes on
-    assert list_checkpoints(run)[-1].name == "step-000010"
-
-
 def test_too_little_space_is_said_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

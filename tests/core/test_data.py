@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -513,36 +512,9 @@ def test_missing_token_files_are_refused_with_the_command_that_makes_them(tokeni
         open_source(SourceConfig(name), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
 
 
-def test_a_missing_validation_part_is_named(token_root, tokenizer):
-    for path in (token_root / "chat").glob("val-*"):
-        path.unlink()
-    with pytest.raises(DataError, match=r"found none in \S*chat \(val-\*\.idx\); make them"):
-        open_data(config_of(token_root, chat=1.0), tokenizer, MAX_SEQ_LEN, Order())
-
-
-def test_token_files_of_another_tokenizer_are_refused(tmp_path, tokenizer):
-    text_file(tmp_path / "train-00000", [1, 2, 3])
-    with pytest.raises(DataError, match="made with tokenizer 000000000000"):
-        open_source(SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
-
-
-def test_files_of_several_kinds_in_one_directory_are_refused(tmp_path, tokenizer):
-    text_file(tmp_path / "train-00000", [1, 2, 3], tokenizer=tokenizer)
-    write_summaries(tmp_path / "train-00001", tokenizer, [(3, 3)])
-    with pytest.raises(DataError, match=r"several kinds \['summary', 'text'\]"):
-        open_source(SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
-
-
 def no_rows(stem: Path, tokenizer, kind: str) -> None:
     with TokenFileWriter(stem, kind, tokenizer):
         pass
-
-
-@pytest.mark.parametrize("kind", ["text", "chat", "summary"])
-def test_a_set_without_rows_is_refused(tmp_path, tokenizer, kind):
-    no_rows(tmp_path / "train-00000", tokenizer, kind)
-    with pytest.raises(DataError, match=r"no row of train can be trained on.*make the set again"):
-        open_source(SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
 
 
 @pytest.mark.parametrize("kind", ["text", "chat", "summary"])
@@ -555,19 +527,3 @@ def test_a_file_without_rows_beside_others_does_no_harm(tmp_path, token_root, to
     after = open_source(where, "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
     found = [after.row(i, np.random.default_rng(i)) for i in range(len(after))]
     assert [[x.tolist() for x in row] for row in found] == [[x.tolist() for x in r] for r in wanted]
-
-
-@pytest.mark.parametrize(
-    "write, reason",
-    [
-        (lambda s, t: chat_files(s, t, [[("user", [5] * 199), ("assistant", [5])]]), "answer"),
-        (lambda s, t: write_summaries(s / "train-00000", t, [(20, 199)]), "summary"),
-    ],
-    ids=["chat", "summary"],
-)
-def test_a_set_of_which_nothing_fits_is_refused(
-    tmp_path, tokenizer, write: Callable[[Path, object], None], reason
-):
-    write(tmp_path, tokenizer)
-    with pytest.raises(DataError, match=rf"{reason}_does_not_fit': 1.*longer model\.max_seq_len"):
-        open_source(SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)

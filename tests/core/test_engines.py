@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from model import Loss
 from test_trainer import FAULTS, WORLD, Settings, rows_data, rows_model
 from tokenizer import Tokenizer
 
-STEPS = 50
+STEPS = 20
 ENGINES = ("ddp", "fsdp2")
 
 
@@ -47,7 +46,7 @@ def settings(name: str = "adamw", steps: int = STEPS, **device: str) -> Settings
     is_muon = name == "muon"
     loop = TrainConfig(
         max_steps=steps, batch_size=8, micro_batch_size=2, log_every=1,
-        eval_every=4 if is_muon else 25, save_every=25,
+        eval_every=4 if is_muon else 10, save_every=10,
     )  # fmt: skip
     optim = OptimConfig(name=name, lr=1e-2, warmup_steps=2, ema=0.8 if is_muon else 0.0)
     return Settings(loop, optim, DeviceConfig("cpu", **({"precision": "float32"} | device)))
@@ -101,6 +100,8 @@ def worker(root: Path, tokenizer: Tokenizer) -> None:
             bad_rank(root / f"bad-{engine}", tokenizer, worlds[engine])
             found = json.dumps(exchanges(worlds[engine]))
             (root / f"exchanges-{engine}-{world.rank}.json").write_text(found)
+        world.on_main(lambda: half_of(root / "one", root / "one-then-ddp"))
+        make(root, "one-then-ddp", settings(), tokenizer, world)
         held_lock(root / "held", world)
 
 
@@ -183,7 +184,7 @@ def held_lock(run: Path, world: World) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Path]:
+def root(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     """Every run, made."""
     root = tmp_path_factory.mktemp("engines")
     here = Path(__file__).parent
@@ -199,15 +200,17 @@ def root(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
     for name in names:
         (root / name).mkdir()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    together = subprocess.Popen(
-        [*launcher, root / "worker.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
     make(root, "one", settings(), tokenizer, WORLD)
     make(root, "muon-one", settings("muon", 10), tokenizer, WORLD)
     torch.save(double_steps(WORLD), root / "double-one.pt")
-    said = together.communicate(timeout=280)[0]
-    assert together.returncode == 0, said
-    yield root
+    together = subprocess.run(
+        [*launcher, root / "worker.py"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=280,
+    )  # fmt: skip
+    assert together.returncode == 0, together.stdout
+    half_of(root / "ddp", root / "ddp-then-one")
+    make(root, "ddp-then-one", settings(), tokenizer, WORLD)
+    return root
 
 
 def losses(run: Path, kind: str = "train") -> list[float]:
@@ -221,7 +224,9 @@ def final(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_fifty_losses_and_the_final_state_are_those_of_one_process(engine: str, root: Path) -> None:
+def test_twenty_losses_and_the_final_state_are_those_of_one_process(
+    engine: str, root: Path
+) -> None:
     for kind in ("train", "val"):
         assert losses(root / engine, kind) == pytest.approx(losses(root / "one", kind), abs=1e-5)
     assert len(losses(root / "one")) == STEPS
@@ -238,8 +243,12 @@ def test_in_float64_weights_and_norms_differ_by_rounding_alone(engine: str, root
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ddp-then-fsdp2", "fsdp2-then-ddp"])
-def test_one_engine_goes_on_from_the_checkpoint_of_the_other(name: str, root: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["ddp-then-fsdp2", "fsdp2-then-ddp", "one-then-ddp", "ddp-then-one"]
+)
+def test_a_checkpoint_of_one_engine_or_of_one_process_is_gone_on_from_by_another(
+    name: str, root: Path
+) -> None:
     assert losses(root / name) == pytest.approx(losses(root / "one"), abs=1e-5)
     torch.testing.assert_close(final(root / name), final(root / "one"), rtol=0, atol=2e-5)
 
@@ -289,6 +298,20 @@ def test_the_main_process_alone_holds_the_whole_weights_and_is_waited_for(
     assert main[0] and main[1] > 10 and main[2] == 1
     assert not other[0] and other[1] == 0 and other[2] == (engine == "ddp")
     assert main[3] == other[3] == [40, PATIENCE.total_seconds()] and PATIENCE.total_seconds() > 3600
+
+
+def test_alone_there_is_one_process_and_nothing_to_exchange(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with start(torch.device("cpu")) as world:
+        assert world == WORLD
+    model = torch.nn.Linear(2, 2)
+    assert world.is_main and world.wrap(model) is model
+    assert world.sum(torch.tensor([1.0, 2.0])).tolist() == [1.0, 2.0]
+    assert (world.any(True), world.any(False)) == (True, False)
+    with no_sync(model, is_last=False):
+        pass
 
 
 def test_every_process_has_a_card_of_its_own() -> None:
