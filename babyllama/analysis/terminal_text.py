@@ -51,17 +51,6 @@ class Painter:
             runs.append(f"⟦{text}⟧" if is_learnt and not self.colours else text)
         return border.join(runs)
 
-    def context(self, text: str, wanted: str) -> str:
-        """The place where a text holds what was searched for."""
-        before, _, after = text.partition(wanted)
-        before, after = (
-            visible(before[-20:]).replace("\n", "↵"),
-            visible(after[:20]).replace("\n", "↵"),
-        )
-        return (
-            f"{self.ink(DIM, '… ' + before)}{self.ink(BOLD, wanted)}{self.ink(DIM, after + ' …')}"
-        )
-
     def ids(self, ids: Sequence[int], pieces: bool) -> str:
         """As many ids as fit on a line; or all, each with its token below it."""
         if not pieces:

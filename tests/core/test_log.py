@@ -5,14 +5,17 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image
 
 from babyllama import language
 from babyllama.errors import ConfigError
 from babyllama.log import (
+    FONTS,
     LABELS,
     Log,
     cjk_font,
@@ -240,6 +243,23 @@ def test_labels_of_plots_speak_the_language_of_the_user(monkeypatch: pytest.Monk
     assert plot_font("run") == cjk_font()
     for text in (*LABELS.values(), "training step"):
         assert not label(text, "a font").isascii() and label(text, None) == text
+
+
+def test_only_a_font_that_has_the_characters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    font = cjk_font()
+    if font:
+        path = font_manager.findfont(font, fallback_to_default=False)
+        assert all(font_manager.get_font(path).get_char_index(ord(c)) for c in "数据集训练")
+    latin = [f for f in font_manager.fontManager.ttflist if f.name.startswith("DejaVu")]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", list(latin))
+    if font:
+        assert cjk_font()  # by its file, where matplotlib's list is older than the font
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", latin)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [latin[0].fname])
+    assert cjk_font() is None
+    gone = SimpleNamespace(name=FONTS[0], fname="/no/such/font.ttf")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [gone])
+    assert cjk_font() is None
 
 
 def test_curves_of_a_run_with_a_chinese_name_are_drawn_without_a_warning(tmp_path: Path) -> None:
