@@ -21,6 +21,8 @@ from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from warm import Keeper
 
 # Tiny models gain nothing from a second thread, and lose tenfold where the cores are busy.
@@ -65,18 +67,23 @@ def small_config(vocab_size: int = 97, **changes: object) -> ModelConfig:
 @pytest.fixture
 def checkpoint(tmp_path: Path, model: Transformer, tokenizer: Tokenizer) -> Path:
     """A real checkpoint of the small model, as a fine-tuning run leaves it."""
-    optimizer = make_optimizer(model, OptimConfig())
+    return save_model(tmp_path / "out/small", model, tokenizer, step=7)
+
+
+def save_model(
+    run: Path, model: Transformer, tokenizer: Tokenizer, kind: str = "sft", step: int = 1
+) -> Path:
+    """A checkpoint as a run of that kind leaves it, before its optimizer made a step."""
+    optimizer, extra = make_optimizer(model, OptimConfig()), {"tokens": 0}
     return save_checkpoint(
-        Snapshot(
-            tmp_path / "out/small",
-            model,
-            tokenizer,
-            "sft",
-            optimizer=optimizer,
-            extra={"tokens": 0},
-        ),
-        7,
+        Snapshot(run, model, tokenizer, kind, optimizer=optimizer, extra=extra), step
     )
+
+
+def contents(root: Path) -> dict[str, bytes | None]:
+    """Every file below a directory with its bytes, and every directory."""
+    paths = root.rglob("*")
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 @pytest.fixture
@@ -104,14 +111,20 @@ def write_token_files(root: Path, tokenizer: Tokenizer) -> Path:
 
 
 @pytest.fixture(scope="session")
-def keeper() -> Iterator["Keeper"]:
+def keeper() -> "Keeper":
     """Starts scripts as processes of their own, without loading torch for each; see warm.py."""
-    pytest.importorskip("termios")
-    from warm import Keeper
+    import warm
 
-    keeper = Keeper()
-    yield keeper
-    keeper.close()
+    return warm.keeper()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    """A browser for all tests of a file; see browsing.py."""
+    from browsing import launched
+
+    with launched() as browser:
+        yield browser
 
 
 class Outcome(NamedTuple):

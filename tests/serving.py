@@ -3,8 +3,6 @@
 import base64
 import contextlib
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +10,13 @@ from pathlib import Path
 import httpx
 import torch
 
-from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.config import REPO
-from babyllama.optim import OptimConfig, make_optimizer
-from conftest import small_config
+from conftest import save_model, small_config
 from model import Transformer
 from tokenizer import Tokenizer
 from vqa.encoders import EncoderConfig, make_encoder
 from vqa.model import FusionConfig, VqaModel
+from warm import Process, keeper
 
 CONTEXT = 4096
 
@@ -55,18 +52,14 @@ def as_url(data: bytes, kind: str = "png") -> str:
 
 def save(model: Transformer, tokenizer: Tokenizer, run: Path, kind: str = "sft") -> Path:
     """The model as a fine-tuning run leaves it, or one of another kind; returns the run."""
-    optimizer = make_optimizer(model, OptimConfig())
-    save_checkpoint(
-        Snapshot(run, model, tokenizer, kind, optimizer=optimizer, extra={"tokens": 0}), 1
-    )
-    return run
+    return save_model(run, model, tokenizer, kind).parent
 
 
 @dataclass
 class Running:
     """A server process that answers."""
 
-    process: subprocess.Popen
+    process: Process
     url: str
     log: Path
 
@@ -83,16 +76,13 @@ class Running:
 @contextlib.contextmanager
 def serving(checkpoint: Path, log: Path, *flags: str) -> Iterator[Running]:
     """A server of its own; flags may say more than the ones here."""
-    command = [sys.executable, "-m", "serve.server", str(checkpoint), "--port", "0"]
+    words = [str(REPO / "serve/server.py"), str(checkpoint), "--port", "0", "--wiki-url=", *flags]
     with open(log, "wb") as errors:
-        process = subprocess.Popen(
-            [*command, "--wiki-url=", *flags], cwd=REPO, stdout=subprocess.PIPE, stderr=errors,
-            text=True,
-        )  # fmt: skip
+        process = keeper().start(words, REPO, log=errors.fileno())
     try:
         lines = []
         while not (lines and lines[-1].startswith("http")):
-            lines.append(process.stdout.readline())
+            lines.append(process.said.readline())
             assert lines[-1], f"no server: {lines} {log.read_text()}"
         yield Running(process, lines[-1].split()[0], log)
         process.send_signal(signal.SIGTERM)
@@ -101,6 +91,4 @@ def serving(checkpoint: Path, log: Path, *flags: str) -> Iterator[Running]:
             log.read_text("utf-8")
         )
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        process.close()

@@ -5,6 +5,7 @@ the first line to the exit code, with a session, files, directory and environmen
 be signalled and killed as any process, and shares nothing with the next one.
 """
 
+import atexit
 import gc
 import io
 import json
@@ -16,12 +17,24 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).parent.parent
 # What they import, and what the first optimizer of a process loads.
-LOADED = ("chat", "pretrain", "sft", "torch._dynamo")
+LOADED = ("chat", "pretrain", "sft", "torch._dynamo", "serve.app", "serve.server", "vqa.model")
 START = "import sys; sys.path[:0] = {paths}; import warm; warm.keep({orders})"
+
+
+@cache
+def keeper() -> "Keeper":
+    """One for all tests, which ends with them; skips where nothing forks."""
+    pytest.importorskip("termios")
+    found = Keeper()
+    atexit.register(found.close)
+    return found
 
 
 class Keeper:
@@ -42,16 +55,19 @@ class Keeper:
         cwd: Path | str,
         environment: Mapping[str, str] = os.environ,
         terminal: int | None = None,
+        log: int | None = None,
     ) -> "Process":
         """Start a script, given as its path and arguments.
 
         terminal: an open one for all that it reads and says, from which Ctrl-C reaches it; without
-            one there is nothing to read, and what it says on stderr is the process's `stderr`
+            one there is nothing to read, and what it says on stderr is the process's `said`
+        log: an open file for its stderr; what it says on stdout is then the process's `said`
         """
         told, tell = os.pipe()
         said, say = os.pipe()
         null = os.open(os.devnull, os.O_RDWR)
-        files = [null, null, say] if terminal is None else [terminal] * 3
+        files = [null, null, say] if log is None else [null, say, log]
+        files = files if terminal is None else [terminal] * 3
         order = json.dumps([words, str(cwd), dict(environment), terminal is not None])
         socket.send_fds(self._orders, [order.encode()], [*files, tell])
         for fd in (null, say, tell):
@@ -68,7 +84,7 @@ class Process:
 
     def __init__(self, told: int, said: int) -> None:
         self._told = os.fdopen(told, encoding="ascii")
-        self.stderr = os.fdopen(said, encoding="utf-8")
+        self.said = os.fdopen(said, encoding="utf-8")
         self.pid = int(self._told.readline())
         self.returncode: int | None = None
 
@@ -88,8 +104,8 @@ class Process:
             return None
 
     def communicate(self) -> tuple[None, str]:
-        """What it says on stderr until it ends."""
-        said = self.stderr.read()
+        """What it says until it ends, as subprocess tells it."""
+        said = self.said.read()
         self.wait()
         return None, said
 
@@ -105,7 +121,7 @@ class Process:
         self.kill()
         self.wait()
         self._told.close()
-        self.stderr.close()
+        self.said.close()
 
 
 def keep(socket_number: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from babyllama.scoring.report import Compared, coloured, page, visible, write_report
 from babyllama.scoring.rouge import rouge_published
 from babyllama.scoring.tables import System
-from browsing import launched, needs_browser
+from browsing import needs_browser
 
 ROWS = [
     Compared(
@@ -123,12 +123,6 @@ def test_bars_are_as_long_as_their_scores_and_equal_rows_show_no_sign():
 
 
 # As a reader meets it.
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture(params=[390, 1280])

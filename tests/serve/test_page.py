@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import ask, launched, needs_browser, put_talk, ready, texts, until, visitor
+from browsing import ask, needs_browser, put_talk, ready, texts, until, visitor
 from conftest import TEXTS
 from serving import Running, endless_model, save, serving
 
@@ -24,12 +24,6 @@ def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
             model.output.weight.data[token] = 0
     with serving(save(model, tokenizer, place / "small"), place / "log") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import launched, needs_browser, put_talk, ready, until, visitor
+from browsing import needs_browser, put_talk, ready, until, visitor
 from serving import Running, as_url, endless_model, save, seeing_model, serving
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -33,12 +33,6 @@ def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
     model = seeing_model(tokenizer, context=2048).freeze(["encoder"])
     with serving(save(model, tokenizer, place / "small", "vqa"), place / "log") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture
@@ -124,8 +118,8 @@ def test_large_turned_and_other_pictures_are_made_fit_by_the_page(page):
     exif[0x0112] = 6
     turned = stored("red", (64, 32), "JPEG", exif=exif)
     for name, data, size in (
-        ("photo.jpg", stored("noise", (2000, 1500), "JPEG"), (768, 576)),
-        ("long.png", stored("noise", (5000, 1000)), (768, 154)),
+        ("photo.jpg", stored("noise", (1600, 1200), "JPEG"), (768, 576)),
+        ("long.png", stored("noise", (2500, 500)), (768, 154)),
         ("a.bmp", stored("red", (20, 10), "BMP"), (20, 10)),
         ("turned.jpg", turned, (32, 64)),
     ):
@@ -159,7 +153,7 @@ def test_what_is_kept_is_shown_only_if_it_is_a_picture(page):
 
 def test_a_phone_shows_the_picture_in_its_width(page):
     page.set_viewport_size({"width": 360, "height": 640})
-    add(page, "wide.png", stored("noise", (3000, 300)))
+    add(page, "wide.png", stored("noise", (2000, 200)))
     for _ in range(2):
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         box = page.locator("#send").bounding_box()

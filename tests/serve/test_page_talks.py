@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import ask, launched, needs_browser, put_talk, ready, texts, until, visitor
+from browsing import ask, needs_browser, put_talk, ready, texts, until, visitor
 from conftest import TEXTS
 from serving import Running, endless_model, save, serving
 
@@ -26,16 +26,13 @@ def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
+on_each_size = pytest.mark.parametrize("page", SIZES, indirect=True)
 
 
-@pytest.fixture(params=SIZES)
+@pytest.fixture
 def page(request, browser, server):
     allowed = ["clipboard-read", "clipboard-write"]
-    size = SIZES[request.param]
+    size = SIZES[getattr(request, "param", "wide")]
     with visitor(browser, server.url, viewport=size, permissions=allowed) as page:
         yield page
         assert page.evaluate("document.documentElement.scrollWidth") == size["width"]
@@ -55,6 +52,7 @@ def fresh(page) -> None:
     until(page, "talk.messages.length === 0")
 
 
+@on_each_size
 def test_conversations_are_listed_found_renamed_and_opened_again(page):
     ask(page, "第一个话题", tokens=3)
     fresh(page)
@@ -170,6 +168,7 @@ def test_a_reference_belongs_to_its_conversation_and_shows_as_a_chip(page):
     assert page.locator("#reference-box.chip").count() == 0
 
 
+@on_each_size
 def test_a_title_is_that_of_the_api_with_two_more_and_a_long_text_is_said_to_be_cut(page, server):
     page.click("[data-mode=title]")
     assert "摘要" in page.locator("#question").get_attribute("placeholder")
@@ -296,6 +295,7 @@ def test_a_file_can_be_dropped(page):
     assert page.evaluate("wasShown") and page.locator("#drop").is_hidden()
 
 
+@on_each_size
 def test_markdown_is_shown_and_nothing_in_it_runs(page):
     reply = (
         "## 标题\n\n- 一\n- **二**\n\n```python\nprint('<b>')\n```\n\n"
@@ -325,6 +325,7 @@ def test_speed_and_context_stand_below_a_reply(page):
     assert "token/秒" in note and "/512" in note
 
 
+@on_each_size
 def test_the_end_is_a_click_away(page):
     talk = [{"role": role, "content": f"{n} " + TEXTS[0] * 3}
             for n in range(12) for role in ("user", "assistant")]  # fmt: skip
@@ -366,6 +367,7 @@ def test_a_system_prompt_goes_before_the_reference(page):
     assert page.locator("#system").input_value() == ""
 
 
+@on_each_size
 def test_the_card_of_the_model_is_shown(page):
     page.click("#open-card")
     page.wait_for_selector("#card[open]")
@@ -415,8 +417,8 @@ def test_faults_are_told_in_the_language_of_the_page(page):
 def test_what_a_model_was_trained_for_is_what_the_page_offers(browser, tokenizer, tmp_path):
     model = endless_model(tokenizer, 256)
     for tasks, modes, has_reference in (
-        (["title"], [], False), (["title", "chat"], ["写标题", "聊天"], False),
-        (["chat", "reference"], [], True), (["continue"], [], False),
+        (["title", "chat"], ["写标题", "聊天"], False), (["chat", "reference"], [], True),
+        (["continue"], [], False),
     ):  # fmt: skip
         model.more_info = {"tasks": tasks}
         run = save(model, tokenizer, tmp_path / "-".join(tasks))

@@ -11,7 +11,7 @@ from babyllama import lora
 from babyllama.checkpoint import save_adapter
 from babyllama.lora import LoraConfig
 from babyllama.retrieval.index import build
-from browsing import ask, launched, needs_browser, ready, until, visitor
+from browsing import ask, needs_browser, ready, until, visitor
 from serving import Running, endless_model, save, serving
 from test_index import write_articles
 from test_retrieval import server as wiki  # noqa: F401
@@ -40,12 +40,6 @@ def server(checkpoint, tokenizer, tmp_path_factory) -> Iterator[Running]:
     words = [word for flag, name in flags.items() for word in (flag, str(place / name))]
     with serving(checkpoint, place / "log", *words) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as browser:
-        yield browser
 
 
 @pytest.fixture

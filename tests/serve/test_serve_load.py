@@ -134,7 +134,7 @@ def test_under_load_every_request_gets_its_own_whole_reply_or_429(server, n_clie
 @pytest.mark.parametrize(
     "least, phases, examples",
     [
-        (150, "fuzzing", 60),
+        (75, "fuzzing", 30),
         pytest.param(5000, "coverage,fuzzing,stateful", 1300,
                      marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
