@@ -52,7 +52,7 @@ ALL = sorted(set().union(*FOUND.values()))
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
-def test_a_command_in_the_sources_is_known_to_its_script(words: tuple[str, ...]) -> None:
+def test_a_command_in_the_sources_is_known_to_its_script(words):
     if words[0] == "quickstart.py":
         assert not refused(*words)
         return
@@ -60,7 +60,7 @@ def test_a_command_in_the_sources_is_known_to_its_script(words: tuple[str, ...])
     assert not [w for w in words if w.startswith("configs/") and not (REPO / w).exists()]
 
 
-def test_commands_are_found_where_errors_print_them() -> None:
+def test_commands_are_found_where_errors_print_them():
     wanted = {
         "babyllama/token_file.py": ("data_process.run", "--tokenizer"),
         "tokenizer.py": ("pretrain.py", "--dry-run"),
@@ -72,5 +72,5 @@ def test_commands_are_found_where_errors_print_them() -> None:
 
 
 @pytest.mark.parametrize("command", own.COMMANDS.values())
-def test_the_script_that_is_advised_instead_takes_the_file(command: str) -> None:
+def test_the_script_that_is_advised_instead_takes_the_file(command):
     assert not refused(*command.split(), "configs/persona.jsonl")

@@ -60,7 +60,7 @@ def server(clone: Path) -> Iterator[str]:
         process.wait(30)
 
 
-def test_a_title_from_the_server(server: str) -> None:
+def test_a_title_from_the_server(server):
     """What the page's 写标题 asks."""
     body = {"messages": [{"role": "user", "content": ABSTRACT}], "task": "title", "n": 3}
     answer = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=LIMIT_S).json()
@@ -69,7 +69,7 @@ def test_a_title_from_the_server(server: str) -> None:
     assert "去噪" in titles[0]
 
 
-def test_a_bot_from_50_dialogues(clone: Path) -> None:
+def test_a_bot_from_50_dialogues(clone):
     rows = (clone / "configs/persona.jsonl").read_text("utf-8").splitlines()[:50]
     (clone / "my.jsonl").write_text("\n".join(rows), "utf-8")
     assert "python chat.py out/my" in ran(clone, "sft.py", "--rows", "my.jsonl").stderr
@@ -83,7 +83,7 @@ def test_a_bot_from_50_dialogues(clone: Path) -> None:
         assert told in json.loads(line)["reply"], (asked, line)
 
 
-def test_a_model_that_writes_on_from_a_text_file(clone: Path) -> None:
+def test_a_model_that_writes_on_from_a_text_file(clone):
     diary = "\n".join(
         f"三月{n}日，小雨。老周又来修船，他说这条船比他的孙子还难伺候。我给他倒了一杯茶。"
         for n in range(1, 32)
@@ -96,7 +96,7 @@ def test_a_model_that_writes_on_from_a_text_file(clone: Path) -> None:
     assert "修船" in json.loads(line)["reply"]
 
 
-def test_the_way_to_the_43m_model_on_a_3090(clone: Path) -> None:
+def test_the_way_to_the_43m_model_on_a_3090(clone):
     """With a smaller batch: the 43M shape is measured for a minute on two quiet cores."""
     small = ("--train.batch_size", "1", "--train.micro_batch_size", "1")
     said = ran(clone, "pretrain.py", "--dry-run", *small).stdout

@@ -45,7 +45,7 @@ def commands(name: str) -> list[list[str]]:
 ALL = sorted({tuple(words) for name in READMES + PAGES for words in commands(name)})
 
 
-def test_both_languages_show_the_same_commands() -> None:
+def test_both_languages_show_the_same_commands():
     """The same scripts with the same flags; values may be words of the language."""
     shown = [
         {(*words[: 1 + (words[0] == "-m")], *(w for w in words if w.startswith("--")))
@@ -57,7 +57,7 @@ def test_both_languages_show_the_same_commands() -> None:
 
 
 @pytest.mark.parametrize("words", ALL, ids=" ".join)
-def test_a_command_is_accepted(words: tuple[str, ...]) -> None:
+def test_a_command_is_accepted(words):
     name, *arguments = words[words[0] == "-m" :]
     arguments = [word.split("|")[0] for word in arguments]  # one of several
     if any(word.startswith(MADE) and word.endswith(".yaml") for word in arguments):
@@ -66,7 +66,7 @@ def test_a_command_is_accepted(words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", READMES + PAGES)
-def test_links_pictures_and_files_that_are_named_exist(name: str) -> None:
+def test_links_pictures_and_files_that_are_named_exist(name):
     text = (REPO / name).read_text("utf-8")
     linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     named = re.findall(r"`((?:configs|requirements|babyllama|tests)/[\w./-]+)`", text)
@@ -77,14 +77,14 @@ def test_links_pictures_and_files_that_are_named_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_every_script_and_folder_stands_in_the_layout(name: str) -> None:
+def test_every_script_and_folder_stands_in_the_layout(name):
     layout = "\n".join(blocks_and_spans((REPO / name).read_text("utf-8")))
     at_root = [path.name for path in REPO.glob("*.py")]
     folders = [f"{path.parent.name}/" for path in REPO.glob("*/__init__.py")]
     assert not [path for path in (*at_root, *folders) if path not in layout]
 
 
-def test_the_words_for_a_launcher_are_taken_off() -> None:
+def test_the_words_for_a_launcher_are_taken_off():
     assert ("pretrain.py",) in ALL
     assert ("pretrain.py", "--config", "configs/pretrain/wiki.yaml") in ALL
     assert len(ALL) > 50 and not [w for w in ALL if Path(w[0]).suffix != ".py" and w[0] != "-m"]

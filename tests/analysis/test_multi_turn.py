@@ -8,11 +8,10 @@ import pytest
 
 from babyllama.analysis import multi_turn
 from babyllama.analysis.multi_turn import Dialogue, MultiTurnConfig
-from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.config import REPO
 from babyllama.errors import ConfigError
-from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.rows import write_rows
+from conftest import save_model
 
 SCRIPT = "babyllama/analysis/multi_turn.py"
 
@@ -131,10 +130,7 @@ def test_wrong_settings_are_one_line(flags, message, script, tmp_path):
 def test_mistakes_are_one_line(checkpoint, tmp_path, script, model, tokenizer):
     none = script(SCRIPT, checkpoint, "--turns", "8")
     assert none.code == 2 and "no dialogue fits into the context of 128" in none.err
-    optimizer = make_optimizer(model, OptimConfig())
-    base = save_checkpoint(
-        Snapshot(tmp_path / "base", model, tokenizer, "pretrain", optimizer=optimizer), 1
-    )
+    base = save_model(tmp_path / "base", model, tokenizer, "pretrain")
     assert "wanted a checkpoint that answers" in script(SCRIPT, base).error
     with pytest.raises(ConfigError, match="batch_size of 1 or more"):
         MultiTurnConfig(batch_size=0)

@@ -3,11 +3,8 @@
 import hashlib
 import json
 import math
-import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +28,7 @@ from babyllama.log import cjk_font
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.rows import write_rows
 from babyllama.token_file import TokenFileWriter
-from conftest import TEXTS, small_config, write_token_files
+from conftest import TEXTS, save_model, small_config, write_token_files
 from model import IGNORED, Transformer
 from tokenizer import Tokenizer
 
@@ -170,10 +167,7 @@ def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary(tmp_path, tokeni
     model = Transformer(small_config(tokenizer.vocab_size))
     with torch.no_grad():
         model.output.weight.zero_()
-    optimizer = make_optimizer(model, OptimConfig())
-    flat = save_checkpoint(
-        Snapshot(tmp_path / "flat", model, tokenizer, "sft", optimizer=optimizer), 1
-    )
+    flat = save_model(tmp_path / "flat", model, tokenizer)
     row = sets_of(evaluated(script, flat, rows_root / "text"))["text"]
     n_targets = sum(len(tokenizer.encode(row["text"])) + 1 for row in ROWS["text"])
     assert row["n_targets"] == n_targets
@@ -235,10 +229,7 @@ def test_the_compressor_sees_the_same_text():
 def test_checkpoints_stand_in_one_table(checkpoint, tmp_path, tokenizer, rows_root, script):
     torch.manual_seed(1)
     model = Transformer(small_config(tokenizer.vocab_size))
-    optimizer = make_optimizer(model, OptimConfig())
-    other = save_checkpoint(
-        Snapshot(tmp_path / "other", model, tokenizer, "pretrain", optimizer=optimizer), 3
-    )
+    other = save_model(tmp_path / "other", model, tokenizer, "pretrain", 3)
     done = script(SCRIPT, checkpoint, other.parent, "--data", rows_root / "chat")
     assert done.code == 0, done.err
     found = json.loads((checkpoint.parent / "evaluate.json").read_text("utf-8"))
@@ -333,24 +324,6 @@ def test_the_shares_of_two_processes_make_up_the_whole(rows_root, model, tokeniz
     parts = [document_sums(model, documents, 64, 1, True, Share(r, 2, cpu)) for r in (0, 1)]
     whole = document_sums(model, documents, 64, 1, True, ALONE)
     assert np.allclose(sum(parts), whole, rtol=1e-12) and all(part.any() for part in parts)
-
-
-@pytest.mark.slow
-def test_two_processes_find_the_figures_of_one(checkpoint, rows_root, script):
-    one = sets_of(evaluated(script, checkpoint, all_sets(rows_root), "--batch_size", 2))
-    out = checkpoint.parent / "two.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-               "--nproc_per_node", "2", "-m", "babyllama.analysis.perplexity", str(checkpoint),
-               "--data",
-               all_sets(rows_root), "--out", str(out), "--device", "cpu", "--prompts", str(PROMPTS),
-               "--batch_size", "2"]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    two = sets_of(json.loads(out.read_text("utf-8")))
-    for kind, row in one.items():
-        for key in ("ppl", "bpb", "bpb_low", "accuracy", "n_targets"):
-            assert two[kind][key] == pytest.approx(row[key], rel=1e-6)
 
 
 def test_mistakes_are_one_line(checkpoint, rows_root, token_twins, tmp_path, script):

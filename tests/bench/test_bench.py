@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from babyllama.checkpoint import Loaded, Snapshot, load_model, save_checkpoint
+from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import ConfigError, DataError
-from babyllama.optim import OptimConfig, make_optimizer
 from bench import contamination
 from bench.cache import Store
 from bench.harness import Scorer, for_harness
@@ -23,7 +22,7 @@ from bench.run import cli, main
 from bench.run_task import ask
 from bench.sandbox import run as sandbox
 from bench.tasks import FixedShots, Task, choose, harness_task, load, names, rows_of
-from conftest import small_config
+from conftest import save_model, small_config
 from data_process.vocabulary import train_vocabulary
 from model import Transformer
 from tokenizer import Tokenizer
@@ -79,13 +78,6 @@ def fixed_model(vocab_size: int, **sizes: int) -> Transformer:
     return model
 
 
-def saved(model: Transformer, tokenizer: Tokenizer, run: Path, kind: str) -> Path:
-    optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(
-        Snapshot(run, model, tokenizer, kind, optimizer=optimizer, extra={"tokens": 0}), 3
-    )
-
-
 def asked(task: Task, lm: Scorer, shots: int = 0, limit: int = FEW) -> list[tuple]:
     """(row, prompt) of a task's rows, as the harness asks them."""
     rows = rows_of(task, FIXTURES, limit)
@@ -137,13 +129,15 @@ def taught(tmp_path_factory, vocabulary) -> Path:
     wanted[torch.arange(len(goals)), torch.tensor(goals)] = 20.0
     with torch.no_grad():
         model.output.weight.copy_(torch.linalg.lstsq(found, wanted, driver="gelsd").solution.T)
-    return saved(model, vocabulary, place, "pretrain")
+    return save_model(place, model, vocabulary, "pretrain", 3)
 
 
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory, vocabulary) -> Loaded:
     model = fixed_model(vocabulary.vocab_size)
-    place = saved(model, vocabulary, tmp_path_factory.mktemp("bench") / "out/random", "pretrain")
+    place = save_model(
+        tmp_path_factory.mktemp("bench") / "out/random", model, vocabulary, "pretrain", 3
+    )
     return load_model(place)
 
 
@@ -321,7 +315,7 @@ def test_questions_that_stand_in_the_training_rows_are_counted(taught, vocabular
         line = json.dumps({"id": f"{kind}/0", "text": text}, ensure_ascii=False)
         (tmp_path / kind / "train-00000.jsonl").write_text(line + "\n", "utf-8")
         model = fixed_model(vocabulary.vocab_size)
-        checkpoints[kind] = saved(model, vocabulary, tmp_path / f"out/{kind}", "sft")
+        checkpoints[kind] = save_model(tmp_path / f"out/{kind}", model, vocabulary, "sft", 3)
         config = {"data": {"sources": [{"name": str(tmp_path / kind)}]}}
         config |= {} if kind == "base" else {"base": str(tmp_path / "out/base")}
         (tmp_path / f"out/{kind}/config.yaml").write_text(json.dumps(config), "utf-8")

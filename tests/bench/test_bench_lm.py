@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from test_bench import fixed_model, learnt_vocabulary, saved, slow_likelihood
+from test_bench import fixed_model, learnt_vocabulary, slow_likelihood
 
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import ConfigError
 from bench.cache import Store
 from bench.harness import MOST_OPTIONS, Dialogue, for_harness
+from conftest import save_model
 from tokenizer import Tokenizer
 
 
@@ -20,7 +21,9 @@ def vocabulary(tmp_path_factory) -> Tokenizer:
 @pytest.fixture(scope="module")
 def random_model(tmp_path_factory, vocabulary) -> Loaded:
     place = tmp_path_factory.mktemp("bench") / "out/random"
-    return load_model(saved(fixed_model(vocabulary.vocab_size), vocabulary, place, "pretrain"))
+    return load_model(
+        save_model(place, fixed_model(vocabulary.vocab_size), vocabulary, "pretrain", 3)
+    )
 
 
 class Request:

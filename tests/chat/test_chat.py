@@ -25,13 +25,13 @@ import chat
 from babyllama.chat.commands import COMMANDS, User, completions, obey
 from babyllama.chat.session import Conversation, Session, choose_checkpoint, read_reference
 from babyllama.chat.terminal import HARMFUL, MORE
-from babyllama.checkpoint import Snapshot, load_model, save_adapter, save_checkpoint
+from babyllama.checkpoint import load_model, save_adapter
 from babyllama.errors import ConfigError, DataError
 from babyllama.lora import LoraConfig, apply_lora, stored
 from babyllama.retrieval.index import build
 from babyllama.rows import read_rows
 from babyllama.sampling import SamplingConfig
-from conftest import TEXTS
+from conftest import TEXTS, save_model
 from data_process.vocabulary import train_vocabulary
 from model import ModelConfig, Transformer
 from test_index import write_articles
@@ -63,8 +63,7 @@ def make_checkpoint(path: Path, tokenizer: Tokenizer, reply: list[int] | None) -
     model = Transformer(config)
     if reply:
         teach(model, [tokenizer.render_prompt([])[-1], *reply])
-    optimizer = torch.optim.AdamW(model.parameters())
-    return save_checkpoint(Snapshot(path, model, tokenizer, "sft", optimizer=optimizer), 1).parent
+    return save_model(path, model, tokenizer).parent
 
 
 @pytest.fixture(scope="session")
@@ -613,10 +612,7 @@ def test_commands_are_those_for_what_the_model_was_trained_for(tmp_path, tokeniz
     run = make_checkpoint(tmp_path / "titles", tokenizer, None)
     loaded, user = load_model(run), User(input, print, input)
     loaded.model.more_info = {"tasks": ["title"]}
-    optimizer = torch.optim.AdamW(loaded.model.parameters())
-    path = save_checkpoint(
-        Snapshot(tmp_path / "stated", loaded.model, tokenizer, "sft", optimizer=optimizer), 1
-    )
+    path = save_model(tmp_path / "stated", loaded.model, tokenizer)
     stated, silent = (
         Session(load_model(path), chat.ChatConfig()),
         Session(loaded, chat.ChatConfig()),

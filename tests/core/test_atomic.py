@@ -4,7 +4,6 @@ import errno
 import os
 import socket
 import stat
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from babyllama.config import atomic_dir, atomic_write, lock, recover_dir
 from babyllama.errors import ConfigError
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(OSError, match="full"), atomic_write(path) as temporary:
@@ -26,7 +25,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("earlier", [True, False])
-def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path, earlier: bool) -> None:
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path, earlier):
     place = tmp_path / "set"
     if earlier:
         place.mkdir()
@@ -42,7 +41,7 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path: Path, earlier: bo
     assert sorted(tmp_path.rglob("*")) == [place, place / "inner", place / "inner/new"]
 
 
-def test_a_directory_survives_a_kill_between_the_two_renames(tmp_path: Path) -> None:
+def test_a_directory_survives_a_kill_between_the_two_renames(tmp_path):
     place, old = tmp_path / "set", tmp_path / "old-set"
     old.mkdir()
     (old / "row").touch()
@@ -54,9 +53,7 @@ def test_a_directory_survives_a_kill_between_the_two_renames(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
-def test_a_disk_that_flushes_no_directories_is_written_to_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int
-) -> None:
+def test_a_disk_that_flushes_no_directories_is_written_to_all_the_same(tmp_path, monkeypatch, kind):
     flush = os.fsync
 
     def refuse(handle: int) -> None:
@@ -72,9 +69,7 @@ def test_a_disk_that_flushes_no_directories_is_written_to_all_the_same(
     assert (tmp_path / "file").read_text() == "new" and (tmp_path / "set/row").exists()
 
 
-def test_a_disk_that_is_full_is_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_is_full_is_not_passed_over(tmp_path, monkeypatch):
     def refuse(handle: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
@@ -85,9 +80,7 @@ def test_a_disk_that_is_full_is_not_passed_over(
 
 
 @pytest.mark.parametrize("offered", [True, False])
-def test_a_directory_has_one_holder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offered: bool
-) -> None:
+def test_a_directory_has_one_holder(tmp_path, monkeypatch, offered):
     fcntl = pytest.importorskip("fcntl")
     if not offered:
 

@@ -25,7 +25,6 @@ from babyllama.data import (
     permuted,
     share,
 )
-from babyllama.errors import ConfigError, DataError
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
 from babyllama.sources import DataConfig, Dialogues, SourceConfig, Windows, open_source
@@ -492,24 +491,6 @@ def test_a_step_takes_the_rows_that_follow_those_of_the_step_before(tmp_path):
     # 60 rows are two whole epochs, though no epoch ends with a step.
     assert Counter(seen) == dict.fromkeys(range(30), 2)
     assert train.steps_per_epoch == 7.5
-
-
-@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_no_positive_number_is_refused(weight):
-    with pytest.raises(ConfigError, match=f"source 'a' has weight {weight}; wanted more than 0"):
-        DataConfig(sources=[SourceConfig("a", weight)])
-
-
-def test_a_run_without_sources_is_refused(tokenizer):
-    with pytest.raises(ConfigError, match=r"data\.sources is empty"):
-        open_data(DataConfig(), tokenizer, MAX_SEQ_LEN, Order())
-
-
-@pytest.mark.parametrize("name", ["no-such-set", "no/such/set"])
-def test_missing_token_files_are_refused_with_the_command_that_makes_them(tokenizer, name):
-    command = f"python -m data_process.run {Path(name).name} --tokenizer {tokenizer.path}"
-    with pytest.raises(DataError, match=rf"found none .*train-\*\.idx.*{command}"):
-        open_source(SourceConfig(name), "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
 
 
 def no_rows(stem: Path, tokenizer, kind: str) -> None:

@@ -39,22 +39,18 @@ CARDS = [
 
 
 @pytest.mark.parametrize("card, capability, wanted", CARDS)
-def test_a_card_gets_the_fastest_format_that_trains(
-    card: str, capability: tuple[int, int], wanted: str
-) -> None:
+def test_a_card_gets_the_fastest_format_that_trains(card, capability, wanted):
     assert safe_precision("cuda", card, capability) == wanted
 
 
 @pytest.mark.parametrize(
     "device, wanted", [("cpu", "float32"), ("cpu-bf16", "bfloat16"), ("mps", "float32")]
 )
-def test_other_devices_compute_in_float32_unless_they_have_bfloat16(
-    device: str, wanted: str
-) -> None:
+def test_other_devices_compute_in_float32_unless_they_have_bfloat16(device, wanted):
     assert safe_precision(device) == wanted
 
 
-def test_a_named_format_is_used_and_auto_is_a_safe_one() -> None:
+def test_a_named_format_is_used_and_auto_is_a_safe_one():
     cpu = torch.device("cpu")
     assert pick_precision(cpu, "float16") == "float16"
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
@@ -77,8 +73,8 @@ def test_a_named_format_is_used_and_auto_is_a_safe_one() -> None:
     ],
 )
 def test_a_format_known_to_fail_is_replaced_with_a_warning_unless_forced(
-    device: str, card: str, capability: tuple[int, int], wanted: str, gets: str, warns: bool
-) -> None:
+    device, card, capability, wanted, gets, warns
+):
     found, warning = checked_precision(device, card, capability, wanted, force=False)
     assert found == gets and bool(warning) == warns
     if warns:
@@ -87,14 +83,14 @@ def test_a_format_known_to_fail_is_replaced_with_a_warning_unless_forced(
         assert found == wanted and "device.force" in warning
 
 
-def test_the_scale_of_float16_doubles_after_many_good_steps() -> None:
+def test_the_scale_of_float16_doubles_after_many_good_steps():
     scaler = Scaler(torch.device("cpu"), "float16")
     scaler.load({"scale": 1024.0, "good_steps": scaler.EVERY - 1})
     one_step(scaler, 0.01)
     assert scaler.state() == {"scale": 2048.0, "good_steps": 0}
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_a_device_that_is_not_there_is_refused():
     assert pick_device("cpu") == torch.device("cpu")
     for name, is_there in (
         ("cuda", torch.cuda.is_available()),
@@ -116,9 +112,7 @@ KERNELS = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of a build
     [((6, 1), False), ((7, 0), False), ((7, 5), True), ((8, 6), True), ((8, 9), True),
      ((9, 0), True), ((10, 3), True), ((11, 0), False)],
 )  # fmt: skip
-def test_a_card_without_kernels_is_told_so(
-    capability: tuple[int, int], runs: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_without_kernels_is_told_so(capability, runs, monkeypatch):
     fault = kernels_missing("A card", capability, KERNELS)
     assert bool(fault) != runs and not kernels_missing("A card", (11, 0), [*KERNELS, "compute_100"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -136,7 +130,7 @@ def test_a_card_without_kernels_is_told_so(
         assert pick_device().type != "cuda"
 
 
-def test_deterministic_kernels_want_what_cublas_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_kernels_want_what_cublas_reads(monkeypatch):
     card = torch.device("cuda")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with pytest.raises(ConfigError, match="start with CUBLAS_WORKSPACE_CONFIG=:4096:8 python"):
@@ -162,7 +156,7 @@ def one_step(scaler: Scaler, factor: float) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_step_is_made_in_every_format_and_a_bad_one_is_not(precision: str) -> None:
+def test_a_step_is_made_in_every_format_and_a_bad_one_is_not(precision):
     scaler = Scaler(torch.device("cpu"), precision)
     norm, changed = one_step(scaler, 0.01)
     assert changed and norm == pytest.approx(0.01 * math.sqrt(16 * 4 + 4 * 4), rel=1e-2)
@@ -172,7 +166,7 @@ def test_a_step_is_made_in_every_format_and_a_bad_one_is_not(precision: str) -> 
     assert one_step(scaler, 0.01)[1]
 
 
-def test_a_long_gradient_is_cut_to_the_longest_and_a_short_one_is_left() -> None:
+def test_a_long_gradient_is_cut_to_the_longest_and_a_short_one_is_left():
     for most, moves in ((1.0, 1.0), (5.0, 5.0), (1e3, 10.0)):
         weight = torch.nn.Parameter(torch.zeros(4))
         optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -182,7 +176,7 @@ def test_a_long_gradient_is_cut_to_the_longest_and_a_short_one_is_left() -> None
         assert weight.detach().norm().item() == pytest.approx(moves, rel=1e-5)
 
 
-def test_an_overflow_halves_the_scale_of_float16_which_survives_a_restart() -> None:
+def test_an_overflow_halves_the_scale_of_float16_which_survives_a_restart():
     scaler = Scaler(torch.device("cpu"), "float16")
     one_step(scaler, math.inf)
     state = scaler.state()
@@ -193,12 +187,12 @@ def test_an_overflow_halves_the_scale_of_float16_which_survives_a_restart() -> N
 
 
 @pytest.mark.parametrize("saved, now", [("float32", "float16"), ("float16", "float32")])
-def test_a_run_may_go_on_in_another_format(saved: str, now: str) -> None:
+def test_a_run_may_go_on_in_another_format(saved, now):
     state = Scaler(torch.device("cpu"), saved).state()
     scaler = Scaler(torch.device("cpu"), now)
     scaler.load(state)
     assert one_step(scaler, 0.01)[1]
 
 
-def test_memory_is_that_of_this_process() -> None:
+def test_memory_is_that_of_this_process():
     assert 0.05 < memory_gb(torch.device("cpu")) < 64

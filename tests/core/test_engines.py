@@ -224,9 +224,7 @@ def final(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_twenty_losses_and_the_final_state_are_those_of_one_process(
-    engine: str, root: Path
-) -> None:
+def test_twenty_losses_and_the_final_state_are_those_of_one_process(engine, root):
     for kind in ("train", "val"):
         assert losses(root / engine, kind) == pytest.approx(losses(root / "one", kind), abs=1e-5)
     assert len(losses(root / "one")) == STEPS
@@ -238,7 +236,7 @@ def test_twenty_losses_and_the_final_state_are_those_of_one_process(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_in_float64_weights_and_norms_differ_by_rounding_alone(engine: str, root: Path) -> None:
+def test_in_float64_weights_and_norms_differ_by_rounding_alone(engine, root):
     wanted, found = (torch.load(root / f"double-{name}.pt") for name in ("one", engine))
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
@@ -246,15 +244,13 @@ def test_in_float64_weights_and_norms_differ_by_rounding_alone(engine: str, root
 @pytest.mark.parametrize(
     "name", ["ddp-then-fsdp2", "fsdp2-then-ddp", "one-then-ddp", "ddp-then-one"]
 )
-def test_a_checkpoint_of_one_engine_or_of_one_process_is_gone_on_from_by_another(
-    name: str, root: Path
-) -> None:
+def test_a_checkpoint_of_one_engine_or_of_one_process_is_gone_on_from_by_another(name, root):
     assert losses(root / name) == pytest.approx(losses(root / "one"), abs=1e-5)
     torch.testing.assert_close(final(root / name), final(root / "one"), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_muon_and_averages_give_the_losses_of_one_process(engine: str, root: Path) -> None:
+def test_muon_and_averages_give_the_losses_of_one_process(engine, root):
     for kind in ("train", "val"):
         found, wanted = losses(root / f"muon-{engine}", kind), losses(root / "muon-one", kind)
         assert found == pytest.approx(wanted, abs=1e-4)
@@ -266,14 +262,14 @@ def test_muon_and_averages_give_the_losses_of_one_process(engine: str, root: Pat
         assert not torch.equal(kept[key], kept[key.removesuffix(":average")])
 
 
-def test_float16_trains_alike_with_both_engines(root: Path) -> None:
+def test_float16_trains_alike_with_both_engines(root):
     ddp, fsdp2 = (losses(root / f"float16-{engine}") for engine in ENGINES)
     assert ddp == pytest.approx(fsdp2, abs=2e-2)
     assert ddp[-1] < ddp[0]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_bad_numbers_of_one_process_change_no_weight_of_any(engine: str, root: Path) -> None:
+def test_bad_numbers_of_one_process_change_no_weight_of_any(engine, root):
     run = root / f"bad-{engine}"
     good = [step for step in range(1, 11) if step not in BAD]
     assert [r["step"] for r in read_metrics(run) if r["kind"] == "train"] == good
@@ -283,16 +279,14 @@ def test_bad_numbers_of_one_process_change_no_weight_of_any(engine: str, root: P
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_gradients_are_exchanged_after_the_last_micro_batch_alone(engine: str, root: Path) -> None:
+def test_gradients_are_exchanged_after_the_last_micro_batch_alone(engine, root):
     for rank in range(2):
         found = json.loads((root / f"exchanges-{engine}-{rank}.json").read_text())
         assert found == [False, False, True]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_main_process_alone_holds_the_whole_weights_and_is_waited_for(
-    engine: str, root: Path
-) -> None:
+def test_the_main_process_alone_holds_the_whole_weights_and_is_waited_for(engine, root):
     """Of shares: a card that holds only its own has no room for all."""
     main, other = (json.loads((root / f"gathered-{engine}-{n}.json").read_text()) for n in (0, 1))
     assert main[0] and main[1] > 10 and main[2] == 1
@@ -300,9 +294,7 @@ def test_the_main_process_alone_holds_the_whole_weights_and_is_waited_for(
     assert main[3] == other[3] == [40, PATIENCE.total_seconds()] and PATIENCE.total_seconds() > 3600
 
 
-def test_alone_there_is_one_process_and_nothing_to_exchange(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_alone_there_is_one_process_and_nothing_to_exchange(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with start(torch.device("cpu")) as world:
         assert world == WORLD
@@ -314,7 +306,7 @@ def test_alone_there_is_one_process_and_nothing_to_exchange(
         pass
 
 
-def test_every_process_has_a_card_of_its_own() -> None:
+def test_every_process_has_a_card_of_its_own():
     assert [own_card(str(n), "a run", 4) for n in range(4)] == [0, 1, 2, 3]
     assert own_card("3", None, 1) == own_card(None, None, 1) == 0  # Slurm shows each its own alone
     for local, torchrun, n_cards in (("1", "a run", 1), ("4", None, 4)):
@@ -322,6 +314,6 @@ def test_every_process_has_a_card_of_its_own() -> None:
             own_card(local, torchrun, n_cards)
 
 
-def test_a_held_run_is_refused_in_every_process(root: Path) -> None:
+def test_a_held_run_is_refused_in_every_process(root):
     assert "is in use (process" in (root / "held/refused-0.txt").read_text()
     assert (root / "held/refused-1.txt").read_text() == "2"  # an exit code, without a word

@@ -11,9 +11,7 @@ from babyllama.config import atomic_dir, read_yaml, require_writable
 from babyllama.errors import ConfigError
 
 
-def test_what_is_in_the_way_comes_back_where_the_swap_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_in_the_way_comes_back_where_the_swap_fails(tmp_path, monkeypatch):
     place = tmp_path / "place"
     with atomic_dir(place) as new:
         (new / "one").write_text("")
@@ -32,7 +30,7 @@ def test_what_is_in_the_way_comes_back_where_the_swap_fails(
 
 @pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_files_get_the_rights_that_umask_says(mask: int, tmp_path: Path) -> None:
+def test_files_get_the_rights_that_umask_says(mask, tmp_path):
     before = os.umask(mask)
     try:
         with atomic_dir(tmp_path / "place") as new:
@@ -42,7 +40,7 @@ def test_files_get_the_rights_that_umask_says(mask: int, tmp_path: Path) -> None
     assert (tmp_path / "place/file").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("old")
     with pytest.raises(ConfigError, match="is a directory"):
         require_writable(tmp_path)
@@ -61,7 +59,7 @@ BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcd
     "text", [BOMB, "[" * 10_000, "a: !!python/name:os.system", "a: !!int x", "a: !!float x",
              "a: 1" + "0" * 5000, "\x00", "name: [", "a: !!timestamp {}", "\ud800"],
 )  # fmt: skip
-def test_yaml_that_is_none_of_ours_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_yaml_that_is_none_of_ours_is_refused_in_one_line(text, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(ValueError) as error:
@@ -69,7 +67,7 @@ def test_yaml_that_is_none_of_ours_is_refused_in_one_line(text: str, tmp_path: P
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_name_that_looks_like_a_date_is_a_name(tmp_path: Path) -> None:
+def test_a_name_that_looks_like_a_date_is_a_name(tmp_path):
     (tmp_path / "x.yaml").write_text("a: 2024-01-31\nb: 2024-99-99\nc: 1.5\nd: null")
     assert read_yaml(tmp_path / "x.yaml") == {"a": "2024-01-31", "b": "2024-99-99", "c": 1.5,
                                               "d": None}  # fmt: skip

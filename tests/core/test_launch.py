@@ -68,21 +68,19 @@ def launch(tmp_path: Path) -> Callable[..., tuple[Outcome, int]]:
         ("-9", 137, 4),
     ],
 )
-def test_what_dies_is_started_again_and_what_ended_for_good_is_not(
-    codes: str, ends: int, starts: int, launch: Callable
-) -> None:
+def test_what_dies_is_started_again_and_what_ended_for_good_is_not(codes, ends, starts, launch):
     found, n_starts = launch(codes, "--retries", "3", "--min-uptime", "0")
     assert (found.code, n_starts) == (ends, starts), found.err
     assert found.err.count("launch: again") == starts - 1
 
 
-def test_what_breaks_at_once_is_not_started_again(launch: Callable) -> None:
+def test_what_breaks_at_once_is_not_started_again(launch):
     found, n_starts = launch("1", "--min-uptime", "60")
     assert (found.code, n_starts) == (1, 1)
     assert "sooner than 60 s" in found.err
 
 
-def test_mistakes_are_one_line(launch: Callable) -> None:
+def test_mistakes_are_one_line(launch):
     base = [sys.executable, "-m", "babyllama.supervise"]
     for words, said in (
         ([], "nothing to start"),
@@ -95,7 +93,7 @@ def test_mistakes_are_one_line(launch: Callable) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_handed_on_once_and_ends_the_retries(number: int, tmp_path: Path) -> None:
+def test_a_signal_is_handed_on_once_and_ends_the_retries(number, tmp_path):
     program = (
         "import signal, sys, time\n"
         "def stop(number, _):\n    print('got', number, flush=True); sys.exit(1)\n"
@@ -174,7 +172,7 @@ def kill_ranks(root: Path, tokenizer: Tokenizer, n_kills: int, seed: int) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
-def test_a_killed_rank_costs_nothing_but_time(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_killed_rank_costs_nothing_but_time(tmp_path, tokenizer):
     kill_ranks(tmp_path, tokenizer, 1, seed=int(time.time()))
 
 
@@ -201,9 +199,7 @@ sys.exit(code % 256)
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="Slurm")
-def test_the_slurm_script_trains_on_two_machines_and_outlives_a_killed_process(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_the_slurm_script_trains_on_two_machines_and_outlives_a_killed_process(tmp_path, tokenizer):
     """Slurm is played by a few lines, and its machines are this one twice; the rest is real."""
     write_token_files(tmp_path, tokenizer)
     straight = command(tmp_path, "straight", tokenizer, 40)
@@ -250,7 +246,7 @@ def test_the_slurm_script_trains_on_two_machines_and_outlives_a_killed_process(
 
 
 @pytest.mark.slow
-def test_bad_input_ends_both_processes_with_code_2(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_bad_input_ends_both_processes_with_code_2(tmp_path, tokenizer):
     """torchrun itself then ends with 1; what the processes said stands above its report."""
     words = [*command(tmp_path, "wrong", tokenizer, 1), "--optim.lr=-1"]
     found = subprocess.run(words, capture_output=True, text=True, timeout=200)
@@ -262,11 +258,11 @@ def test_bad_input_ends_both_processes_with_code_2(tmp_path: Path, tokenizer: To
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(os.name != "posix", reason="kill -9")
-def test_ten_killed_ranks_cost_nothing_but_time(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_ten_killed_ranks_cost_nothing_but_time(tmp_path, tokenizer):
     kill_ranks(tmp_path, tokenizer, 10, seed=0)
 
 
-def test_a_supervisor_whose_reader_has_gone_goes_on(tmp_path: Path) -> None:
+def test_a_supervisor_whose_reader_has_gone_goes_on(tmp_path):
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(

@@ -35,9 +35,7 @@ def write(run: Path, log: Log, first: int, last: int) -> None:
         log.record("train", step, FIGURES | {"loss": 5.0 / step, "lr": 1e-3})
 
 
-def test_without_a_terminal_each_record_is_a_plain_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_terminal_each_record_is_a_plain_line(tmp_path, capsys):
     log = Log(tmp_path, 0, 4)
     log.record("val", 0, FIGURES)
     write(tmp_path, log, 1, 4)
@@ -50,9 +48,7 @@ def test_without_a_terminal_each_record_is_a_plain_line(
     assert lines[2].split()[-2] == "left"
 
 
-def test_with_a_terminal_there_is_one_bar_with_the_newest_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_terminal_there_is_one_bar_with_the_newest_figures(tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -65,7 +61,7 @@ def test_with_a_terminal_there_is_one_bar_with_the_newest_figures(
     assert tmp_path.name in text and "train step" not in text
 
 
-def test_later_records_are_dropped_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_later_records_are_dropped_when_a_run_goes_on(tmp_path):
     write(tmp_path, Log(tmp_path, 0, 9), 1, 5)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "step": 6, "lo')  # cut by a kill
@@ -75,16 +71,14 @@ def test_later_records_are_dropped_when_a_run_goes_on(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(tmp_path, 2)] == [1, 2]
 
 
-def test_a_run_of_which_nothing_was_saved_begins_its_records_anew(tmp_path: Path) -> None:
+def test_a_run_of_which_nothing_was_saved_begins_its_records_anew(tmp_path):
     log = Log(tmp_path, 0, 9)
     log.record("val", 0, FIGURES)
     assert Log(tmp_path, 0, 9).records == []
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_only_the_main_process_speaks_and_writes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_the_main_process_speaks_and_writes(tmp_path, capsys):
     log = Log(tmp_path, 0, 4, is_main=False)
     write(tmp_path, log, 1, 2)
     log.say("hello")
@@ -93,7 +87,7 @@ def test_only_the_main_process_speaks_and_writes(
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_curves_are_a_real_picture_that_shows_the_figures(tmp_path: Path) -> None:
+def test_the_curves_are_a_real_picture_that_shows_the_figures(tmp_path):
     log = Log(tmp_path, 0, 30)
     write(tmp_path, log, 1, 30)
     log.record("val", 30, FIGURES)
@@ -110,13 +104,13 @@ def test_the_curves_are_a_real_picture_that_shows_the_figures(tmp_path: Path) ->
     assert not list(tmp_path.glob("tmp-*"))
 
 
-def test_a_single_validation_can_be_drawn(tmp_path: Path) -> None:
+def test_a_single_validation_can_be_drawn(tmp_path):
     draw_curves([{"kind": "val", "step": 0, **FIGURES}], tmp_path / "curves.png", "first")
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size[0] > 1000
 
 
-def test_the_validation_loss_of_each_source_is_drawn(tmp_path: Path) -> None:
+def test_the_validation_loss_of_each_source_is_drawn(tmp_path):
     def picture(sources: list[str]) -> bytes:
         records = [
             {
@@ -134,9 +128,7 @@ def test_the_validation_loss_of_each_source_is_drawn(tmp_path: Path) -> None:
     assert picture(["inews", "smalltalk"]) != picture([])
 
 
-def test_the_curves_are_redrawn_while_a_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_curves_are_redrawn_while_a_run_goes_on(tmp_path, monkeypatch):
     log = Log(tmp_path, 0, 4)
     log.record("val", 0, FIGURES)
     assert not (tmp_path / "curves.png").exists()
@@ -145,7 +137,7 @@ def test_the_curves_are_redrawn_while_a_run_goes_on(
     assert (tmp_path / "curves.png").exists()
 
 
-def test_samples_are_kept_by_step_and_dropped_with_what_was_not_saved(tmp_path: Path) -> None:
+def test_samples_are_kept_by_step_and_dropped_with_what_was_not_saved(tmp_path):
     log = Log(tmp_path, 0, 9)
     for step in (0, 5, 8):
         log.samples(step, [("今天", f"天气{step}"), ("你好", "再见")])
@@ -159,16 +151,14 @@ def test_samples_are_kept_by_step_and_dropped_with_what_was_not_saved(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "swanlab", "wandb"])
-def test_a_service_that_is_not_installed_names_the_file_to_install(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_service_that_is_not_installed_names_the_file_to_install(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"{name}.*requirements/track\.txt"):
         Log(tmp_path, 0, 4, track=name)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
+def test_figures_go_to_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -179,7 +169,7 @@ def test_figures_go_to_tensorboard(tmp_path: Path) -> None:
     assert found.Scalars("val/loss/inews")[0].value == 2.0
 
 
-def test_figures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_figures_go_to_wandb(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -197,7 +187,7 @@ def test_figures_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_records_that_were_cut_anywhere_do_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+def test_records_that_were_cut_anywhere_do_not_keep_a_run_from_going_on(tmp_path):
     log = Log(tmp_path, 0, 9)
     write(tmp_path, log, 1, 3)
     for step in (1, 2, 3):
@@ -221,9 +211,7 @@ def test_records_that_were_cut_anywhere_do_not_keep_a_run_from_going_on(tmp_path
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
-def test_a_run_whose_reader_has_gone_goes_on(
-    is_terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_reader_has_gone_goes_on(is_terminal, tmp_path, monkeypatch):
     read_end, write_end = os.pipe()
     os.close(read_end)
     with open(write_end, "w", buffering=1) as pipe:
@@ -237,7 +225,7 @@ def test_a_run_whose_reader_has_gone_goes_on(
     assert (tmp_path / "curves.png").exists()
 
 
-def test_labels_of_plots_speak_the_language_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_of_plots_speak_the_language_of_the_user(monkeypatch):
     assert plot_font("run") is None and label(LABELS["loss"], "a font") == "loss a token"
     monkeypatch.setattr(sys, "stderr", language.Door(sys.stderr, language._chinese()))
     assert plot_font("run") == cjk_font()
@@ -245,7 +233,7 @@ def test_labels_of_plots_speak_the_language_of_the_user(monkeypatch: pytest.Monk
         assert not label(text, "a font").isascii() and label(text, None) == text
 
 
-def test_only_a_font_that_has_the_characters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_font_that_has_the_characters_is_found(monkeypatch):
     font = cjk_font()
     if font:
         path = font_manager.findfont(font, fallback_to_default=False)
@@ -262,7 +250,7 @@ def test_only_a_font_that_has_the_characters_is_found(monkeypatch: pytest.Monkey
     assert cjk_font() is None
 
 
-def test_curves_of_a_run_with_a_chinese_name_are_drawn_without_a_warning(tmp_path: Path) -> None:
+def test_curves_of_a_run_with_a_chinese_name_are_drawn_without_a_warning(tmp_path):
     """Warnings are errors; without a Chinese font the name is spelled out."""
     records = [
         {"kind": kind, "step": step, **FIGURES, "sources": {"新闻": 2.0, "闲聊": 3.0}}

@@ -22,7 +22,7 @@ from model import Transformer
 CONFIG = OptimConfig(lr=0.02, min_lr_ratio=0.25, warmup_steps=10)
 
 
-def test_warm_up_rises_in_a_line_to_lr_and_the_cosine_falls_to_the_least() -> None:
+def test_warm_up_rises_in_a_line_to_lr_and_the_cosine_falls_to_the_least():
     rates = [lr_at(step, CONFIG, total_steps=110) for step in range(111)]
     assert rates[:10] == pytest.approx([0.02 * n / 10 for n in range(1, 11)])
     assert max(rates) == rates[9] == rates[10] == 0.02
@@ -32,7 +32,7 @@ def test_warm_up_rises_in_a_line_to_lr_and_the_cosine_falls_to_the_least() -> No
     assert rates[110] == pytest.approx(0.25 * 0.02)
 
 
-def test_a_linear_decay_falls_by_the_same_at_every_step_and_a_share_of_one_holds_the_rate() -> None:
+def test_a_linear_decay_falls_by_the_same_at_every_step_and_a_share_of_one_holds_the_rate():
     line = OptimConfig(lr=0.02, min_lr_ratio=0.0, warmup_steps=10, decay="linear")
     rates = [lr_at(step, line, total_steps=110) for step in range(10, 111)]
     assert rates == pytest.approx([0.02 * (1 - n / 100) for n in range(101)])
@@ -40,7 +40,7 @@ def test_a_linear_decay_falls_by_the_same_at_every_step_and_a_share_of_one_holds
     assert {lr_at(step, held, total_steps=110) for step in range(10, 111)} == {0.02}
 
 
-def test_no_warm_up_begins_at_lr_and_a_short_run_may_be_all_warm_up() -> None:
+def test_no_warm_up_begins_at_lr_and_a_short_run_may_be_all_warm_up():
     assert lr_at(0, OptimConfig(lr=0.5, warmup_steps=0), total_steps=5) == 0.5
     short = [lr_at(step, CONFIG, total_steps=4) for step in range(4)]
     assert short == pytest.approx([0.002, 0.004, 0.006, 0.008])
@@ -48,7 +48,7 @@ def test_no_warm_up_begins_at_lr_and_a_short_run_may_be_all_warm_up() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_matrices_decay_norms_do_not_and_every_parameter_is_in_one_group(tied: bool) -> None:
+def test_matrices_decay_norms_do_not_and_every_parameter_is_in_one_group(tied):
     model = Transformer(small_config(tied=tied))
     optimizer = make_optimizer(model, OptimConfig(weight_decay=0.3, beta1=0.8, beta2=0.9))
     decayed, others = optimizer.param_groups
@@ -61,7 +61,7 @@ def test_matrices_decay_norms_do_not_and_every_parameter_is_in_one_group(tied: b
     assert sorted(found) == sorted(names)
 
 
-def test_weights_that_do_not_train_are_left_out() -> None:
+def test_weights_that_do_not_train_are_left_out():
     model = Transformer(small_config())
     model.tok_embeddings.weight.requires_grad_(False)
     optimizer = make_optimizer(model, OptimConfig())
@@ -70,7 +70,7 @@ def test_weights_that_do_not_train_are_left_out() -> None:
     assert len(chosen) == len(list(model.parameters())) - 1
 
 
-def test_an_update_is_adamw_as_published() -> None:
+def test_an_update_is_adamw_as_published():
     """Loshchilov and Hutter 2019, algorithm 2, written out."""
     cfg = OptimConfig(lr=0.1, weight_decay=0.2, beta1=0.7, beta2=0.8)
     model = torch.nn.Linear(3, 2)
@@ -96,7 +96,7 @@ def test_an_update_is_adamw_as_published() -> None:
         torch.testing.assert_close(weight.detach().double(), wanted[name][0], rtol=1e-5, atol=1e-6)
 
 
-def test_muon_updates_the_matrices_of_the_layers_and_adamw_all_else() -> None:
+def test_muon_updates_the_matrices_of_the_layers_and_adamw_all_else():
     model = Transformer(small_config())
     optimizer = make_optimizer(model, OptimConfig(name="muon"))
     names = {id(weight): name for name, weight in model.named_parameters()}
@@ -114,7 +114,7 @@ def test_muon_updates_the_matrices_of_the_layers_and_adamw_all_else() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8)])
-def test_an_update_of_muon_has_singular_values_near_one(shape: tuple[int, int]) -> None:
+def test_an_update_of_muon_has_singular_values_near_one(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape)
     values = torch.linalg.svdvals(orthogonal(matrix))
@@ -124,7 +124,7 @@ def test_an_update_of_muon_has_singular_values_near_one(shape: tuple[int, int]) 
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
 
 
-def test_muon_is_that_of_torch() -> None:
+def test_muon_is_that_of_torch():
     """torch's own multiplies in bfloat16, so the two agree to its precision."""
     ours, theirs = (torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False)) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
@@ -151,6 +151,6 @@ def test_muon_is_that_of_torch() -> None:
      {"momentum": 1.0},
      {"max_grad_norm": math.nan}],
 )  # fmt: skip
-def test_settings_that_cannot_train_are_refused_by_name(wrong: dict) -> None:
+def test_settings_that_cannot_train_are_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=rf"optim\.{next(iter(wrong))} wants .* found"):
         OptimConfig(**wrong)

@@ -143,8 +143,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Pa
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_from_the_base_with_its_optimizer_goes_on_as_if_it_were_one_run(
-    optimizer: str, tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+    optimizer, tmp_path, tokenizer
+):
     # One row alone, so that every step of every run takes the same.
     for split in ("train", "val"):
         with TokenFileWriter(tmp_path / f"one/{split}-00000", "text", tokenizer) as writer:
@@ -180,9 +180,7 @@ def test_a_run_from_the_base_with_its_optimizer_goes_on_as_if_it_were_one_run(
     assert not all(torch.equal(fresh[name], wanted[name]) for name in wanted)
 
 
-def test_a_run_with_the_bases_optimizer_wants_a_base(
-    tmp_path: Path, tokens: Path, tokenizer: Tokenizer
-) -> None:
+def test_a_run_with_the_bases_optimizer_wants_a_base(tmp_path, tokens, tokenizer):
     data = Case("pretrain").open(tokens, tokenizer)
     cfg = Settings(TrainConfig(max_steps=1), DeviceConfig("cpu"), OptimConfig(from_base=True))
     model = Transformer(small_config(tokenizer.vocab_size))
@@ -191,9 +189,7 @@ def test_a_run_with_the_bases_optimizer_wants_a_base(
 
 
 @pytest.mark.slow
-def test_each_of_ten_checkpoints_leads_to_the_same_end(
-    tmp_path: Path, tokens: Path, tokenizer: Tokenizer
-) -> None:
+def test_each_of_ten_checkpoints_leads_to_the_same_end(tmp_path, tokens, tokenizer):
     resume_from_each(Case("pretrain"), list(range(1, STEPS)), tmp_path, tokens, tokenizer)
 
 
@@ -208,9 +204,7 @@ def test_each_of_ten_checkpoints_leads_to_the_same_end(
     ],
     ids=lambda case: "-".join(map(str, case)),
 )
-def test_every_kind_of_run_resumes_to_the_same_end(
-    case: Case, tmp_path: Path, tokens: Path, tokenizer: Tokenizer
-) -> None:
+def test_every_kind_of_run_resumes_to_the_same_end(case, tmp_path, tokens, tokenizer):
     resume_from_each(case, [7], tmp_path, tokens, tokenizer)
 
 
@@ -221,9 +215,7 @@ def test_every_kind_of_run_resumes_to_the_same_end(
 )
 @pytest.mark.filterwarnings("ignore")  # those of the compiler itself
 @pytest.mark.parametrize("kind", SOURCES)
-def test_compiled_runs_resume_to_the_same_end(
-    kind: str, tmp_path: Path, tokens: Path, tokenizer: Tokenizer
-) -> None:
+def test_compiled_runs_resume_to_the_same_end(kind, tmp_path, tokens, tokenizer):
     torch.compiler.reset()
     resume_from_each(Case(kind, compile=True), [4], tmp_path, tokens, tokenizer)
 
@@ -246,7 +238,7 @@ class Numbered:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_processes_together_see_each_of_ten_thousand_rows_once_an_epoch(ranks: int) -> None:
+def test_the_processes_together_see_each_of_ten_thousand_rows_once_an_epoch(ranks):
     """And in the order of one process, whatever their number: it may change at any step."""
     n_rows, batch = 10_000, 40
     data = TrainData(Mixture([Numbered(n_rows)], [1.0], seed=1), batch, 8, pad_id=0)

@@ -1,7 +1,6 @@
 """Laws of canonical rows: what is refused and why, and what survives a file."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +10,6 @@ from babyllama.errors import DataError
 from babyllama.rows import (
     check_row,
     numbered_lines,
-    plain,
     read_rows,
     row_kind,
     texts_of,
@@ -119,23 +117,6 @@ ROWS = [TEXT, CHAT, SUMMARY]
 ODD = "甲\u2028乙\u2029丙\r丁\x0b戊\x0c\x1c\x85己\n庚\x00\ufeff😀"
 
 
-@pytest.mark.parametrize(
-    "asked, trained",
-    [
-        (
-            "無線傳感器網絡的能耗問題，提出一種路由算法",
-            "无线传感器网络的能耗问题，提出一种路由算法",
-        ),
-        ("Ｈｅｌｌｏ，１２３（Ａ）", "Hello，123（A）"),
-        ("深\u200b度\ufeff学习", "深度学习"),
-        ("cafe\u0301", "café"),
-        ("一 二\n\n三：「四」👨‍👩‍👧", "一 二\n\n三：「四」👨‍👩‍👧"),
-    ],
-)
-def test_what_is_asked_has_the_letters_of_training_text(asked, trained):
-    assert plain(asked) == trained == plain(trained)
-
-
 def test_rows_come_back_from_a_file_as_they_were(tmp_path):
     rows = [*ROWS, TEXT | {"text": ODD}, SUMMARY | {"meta": {"odd": ODD}}]
     path = tmp_path / "new/rows.jsonl"
@@ -215,18 +196,10 @@ def one_then(error: Exception):
 
 @pytest.mark.parametrize("earlier", [None, b"earlier\n"])
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, earlier, error):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, earlier, error):
     path = tmp_path / "rows.jsonl"
     if earlier:
         path.write_bytes(earlier)
     with pytest.raises(type(error)):
         write_rows(path, one_then(error))
     assert [p.read_bytes() for p in tmp_path.iterdir()] == ([earlier] if earlier else [])
-
-
-def test_a_file_is_replaced_when_the_new_one_is_whole(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    write_rows(path, [TEXT])
-    write_rows(path, [SUMMARY, CHAT])
-    assert list(read_rows(path)) == [SUMMARY, CHAT]
-    assert list(tmp_path.iterdir()) == [path]

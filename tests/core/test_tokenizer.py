@@ -257,13 +257,6 @@ def test_pieces_as_ids_equal_pieces_as_strings(any_tokenizer, pieces, as_ids):
     assert any_tokenizer.encode_content(mixed) == wanted
 
 
-@pytest.mark.parametrize("typed", ["</s>", "<s>", "<unk>", "a</s>b<s>", "<0x0A>", "[gMASK]"])
-def test_control_strings_typed_by_a_user_give_no_control_ids(any_tokenizer, typed):
-    ids = any_tokenizer.encode(typed)
-    assert not {any_tokenizer.bos_id, any_tokenizer.eos_id} & set(ids)
-    assert any_tokenizer.decode(ids) == typed
-
-
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     decoder = tokenizer.stream_decoder()
     return list(map(decoder.feed, ids))

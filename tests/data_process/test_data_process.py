@@ -508,18 +508,6 @@ def test_unknown_sets_and_names_that_are_paths_are_refused(reader, name):
         data_sets(reader, name)
 
 
-def test_the_command_ends_with_one_line_and_code_2(tmp_path):
-    command = [sys.executable, "-m", "data_process.run", "text", "--raw", tmp_path / "none"]
-    done = subprocess.run([*map(str, command)], cwd=REPO, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-
-
-def test_no_torch_is_imported():
-    code = "import sys, data_process.run; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPO).returncode == 0
-
-
 # Real data.
 
 

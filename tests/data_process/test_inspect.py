@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -267,12 +266,3 @@ def test_a_damaged_line_further_down_is_named(tmp_path: Path, tokenizer: Tokeniz
     assert chosen(path, tokenizer, n=1) == [0]
     with pytest.raises(DataError, match=r"x\.jsonl:2"):
         chosen(path, tokenizer, row="5")
-
-
-def test_the_command_starts_as_a_module(data: Path):
-    words = [data / "clean/chat/train-00000.jsonl", "--row", "c/2", "--pieces"]
-    done = subprocess.run(
-        [sys.executable, "-m", "data_process.tools.inspect_set", *map(str, words)],
-        cwd=REPO, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0 and "|⟦很|好|" in done.stdout, done.stderr

@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from babyllama.checkpoint import Loaded, Snapshot, load_model, save_checkpoint
+from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.optim import OptimConfig, make_optimizer
-from conftest import TEXTS, small_config
+from conftest import TEXTS, save_model, small_config
 from export import gguf, hf, import_hf
 from export.gguf import interleave, rounded, write_file
 from export.parity import (
@@ -64,10 +63,7 @@ def make_checkpoint(run: Path, tokenizer: Tokenizer, **changes: object) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * 0.3 + (weight.dim() == 1))
-    optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(
-        Snapshot(run, model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}), 7
-    )
+    return save_model(run, model, tokenizer, step=7)
 
 
 @pytest.fixture(scope="module")
@@ -330,12 +326,6 @@ def test_bad_input_is_one_line(name, target, source, tmp_path, script, monkeypat
 def test_a_missing_package_is_named_with_the_way_to_install_it():
     with pytest.raises(ConfigError, match=r"no_such_package.*-r requirements/export\.txt"):
         package("no_such_package")
-
-
-@pytest.mark.parametrize("name", ["hf", "gguf", "import_hf"])
-def test_help_shows_commands_to_paste(name, script):
-    found = script(f"export/{name}.py", "--help")
-    assert found.code == 0 and f"python -m export.{name} " in found.out and "--force" in found.out
 
 
 def test_lines_are_taken_from_the_sets_that_are_there(tmp_path):

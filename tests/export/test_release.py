@@ -9,16 +9,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from babyllama import checkpoint
-from babyllama.checkpoint import Snapshot, load_model, save_checkpoint
+from babyllama.checkpoint import load_model
 from babyllama.config import REPO
 from babyllama.cpu import compile
 from babyllama.cpu.decoder import make_decoder
 from babyllama.errors import CheckpointError
 from babyllama.generate import generate
-from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
-from conftest import TEXTS, small_config
+from conftest import TEXTS, save_model, small_config
 from export import release
 from export.release import ReleaseConfig, compare_perplexity
 from model import Transformer
@@ -43,13 +42,7 @@ def source(root: Path, tokenizer: Tokenizer) -> Path:
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * 0.1 + (weight.dim() == 1))
-    optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(
-        Snapshot(
-            root / "out/small", model, tokenizer, "sft", optimizer=optimizer, extra={"tokens": 0}
-        ),
-        7,
-    )
+    return save_model(root / "out/small", model, tokenizer, step=7)
 
 
 @pytest.fixture(scope="module")

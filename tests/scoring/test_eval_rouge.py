@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 
 import eval_rouge
-from babyllama.checkpoint import Snapshot, save_checkpoint
 from babyllama.errors import ConfigError, DataError
-from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import numbered_lines, write_rows
 from babyllama.scoring import rouge, test_sets
+from conftest import save_model
 from model import Transformer
 
 REPO = Path(eval_rouge.__file__).parent
@@ -45,10 +44,7 @@ def other(tmp_path: Path, model: Transformer, tokenizer) -> Path:
     model.init_weights()
     for weight in model.parameters():
         weight.data.mul_(8 if weight.dim() > 1 else 1)
-    optimizer = make_optimizer(model, OptimConfig())
-    return save_checkpoint(
-        Snapshot(tmp_path / "out/other", model, tokenizer, "sft", optimizer=optimizer), 3
-    )
+    return save_model(tmp_path / "out/other", model, tokenizer, step=3)
 
 
 def write_titles(path: Path, titles: list[str], texts: list[str] = TEXTS) -> Path:

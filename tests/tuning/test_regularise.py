@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import load_file
 
-from babyllama.checkpoint import Snapshot, load_model
+from babyllama.checkpoint import load_model
 from babyllama.data import open_data
 from babyllama.device import Scaler
 from babyllama.distributed import World
@@ -27,7 +27,7 @@ from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, evaluate
 from babyllama.tuning.average import mean_weights, newest_steps
 from babyllama.tuning.regularise import RegulariseConfig, lengths_of, regularise
-from conftest import small_config, write_run
+from conftest import save_model, small_config, write_run
 from model import IGNORED, SLICE, Transformer
 
 VOCAB = 97
@@ -251,20 +251,8 @@ def test_the_mean_of_checkpoints_is_that_of_their_weights(tmp_path, token_root, 
 
 
 def test_checkpoints_of_two_shapes_are_not_averaged(tmp_path, checkpoint, tokenizer):
-    from babyllama.checkpoint import save_checkpoint
-
     other = Transformer(small_config(tokenizer.vocab_size, n_layers=1))
-    step = save_checkpoint(
-        Snapshot(
-            tmp_path / "other",
-            other,
-            tokenizer,
-            "sft",
-            optimizer=make_optimizer(other, OptimConfig()),
-            extra={"tokens": 0},
-        ),
-        1,
-    )
+    step = save_model(tmp_path / "other", other, tokenizer)
     with pytest.raises(CheckpointError, match="found others"):
         mean_weights([checkpoint, step])
 

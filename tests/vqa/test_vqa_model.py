@@ -5,11 +5,11 @@ import io
 import pytest
 import torch
 
-from babyllama.checkpoint import Snapshot, load_model, save_checkpoint
+from babyllama.checkpoint import load_model
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.optim import OptimConfig, make_optimizer, set_lr
 from babyllama.sampling import SamplingConfig
-from conftest import small_config
+from conftest import save_model, small_config
 from model import IGNORED, Transformer
 from vqa.chat import answer, greedy, look, stream_answer
 from vqa.encoders import EncoderConfig, make_encoder
@@ -194,13 +194,7 @@ def test_each_part_learns_at_its_own_rate():
 def trained(request, tokenizer, tmp_path) -> Loaded:
     """A stored checkpoint, loaded again."""
     model = model_of(request.param, tokenizer.vocab_size)
-    optimizer = make_optimizer(model.freeze(["encoder"]), OptimConfig())
-    path = save_checkpoint(
-        Snapshot(
-            tmp_path / "run", model, tokenizer, "vqa", optimizer=optimizer, extra={"tokens": 0}
-        ),
-        3,
-    )
+    path = save_model(tmp_path / "run", model.freeze(["encoder"]), tokenizer, "vqa", 3)
     found = load(path)
     for (name, ours), (_, theirs) in zip(
         sorted(model.named_parameters()), sorted(found.model.named_parameters()), strict=True
