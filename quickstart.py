@@ -86,6 +86,7 @@ NEXT = """
   对话 / talk                              python chat.py out/my
 真正的训练 / the real training             python pretrain.py --dry-run         （43M：每一步的命令、显存、时间）
 """  # noqa: E501
+ACTIVATE = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
 
 
 def main() -> int:
@@ -103,15 +104,13 @@ def main() -> int:
     if not options.tests and (options.slow or options.pytest_args):
         parser.error("--slow and arguments for pytest go with --tests")
     root = Path(__file__).resolve().parent
-    windows = os.name == "nt"
-    python = root / ".venv" / ("Scripts/python.exe" if windows else "bin/python")
+    python = root / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     code = prepare(root, python, "requirements/dev.txt" if options.tests else "requirements.txt")
     if code == 0 and options.tests:
         return run_tests(root, python, options.slow, options.pytest_args)
     code = code or run_steps(STEPS, root, python)
     if code == 0:
-        activate = r".venv\Scripts\activate" if windows else "source .venv/bin/activate"
-        say(NEXT.format(activate=activate))
+        say(NEXT.format(activate=ACTIVATE))
     return code
 
 
@@ -123,16 +122,16 @@ def prepare(root: Path, python: Path, requirements: str) -> int:
         if code := run(command, root, Path(sys.executable)):
             say("Debian, Ubuntu: apt-get install python3-venv")
             return explain(code, command)
-    files = ("requirements.txt", "requirements/dev.txt", "constraints.txt")
-    key = digest(version_of(python), *(read(root / name) for name in files))
-    stamps = {name: root / ".venv" / f"installed-{Path(name).stem}.txt" for name in files[:2]}
-    if key in (read(stamps[requirements]), read(stamps["requirements/dev.txt"])):
+    every = "requirements/dev.txt"
+    files = [read(root / name) for name in ("requirements.txt", every, "constraints.txt")]
+    stamp, key = root / ".venv/installed.txt", digest(version_of(python), *files)
+    if read(stamp) in (f"{key} {requirements}", f"{key} {every}"):
         return 0
     say("\n安装依赖，第一次要几分钟 / installing, a few minutes the first time")
     command, started = f"python -m pip install -r {requirements} -c constraints.txt", time.time()
     if code := run(command, root, python, is_quiet=True):
         return explain(code, command)
-    stamps[requirements].write_text(key, encoding="utf-8")
+    stamp.write_text(f"{key} {requirements}", encoding="utf-8")
     say(f"用时 / took {time.time() - started:.1f} s")
     return 0
 
@@ -148,16 +147,16 @@ def version_of(python: Path) -> str:
 
 def run_tests(root: Path, python: Path, slow: bool, pytest_args: list) -> int:
     """Run the linter, the formatter's check and the tests; the first exit code that is not 0."""
-    choice = ["-n", "logical", "--maxprocesses", "4", "--dist", "worksteal"]  # a process a core
-    choice += [] if slow else ["-m", "not slow"]
+    spread = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")  # a process a core
+    choice = () if slow else ("-m", "not slow")
     results = {}
-    for command in ("ruff check", "ruff format --check", "pytest"):
-        more = [*choice, *pytest_args] if command == "pytest" else []
+    for command, more in (("ruff check", ()), ("ruff format --check", ()),
+                          ("pytest", (*spread, *choice, *pytest_args))):  # fmt: skip
         results[command] = run(f"python -m {command}", root, python, *more)
         if results[command] == 130:
             break
     say("\n" + " · ".join(f"{command}: {code or 'ok'}" for command, code in results.items()))
-    return next((code for code in results.values() if code), 0)
+    return next(filter(None, results.values()), 0)
 
 
 def run_steps(steps: tuple, root: Path, python: Path) -> int:
@@ -258,14 +257,12 @@ def show_scores(root: Path, _: Path) -> int:
 def show_answers(root: Path, python: Path) -> int:
     """What the released model and the character answer to the same questions, side by side."""
     say("\n同样的问题，问微调前和微调后的模型 / the same questions before and after")
-    said = []
+    said, asked = [], "\n".join(ASKED)
     for checkpoint in ("release", "out/persona"):
-        command = f"python chat.py {checkpoint} --json --temperature 0"
-        say(f"$ {command} < questions.txt")
-        done = subprocess.run(
-            [python, *command.split()[1:]], cwd=root, env=environment(), encoding="utf-8",
-            input="\n".join(ASKED), capture_output=True,
-        )  # fmt: skip
+        words = ["chat.py", checkpoint, "--json", "--temperature", "0"]
+        say(f"$ python {' '.join(words)} < questions.txt")
+        done = subprocess.run([python, *words], cwd=root, env=environment(), encoding="utf-8",
+                              input=asked, capture_output=True)  # fmt: skip
         if done.returncode:
             say(done.stderr)
             return done.returncode
@@ -276,8 +273,7 @@ def show_answers(root: Path, python: Path) -> int:
 
 
 def explain(code: int, command: str) -> int:
-    flags = [word for word in sys.argv[1:] if word in ("--tests", "--slow")]
-    again = " ".join(["python quickstart.py", *flags])
+    again = " ".join(["python quickstart.py", *(w for w in sys.argv if w in ("--tests", "--slow"))])
     text = f"失败 / failed with exit code {code}: {command}\n解决后 / mend it, then: {again}"
     if code in (75, 130):
         text = f"已停止；再运行 {again} 从这里继续 / stopped; run it again to go on from here"
