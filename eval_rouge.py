@@ -5,7 +5,7 @@
     python eval_rouge.py out/csl --data data/raw/csl/ts/test.tsv --limit 100
     python eval_rouge.py out/csl --dataset csl --decoding greedy,beam,top_p,best
     python eval_rouge.py out/csl --dataset csl --wordings --follow-up
-    python eval_rouge.py out/chat out/csl_titles.jsonl --dataset csl --report report.html
+    python eval_rouge.py out/chat out/csl_titles.jsonl --dataset csl
     python eval_rouge.py out/a+out/b+out/c --decoding best   three checkpoints that decide together
 
 A system is a checkpoint, several joined by "+", or a file of titles that an earlier run has
@@ -24,7 +24,7 @@ from babyllama.config import from_repo, parse, plain, run, shown
 from babyllama.decoder import Weights
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
-from babyllama.scoring import probes, report, rouge, tables, test_sets
+from babyllama.scoring import probes, rouge, tables, test_sets
 from babyllama.scoring.summarise import AskConfig, ReadyModel, decodings, summarise_all
 from babyllama.scoring.tables import System
 from babyllama.scoring.test_sets import SummarySet
@@ -44,7 +44,6 @@ class EvalConfig(AskConfig):
         published: whose figures stand beside: auto (as the file's layout says), none,
             csl_title_public, csl_ts, lcsts
         out: file for the titles; if absent in the first checkpoint's run
-        report: an HTML page with the titles of the first two systems side by side
         limit: only so many rows, the first
         decoding: ways to decode, each a line of the table: greedy, beam, top_p, best; if absent the
             one that the settings describe
@@ -58,7 +57,6 @@ class EvalConfig(AskConfig):
     data: Path | None = None
     published: str = "auto"
     out: Path | None = None
-    report: Path | None = None
     limit: int | None = None
     decoding: str = ""
     wordings: bool = False
@@ -104,14 +102,13 @@ def evaluate(
 
 def main(cfg: EvalConfig) -> None:
     """Read, summarise, score, compare, print, write."""
-    systems = test_sets.choose_systems(cfg.systems)
-    asks_more = cfg.wordings or cfg.follow_up
-    test_sets.require_sense(systems, len(cfg.ways()), cfg.report is not None, asks_more)
+    systems, ways = test_sets.choose_systems(cfg.systems), cfg.ways()
+    test_sets.require_sense(systems, cfg.wordings or cfg.follow_up)
     places = [path for paths in systems.values() for path in paths]
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
-    out = test_sets.choose_out(cfg.out, cfg.report, places, found)
+    out = test_sets.choose_out(cfg.out, places, found)
     published = test_sets.choose_published(cfg.published, found, tables.published_sets())
-    lines, model = summarise_all(systems, found, cfg.ways(), cfg)
+    lines, model = summarise_all(systems, found, ways, cfg)
     result = {
         "set": found.name,
         "data_sha256": found.sha256,
@@ -120,7 +117,7 @@ def main(cfg: EvalConfig) -> None:
         "models": test_sets.describe(places),
         "settings": plain(cfg),
         "prompts_sha256": test_sets.sha256(from_repo(cfg.prompts)),
-        "decoding": {way or "settings": asdict(how) for way, how in cfg.ways().items()},
+        "decoding": {way or "settings": asdict(how) for way, how in ways.items()},
     }
     for key in ("n_cut", "n_lead_ins", "seconds"):
         result[key] = {line.name: getattr(line, key) for line in lines}
@@ -130,10 +127,6 @@ def main(cfg: EvalConfig) -> None:
         print(f"titles of {line.name}: {shown(place)}")
     write_rows(out.with_suffix(".scores.json"), [result])
     print(f"scores: {shown(out.with_suffix('.scores.json'))}")
-    if cfg.report:
-        note = tables.difference_table(result["differences"], lines[0].name, lines[1].name)
-        report.write_report(from_repo(cfg.report), found.rows, lines[:2], note)
-        print(f"report: {shown(from_repo(cfg.report))}")
 
 
 if __name__ == "__main__":

@@ -519,21 +519,9 @@ def load_adapter(model: Transformer, path: Path, name: str = "default") -> Trans
     path = find_adapter(path)
     cfg, found, tensors = read_adapter(path)
     lora.require_base(model, found, shown(path))
-    return attach(model, cfg, tensors, path, name, found["base"])
-
-
-def attach(
-    model: Transformer,
-    cfg: LoraConfig,
-    tensors: dict[str, Tensor],
-    where: Path,
-    name: str,
-    base: str | None = None,
-) -> Transformer:
-    """Put on an adapter with these values; a misfit is found before the model is touched."""
-    require_shapes(lora.shapes(model, cfg), tensors, where)
-    lora.apply_lora(model, cfg, name, base)
-    load_weights(model, tensors, where)
+    require_shapes(lora.shapes(model, cfg), tensors, path)  # before the model is touched
+    lora.apply_lora(model, cfg, name, found["base"])
+    load_weights(model, tensors, path)
     return model
 
 

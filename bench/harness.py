@@ -6,9 +6,12 @@ A text is cut as the harness' own Hugging Face model cuts it, so scores of an ex
 are the same. A dialogue is rendered by tokenizer.py, by ids; when it is too long its head stays.
 """
 
+import hashlib
+import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,7 +22,6 @@ from babyllama.cpu.decoder import make_decoder
 from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
 from babyllama.sampling import SamplingConfig
-from bench.cache import Store
 from model import IGNORED, KVCache, token_losses
 from tokenizer import LABELS, SEPARATOR
 
@@ -28,6 +30,39 @@ ANSWER = re.compile(r"\s*(?:答案|解答)：\s*$")
 # Options that share a context are read together; all sentences of ZhoBLiMP share an empty one.
 MOST_OPTIONS = 16
 MAX_NEW = 128  # tokens of a reply where a task does not say
+
+
+class Store:
+    """Answers by question, kept in a file, so that a run that was stopped goes on where it was;
+    without a path in memory only. A last line that was cut is dropped.
+
+    about: what every answer depends on beside its question: the checkpoint and its format
+    """
+
+    def __init__(self, path: Path | None, about: object) -> None:
+        self.path = path
+        self.about = json.dumps(about, ensure_ascii=False, sort_keys=True, default=str)
+        self.known: dict[str, object] = {}
+        self.n_found = 0
+        if path and path.exists():
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            for line in whole.split(b"\n"):
+                if line:
+                    self.known.update([json.loads(line)])
+            path.write_bytes(whole + b"\n" if whole else b"")
+
+    def key(self, *question: object) -> str:
+        """A short name for a question."""
+        text = self.about + json.dumps(question, ensure_ascii=False, sort_keys=True)
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).hexdigest()
+
+    def add(self, answers: Iterable[tuple[str, object]]) -> None:
+        """Keep the answers of one chunk."""
+        answers = list(answers)
+        self.known.update(answers)
+        if self.path:
+            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(pair) + "\n" for pair in answers)
 
 
 class Dialogue(str):

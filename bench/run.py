@@ -29,8 +29,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.run_dir import beside, checksums, chosen_run
 from bench import contamination
 from bench import report as cards
-from bench.cache import Store
-from bench.harness import for_harness
+from bench.harness import Store, for_harness
 from bench.run_task import ask
 from bench.sandbox import run as sandbox
 from bench.scoring import verdict

@@ -11,21 +11,22 @@ script may be stopped at any moment. Last come a table and one JSON line, which 
 out/card.json; docs/cards.md tells what the figures mean and where they are collected.
 """
 
+import contextlib
 import gc
 import json
 import math
+import multiprocessing
 import os
 import platform
-import queue
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +66,6 @@ from tokenizer import Tokenizer
 
 TINY = ModelConfig(dim=64, n_layers=2, n_heads=4, multiple_of=32, max_seq_len=64, vocab_size=97)
 START_S = 60  # of a worker: imports, and the card's context
-MARK = "@card "  # begins a line of the worker that the parent reads
 NO_EOS = -1
 
 
@@ -77,29 +77,34 @@ class CardConfig:
         device: auto takes cuda, else mps, else cpu
         short: four minutes in place of eight
         tiny: shapes and times of a rehearsal
-        parts: only these, by name; empty: all
+        parts: only these, by name, with commas; empty: all
         out: file of the figures
-        worker: be the process that measures (used by the script itself)
     """
 
     device: str = "auto"
     short: bool = False
     tiny: bool = False
-    parts: list[str] = field(default_factory=list)
+    parts: str = ""
     out: Path = Path("out/card.json")
-    worker: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.parts if name not in PARTS]
+        unknown = [name for name in self.chosen if name not in PARTS]
         if unknown:
             raise ConfigError(f"parts {unknown}: wanted some of {', '.join(PARTS)}")
 
+    @property
+    def chosen(self) -> list[str]:
+        return [name.strip() for name in self.parts.split(",")] if self.parts else list(PARTS)
+
 
 class Lab:
-    """What all parts share: the device, the shape, the formats, and how long to measure."""
+    """What all parts share: the device, the shape, the formats, and how long to measure.
 
-    def __init__(self, cfg: CardConfig) -> None:
-        self.device, self.tiny = pick_device(cfg.device), cfg.tiny
+    tell: gets what is known of the running part, in case that it takes too long
+    """
+
+    def __init__(self, cfg: CardConfig, tell: Callable[[dict], object] = dict) -> None:
+        self.tell, self.device, self.tiny = tell, pick_device(cfg.device), cfg.tiny
         self.world = World(0, 1, self.device)
         self.is_card = self.device.type == "cuda"
         self.shape = TINY if cfg.tiny else SHAPE_43M
@@ -283,7 +288,7 @@ def training(lab: Lab) -> dict:
             "tokens_per_s": rate, "mfu": rate * mfu_per_rate(model, lab.world, precision),
             "peak_gb": memory_gb(lab.device), "computed_gb": sum(computed.values()),
         }  # fmt: skip
-        report(found)  # what is known if the next way takes too long
+        lab.tell(found)
         del model, step
     found["rows"] = lab.rows
     return found
@@ -303,7 +308,7 @@ def peer(lab: Lab) -> dict:
         )
         rate = lab.rate(step, ids.numel())
         found[name] = {"tokens_per_s": rate, "peak_gb": memory_gb(lab.device)}
-        report(found)
+        lab.tell(found)
     return found
 
 
@@ -360,7 +365,7 @@ def packed(lab: Lab) -> dict:
             rate = lab.rate(lambda step=step: step(batches[:1]), batches[0]["tokens"].numel())
         found[name] = {"tokens_per_s": rate, "peak_gb": memory_gb(lab.device),
                        "graphs": counters["stats"]["unique_graphs"]}  # fmt: skip
-        report(found)
+        lab.tell(found)
     found["loss_gap"] = abs(losses["blocks"] / losses["mask"] - 1)
     found["passed"] = found["loss_gap"] < 1e-2
     return found
@@ -445,7 +450,7 @@ def decoding(lab: Lab) -> dict:
             ids = lab.windows(n, n_new // 2)["tokens"].tolist()
             rate = lab.rate(lambda d=decoder, i=ids: generate(d, i, drawn, NO_EOS), n * n_new)
             found[f"{name} x {n}"] = {"tokens_per_s": rate, "kind": decoder.kind}
-        report(found)
+        lab.tell(found)
     return found
 
 
@@ -572,79 +577,59 @@ PARTS = {
 
 # The worker, and who watches it.
 
-_running: list[str] = []
 
-
-def report(figures: dict) -> None:
-    """Tell the parent what is known of the running part so far."""
-    if _running:
-        print(MARK + json.dumps({"part": _running[0], "so_far": figures}), flush=True)
-
-
-def work(cfg: CardConfig) -> None:
-    """Run the parts in this process."""
-    lab = Lab(cfg)
-    for name in cfg.parts:
-        _running[:] = [name]
-        lab.settled()
-        started = time.perf_counter()
-        figures = PARTS[name].act(lab)
-        figures["seconds"] = time.perf_counter() - started
-        print(MARK + json.dumps({"part": name, "figures": figures}), flush=True)
+def work(cfg: CardConfig, parts: list[str], told: Connection) -> None:
+    """Run the parts in this process, and tell (figures, whether the part has ended)."""
+    if os.name == "posix":
+        os.setsid()  # what it starts can be ended with it
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # a run's own log
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS is not deterministic
+    try:
+        lab = Lab(cfg, lambda figures: told.send((figures, False)))
+        for name in parts:
+            lab.settled()
+            started = time.perf_counter()
+            figures = PARTS[name].act(lab)
+            told.send((figures | {"seconds": time.perf_counter() - started}, True))
+    except Exception as error:  # for whoever watches: this process ends with it
+        told.send(({"fault": f"{type(error).__name__}: {str(error)[:300]}"}, True))
+        raise
 
 
 class Worker:
-    """A process that runs some parts; what it reports comes line by line."""
+    """A process that runs some parts, and tells what it finds."""
 
     def __init__(self, cfg: CardConfig, parts: list[str]) -> None:
-        flags = {"device": cfg.device, "short": cfg.short, "tiny": cfg.tiny, "worker": True}
-        words = [f"--{name}={str(value).lower()}" for name, value in flags.items()]
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.card", *words, f"--parts={json.dumps(parts)}"],
-            cwd=REPO, stdout=subprocess.PIPE, stderr=self._log, text=True, encoding="utf-8",
-            # Without this, cuBLAS is not deterministic (device.deterministic).
-            env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}, start_new_session=True,
-        )  # fmt: skip
-        self._lines: queue.Queue[dict | None] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                self._lines.put(json.loads(line.removeprefix(MARK)))
-        self._lines.put(None)
+        spawn = multiprocessing.get_context("spawn")
+        self._told, tell = spawn.Pipe(duplex=False)
+        self._process = spawn.Process(target=work, args=(cfg, parts, tell))
+        self._process.start()
+        tell.close()
 
     def figures(self, limit_s: float) -> dict:
         """The figures of the next part; with a `fault` where it took too long or died."""
-        known, until = {}, time.monotonic() + limit_s
-        while True:
+        known, is_done, until = {}, False, time.monotonic() + limit_s
+        while not is_done and self._told.poll(max(0.01, until - time.monotonic())):
             try:
-                line = self._lines.get(timeout=max(0.01, until - time.monotonic()))
-            except queue.Empty:
-                return known | {"fault": f"not finished after {limit_s:.0f} s"}
-            if line is None:
-                self._log.seek(0)
-                last = self._log.read().strip().splitlines()[-1:] or ["no word"]
-                return known | {"fault": f"the worker died: {last[0][:300]}"}
-            if "figures" in line:
-                return line["figures"]
-            known = line["so_far"]
+                figures, is_done = self._told.recv()
+            except EOFError:
+                self._process.join()
+                return known | {"fault": f"the worker died: exit code {self._process.exitcode}"}
+            known = known | figures
+        return known if is_done else known | {"fault": f"not finished after {limit_s:.0f} s"}
 
     def stop(self) -> None:
-        if os.name == "posix" and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if os.name == "posix" and self._process.is_alive():
+            with contextlib.suppress(ProcessLookupError):  # not yet at the head of its group
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
-        self._process.wait()
-        self._reader.join()  # the pipe has ended with the process
-        self._process.stdout.close()
-        self._log.close()
+        self._process.join()
+        self._told.close()
 
 
 def measured(cfg: CardConfig) -> Iterator[tuple[str, dict]]:
     """The figures of one part after the other, within the time of the whole script."""
-    left = list(cfg.parts or PARTS)
+    left = cfg.chosen
     ends = time.monotonic() + (240 if cfg.short else 480)
     worker, fresh = None, True
     try:
@@ -688,9 +673,6 @@ def _number(value: object) -> str:
 
 def main(cfg: CardConfig) -> int:
     """Measure, print, write; the exit code is 1 where a part failed."""
-    if cfg.worker:
-        work(cfg)
-        return 0
     found: dict[str, object] = {"settings": {"short": cfg.short, "tiny": cfg.tiny}}
     found["commit"] = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True

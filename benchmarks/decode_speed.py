@@ -44,14 +44,10 @@ class DecodeConfig:
 
     Args:
         rounds: how often each contestant takes its turn
-        threads: of the processor; 0: as torch sees fit
-        int8: measure int8 weights too; needs a C compiler
         llama: compare with llama.cpp (f16 and q8_0, one thread and more); needs llama-cpp-python
     """
 
     rounds: int = 5
-    threads: int = 0
-    int8: bool = True
     llama: bool = False
 
 
@@ -182,16 +178,12 @@ def llama_cpps(model: Transformer) -> dict[str, LlamaCpp]:
 
 def main(cfg: DecodeConfig) -> None:
     """Measure and print."""
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     torch.manual_seed(0)
     model = Transformer(SHAPE_43M).eval()
     with torch.no_grad():
         model.norm.weight *= SHARPNESS
     peer = hf_copy(model)
-    decoders = {"float32": make_decoder(model, "float32")}
-    if cfg.int8:
-        decoders["int8"] = make_decoder(model, "int8")
+    decoders = {weights: make_decoder(model, weights) for weights in ("float32", "int8")}
     result: dict[str, dict] = {}
 
     def record(title: str, found: dict[str, dict[str, float]]) -> None:

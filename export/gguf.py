@@ -40,20 +40,8 @@ from babyllama.config import parse, run
 from babyllama.generate import generate
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
+from export import parity
 from export.hf import hf_names
-from export.parity import (
-    ExportConfig,
-    Material,
-    check_out,
-    compare_model,
-    compare_replies,
-    compare_text,
-    new_folder,
-    origin_of,
-    read_material,
-    settle,
-    show,
-)
 from export.tools import (
     GgufInTransformers,
     LlamaCpp,
@@ -221,7 +209,7 @@ def vocabulary_in(file: Path) -> tuple[sentencepiece.SentencePieceProcessor, str
 
 
 @dataclass(frozen=True)
-class GgufConfig(ExportConfig):
+class GgufConfig(parity.ExportConfig):
     """What is exported, how it is rounded, and where to.
 
     Args:
@@ -252,23 +240,23 @@ def drift(
     def replies(prompts: list[list[int]], n_new: int) -> list[list[int]]:
         return generate(twin, prompts, SamplingConfig(n_new, temperature=0), eos_id)
 
-    n_kept = compare_replies(model, eos_id, replies, prompts)["equal"]
+    n_kept = parity.compare_replies(model, eos_id, replies, prompts)["equal"]
     return {
         "mean_divergence": divergence / n_tokens, "prompts": len(prompts), "equal": n_kept,
         "passed": None,
     }  # fmt: skip
 
 
-def prove(loaded: Loaded, file: Path, material: Material, wanted: GgufType) -> dict:
+def prove(loaded: Loaded, file: Path, material: parity.Material, wanted: GgufType) -> dict:
     """Compare the file, as three readers see it, with the checkpoint."""
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     twin = loaded.model if wanted == "f32" else rounded(loaded.model, wanted)
     pieces, template = vocabulary_in(file)
     report = {
-        **origin_of(loaded, material, ["transformers"]),
+        **parity.origin_of(loaded, material, ["transformers"]),
         "type": wanted,
-        **compare_model(loaded, GgufInTransformers(file, tokenizer.eos_id), material, twin),
-        **compare_text(loaded, pieces.encode, renderer(loaded, template), None, material),
+        **parity.compare_model(loaded, GgufInTransformers(file, tokenizer.eos_id), material, twin),
+        **parity.compare_text(loaded, pieces.encode, renderer(loaded, template), None, material),
     }
     if wanted != "f32":
         finished, prompts = (of(tokenizer, context) for of in (material.finished, material.prompts))
@@ -293,14 +281,14 @@ def renderer(loaded: Loaded, template: str) -> Callable[[list[dict], bool], str]
 
 
 def prove_llama_cpp(
-    loaded: Loaded, file: Path, material: Material, wanted: GgufType
+    loaded: Loaded, file: Path, material: parity.Material, wanted: GgufType
 ) -> dict[str, dict]:
     """The same comparisons in llama.cpp; logits and replies are bounded for f32 only."""
     peer = LlamaCpp(file, loaded.config.max_seq_len)
     render = renderer(loaded, peer.template)
     found = {
-        **compare_model(loaded, peer, material),
-        **compare_text(loaded, peer.encode, render, peer.encode_rendered, material),
+        **parity.compare_model(loaded, peer, material),
+        **parity.compare_text(loaded, peer.encode, render, peer.encode_rendered, material),
     }
     found = {f"llama_cpp_{name}": check for name, check in found.items()}
     if wanted != "f32":
@@ -338,19 +326,19 @@ def modelfile(loaded: Loaded, file: str) -> str:
 def main(cfg: GgufConfig) -> None:
     """Write the file, prove it, put its directory in its place."""
     source = chosen_run(cfg.checkpoint)
-    out = check_out(cfg.out, cfg.force, source)
+    out = parity.check_out(cfg.out, cfg.force, source)
     package("gguf"), package("transformers")
     loaded = load_model(source)
     require_convertible(loaded.tokenizer, "llama.cpp")
-    material = read_material(cfg.text)
+    material = parity.read_material(cfg.text)
     n_bytes = int(WIDTH[cfg.type] * loaded.model.n_parameters()) + 50 * loaded.config.vocab_size
-    with new_folder(out, n_bytes) as place:
+    with parity.new_folder(out, n_bytes) as place:
         file = place / f"{loaded.path.parent.name}-{cfg.type}.gguf"
         counts = write_file(loaded, file, cfg.type)
         (place / "Modelfile").write_text(modelfile(loaded, file.name), "utf-8")
         report = prove(loaded, file, material, cfg.type) | {"tensors": counts}
-        settle(report, place, out)
-    show(report, out)
+        parity.settle(report, place, out)
+    parity.show(report, out)
 
 
 if __name__ == "__main__":

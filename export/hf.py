@@ -24,19 +24,7 @@ from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
-from export.parity import (
-    ExportConfig,
-    Material,
-    check_out,
-    compare_model,
-    compare_text,
-    new_folder,
-    origin_of,
-    read_material,
-    settle,
-    show,
-    write_json,
-)
+from export import parity
 from export.tools import (
     HuggingFaceFolder,
     chat_template,
@@ -148,39 +136,39 @@ def write_folder(loaded: Loaded, place: Path) -> None:
     config, tokenizer, names = loaded.config, loaded.tokenizer, hf_names(loaded.config)
     weights = {names[name]: weight for name, weight in model_weights(loaded.model).items()}
     save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
-    write_json(place / "config.json", model_config(config, tokenizer))
-    write_json(place / "generation_config.json", generation_config(tokenizer))
-    write_json(place / "tokenizer_config.json", tokenizer_config(config, tokenizer))
+    parity.write_json(place / "config.json", model_config(config, tokenizer))
+    parity.write_json(place / "generation_config.json", generation_config(tokenizer))
+    parity.write_json(place / "tokenizer_config.json", tokenizer_config(config, tokenizer))
     text = json.loads(fast_tokenizer(tokenizer).to_str())
     (place / "tokenizer.json").write_text(json.dumps(text, ensure_ascii=False, indent=1), "utf-8")
     (place / "tokenizer.model").write_bytes(tokenizer.bytes)
 
 
-def prove(loaded: Loaded, place: Path, material: Material) -> dict:
+def prove(loaded: Loaded, place: Path, material: parity.Material) -> dict:
     """Compare the folder, as transformers loads it, with the checkpoint."""
     peer = HuggingFaceFolder(place)
     return {
-        **origin_of(loaded, material, ["transformers", "tokenizers"]),
-        **compare_model(loaded, peer, material),
-        **compare_text(loaded, peer.encode, peer.render, peer.encode_rendered, material),
+        **parity.origin_of(loaded, material, ["transformers", "tokenizers"]),
+        **parity.compare_model(loaded, peer, material),
+        **parity.compare_text(loaded, peer.encode, peer.render, peer.encode_rendered, material),
     }
 
 
-def main(cfg: ExportConfig) -> None:
+def main(cfg: parity.ExportConfig) -> None:
     """Write the folder, prove it, put it in its place."""
     source = chosen_run(cfg.checkpoint)
-    out = check_out(cfg.out, cfg.force, source)
+    out = parity.check_out(cfg.out, cfg.force, source)
     package("transformers")
     loaded = load_model(source)
     require_convertible(loaded.tokenizer, "transformers")
-    material = read_material(cfg.text)
+    material = parity.read_material(cfg.text)
     n_bytes = 4 * loaded.model.n_parameters() + 100 * loaded.config.vocab_size
-    with new_folder(out, n_bytes) as place:
+    with parity.new_folder(out, n_bytes) as place:
         write_folder(loaded, place)
         report = prove(loaded, place, material)
-        settle(report, place, out)
-    show(report, out)
+        parity.settle(report, place, out)
+    parity.show(report, out)
 
 
 if __name__ == "__main__":
-    run(main, parse(ExportConfig, doc=__doc__, positional=("checkpoint",)))
+    run(main, parse(parity.ExportConfig, doc=__doc__, positional=("checkpoint",)))

@@ -25,16 +25,8 @@ from tqdm import tqdm
 from babyllama.checkpoint import Loaded, Snapshot, load_model, load_weights, save_checkpoint
 from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
+from export import parity
 from export.hf import hf_names, model_config
-from export.parity import (
-    check_out,
-    compare_model,
-    new_folder,
-    origin_of,
-    read_material,
-    settle,
-    show,
-)
 from export.tools import TransformersModel, llama_of
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -52,7 +44,7 @@ class ImportConfig:
         tokenizer: a SentencePiece .model; if absent the folder's tokenizer.model
         kind: pretrain for a base model, sft for one that knows our chat format
         force: replace an earlier import of that name as a whole
-        text: UTF-8 file of which prompts are made; if absent data/clean, or built-in news
+        text: UTF-8 file of which prompts are made; if absent built-in news
     """
 
     folder: Path | None = None
@@ -256,16 +248,16 @@ def prove(folder: Path, loaded: Loaded, text: Path | None) -> dict:
     It is made of the settings that we know; transformers never reads a stranger's config.json,
     which may name kernels to load or ask for any amount of memory.
     """
-    material = read_material(text)
+    material = parity.read_material(text)
     tokenizer, names = loaded.tokenizer, hf_names(loaded.config)
     weights = {names[n]: w for n, w in read_weights(folder, loaded.config).items()}
     peer = TransformersModel(
         llama_of(model_config(loaded.config, tokenizer), weights), tokenizer.eos_id
     )
     return {
-        **origin_of(loaded, material, ["transformers"]),
+        **parity.origin_of(loaded, material, ["transformers"]),
         "source": shown(folder),
-        **compare_model(loaded, peer, material),
+        **parity.compare_model(loaded, peer, material),
     }
 
 
@@ -274,7 +266,7 @@ def main(cfg: ImportConfig) -> None:
     if cfg.folder is None:
         raise ConfigError("wanted a Hugging Face folder to import, found none; name it first")
     folder = from_repo(cfg.folder)
-    out = check_out(cfg.out, cfg.force, folder)
+    out = parity.check_out(cfg.out, cfg.force, folder)
     shape = shape_of(read_config(folder), folder)
     tokenizer = vocabulary(cfg, folder, shape, out.name)
     weights = read_weights(folder, shape)
@@ -285,11 +277,11 @@ def main(cfg: ImportConfig) -> None:
         )
     model = Transformer(shape)
     load_weights(model, weights, folder)
-    with new_folder(out, 4 * model.n_parameters()) as place:
+    with parity.new_folder(out, 4 * model.n_parameters()) as place:
         save_checkpoint(Snapshot(place, model, tokenizer, cfg.kind, shown(folder)), 0)
         report = prove(folder, load_model(place), cfg.text)
-        settle(report, place, out)
-    show(report, out)
+        parity.settle(report, place, out)
+    parity.show(report, out)
 
 
 if __name__ == "__main__":

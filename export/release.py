@@ -29,18 +29,8 @@ from babyllama.errors import ConfigError
 from babyllama.log import perplexity
 from babyllama.run_dir import chosen_run
 from babyllama.scoring.summarise import PROMPTS
+from export import parity
 from export.gguf import drift
-from export.parity import (
-    ExportConfig,
-    Material,
-    check_out,
-    compare_logits,
-    new_folder,
-    origin_of,
-    read_material,
-    settle,
-    show,
-)
 from model import Transformer
 
 BOUND = 1.005  # of the perplexity, over that of float32
@@ -48,7 +38,7 @@ N_TEXTS = 500
 
 
 @dataclass(frozen=True)
-class ReleaseConfig(ExportConfig):
+class ReleaseConfig(parity.ExportConfig):
     """What is published, and where to.
 
     Args:
@@ -67,7 +57,7 @@ class ReleaseConfig(ExportConfig):
             raise ConfigError(f"--max_mib wants more than 0, found {self.max_mib:g}; 16 is usual")
 
 
-def documents_of(loaded: Loaded, material: Material) -> list[Document]:
+def documents_of(loaded: Loaded, material: parity.Material) -> list[Document]:
     """What the model was made to read: dialogues for a chat model, lines for a base model. Every
     token but the first of each is predicted."""
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
@@ -82,7 +72,7 @@ def documents_of(loaded: Loaded, material: Material) -> list[Document]:
 
 def perplexity_of(model: Transformer, documents: Sequence[Document]) -> float:
     context, alone = model.config.max_seq_len, World(0, 1, torch.device("cpu"))
-    sums = document_sums(model, documents, context, 16, True, alone, "measure perplexity")
+    sums = document_sums(model, documents, context, 16, alone, "measure perplexity")
     return perplexity(*sums.sum(axis=0)[:2])
 
 
@@ -93,16 +83,16 @@ def compare_perplexity(before: float, after: float, weights: str) -> dict:
     }  # fmt: skip
 
 
-def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: Material) -> dict:
+def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: parity.Material) -> dict:
     """Compare the directory, as any user loads it, with the checkpoint."""
     twin, eos_id = load_model(place).model, loaded.tokenizer.eos_id
     finished = material.finished(loaded.tokenizer, loaded.config.max_seq_len)
     prompts = material.prompts(loaded.tokenizer, loaded.config.max_seq_len)
     documents = documents_of(loaded, material)
     report = {
-        **origin_of(loaded, material, []),
+        **parity.origin_of(loaded, material, []),
         "type": cfg.weights,
-        "logits": compare_logits(
+        "logits": parity.compare_logits(
             loaded.model, lambda ids: twin(torch.tensor([ids]))[0].detach(), finished
         )
         | {"bound": None, "passed": None},
@@ -127,18 +117,18 @@ def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: Material) -
 def main(cfg: ReleaseConfig) -> None:
     """Write the directory, prove it, put it in its place."""
     source = chosen_run(cfg.checkpoint)
-    out = check_out(cfg.out, cfg.force, source)
+    out = parity.check_out(cfg.out, cfg.force, source)
     loaded = load_model(source)
-    material = read_material(cfg.text)
+    material = parity.read_material(cfg.text)
     n_bytes = loaded.model.n_parameters() + len(loaded.tokenizer.bytes)
-    with new_folder(out, n_bytes) as place:
+    with parity.new_folder(out, n_bytes) as place:
         write_small(place, loaded, cfg.weights)
         found = sum(path.stat().st_size for path in place.iterdir())
         report = prove(cfg, loaded, place, material)
         most = int(cfg.max_mib * 2**20)
         report["size"] = {"bytes": found, "bound": most, "passed": found <= most}
-        settle(report, place, out)
-    show(report, out)
+        parity.settle(report, place, out)
+    parity.show(report, out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from babyllama.language import (  # noqa: E402
 )  # fmt: skip
 
 # These speak both languages, or there is no door yet, or answer in JSON, in OpenAI's English.
-NOT_SHOWN = ("quickstart.py", "babyllama/__init__.py", "babyllama/scoring/report.py")
+NOT_SHOWN = ("quickstart.py", "babyllama/__init__.py")
 API = "answers app documents engine guard page_routes prompt scheduler schema"
 NOT_SHOWN += tuple(f"serve/{name}.py" for name in API.split())
 SAYERS = ("print", "say", "warn", "confirm", "error", "tqdm", "_complain", "note", "tell", "label")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from babyllama.config import atomic_write, from_repo, shown
 from babyllama.data import Data, Mixture, Order, TrainData, ValData, collate
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError, DataError, require
 from babyllama.sources import Dialogues, SourceConfig, supervised, token_directory
 from babyllama.token_file import TokenFile
 from model import IGNORED
@@ -122,11 +122,8 @@ class VqaDataConfig:
     workers: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.max_val_rows, self.workers) < 1:
-            raise ConfigError(
-                f"data wants max_val_rows and workers of 1 or more, found {self.max_val_rows} and "
-                f"{self.workers}"
-            )
+        names = ("max_val_rows", "workers")
+        require("data", self, {name: ("1 or more", getattr(self, name) >= 1) for name in names})
         if self.augment and self.cache_features:
             raise ConfigError("data.augment changes pictures, data.cache_features keeps them; "
                               "choose one")  # fmt: skip

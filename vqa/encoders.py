@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from babyllama.checkpoint import require_shapes
 from babyllama.config import from_repo, shown
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.errors import CheckpointError, ConfigError, require
 from vqa.images import IMAGENET, Mean
 
 # kernel, stride, expansion, channels, repeats of each group of blocks
@@ -371,23 +371,20 @@ class EncoderConfig:
     grid: int = 4
 
     def __post_init__(self) -> None:
-        bad = []
-        if self.size < 32 or self.size % 32:
-            bad.append(f"encoder.size wants a multiple of 32, found {self.size}")
-        if self.tiles not in (1, 2):
-            bad.append(f"encoder.tiles wants 1 or 2, found {self.tiles}")
-        if (
-            not self.depths
-            or set(self.depths) - {1, 2, 3, 4}
-            or len(set(self.depths)) < len(self.depths)
-        ):
-            bad.append(f"encoder.depths wants different numbers of 1 to 4, found {self.depths}")
-        if self.grid < 1:
-            bad.append(f"encoder.grid wants 1 or more, found {self.grid}")
-        if self.weights == "package" and self.name != "efficientnet_lite0":
-            bad.append(f"encoder.weights: package has no weights of {self.name}")
-        if bad:
-            raise ConfigError("; ".join(bad))
+        wanted = {
+            "size": ("a multiple of 32", self.size > 0 and self.size % 32 == 0),
+            "tiles": ("1 or 2", self.tiles in (1, 2)),
+            "depths": (
+                "different numbers of 1 to 4",
+                0 < len(self.depths) == len({1, 2, 3, 4} & set(self.depths)),
+            ),
+            "grid": ("1 or more", self.grid >= 1),
+            "weights": (
+                "a file or timm:NAME (the package has those of efficientnet_lite0)",
+                self.weights != "package" or self.name == "efficientnet_lite0",
+            ),
+        }
+        require("encoder", self, wanted)
 
     @property
     def n_squares(self) -> int:

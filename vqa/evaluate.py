@@ -75,6 +75,8 @@ def probe(
 
 MODES = ("true", "shuffled", "blank")
 GREY = 128
+MAX_ANSWERS = 20  # a question with at most so many different answers is closed
+N_SHOWN, N_PHOTOS = 3, 9  # rows that are printed, photos on the sheet
 # Of the sheet, in inches: a photo's side, a gap, a line of text. So many characters fill a line.
 CELL, GAP, LINE, LONGEST = 3.3, 0.25, 0.24, 27
 
@@ -88,12 +90,8 @@ class EvaluateConfig:
         dataset: a set that was pre-tokenized and packed
         split: which part of it: train, val or test
         pictures: where the packed pictures lie
-        max_rows: score the first rows only; 0: all
-        max_answers: a question with at most so many different answers is closed
         probe: also fit a linear probe for the answers to this question
-        show: so many rows are printed with all answers
         sheet: a picture to draw, of photos with their questions and answers
-        n_photos: how many photos, drawn at random, best a square number
         device: where to compute; auto: the fastest there is
     """
 
@@ -101,19 +99,13 @@ class EvaluateConfig:
     dataset: str = ""
     split: str = "test"
     pictures: Path = Path("data/pictures")
-    max_rows: int = 0
-    max_answers: int = 20
     probe: str | None = None
-    show: int = 3
     sheet: Path | None = None
-    n_photos: int = 9
     device: str = "auto"
 
     def __post_init__(self) -> None:
         if self.checkpoint is None or not self.dataset:
             raise ConfigError("wanted python -m vqa.evaluate CHECKPOINT --dataset NAME")
-        if self.n_photos < 1:
-            raise ConfigError(f"n_photos wants 1 or more, found {self.n_photos}")
         if self.split not in ("train", "val", "test"):
             raise ConfigError(f"split wants train, val or test, found {self.split!r}")
 
@@ -208,7 +200,7 @@ def is_right(said: str, answer: str) -> bool:
     return said.strip(" 。.\n") == answer.strip(" 。.\n")
 
 
-def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> dict:
+def score(asked: list[Asked], said: dict[str, list[str]]) -> dict:
     """Figures per question and in all: accuracy of closed questions, ROUGE of the others."""
     goals = [one.answer for one in asked]
     right = {
@@ -220,7 +212,7 @@ def score(asked: list[Asked], said: dict[str, list[str]], max_answers: int) -> d
     closed, closed_rows, open_rows, n_majority = {}, [], [], 0
     for question, rows in by_question.items():
         counts = Counter(goals[n] for n in rows)
-        if len(counts) <= max_answers and len(rows) >= 2 * len(counts):
+        if len(counts) <= MAX_ANSWERS and len(rows) >= 2 * len(counts):
             most = max(counts.values())
             closed[question] = {"rows": len(rows), "answers": len(counts),
                                 "majority": most / len(rows), **_shares(right, rows)}  # fmt: skip
@@ -312,14 +304,12 @@ def draw(photos: list, font: str | None) -> "Figure":
     return figure
 
 
-def write_sheet(
-    path: Path, pictures: Pictures, asked: list[Asked], said: list[str], n_photos: int
-) -> None:
+def write_sheet(path: Path, pictures: Pictures, asked: list[Asked], said: list[str]) -> None:
     """Draw some photos at random, each with at most four of its questions."""
     by_photo: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
     for one, text in zip(asked, said, strict=True):
         by_photo[one.picture].append((one.question, text, one.answer))
-    numbers = np.random.default_rng(0).permutation(list(by_photo))[:n_photos]
+    numbers = np.random.default_rng(0).permutation(list(by_photo))[:N_PHOTOS]
     photos = [(np.asarray(images.decode(pictures.read(n))), by_photo[n][:4]) for n in numbers]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
@@ -334,7 +324,6 @@ def main(cfg: EvaluateConfig) -> None:
     loaded = load(from_repo(cfg.checkpoint), pick_device(cfg.device))
     pictures = Pictures(from_repo(cfg.pictures) / Path(cfg.dataset).name)
     asked = questions(loaded, pictures, cfg.dataset, cfg.split)
-    asked = asked[: cfg.max_rows or None]
     numbers = sorted({one.picture for one in asked})
     features, grey = features_for(loaded.model, pictures, numbers)
     place = {number: n for n, number in enumerate(numbers)}
@@ -345,16 +334,16 @@ def main(cfg: EvaluateConfig) -> None:
     }
     features = np.concatenate((features, grey))
     said = {mode: answers(loaded, asked, chosen[mode], features) for mode in MODES}
-    found = score(asked, said, cfg.max_answers)
+    found = score(asked, said)
     if cfg.probe:
         found["probe"] = probed(loaded, pictures, cfg)
-    for n in np.random.default_rng(0).permutation(len(asked))[: cfg.show]:
+    for n in np.random.default_rng(0).permutation(len(asked))[:N_SHOWN]:
         one, name = asked[n], pictures.names[asked[n].picture]
         print(f"{name}  {one.question}  {one.answer}  | "
               + "  ".join(f"{m}: {said[m][n]}" for m in MODES))  # fmt: skip
     print(report(found))
     if cfg.sheet:
-        write_sheet(from_repo(cfg.sheet), pictures, asked, said["true"], cfg.n_photos)
+        write_sheet(from_repo(cfg.sheet), pictures, asked, said["true"])
     run_directory = loaded.path.parent
     path = run_directory / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json"
     found |= {"checkpoint": shown(loaded.path), "step": loaded.step}

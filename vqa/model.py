@@ -27,7 +27,7 @@ from babyllama.checkpoint import Loaded, load_weights, read_checkpoint
 from babyllama.config import shown
 from babyllama.cpu import draw
 from babyllama.decoder import Decoder
-from babyllama.errors import CheckpointError, ConfigError
+from babyllama.errors import CheckpointError, ConfigError, require
 from babyllama.run_dir import find_checkpoint
 from model import KVCache, Loss, ModelConfig, Transformer
 from vqa.encoders import Encoder, EncoderConfig, make_encoder
@@ -55,14 +55,13 @@ class FusionConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.n_queries, self.n_blocks) < 1 or min(self.layers, default=0) < 0:
-            raise ConfigError(
-                f"fusion wants n_queries and n_blocks of 1 or more and layers from 0, found {self}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"fusion.dropout wants 0 or more and less than 1, found {self.dropout}"
-            )
+        wanted = {
+            "n_queries": ("1 or more", self.n_queries >= 1),
+            "n_blocks": ("1 or more", self.n_blocks >= 1),
+            "layers": ("numbers of 0 or more", min(self.layers, default=0) >= 0),
+            "dropout": ("0 to below 1", 0 <= self.dropout < 1),
+        }
+        require("fusion", self, wanted)
 
 
 def n_positions(fusion: FusionConfig, encoder: EncoderConfig) -> int:

@@ -1,7 +1,6 @@
-"""Several runs side by side: their curves in one picture and what their configs differ in.
+"""Several runs side by side: what their configs differ in, and what each came to.
 
-python -m babyllama.analysis.compare out/a out/b                    writes out/compare.png
-python -m babyllama.analysis.compare out/a out/b --out figures.png
+python -m babyllama.analysis.compare out/a out/b
 """
 
 import json
@@ -10,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.config import atomic_write, from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.log import read_metrics
+from babyllama.log import read_metrics, table
 
 
 @dataclass(frozen=True)
@@ -21,11 +20,9 @@ class CompareConfig:
 
     Args:
         runs: directories of runs, each with its metrics.jsonl and config.yaml
-        out: the picture
     """
 
     runs: tuple[Path, ...] = ()
-    out: Path = Path("out/compare.png")
 
 
 def settings(config: object, at: str = "") -> dict[str, str]:
@@ -38,8 +35,8 @@ def settings(config: object, at: str = "") -> dict[str, str]:
     return {at: json.dumps(config, ensure_ascii=False)}
 
 
-def table(runs: dict[str, dict], results: dict[str, dict]) -> str:
-    """The settings that are not the same in all runs, and the last figures, as Markdown.
+def compared(runs: dict[str, dict], results: dict[str, dict]) -> str:
+    """The settings that are not the same in all runs, and the last figures, as a table.
 
     runs: settings by run; results: figures by run
     """
@@ -48,8 +45,7 @@ def table(runs: dict[str, dict], results: dict[str, dict]) -> str:
     rows = [(name, values) for name, values in rows if len(set(values)) > 1]
     figures = dict.fromkeys(name for found in results.values() for name in found)
     rows += [(name, [found.get(name, "-") for found in results.values()]) for name in figures]
-    lines = [("setting or figure", list(runs)), ("---", ["---"] * len(runs)), *rows]
-    return "\n".join(f"| {' | '.join([name, *values])} |" for name, values in lines)
+    return table([["", *runs], *([name, *values] for name, values in rows)])
 
 
 def last_figures(records: list[dict]) -> dict[str, str]:
@@ -70,73 +66,23 @@ def last_figures(records: list[dict]) -> dict[str, str]:
     return figures
 
 
-def worth_seeing(curves: list[list[tuple[float, float]]]) -> tuple[float, float] | None:
-    """Limits that show how curves differ: what falls in the first tenth of a run is cut off above.
-
-    curves: of points (x, y); None where no curve has a point beyond
-    """
-    found = [y for points in curves for x, y in points if x > 0 and x >= points[-1][0] / 10]
-    if not found:
-        return None
-    margin = 0.05 * (max(found) - min(found)) or 0.05
-    return min(found) - margin, max(found) + margin
-
-
-def draw(runs: dict[str, list[dict]], path: Path) -> None:
-    """Training and validation loss of every run over steps and over tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(15, 4.2), constrained_layout=True)
-    drawn: list[list] = [[], [], []]
-    for number, (name, records) in enumerate(runs.items()):
-        color = f"C{number % 10}"
-        tokens = {r["step"]: r["tokens"] for r in records if r["kind"] == "train"} | {0: 0}
-        for axis, kind, key, curves in zip(axes, ("train", "val", "val"),
-                                           ("step", "step", "tokens"), drawn,
-                                           strict=True):  # fmt: skip
-            points = [(tokens.get(r["step"]) if key == "tokens" else r["step"], r["loss"])
-                      for r in records if r["kind"] == kind]  # fmt: skip
-            points = [(x, y) for x, y in points if x is not None]
-            if points:
-                curves.append(points)
-                axis.plot(*zip(*points, strict=True), color=color, label=name, lw=1.3)
-            axis.set(xlabel=key, title=f"{kind} loss over {key}s".replace("tokenss", "tokens"))
-            axis.grid(alpha=0.3)
-    for axis, curves in zip(axes, drawn, strict=True):
-        if limits := worth_seeing(curves):
-            axis.set_ylim(*limits)
-    axes[0].legend(fontsize=8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=110)
-    finally:
-        pyplot.close(figure)
-
-
 def main(cfg: CompareConfig) -> None:
-    """Print the table and write the picture."""
+    """Print the table."""
     if len(cfg.runs) < 2:
         raise ConfigError(
             "wanted two runs or more: python -m babyllama.analysis.compare out/a out/b"
         )
-    records, configs = {}, {}
+    results, configs = {}, {}
     for given in cfg.runs:
         path = from_repo(given)
-        name = shown(path.resolve())
-        records[name] = read_metrics(path)
-        if not records[name] or not (path / "config.yaml").is_file():
+        name, records = shown(path.resolve()), read_metrics(path)
+        if not records or not (path / "config.yaml").is_file():
             raise ConfigError(
                 f"{shown(path)}: wanted the directory of a run with metrics.jsonl and config.yaml"
             )
+        results[name] = last_figures(records)
         configs[name] = settings(yaml.safe_load((path / "config.yaml").read_text("utf-8")))
-    print(table(configs, {name: last_figures(found) for name, found in records.items()}))
-    out = from_repo(cfg.out)
-    draw(records, out)
-    print(f"\n{shown(out)}")
+    print(compared(configs, results))
 
 
 if __name__ == "__main__":

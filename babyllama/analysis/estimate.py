@@ -216,55 +216,48 @@ def _probe(
     return seconds / n_probes / share, tokens / n_probes / share, n_probes
 
 
+# Of the table: configs/model/<name>.yaml, cards with their gigabytes and formats, and a batch.
+SHAPES, PIECES, BATCH = ("43m", "400m"), 65_000, 32
+CARDS = (
+    ("GTX 1660 Ti", 6, "float32"), ("RTX 2080", 8, "float16"), ("RTX 3060", 12, "bfloat16"),
+    ("RTX 3090", 24, "bfloat16"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class TableConfig:
-    """What the table shows.
-
-    Args:
-        shapes: of models, configs/model/<name>.yaml
-        vocab_size: pieces
-        cards: as "name:gigabytes:precision"
-        batch: the batch whose memory is shown too
-    """
-
-    shapes: tuple[str, ...] = ("43m", "400m")
-    vocab_size: int = 65_000
-    cards: tuple[str, ...] = (
-        "GTX 1660 Ti:6:float32", "RTX 2080:8:float16", "RTX 3060:12:bfloat16",
-        "RTX 3090:24:bfloat16",
-    )  # fmt: skip
-    batch: int = 32
+    """Nothing is to be set."""
 
 
-def table(cfg: TableConfig) -> list[str]:
+def table() -> list[str]:
     """Markdown: for each shape and card, what fits, without and with train.recompute."""
     lines = [
-        f"| shape | card | format | largest micro-batch | with recompute | {cfg.batch} at once | "
+        f"| shape | card | format | largest micro-batch | with recompute | {BATCH} at once | "
         f"with recompute |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name in cfg.shapes:
+    for name in SHAPES:
         shape = yaml.safe_load((REPO / f"configs/model/{name}.yaml").read_text("utf-8"))
-        config = replace(ModelConfig(**shape), vocab_size=cfg.vocab_size)
+        config = replace(ModelConfig(**shape), vocab_size=PIECES)
         n_parameters = config.n_parameters
-        for card, size, precision in (words.split(":") for words in cfg.cards):
+        for card, size, precision in CARDS:
             row = [f"{name}, {n_parameters / 1e6:,.1f} M", f"{card}, {size} GB", precision]
             most, needs = [], []
             for recompute in (False, True):
                 one, two, wanted = (
                     memory_by_part(config, n_parameters, n, precision, recompute, is_card=True)
-                    for n in (1, 2, cfg.batch)
+                    for n in (1, 2, BATCH)
                 )
-                fits = largest_batch(one, two, float(size) - CONTEXT_GB / _USABLE)
+                fits = largest_batch(one, two, size - CONTEXT_GB / _USABLE)
                 most.append(f"{fits} x {config.max_seq_len}")
                 needs.append(f"{sum(wanted.values()) + CONTEXT_GB:.1f} GB")
             lines.append(f"| {' | '.join([*row, *most, *needs])} |")
     return lines
 
 
-def main(cfg: TableConfig) -> None:
+def main(_: TableConfig) -> None:
     """Print the table."""
-    print("\n".join(table(cfg)))
+    print("\n".join(table()))
     print(
         f"Computed, not measured; {CONTEXT_GB} GB are for the driver, a tenth of the card is left "
         f"for the allocator's gaps."

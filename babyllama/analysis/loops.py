@@ -18,12 +18,11 @@ from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.decoder import Reply, Weights
 from babyllama.device import Device, pick_device
-from babyllama.errors import ConfigError
+from babyllama.errors import ConfigError, DataError
 from babyllama.log import table
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
-from babyllama.scoring.probes import QUESTIONS, read_prompts
 from babyllama.scoring.rouge import ngrams
 from babyllama.scoring.summarise import ReadyModel, ask_all
 
@@ -34,7 +33,7 @@ class LoopsConfig(SamplingConfig):
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
-        prompts: a text file with a prompt on each line; if absent the built-in ones
+        prompts: a text file with a prompt on each line
         out: file for the replies, as JSON lines
         batch_size: replies written at once
         device: auto, cpu, cuda or mps
@@ -44,7 +43,7 @@ class LoopsConfig(SamplingConfig):
     """
 
     checkpoint: Path | None = None
-    prompts: Path | None = None
+    prompts: Path = Path("configs/prompts/questions.txt")
     out: Path | None = None
     batch_size: int = 32
     device: Device = "auto"
@@ -60,6 +59,24 @@ class LoopsConfig(SamplingConfig):
                 f"above 0 for the drawn replies, found {self.loop_guard}, {self.batch_size}, "
                 f"{self.temperature:g}; leave them out, or correct them"
             )
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    raises: DataError if there is none, or the file is missing or no UTF-8
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        found = "an empty file"
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
+        lines, found = [], f"{type(error).__name__}"
+    if not lines:
+        raise DataError(
+            f"{shown(path)}: wanted UTF-8 text with a prompt on each line, found {found}; correct "
+            f"the name or the file, or leave --prompts out"
+        )
+    return lines
 
 
 def ask(loaded: Loaded, text: str) -> list[int]:
@@ -115,7 +132,7 @@ def distinct_share(texts: Sequence[str], n: int) -> float:
 def main(cfg: LoopsConfig) -> None:
     """Answer every prompt in every way, count, print."""
     path = chosen_run(cfg.checkpoint)
-    prompts = read_prompts(from_repo(cfg.prompts or QUESTIONS))
+    prompts = read_prompts(from_repo(cfg.prompts))
     loaded = load_model(path, pick_device(cfg.device))
     model = ReadyModel.of(loaded, cfg.weights)
     asked = [ask(loaded, prompt) for prompt in prompts]

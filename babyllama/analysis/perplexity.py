@@ -7,13 +7,13 @@
 
 Bits per byte compare models of different tokenizers, perplexity and accuracy only those of one.
 The figures depend neither on batch size nor on packing nor on the number of processes. A document
-longer than the context is read in windows that overlap: each token is predicted once, with at
-least `context - stride` tokens before it, or all there are. Beside the models stands what xz makes
+longer than the context is read in windows that overlap by half: each token is predicted once, with
+at least half a context before it, or all there is. Beside the models stands what xz makes
 of the same text, and beside each figure of bits its 95 % interval, by resampling documents.
 
 Of several checkpoints the table shows the change since the first, and how much of each set was
 forgotten: the last figure above the lowest before it (Chaudhry et al. 2018, arXiv:1801.10112, there
-with accuracy); a heat map of it lies beside the figures.
+with accuracy).
 
 A document of text is predicted whole, its <eos> included, after the <eos> that stands before it in
 training. Of a dialogue the assistant's tokens are targets, of a summary row the summary, after the
@@ -44,7 +44,7 @@ from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.log import cjk_font, perplexity, table, writable
+from babyllama.log import perplexity, table
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import read_rows, row_kind
 from babyllama.run_dir import beside, checksums, find_checkpoint, list_checkpoints, read_info
@@ -239,10 +239,8 @@ class EvaluateConfig:
         steps: of each run all steps, after the checkpoint that it began with
         split: the part of a folder or set
         max_rows: the first rows of each set, at most this many; if absent all
-        stride: new targets of each further window of a long document; if absent half the context
         prompts: wordings; summary rows are asked for with the `eval` question
         batch_size: sequences computed at a time
-        pack: lay short documents into one sequence, kept apart by the attention mask
         out: the figures as JSON; if absent evaluate.json in the first checkpoint's run
         device: auto, cpu, cuda or mps
     """
@@ -252,15 +250,13 @@ class EvaluateConfig:
     steps: bool = False
     split: Literal["val", "test"] = "val"
     max_rows: int | None = None
-    stride: int | None = None
     prompts: Path = Path("configs/prompts/summary_zh.yaml")
     batch_size: int = 16
-    pack: bool = True
     out: Path | None = None
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "stride", "batch_size"):
+        for name in ("max_rows", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} wants 1 or more, found {value}")
@@ -320,7 +316,6 @@ def document_sums(
     documents: Sequence[Document],
     stride: int,
     batch_size: int,
-    pack: bool,
     world: World,
     name: str = "",
 ) -> np.ndarray:
@@ -330,7 +325,7 @@ def document_sums(
     owners, rows = [n for n, _ in pairs], [row for _, row in pairs]
     sizes = [len(tokens) for tokens, _ in rows]
     # Longest first: whether a batch fits in memory shows at once.
-    lines = best_fit(sizes, length) if pack else [[i] for i in np.argsort(sizes)[::-1].tolist()]
+    lines = best_fit(sizes, length)
     sums = np.zeros((len(documents), 3))
     starts = range(0, len(lines), batch_size)[world.rank :: world.size]
     for first in tqdm(starts, desc=name, unit=" batches", disable=not world.is_main, leave=False):
@@ -384,17 +379,12 @@ def xz_bits_per_byte(documents: Sequence[Document]) -> float:
 def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world: World) -> dict:
     """Figures of one checkpoint by set."""
     length = loaded.config.max_seq_len
-    stride = cfg.stride or max(1, length // 2)
-    if stride > length:
-        raise ConfigError(
-            f"--stride {stride} is longer than the context of {length}: tokens between two windows "
-            f"would not be predicted; name at most {length}"
-        )
+    stride = max(1, length // 2)
     found = {}
     for held_out in sets:
         began = perf_counter()
         sums = document_sums(
-            loaded.model, held_out.documents, stride, cfg.batch_size, cfg.pack, world, held_out.name
+            loaded.model, held_out.documents, stride, cfg.batch_size, world, held_out.name
         )
         rest = {
             "n_long": sum(len(d.ids) - 1 > length for d in held_out.documents),
@@ -408,7 +398,6 @@ def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world:
         "tokenizer": loaded.tokenizer.fingerprint,
         "vocab_size": loaded.tokenizer.vocab_size,
         "max_seq_len": length,
-        "stride": stride,
     }
     return about | {"sets": found}
 
@@ -450,37 +439,6 @@ def report(found: dict) -> str:
     sizes = sorted({each["vocab_size"] for each in found["checkpoints"].values()})
     blocks.append(f"ppl of guessing: {' or '.join(f'{n:,}' for n in sizes)}, the vocabulary's size")
     return "\n\n".join(blocks)
-
-
-def draw(found: dict, path: Path, font: str | None) -> None:
-    """The heat map: bits per byte of every checkpoint on every set, coloured by the change.
-
-    font: for Chinese names; without one they are spelled out
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    figures = bits(found)
-    change = figures - figures[0]
-    most = max(0.05, float(np.abs(change).max()))
-    steps = ["/".join(Path(step).parts[-2:]) for step in found["checkpoints"]]
-    names = [Path(name).name for name in found["sets"]]
-    rc = {"font.family": [*([font] if font else []), "DejaVu Sans"], "axes.unicode_minus": False}
-    with rc_context(rc):
-        size = (3.6 + 2.0 * len(names), 1.6 + 0.5 * len(steps))
-        figure = Figure(figsize=size, layout="constrained")
-        axis = figure.subplots()
-        image = axis.imshow(change, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto")
-        axis.set_xticks(range(len(names)), [writable(name, font) for name in names])
-        axis.set_yticks(range(len(steps)), [writable(step, font) for step in steps])
-        axis.set_title("bits per byte of every checkpoint", fontsize=11)
-        for y, x in np.ndindex(change.shape):
-            text = f"{figures[y, x]:.3f}" + (f" ({change[y, x]:+.3f})" if y else "")
-            axis.text(x, y, text, ha="center", va="center", fontsize=8.5,
-                      color="white" if abs(change[y, x]) > 0.6 * most else "#222222")  # fmt: skip
-        figure.colorbar(image, ax=axis, label="change since the first", fraction=0.05)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, dpi=130, format="png")
 
 
 def require_same_documents(seen: dict[str, dict], held_out: HeldOut) -> None:
@@ -538,9 +496,6 @@ def main(cfg: EvaluateConfig) -> None:
                     json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8"
                 )
             print(f"{report(found)}\n\nfigures: {shown(out)}")
-            if len(steps) > 1:
-                draw(found, out.with_suffix(".png"), cjk_font())
-                print(f"heat map: {shown(out.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

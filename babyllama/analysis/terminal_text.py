@@ -1,7 +1,4 @@
-"""Terminal output: coloured tokens; Chinese text cut and aligned by its width.
-
-A character's width is that of Unicode Standard Annex 11: W and F take two columns.
-"""
+"""Terminal output: coloured tokens; Chinese text cut and aligned by its width."""
 
 import os
 import shutil
@@ -9,6 +6,9 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
+
+from rich.cells import cell_len as width_of
+from rich.cells import set_cell_size
 
 from tokenizer import Tokenizer
 
@@ -84,20 +84,11 @@ def visible(text: str) -> str:
     )
 
 
-def width_of(text: str) -> int:
-    """Columns that a text takes in a terminal; Chinese characters take two."""
-    n_wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + n_wide - sum(unicodedata.category(c) in ("Mn", "Me", "Cf") for c in text)
-
-
 def clipped(text: str, width: int) -> str:
     """As much of a text as fits into so many columns."""
     if width_of(text) <= width:
         return text
-    n = 0
-    while width_of(text[: n + 1]) < width:
-        n += 1
-    return text[:n] + "…"
+    return set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def outline(value: object) -> object:

@@ -12,42 +12,20 @@ longest words that the text repeats most.
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from babyllama.config import shown
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError
 from babyllama.log import table
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring import rouge
 from babyllama.scoring.summarise import AskConfig, ReadyModel, ask_all, summarise, templates
 from babyllama.scoring.tables import System, normalised
 
-# What a chat model is asked where no prompts are named.
-QUESTIONS = Path("configs/prompts/questions.txt")
 USUAL = "the usual question"
 _BETWEEN = re.compile(r"[、，,；;\n]|(?<=[^\x00-\x7f])\s+")
 _LABELS = ("discipline", "category")
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
-
-    raises: DataError if there is none, or the file is missing or no UTF-8
-    """
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-        found = "an empty file"
-    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError) as error:
-        lines, found = [], f"{type(error).__name__}"
-    if not lines:
-        raise DataError(
-            f"{shown(path)}: wanted UTF-8 text with a prompt on each line, found {found}; correct "
-            f"the name or the file, or leave --prompts out"
-        )
-    return lines
 
 
 def by_wording(

@@ -282,30 +282,19 @@ def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
     return {" + ".join(names[path] for path in paths): paths for paths in groups}
 
 
-def require_sense(
-    systems: Mapping[str, Sequence[Path]], n_ways: int, wants_report: bool, asks_more: bool
-) -> None:
-    """Refuse at the start what has nothing to work on.
+def require_sense(systems: Mapping[str, Sequence[Path]], asks_more: bool) -> None:
+    """Refuse at the start what has nobody to ask.
 
-    n_ways: in which each checkpoint decodes
     raises: ConfigError
     """
-    first, *others = systems.values()
-    n_lines = sum(1 if paths[0].is_file() else n_ways for paths in (first, *others))
-    if wants_report and n_lines < 2:
-        raise ConfigError(
-            "--report sets two systems side by side, found one; name a second checkpoint or file "
-            "of titles, or two ways to decode: --decoding greedy,best"
-        )
+    first, *_ = systems.values()
     if asks_more and (first[0].is_file() or len(first) > 1):
         raise ConfigError(
             "--wordings and --follow-up ask one checkpoint, the first system; name it first"
         )
 
 
-def choose_out(
-    out: Path | None, report: Path | None, systems: Sequence[Path], found: SummarySet
-) -> Path:
+def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> Path:
     """Where the titles go; refuses at the start what would fail after the last title."""
     first = systems[0]
     usual = beside(first) / f"rouge-{found.label}-{first.name}.jsonl"
@@ -315,8 +304,7 @@ def choose_out(
     taken = [path.resolve() for path in (*found.files, *systems)]
     if out.resolve() in taken:
         raise ConfigError(f"--out {shown(out)} is the data; name a new .jsonl file")
-    for path in filter(None, (out, report)):
-        require_writable(from_repo(path))
+    require_writable(out)
     return out
 
 

@@ -1,14 +1,10 @@
-"""Preference tuning: pairs of a model's own replies, of which one loops, and DPO on such pairs.
+"""Preference tuning: rows with a better and a worse answer as token files, and DPO on them.
 
-    python -m babyllama.tuning.preference out/redgpt --prompts prompts.txt --out data/clean/loops/rows.jsonl
-    python -m babyllama.tuning.preference --rows data/clean/mine/rows.jsonl --tokenizer data/tokenizers/x.model
+    python -m babyllama.tuning.preference data/clean/mine/rows.jsonl --tokenizer data/tokenizers/x.model
     python sft.py --config configs/sft/dpo.yaml --base out/redgpt
 
-A checkpoint answers each prompt several times, once greedily. Where one reply falls into a loop (as
-sampling.py says) and others end of themselves without one, the one of these most like the others
-and the looping one are a row: {id, messages, chosen, rejected}. Rows are also made into token
-files, data/tokens/<tokenizer>/<set>, where <set> is the directory that they lie in; --rows does
-that alone, for pairs of any origin.
+A row is {id, messages, chosen, rejected}: messages end with a question, the other two are its
+answers. The token files, data/tokens/<tokenizer>/<set>, are named after the rows' directory.
 
 `dpo` learns from such pairs to prefer one answer to another (Rafailov et al. 2023,
 arXiv:2305.18290, equation 7), if wanted with the chosen answer's own likelihood beside it (Pang et
@@ -16,9 +12,8 @@ al. 2024, arXiv:2404.19733, equation 1).
 """  # noqa: E501
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from babyllama.checkpoint import Loaded
-from babyllama.config import from_repo, parse, require_writable, run, shown
-from babyllama.decoder import Reply
-from babyllama.device import Device, pick_device
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
-from babyllama.rows import read_rows, row_kind, write_rows
-from babyllama.sampling import SamplingConfig, loops
-from babyllama.scoring.probes import QUESTIONS, read_prompts
-from babyllama.scoring.summarise import ReadyModel, ask_all, load_answering, ranked
+from babyllama.rows import read_rows, row_kind
 from babyllama.sources import Reader, Row, Source, message_sizes, supervised
 from babyllama.token_file import CHOICES, ROLES, TokenFile, TokenFileWriter
 from babyllama.trainer import Batch, Objective
@@ -158,92 +147,25 @@ VAL_SHARE = 20  # one row in so many is for validation
 
 
 @dataclass(frozen=True)
-class PairsConfig(SamplingConfig):
-    """What is asked of which checkpoint, and where the pairs go.
+class PairsConfig:
+    """Which pairs become token files.
 
     Args:
-        checkpoint: a fine-tuned run (its newest step) or one of its steps
-        prompts: a text file with a question on each line; if absent two dozen built-in ones
-        out: file for the rows; its directory gives the set's name
-        rows: make token files of these rows instead
-        tokenizer: of the token files of --rows
+        rows: file of preference rows; its directory gives the set's name
+        tokenizer: the .model of the run to be tuned
         tokens: root of the token files
-        batch_size: prompts answered at once
-        device: auto, cpu, cuda or mps
-        n: drawn replies to each prompt, beside the greedy one
-        max_new_tokens: longest reply; a pair has to fit the context together
-        seed: of the drawn replies
     """
 
-    checkpoint: Path | None = None
-    prompts: Path | None = None
-    out: Path = Path("data/clean/loops/rows.jsonl")
     rows: Path | None = None
     tokenizer: Path | None = None
     tokens: Path = Path("data/tokens")
-    batch_size: int = 8
-    device: Device = "auto"
-    n: int = 7
-    max_new_tokens: int = 96
-    seed: int | None = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1 or self.temperature == 0 or self.loop_guard != "off":
+        if self.rows is None or self.tokenizer is None:
             raise ConfigError(
-                f"wanted a batch_size of at least 1, a temperature above 0 and loop_guard off, "
-                f"found {self.batch_size}, {self.temperature:g} and {self.loop_guard}"
+                "wanted rows and the tokenizer of the run to be tuned: "
+                "python -m babyllama.tuning.preference ROWS --tokenizer MODEL"
             )
-        if (self.checkpoint is None) == (self.rows is None):
-            raise ConfigError(
-                "wanted a checkpoint that answers, or --rows with pairs, and not both: "
-                "python -m babyllama.tuning.preference out/redgpt --prompts FILE --out ROWS"
-            )
-        if self.rows is not None and self.tokenizer is None:
-            raise ConfigError("--rows wants --tokenizer, the .model of the run to be tuned")
-
-
-def pair_of(replies: Sequence[Reply]) -> tuple[str, str] | str:
-    """(chosen, rejected) out of the replies to one prompt, or the reason why there is none."""
-    looping = [reply.text for reply in replies if loops(reply.text)]
-    good = [
-        reply.text
-        for reply in replies
-        if not loops(reply.text) and reply.reason == "eos" and reply.text.strip()
-    ]
-    if not looping:
-        return "no_loop"
-    return (ranked(good)[0], looping[0]) if good else "no_reply_without_loop"
-
-
-def answers(loaded: Loaded, prompts: Sequence[str], cfg: PairsConfig) -> list[list[Reply]]:
-    """The greedy reply and the drawn ones to each prompt."""
-    drawn = cfg.alone
-    model = ReadyModel.of(loaded, "float32")
-    asked = [loaded.tokenizer.render_prompt([{"role": "user", "content": p}]) for p in prompts]
-    first, more = (
-        ask_all(model, asked, way, cfg.batch_size)
-        for way in (replace(drawn, temperature=0.0, n=1), drawn)
-    )
-    return [[*one, *others] for one, others in zip(first, more, strict=True)]
-
-
-def make_rows(
-    prompts: Sequence[str], pairs: Sequence[tuple[str, str] | str], name: str
-) -> tuple[list[dict], Counter[str]]:
-    """Preference rows, and how many prompts gave none, by reason.
-
-    pairs: for each prompt what pair_of found
-    """
-    rows, without = [], Counter()
-    for prompt, found in zip(prompts, pairs, strict=True):
-        if isinstance(found, str):
-            without[found] += 1
-            continue
-        asked = [{"role": "user", "content": prompt}]
-        rows.append({"id": f"{name}/{len(rows)}", "messages": asked,
-                     "chosen": found[0], "rejected": found[1]})  # fmt: skip
-    return rows, without
 
 
 def write_tokens(rows: Sequence[dict], tokenizer: Tokenizer, place: Path) -> dict[str, int]:
@@ -271,36 +193,12 @@ def write_tokens(rows: Sequence[dict], tokenizer: Tokenizer, place: Path) -> dic
 
 
 def main(cfg: PairsConfig) -> None:
-    """Ask, sort, write."""
-    if cfg.rows is not None:
-        path, tokenizer = from_repo(cfg.rows), Tokenizer(from_repo(cfg.tokenizer))
-        rows = list(read_rows(path))
-    else:
-        path = from_repo(cfg.out)
-        require_writable(path)
-        loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
-        tokenizer = loaded.tokenizer
-        asked = read_prompts(from_repo(cfg.prompts or QUESTIONS))
-        # With an answer they may take half of the context: a pair is read side by side.
-        room = loaded.config.max_seq_len // 2 - 1
-        prompts = [text for text in asked if len(tokenizer.encode(text)) < room]
-        pairs = list(map(pair_of, answers(loaded, prompts, cfg)))
-        rows, without = make_rows(prompts, pairs, path.parent.name)
-        n_long = len(asked) - len(prompts)
-        without.update({"longer_than_half_the_context": n_long} if n_long else {})
-        reasons = "".join(f", {n} {reason}" for reason, n in sorted(without.items()))
-        print(f"{len(asked)} prompts gave {len(rows)} pairs{reasons}")
-        if len(rows) < 2:
-            raise DataError(
-                f"wanted two pairs or more, found {len(rows)}{reasons}; ask more prompts, or draw "
-                f"more replies (--n), or this checkpoint needs no such tuning"
-            )
-        write_rows(path, rows)
-        print(f"rows: {shown(path)}")
+    """Read the rows, write their token files."""
+    path, tokenizer = from_repo(cfg.rows), Tokenizer(from_repo(cfg.tokenizer))
     place = from_repo(cfg.tokens) / tokenizer.name / path.parent.name
-    parts = write_tokens(rows, tokenizer, place)
+    parts = write_tokens(list(read_rows(path)), tokenizer, place)
     print(f"tokens: {shown(place)} ({', '.join(f'{split} {n}' for split, n in parts.items())})")
 
 
 if __name__ == "__main__":
-    run(main, parse(PairsConfig, __doc__, positional=["checkpoint"]))
+    run(main, parse(PairsConfig, __doc__, positional=["rows"]))

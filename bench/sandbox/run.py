@@ -19,17 +19,18 @@ harness asks for the completions; it cannot score them offline, since its metric
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from tqdm import tqdm
 
 from babyllama.errors import ConfigError
@@ -151,44 +152,27 @@ def _watch(child: subprocess.Popen, limits: Limits) -> str:
 
 def _end(child: subprocess.Popen) -> None:
     """Kill all that is left; what lives in the namespace goes with its process 1."""
-    for pid in (*_below(child.pid), child.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    for process in _family(child.pid):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     child.wait()
 
 
-def _below(root: int) -> list[int]:
-    """The process numbers of all descendants, as the host sees them."""
-    parents: dict[int, list[int]] = {}
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            fields = _read(f"/proc/{entry.name}/stat").rpartition(")")[2].split()
-            if fields:
-                parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, waiting = [], [root]
-    while waiting:
-        children = parents.get(waiting.pop(), [])
-        found += children
-        waiting += children
-    return found
+def _family(pid: int) -> list[psutil.Process]:
+    """All descendants of a process and itself, as the host sees them."""
+    with suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        return [*first.children(recursive=True), first]
+    return []
 
 
-def _memory_mb(root: int) -> float:
+def _memory_mb(pid: int) -> float:
     """Resident memory of a process and all below it."""
-    pages = 0
-    for pid in (root, *_below(root)):
-        fields = _read(f"/proc/{pid}/statm").split()
-        pages += int(fields[1]) if len(fields) > 1 else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8", "replace")
-    except OSError:  # the process is gone
-        return ""
+    n_bytes = 0
+    for process in _family(pid):
+        with suppress(psutil.NoSuchProcess):
+            n_bytes += process.memory_info().rss
+    return n_bytes / 1e6
 
 
 def _python() -> str:

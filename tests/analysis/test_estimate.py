@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from babyllama.analysis.estimate import (
-    TableConfig,
     largest_batch,
     memory_by_part,
     parameters_by_part,
@@ -227,7 +226,7 @@ def test_ten_steps_foretell_the_speed_and_the_memory_of_a_run(
 
 
 def test_the_table_of_cards_shows_batches_that_fit() -> None:
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(TableConfig())]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table()]
     assert len(lines) == 2 + 2 * 4 and all(len(line) == 7 for line in lines)
     for _, card, _, plain, again, *needs in lines[2:]:
         size = float(card.split()[-2])

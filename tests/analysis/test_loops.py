@@ -8,7 +8,6 @@ import pytest
 from babyllama.analysis import loops
 from babyllama.decoder import Reply
 from babyllama.errors import ConfigError, DataError
-from babyllama.scoring.probes import read_prompts
 
 LOOP = "今天天气很好，我们去公园。"
 
@@ -55,7 +54,7 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match="wanted UTF-8 text with a prompt on each line, found"):
-        read_prompts(path)
+        loops.read_prompts(path)
 
 
 def test_a_checkpoint_is_reported_on(checkpoint, tmp_path, script):

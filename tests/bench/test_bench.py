@@ -16,8 +16,7 @@ import torch
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import ConfigError, DataError
 from bench import contamination
-from bench.cache import Store
-from bench.harness import Scorer, for_harness
+from bench.harness import Scorer, Store, for_harness
 from bench.run import cli, main
 from bench.run_task import ask
 from bench.sandbox import run as sandbox

@@ -7,8 +7,7 @@ from test_bench import fixed_model, learnt_vocabulary, slow_likelihood
 
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import ConfigError
-from bench.cache import Store
-from bench.harness import MOST_OPTIONS, Dialogue, for_harness
+from bench.harness import MOST_OPTIONS, Dialogue, Store, for_harness
 from conftest import save_model
 from tokenizer import Tokenizer
 

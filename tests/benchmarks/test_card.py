@@ -31,7 +31,7 @@ def test_parts_fit_the_time_of_the_script() -> None:
     assert sum(part.short for part in PARTS.values()) <= 340
     assert all(0 < part.short <= part.full for part in PARTS.values())
     with pytest.raises(ConfigError, match="wanted some of machine"):
-        CardConfig(parts=["no such part"])
+        CardConfig(parts="machine,no such part")
 
 
 def test_a_part_that_hangs_is_ended_and_what_is_known_is_kept(tmp_path: Path) -> None:

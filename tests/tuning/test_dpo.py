@@ -1,4 +1,4 @@
-"""Preference tuning: the loss by hand, pairs out of replies, a run that is exact when resumed."""
+"""Preference tuning: the loss by hand, pairs as token files, a run that is exact when resumed."""
 
 import copy
 import json
@@ -12,11 +12,10 @@ import yaml
 from safetensors.torch import load_file
 
 from babyllama.data import DataConfig, open_data
-from babyllama.decoder import Reply
 from babyllama.device import Scaler
 from babyllama.distributed import World
 from babyllama.errors import ConfigError, DataError
-from babyllama.rows import check_row, read_rows, write_rows
+from babyllama.rows import read_rows, write_rows
 from babyllama.run_dir import list_checkpoints
 from babyllama.sources import READERS as OTHERS
 from babyllama.sources import SourceConfig, open_source
@@ -26,8 +25,6 @@ from babyllama.tuning.preference import (
     Pairs,
     answer_log_probs,
     dpo,
-    make_rows,
-    pair_of,
     write_tokens,
 )
 from conftest import TEXTS, small_config, write_run
@@ -166,28 +163,6 @@ def test_pairs_and_dialogues_are_not_mixed_up(pairs, token_root, tokenizer, pref
         open_data(config, tokenizer, 128, TrainConfig(), READERS if preference else OTHERS)
 
 
-def replies(*given: tuple[str, str]) -> list[Reply]:
-    return [Reply([1], text, reason) for text, reason in given]
-
-
-def test_a_pair_is_a_reply_that_loops_and_one_that_ends():
-    good, loop, open_end = ("好的。", "eos"), (LOOP * 4, "length"), ("没说完", "length")
-    assert pair_of(replies(loop, open_end, good)) == (good[0], loop[0])
-    assert pair_of(replies(good, open_end)) == "no_loop"
-    assert pair_of(replies(loop, open_end, (" ", "eos"))) == "no_reply_without_loop"
-    assert pair_of(replies((LOOP * 4, "eos"), loop)) == "no_reply_without_loop"
-    given = [replies(loop, good), replies(good), replies(loop)]
-    found, without = make_rows("甲乙丙", list(map(pair_of, given)), "x")
-    assert [row["id"] for row in found] == ["x/0"] and check_row(found[0]) is None
-    assert without == {"no_loop": 1, "no_reply_without_loop": 1}
-
-
-def test_of_good_replies_the_usual_one_is_chosen():
-    loop, odd = (LOOP * 4, "length"), ("新方法", "eos")
-    usual, alike = ("一种图像检索方法", "eos"), ("图像检索方法", "eos")
-    assert pair_of(replies(odd, loop, usual, alike)) in [(u[0], loop[0]) for u in (usual, alike)]
-
-
 BAD_ROWS = {
     "no question": ({"messages": []}, "bad_turns"),
     "an answer last": ({"messages": [{"role": "user", "content": "甲"},
@@ -239,36 +214,20 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(
     assert val[0]["n_targets"] == 2 and "bpb" not in val[0]
 
 
-def test_pairs_are_made_from_a_checkpoint_or_from_rows(tmp_path, checkpoint, tokenizer, script):
-    """A random model neither loops nor ends: that is said, and nothing is written."""
-    out = tmp_path / "clean/loops/rows.jsonl"
-    flags = ("--out", out, "--tokens", tmp_path / "tokens", "--max_new_tokens", 8, "--n", 1)
-    found = script("babyllama/tuning/preference.py", checkpoint, *flags).error
-    assert "wanted two pairs or more, found" in found and not out.exists()
+def test_rows_become_token_files(tmp_path, tokenizer, script):
+    out = tmp_path / "clean/mine/rows.jsonl"
     write_rows(out, rows(5))
     (tmp_path / "small.model").write_bytes(tokenizer.bytes)
-    done = script("babyllama/tuning/preference.py", "--rows", out,
-                  "--tokenizer", tmp_path / "small.model",
+    done = script("babyllama/tuning/preference.py", out, "--tokenizer", tmp_path / "small.model",
                   "--tokens", tmp_path / "tokens")  # fmt: skip
     assert done.code == 0 and "val 1, train 4" in done.out
-    place = tmp_path / "tokens/small/loops"
+    place = tmp_path / "tokens/small/mine"
     source = open_source(SourceConfig(str(place)), "train", tokenizer, DataConfig(), 128, READERS)
     for number, row in enumerate(rows(5)[1:]):
         for name, (_, targets) in source.row(number, None)._asdict().items():
             *learnt, last = [int(i) for i in targets if i >= 0]  # no earlier answer is
             assert tokenizer.decode(learnt) == row[name] and last == tokenizer.eos_id
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ((), "wanted a checkpoint that answers, or --rows"),
-        (("--rows", "x.jsonl"), "--rows wants --tokenizer"),
-        (("x", "--loop_guard", "end"), "loop_guard off"),
-    ],
-)
-def test_wrong_settings_are_one_line(flags, message, script):
-    assert message in script("babyllama/tuning/preference.py", *flags).error
+    assert "wanted rows and the tokenizer" in script("babyllama/tuning/preference.py", out).error
 
 
 @pytest.mark.parametrize("beta", [0.0, -1.0, math.nan, math.inf])

@@ -374,7 +374,7 @@ def test_shuffled_pictures_are_all_others():
 def test_scores_know_the_majority_and_open_questions():
     asked = [*asked_of(8), Asked(9, [{"role": "user", "content": "叫什么？"}], "小花")]
     true = ["是。", "是", "不是", "不是", "是", "是", "是", "不是", "小草"]
-    found = score(asked, {"true": true, "blank": ["是"] * 9}, 20)
+    found = score(asked, {"true": true, "blank": ["是"] * 9})
     low, high = (found["closed"].pop(key) for key in ("low", "high"))
     assert found["closed"] == {"majority": 0.5, "true": 7 / 8, "blank": 0.5}
     assert low < 7 / 8 < high == 1 and found["questions"][QUESTION]["low"] == low

@@ -140,7 +140,7 @@ def test_features_are_left_out_in_training_alone():
     assert not torch.equal(first, second)
     first, second = (model.eval()(**batch).loss_sum for _ in range(2))
     assert torch.equal(first, second)
-    with pytest.raises(ConfigError, match="dropout wants 0 or more and less than 1"):
+    with pytest.raises(ConfigError, match="dropout wants 0 to below 1"):
         FusionConfig(dropout=1.0)
 
 
