@@ -90,10 +90,12 @@ def evaluate(
         result["differences"] = tables.differences(*lines[:2])
         yield tables.difference_table(result["differences"], lines[0].name, lines[1].name)
     if cfg.wordings:
+        assert model
         sampling = next(iter(cfg.ways().values()))
         result["by_wording"] = probes.by_wording(model, texts, references, sampling, cfg, lines[0])
         yield probes.wording_table(result["by_wording"])
     if cfg.follow_up:
+        assert model
         asked = probes.ask_follow_ups(model, found.rows, lines[0].titles, cfg)
         result["follow_up"] = {each.name: probes.scores(each, found.rows) for each in asked}
         yield probes.follow_up_table(result["follow_up"])

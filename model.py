@@ -398,11 +398,11 @@ class SlicedLoss(torch.autograd.Function):
                 if scale is not None:
                     error *= scale[:, None]
                 error = error.to(dtype)  # (slice, V): the gradient of the logits
-                if want_hidden:
+                if grad_hidden is not None:
                     grad_hidden[start : start + size] = error @ w
-                if want_weight and dtype == torch.float32:
+                if grad_weight is not None and dtype == torch.float32:
                     grad_weight.addmm_(error.t(), part)
-                elif want_weight:
+                elif grad_weight is not None:
                     grad_weight += product(error.t(), part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype

@@ -1,7 +1,7 @@
 """Set babyllama up and walk through it: from raw Chinese text to models that talk and are scored.
 
     python quickstart.py                              makes .venv, installs, runs the steps below
-    python quickstart.py --tests [--slow] [-- ARGS]   makes .venv, installs, runs ruff and pytest
+    python quickstart.py --tests [--slow] [-- ARGS]   makes .venv, installs, runs ruff, mypy, pytest
 
 Standard library only; Linux, macOS and Windows. Each command is printed as you would type it. A
 second call continues where the first one stopped: a step is done when its stamp in out/quickstart/
@@ -12,6 +12,7 @@ the run saved) and 130 after Ctrl-C.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Step(NamedTuple):
@@ -91,13 +92,14 @@ ACTIVATE = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/a
 
 def main() -> int:
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")  # Windows consoles: not always UTF-8
+        if isinstance(stream, io.TextIOWrapper):  # Windows consoles: not always UTF-8
+            stream.reconfigure(encoding="utf-8", errors="replace")
     if sys.version_info < (3, 11):  # noqa: UP036
         found = sys.version.split()[0]
         sys.exit(f"需要 Python 3.11 或更新，当前 {found} / Python 3.11+ wanted, {found} found")
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("--tests", action="store_true", help="run ruff and pytest instead")
+    parser.add_argument("--tests", action="store_true", help="run ruff, mypy and pytest instead")
     parser.add_argument("--slow", action="store_true", help="with --tests: the slow tests as well")
     parser.add_argument("pytest_args", nargs="*", metavar="-- ARGS", help="passed on to pytest")
     options = parser.parse_args()
@@ -146,11 +148,11 @@ def version_of(python: Path) -> str:
 
 
 def run_tests(root: Path, python: Path, slow: bool, pytest_args: list) -> int:
-    """Run the linter, the formatter's check and the tests; the first exit code that is not 0."""
+    """Run linter, formatter's check, type checker and tests; the first exit code that is not 0."""
     spread = ("-n", "logical", "--maxprocesses", "4", "--dist", "worksteal")  # a process a core
     choice = () if slow else ("-m", "not slow")
     results = {}
-    for command, more in (("ruff check", ()), ("ruff format --check", ()),
+    for command, more in (("ruff check", ()), ("ruff format --check", ()), ("mypy", ()),
                           ("pytest", (*spread, *choice, *pytest_args))):  # fmt: skip
         results[command] = run(f"python -m {command}", root, python, *more)
         if results[command] == 130:
@@ -204,7 +206,7 @@ def run(command: str, root: Path, python: Path, *more: str, is_quiet: bool = Fal
     words = [*command.split(), *more]
     say("$ " + " ".join(f'"{word}"' if " " in word else word for word in words))
     with tempfile.TemporaryFile() as folded:
-        to = {"stdout": folded, "stderr": subprocess.STDOUT} if is_quiet else {}
+        to: dict[str, Any] = {"stdout": folded, "stderr": subprocess.STDOUT} if is_quiet else {}
         code = ended(subprocess.Popen([python, *words[1:]], cwd=root, env=environment(), **to))
         if code and is_quiet:
             folded.seek(0)

@@ -117,6 +117,7 @@ def resolve(cfg: SftConfig) -> SftConfig:
 def main(cfg: SftConfig) -> int:
     """Fine-tune; returns the exit code."""
     cfg = resolve(cfg)
+    assert cfg.base and cfg.name
     base = load_model(cfg.base)
     readers = preference.READERS if cfg.objective == "dpo" else READERS
     data = open_data(cfg.data, base.tokenizer, base.config.max_seq_len, cfg.train, readers)

@@ -110,7 +110,7 @@ def save_checkpoint(run: Snapshot, step: int) -> Path:
 
     raises: CheckpointError if the disk does not take it; earlier checkpoints are untouched
     """
-    state = None if run.optimizer is None else _optimizer_tensors(run)
+    state = None if run.optimizer is None else _optimizer_tensors(run, run.optimizer)
     return _save(run, run.directory / f"step-{step:06d}", _info(run, step), state)
 
 
@@ -199,11 +199,11 @@ def model_weights(model: Transformer, keep: bool = True) -> dict[str, Tensor]:
     return gathered(lora.stored(model), keep)
 
 
-def _optimizer_tensors(run: Snapshot) -> dict[str, Tensor]:
+def _optimizer_tensors(run: Snapshot, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state by parameter name, and torch's random state."""
     names = {id(weight): name for name, weight in run.model.named_parameters()}
     tensors = {"rng": torch.get_rng_state()}
-    for weight, state in run.optimizer.state.items():
+    for weight, state in optimizer.state.items():
         tensors |= {f"{names[id(weight)]}:{key}": tensor for key, tensor in state.items()}
     return gathered(tensors, run.world.is_main)
 
@@ -319,6 +319,7 @@ def _put_optimizer_state(run: Snapshot, tensors: dict[str, Tensor], where: Path)
         name, _, part = key.rpartition(":")
         kept.setdefault(name, {})[part] = tensor
     trained = {name: w for name, w in run.model.named_parameters() if w.requires_grad}
+    assert run.optimizer is not None  # what is resumed trains
     shapes = state_shapes(run.optimizer)
     wanted = {name: shapes[weight] for name, weight in trained.items()}
     found = {name: {part: t.shape for part, t in state.items()} for name, state in kept.items()}

@@ -23,7 +23,7 @@ from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_origin, get_type_hints
 
 import filelock
 import yaml
@@ -33,7 +33,14 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from babyllama.errors import CheckpointError, ConfigError, DataError, nearest
 from babyllama.language import LANGUAGES, catalogue, say, speak, wrapped
 
-Config = TypeVar("Config")
+
+class Settings(Protocol):
+    """A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+Config = TypeVar("Config", bound=Settings)
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -51,7 +58,7 @@ def from_repo(path: Path | str) -> Path:
     return path if path.is_absolute() or path.exists() else REPO / path
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """A path as the user would type it: from the repository's root where it lies inside."""
     path = Path(path)
     return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
@@ -182,9 +189,9 @@ def weighted_names(text: str) -> dict[str, float]:
     """
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, weight = re.fullmatch(r"(.+?)(?::([^:/\\]*))?", part).groups()
+        name, *weights = re.split(r"(?<=.):(?=[^:/\\]*$)", part)
         try:
-            found.append((name.strip(), 1.0 if weight is None else float(weight)))
+            found.append((name.strip(), float(*weights) if weights else 1.0))
         except ValueError:
             raise ConfigError(
                 f"--dataset: wanted NAME or NAME:WEIGHT, found {part!r}; as in csl:2,belle:0.5"
@@ -224,7 +231,7 @@ _PlainLoader.add_constructor(  # a name that looks like a date is a name
 )
 
 
-def read_yaml(path: Path) -> object:
+def read_yaml(path: Path) -> Any:
     """What a YAML file of a run or a checkpoint holds; its origin need not be trusted.
 
     raises: ValueError with the reason in one line; OSError
@@ -268,7 +275,7 @@ def parse(
     A flag for yes may stand alone (--dry-run), and "-" may stand for "_" in names of flags.
     """
     argv = speak(sys.argv[1:] if argv is None else argv)
-    doc = catalogue().paragraphs(doc) if catalogue() else doc
+    doc = found.paragraphs(doc) if (found := catalogue()) else doc
     parser = Parser(description=doc, formatter_class=Help)
     parser.add_argument(
         "--config",
@@ -353,7 +360,7 @@ def _kinds(config_class: type, prefix: str = "") -> dict[str, object]:
     found = {}
     for name, kind in get_type_hints(config_class).items():
         found[prefix + name] = kind
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             found |= _kinds(kind, f"{prefix}{name}.")
     return found
 
@@ -390,7 +397,7 @@ class Parser(ArgumentParser):
 class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Shows the script's docstring as it is written, and all in the user's language."""
 
-    def add_usage(self, usage: str, actions: list, groups: list, prefix: str | None = None) -> None:
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
         super().add_usage(usage, actions, groups, say("usage: ") if prefix is None else prefix)
 
     def start_section(self, heading: str | None) -> None:
@@ -406,12 +413,12 @@ class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         return wrapped(text, width) if catalogue() else super()._split_lines(text, width)
 
 
-def to_yaml(config: object) -> str:
+def to_yaml(config: Settings) -> str:
     """A resolved config as YAML that `--config` reads back."""
     return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """A config as dicts, lists and strings."""
     if hasattr(value, "__dataclass_fields__"):
         return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
@@ -425,9 +432,6 @@ def plain(value: object) -> object:
 def run(main: Callable[..., int | None], *args: object) -> None:
     """Call `main` and leave with its exit code; the user's mistakes become one line, code 2."""
     speak(sys.argv[1:])
-    # A Windows console may speak GBK; the scripts always speak UTF-8.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = main(*args)
         sys.stdout.flush()
@@ -451,12 +455,17 @@ def run(main: Callable[..., int | None], *args: object) -> None:
 
 
 def _complain(text: str, code: int) -> int:
-    """Say why a script ends, if somebody listens; returns its exit code."""
+    """Say why a script ends; returns its exit code."""
+    aloud(lambda: print(text, file=sys.stderr, flush=True))
+    return code
+
+
+def aloud(speak: Callable[[], object]) -> None:
+    """Say something, if anybody listens: pipes lose their readers, terminals are closed."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        speak()
     except OSError:
         silence()
-    return code
 
 
 def _remedy(error: OSError) -> str:
@@ -485,13 +494,18 @@ def stop_signals() -> list[signal.Signals]:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list that is not empty once a signal to stop has arrived; the second Ctrl-C or SIGTERM
-    ends at once (a terminal that closes may say so twice)."""
+def stop_requests(act: Callable[[int], object] | None = None) -> Iterator[list[int]]:
+    """A list that is not empty once a signal to stop has arrived.
+
+    act: gets each signal; without it the second Ctrl-C or SIGTERM ends at once (a terminal that
+        closes may say so twice)
+    """
     asked: list[int] = []
 
     def ask(number: int, _: object) -> None:
-        if asked and number in (signal.SIGINT, signal.SIGTERM):
+        if act is not None:
+            act(number)
+        elif asked and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
         asked.append(number)
 

@@ -46,7 +46,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def pack(rows: Sequence[Row | tuple[Row, ...]], max_seq_len: int) -> list[list[Row]]:
     """Rows packed into at most max_seq_len positions each; those of a tuple stay together."""
-    parts = [row if isinstance(row[0], tuple) else (row,) for row in rows]
+    parts: list[tuple] = [row if isinstance(row[0], tuple) else (row,) for row in rows]
     bins = best_fit([sum(len(tokens) for tokens, _ in part) for part in parts], max_seq_len)
     return [[row for item in items for row in parts[item]] for items in bins]
 
@@ -136,7 +136,7 @@ class Mixture:
     for the fraction a random part of it.
     """
 
-    def __init__(self, sources: list[Source], weights: list[float], seed: int) -> None:
+    def __init__(self, sources: Sequence[Source], weights: list[float], seed: int) -> None:
         self.sources, self.seed = sources, seed
         counts = [max(1, round(w * len(s))) for s, w in zip(sources, weights, strict=True)]
         self._ends = np.cumsum(counts)
@@ -221,7 +221,7 @@ class ValData:
 
     def __init__(self, sources: list[Source], max_rows: int, max_seq_len: int, pad_id: int) -> None:
         self.pad_id = pad_id
-        self._sequences = {}
+        self._sequences: dict[str, list] = {}
         for source in sources:
             numbers = range(min(max_rows, len(source)))
             rows = [source.row(i, np.random.default_rng((0, i))) for i in numbers]
@@ -248,8 +248,10 @@ class Data(NamedTuple):
 class Order(Protocol):
     """The settings of the loop that decide which rows a step takes."""
 
-    batch_size: int
-    seed: int
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def open_data(

@@ -203,7 +203,7 @@ class Rules:
         n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
         if token == self.eos_id or not (n or redraws):
             return True
-        text = self.tokenizer.decode([*ids, token])
+        text = self._text(ids, token)
         return not (redraws and loops(text)) and not (n and repeats(squeeze(text), n))
 
     def extend(self, reply: Reply, token: int, limit: int) -> None:
@@ -223,7 +223,11 @@ class Rules:
                 reply.reason = "stop"
 
     def _ends_in_loop(self, ids: list[int], token: int) -> bool:
-        return self.sampling.loop_guard == "end" and loops(self.tokenizer.decode([*ids, token]))
+        return self.sampling.loop_guard == "end" and loops(self._text(ids, token))
+
+    def _text(self, ids: list[int], token: int) -> str:
+        assert self.tokenizer is not None  # __init__ wants one where text is looked at
+        return self.tokenizer.decode([*ids, token])
 
 
 def random_numbers(logits: Tensor, chances: list[random.Random]) -> Tensor:

@@ -124,11 +124,6 @@ def safe_precision(device: str, card: str = "", capability: tuple[int, int] = (0
     return "float32"
 
 
-def pick_precision(device: torch.device, wanted: str = "auto", force: bool = False) -> str:
-    """The format to use on a device: as wanted, or the fastest safe one."""
-    return checked_precision(*_kind(device), wanted=wanted, force=force)[0]
-
-
 def checked_precision(
     device: str, card: str, capability: tuple[int, int], wanted: str, force: bool
 ) -> tuple[str, str]:

@@ -160,8 +160,8 @@ def start(device: torch.device, config: ParallelConfig | None = None) -> Iterato
         return
     backend, card = "gloo", None
     if device.type == "cuda":
-        names = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID")
-        backend, number = "nccl", own_card(*map(os.environ.get, names), torch.cuda.device_count())
+        rank, torchrun = os.environ.get("LOCAL_RANK"), os.environ.get("TORCHELASTIC_RUN_ID")
+        backend, number = "nccl", own_card(rank, torchrun, torch.cuda.device_count())
         device = card = torch.device("cuda", number)
         torch.cuda.set_device(device)
     timeout = datetime.timedelta(seconds=config.timeout_s)

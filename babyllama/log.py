@@ -14,13 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len
 from tqdm import tqdm
 
-from babyllama.config import BAD_NUMBERS, atomic_write, shown, silence
+from babyllama.config import BAD_NUMBERS, aloud, atomic_write, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.language import catalogue, say
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Order of the figures in a line; all others stay in metrics.jsonl.
@@ -109,7 +111,7 @@ class Log:
                 with atomic_write(run / name) as path:
                     path.write_text("".join(map(_line, self.records)), encoding="utf-8")
         if sys.stderr.isatty():
-            _aloud(self._open_bar)
+            aloud(self._open_bar)
 
     def _open_bar(self) -> None:
         name, first = self.run.name, self._first
@@ -118,7 +120,7 @@ class Log:
     def say(self, text: str) -> None:
         """One line for the user; where nobody reads it any more, the run goes on in silence."""
         if self.is_main:
-            _aloud(lambda: tqdm.write(text, file=sys.stderr))
+            aloud(lambda: tqdm.write(text, file=sys.stderr))
 
     def warn(self, text: str) -> None:
         """One line that begins with "warning", if there is something to say."""
@@ -128,7 +130,7 @@ class Log:
     def step(self, step: int) -> None:
         """Move the bar."""
         if self._bar is not None:
-            _aloud(lambda: self._bar.update(step - self._bar.n))
+            aloud(lambda: self._bar.update(step - self._bar.n))
 
     def record(self, kind: str, step: int, figures: dict) -> None:
         """Keep a record of kind "train" or "val" and show its main figures."""
@@ -173,7 +175,7 @@ class Log:
         """Draw the curves, end the bar and say how the run ended; returns the code."""
         self.draw()
         if self._bar is not None:
-            _aloud(self._bar.close)
+            aloud(self._bar.close)
         self.say(text)
         return code
 
@@ -227,13 +229,6 @@ def doubt(records: list[dict], warmup_steps: int, last: int) -> str:
     )
 
 
-def _aloud(speak: Callable[[], object]) -> None:
-    try:
-        speak()
-    except OSError:  # a pipe whose reader has ended, a terminal that was closed
-        silence()
-
-
 def _line(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
 
@@ -247,8 +242,6 @@ def table(lines: Sequence[Sequence[object]]) -> str:
 
     The first column is aligned to the left, the others to the right.
     """
-    from rich.cells import cell_len
-
     cells = [list(map(str, line)) for line in lines]
     widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
     rows = []
@@ -323,7 +316,7 @@ def _flat(kind: str, figures: dict) -> dict[str, float]:
     return flat | {f"{kind}/loss/{name}": loss for name, loss in sources.items()}
 
 
-def _draw_sources(axis: object, records: list[dict], font: str | None) -> None:
+def _draw_sources(axis: "Axes", records: list[dict], font: str | None) -> None:
     """The validation loss of each source, where there are several."""
     validated = [record for record in records if record["kind"] == "val"]
     names = dict.fromkeys(name for record in validated for name in record.get("sources", {}))

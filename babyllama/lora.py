@@ -83,7 +83,6 @@ class LoraLinear(nn.Linear):
         self._parameters["weight"] = linear._parameters["weight"]
         self.lora = nn.ModuleDict()
         self.active: str | None = None
-        self._original: Tensor | None = None  # of the parameter, while an adapter is merged into it
 
     @property
     def weight(self) -> Tensor:
@@ -96,34 +95,15 @@ class LoraLinear(nn.Linear):
         y = F.linear(x, self._parameters["weight"])
         return y if adapter is None else y + adapter(x)
 
-    @property
-    def is_merged(self) -> bool:
-        """Whether an adapter is inside the parameter now."""
-        return self._original is not None
-
     def _added(self) -> Adapter | None:
-        is_added = self.active is not None and self._original is None
-        return self.lora[self.active] if is_added else None
+        return None if self.active is None else self.lora[self.active]
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Put the active adapter into the parameter; the original is kept for unmerge."""
-        adapter, base = self._added(), self._parameters["weight"]
-        if adapter is not None:
-            self._original = base.detach().clone()
-            base.add_(adapter.exact_delta())
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put back the original, bit for bit."""
-        if self._original is not None:
-            self._parameters["weight"].copy_(self._original)
-            self._original = None
-
     def plain(self) -> nn.Linear:
-        """A linear layer with the parameter as it is now."""
+        """A linear layer that has the active adapter in its weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = self._parameters["weight"]
+        adapter, base = self._added(), self._parameters["weight"]
+        linear.weight = base if adapter is None else nn.Parameter(base + adapter.exact_delta())
         return linear
 
 
@@ -199,15 +179,8 @@ def apply_lora(
     To be called before the model is wrapped or compiled, and before the optimizer is made.
 
     base: where the weights are from, kept in checkpoints
-    raises: ConfigError if a target names no linear layer, the name cannot be used, or an adapter
-        is merged into the weights, which would train with it inside
+    raises: ConfigError if a target names no linear layer or the name cannot be used
     """
-    merged = [path for path, layer in layers(model) if layer.is_merged]
-    if merged:
-        raise ConfigError(
-            f"lora.targets {list(cfg.targets)}: wanted the base's own weights, found an adapter "
-            f"merged into {len(merged)} layers ({merged[0]}, …); unmerge the model first"
-        )
     chosen = _matching(model, cfg)
     state = getattr(model, "lora", None) or Adapters(fingerprint(model), base)
     if not re.fullmatch(r"\w+", name) or hasattr(nn.ModuleDict, name) or name in state.configs:
@@ -290,7 +263,6 @@ def switch(model: Transformer, name: str | None) -> Transformer:
     """
     if name is not None and name not in model.lora.configs:
         raise ConfigError(f"no adapter {name!r} on this model; it has {sorted(model.lora.configs)}")
-    unmerge(model)
     model.requires_grad_(False)
     model.lora.active = name
     for _, layer in layers(model):
@@ -300,25 +272,9 @@ def switch(model: Transformer, name: str | None) -> Transformer:
     return model
 
 
-def merge(model: Transformer) -> Transformer:
-    """Compute with the active adapter inside the weights: as fast as the base; to be undone by
-    unmerge. Not for training."""
-    for _, layer in layers(model):
-        layer.merge()
-    return model
-
-
-def unmerge(model: Transformer) -> Transformer:
-    """Undo merge; every weight of the base has its bits back."""
-    for _, layer in layers(model):
-        layer.unmerge()
-    return model
-
-
 def bake(model: Transformer) -> Transformer:
     """A plain model for good: the active adapter goes into the weights, all adapters go."""
     for path, layer in layers(model):
-        layer.merge()
         _put(model, path, layer.plain())
     del model.lora
     return model.requires_grad_(True)

@@ -109,6 +109,8 @@ class MuonAdamW(torch.optim.AdamW):
     forty times slower; and it has no part for the parameters that are no matrices.
     """
 
+    param_groups: list[dict]
+
     @torch.no_grad()
     def step(self) -> None:
         groups = self.param_groups

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import yaml
@@ -29,7 +30,8 @@ _STORED = ("text", "summary", *META)
 _TELLING = 4  # characters: so many of a template in a title are no accident
 
 Ids = Sequence[int]
-Numbers = int | np.ndarray
+Numbers: TypeAlias = int | np.ndarray
+Choice = TypeVar("Choice")
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,8 @@ class SummaryPrompts:
             _message("assistant", self._lay(_fill(answer, chosen), summary)),
         ]
         spare = None if max_text is None else max_text - len(text)
-        names = [name for name in self.turns if self.turn_fits(name, (meta or {}).get(name), spare)]
+        meta = meta or {}
+        names = [name for name in self.turns if self.turn_fits(name, meta.get(name), spare)]
         if not names or rng.random() >= self.share:
             return messages
         name = _one(names, rng)
@@ -306,7 +309,7 @@ class SummaryPrompts:
         answers = {"summary": [a for _, of_family in self.families for a in of_family]}
         answers |= {name: turn.answers for name, turn in self.turns.items()}
         frames = {
-            name: {tuple(f.split(f"{{{name}}}")) for t in own for f in self._fillings(t)}
+            name: {f.partition(f"{{{name}}}")[::2] for t in own for f in self._fillings(t)}
             for name, own in answers.items()
         }
         return {
@@ -348,7 +351,7 @@ def _fill(template: str, chosen: dict[str, str]) -> str:
     return _SLOT.sub(lambda found: chosen.get(found[1], found[0]), template)
 
 
-def _one(choices: list, rng: np.random.Generator) -> object:
+def _one(choices: Sequence[Choice], rng: np.random.Generator) -> Choice:
     return choices[rng.integers(len(choices))]
 
 

@@ -14,9 +14,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from babyllama.config import (
     REPO,
+    Settings,
     atomic_write,
     from_repo,
     lock,
@@ -52,7 +54,7 @@ def checksums(checkpoint: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_run(name: str, config: object, world: World) -> Iterator[Path]:
+def open_run(name: str, config: Settings, world: World) -> Iterator[Path]:
     """The directory of a run, new or to be continued with the same config, for this run alone.
 
     config: resolved, which is saved as config.yaml
@@ -77,7 +79,7 @@ def open_run(name: str, config: object, world: World) -> Iterator[Path]:
         yield run
 
 
-def require_same(name: str, config: object) -> None:
+def require_same(name: str, config: Settings) -> None:
     """Refuse to go on with a run whose config is another; a run that is not there is no fault.
 
     raises: ConfigError with a line for each setting that differs
@@ -122,7 +124,7 @@ def _read_config(path: Path) -> dict:
     return found
 
 
-def _with_defaults(found: dict, config: object) -> dict:
+def _with_defaults(found: dict, config: Settings) -> dict:
     """A saved config with the settings it does not know yet, at their defaults."""
     complete = dict(found)
     for name, field in config.__dataclass_fields__.items():
@@ -183,7 +185,7 @@ def chosen_run(named: Path | None, kind: str | None = None) -> Path:
     """
     found = from_repo(named) if named else newest_run(kind=kind)
     if found is None:
-        what = {"sft": "SFT run", "pretrain": "base"}.get(kind, "run")
+        what = {"sft": "SFT run", "pretrain": "base"}.get(kind or "", "run")
         raise CheckpointError(
             f"wanted a checkpoint, found no {what} in out/; name one (out/<run> or one of its "
             f"steps), or make one with `python quickstart.py`"
@@ -214,11 +216,6 @@ def read_base(base: Path | None) -> tuple[Path, Path, ModelConfig]:
     place = from_repo(base or "release").resolve()
     checkpoint = find_checkpoint(place)
     return place, checkpoint, read_info(checkpoint)["model"]
-
-
-def kind_of(path: Path) -> str:
-    """What made a checkpoint, or a run's newest one: pretrain, sft, vqa …; errors as load_model."""
-    return read_info(find_checkpoint(Path(path)))["kind"]
 
 
 def verify(path: Path, names: tuple[str, ...]) -> None:
@@ -258,8 +255,8 @@ def read_info(path: Path) -> dict:
     try:
         info = read_yaml(path / "model.yaml")
         config = ModelConfig(**info["model"])
-        typed = [(key, info[key], str) for key in ("kind", "tokenizer", "fingerprint")]
-        typed += [("step", info["step"], int)]
+        wanted: dict[str, Any] = {"kind": str, "tokenizer": str, "fingerprint": str, "step": int}
+        typed = [(key, info[key], kind) for key, kind in wanted.items()]
         typed += [
             (f"model.{field.name}", getattr(config, field.name), field.type)
             for field in fields(config)
@@ -290,5 +287,5 @@ def tasks_of(path: Path) -> tuple[str, ...]:
     One that states nothing may be asked all that others of its kind learn.
     """
     info = read_info(path)
-    usual = {"pretrain": ("continue",), "vqa": ("chat",)}
+    usual: dict[str, tuple[str, ...]] = {"pretrain": ("continue",), "vqa": ("chat",)}
     return tuple(info.get("tasks") or usual.get(info["kind"], ("chat", "reference", "title")))

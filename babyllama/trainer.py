@@ -202,10 +202,14 @@ def total_steps(config: TrainConfig, data: TrainData) -> int:
 class RunConfig(Protocol):
     """What the loop reads of a script's config."""
 
-    base: Path | None
-    train: TrainConfig
-    optim: optim.OptimConfig
-    device: DeviceConfig
+    @property
+    def base(self) -> Path | None: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def optim(self) -> optim.OptimConfig: ...
+    @property
+    def device(self) -> DeviceConfig: ...
 
 
 @dataclass
@@ -249,14 +253,17 @@ class Run(checkpoint.Snapshot):
             a base whose optimizer goes on is not named
         """
         steps, base = list_checkpoints(self.directory), self.cfg.base
-        if self.cfg.optim.from_base and base is None:
+        if not steps and not self.cfg.optim.from_base:
+            return Seen()
+        if steps:
+            start = steps[-1]
+        elif base is not None:
+            start = find_checkpoint(from_repo(base))
+        else:
             raise ConfigError(
                 "optim.from_base wants a base whose optimizer goes on, found none; name it with "
                 "--base"
             )
-        if not steps and not self.cfg.optim.from_base:
-            return Seen()
-        start = steps[-1] if steps else find_checkpoint(from_repo(base))
         state = checkpoint.load_train_state(start, self)
         optim.swap_averages(self.model, self.optimizer)
         if not steps:

@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -42,7 +42,7 @@ class Store:
     def __init__(self, path: Path | None, about: object) -> None:
         self.path = path
         self.about = json.dumps(about, ensure_ascii=False, sort_keys=True, default=str)
-        self.known: dict[str, object] = {}
+        self.known: dict[str, Any] = {}
         self.n_found = 0
         if path and path.exists():
             whole = path.read_bytes().rpartition(b"\n")[0]

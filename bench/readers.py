@@ -26,6 +26,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from babyllama.config import shown
@@ -75,12 +76,12 @@ def _entries(name: str, path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]
     if name.endswith((".tar", ".tar.xz", ".tar.gz", ".tgz")):
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile():
-                    yield member.name, lambda m=member: archive.extractfile(m).read()
+                if member.isfile() and (file := archive.extractfile(member)):
+                    yield member.name, file.read
     elif name.endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
-                yield entry.filename, lambda e=entry: archive.read(e)
+                yield entry.filename, partial(archive.read, entry)
     elif name.endswith(".xz"):
         yield name[:-3], lambda: lzma.decompress(path.read_bytes())
     elif name.endswith(".gz"):
@@ -140,7 +141,7 @@ def row(
         return "empty option"
     if not letters and not any(answers):
         return "no answer"
-    made = {"ask": ask.strip(), "context": context.strip(), "options": options}
+    made: dict[str, object] = {"ask": ask.strip(), "context": context.strip(), "options": options}
     made |= {"letters": letters, "gold": gold, "answers": answers, "subject": subject}
     return columns | made
 
@@ -186,10 +187,12 @@ _STORY = {f"InputSentence{n}": f"input_sentence_{n}" for n in range(1, 5)} | {
 def commonsenseqa(files: Iterable[File]) -> Iterator[dict | str]:
     """question.stem and question.choices, or the two lists of the parquet form."""
     for _, data in json_lines(files):
-        question, choices = data["question"], data.get("choices")
+        question = data["question"]
         if isinstance(question, dict):
             choices = {key: [c[key] for c in question["choices"]] for key in ("label", "text")}
             question = question["stem"]
+        else:
+            choices = data["choices"]
         key = data.get("answerKey") or ""
         gold = [choices["label"].index(key)] if key in choices["label"] else []
         yield row(question, options=choices["text"], gold=gold, question=question,
@@ -427,7 +430,8 @@ def trivia_qa(files: Iterable[File]) -> Iterator[dict | str]:
         for data in entries:
             if "context" in data:
                 asked = re.fullmatch(r"(?s)Question: (.*?)\n?(?:Answer:)?\s*", data["context"])
-                question, known = asked[1], [data["answer"], *data.get("aliases", [])]
+                question = asked[1] if asked else ""
+                known = [data["answer"], *data.get("aliases", [])]
             else:
                 question = data.get("Question") or data["question"]
                 answer = data.get("Answer") or data.get("answer") or {}

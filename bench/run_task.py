@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -47,10 +48,11 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
         apply_chat_template=is_chat,
         fewshot_as_multiturn=is_chat,
     )
-    wanted = (task.official or {}).get("filter") if prompts == "official" else None
+    official = (task.official or {}) if prompts == "official" else {}
+    wanted = official.get("filter")
     said = [s for s in found["samples"][task.name] if wanted in (None, s["filter"])]
     said = list({s["doc_id"]: s for s in said}.values())  # one filter, where there are several
-    metric = task.official["metric"] if prompts == "official" else task.metric
+    metric = official["metric"] if prompts == "official" else task.metric
     values = {name: [float(s[name]) for s in said] for name in said[0]["metrics"]}
     extra = {}
     if task.score == "code":
@@ -117,7 +119,7 @@ def _shows_numbers(task: Task, rows: Rows) -> bool:
     return task.harness.get("doc_to_choice") == "letters" or len(same) == 1
 
 
-def _n_cut(made: object, said: list[dict]) -> int:
+def _n_cut(made: Any, said: list[dict]) -> int:
     """Rows whose prompt lost its beginning, or an option its end, even without examples."""
     room = type(made).room
     return sum(not room(sample["arguments"][0][0], sample["doc"]) for sample in said)

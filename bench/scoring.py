@@ -13,7 +13,7 @@ import math
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import SequenceMatcher
 from fractions import Fraction
 
@@ -81,7 +81,7 @@ def constant_answer(
     return float(np.mean([score(said[row["subject"]], row["answers"])[metric] for row in rows]))
 
 
-def _by_subject(rows: Sequence[dict], values: Callable[[dict], object]) -> dict[str, Counter]:
+def _by_subject(rows: Sequence[dict], values: Callable[[dict], Iterable]) -> dict[str, Counter]:
     found: dict[str, Counter] = defaultdict(Counter)
     for row in rows:
         found[row["subject"]].update(values(row))
@@ -144,7 +144,8 @@ def number(reply: str, answers: Sequence[str]) -> dict[str, float]:
     value = to_number(found[0] if found and (box or lead) else found[-1]) if found else None
     known = [to_number(answer) for answer in answers]
     right = value is not None and any(
-        k is not None and abs(value - k) <= Fraction(1, 10**6) * max(1, abs(k)) for k in known
+        k is not None and abs(value - k) <= Fraction(1, 10**6) * max(abs(k), Fraction(1))
+        for k in known
     )
     return {"acc": float(right)}
 

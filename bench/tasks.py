@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -185,6 +186,7 @@ class FittingShots:
     """
 
     data: dict
+    sampler: Any
     room: Callable[[str, dict], bool]
 
     def download(self, *_: object, **__: object) -> None:
@@ -197,7 +199,8 @@ class FittingShots:
         self.sampler.row = doc
         n = len(self.sampler.sample(num_fewshot))
         while True:
-            prompt = super().fewshot_context(doc, num_fewshot=n, **settings)
+            whole = super().fewshot_context  # type: ignore[misc]  # ConfigurableTask's
+            prompt = whole(doc, num_fewshot=n, **settings)
             longest = max(prompt, key=len) if isinstance(prompt, list) else prompt
             if n == 0 or type(self).room(longest, doc):
                 self.n_shots.append(n)
@@ -211,7 +214,7 @@ def harness_task(
     shots: int,
     prompts: str,
     room: Callable[[str, dict], bool],
-) -> object:
+) -> Any:
     """The harness' object for a task. Its metrics are those of the task file."""
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
@@ -275,5 +278,5 @@ def prompt_language(task: Task, prompts: str) -> str:
     """zh, or what the harness' own prompt is written in."""
     if prompts == "zh":
         return "zh"
-    zh = re.search(r"cmmlu|ceval|xcopa|xstory|xwinograd|zhoblimp", task.official["include"])
+    zh = re.search(r"cmmlu|ceval|xcopa|xstory|xwinograd|zhoblimp", (task.official or {})["include"])
     return "zh" if zh else "en"

@@ -26,9 +26,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,8 +48,8 @@ from babyllama.device import (
     Scaler,
     memory_gb,
     mfu_per_rate,
+    open_scaler,
     pick_device,
-    pick_precision,
     set_deterministic,
     synchronize,
 )
@@ -109,7 +111,7 @@ class Lab:
         self.is_card = self.device.type == "cuda"
         self.shape = TINY if cfg.tiny else SHAPE_43M
         self.seconds = 0.2 if cfg.tiny else 3.0 if cfg.short else 6.0
-        self.best = pick_precision(self.device)
+        self.best = open_scaler(self.device, DeviceConfig()).precision
         narrow = {"bfloat16": ["bfloat16", "float16"], "float16": ["float16"]}
         self.formats = [*narrow.get(self.best, []), "float32"] if self.is_card else [self.best]
         self.rows = 2 if cfg.tiny else max(1, min(32, self.largest("float32") // 2))
@@ -139,7 +141,7 @@ class Lab:
             made.append((ids, targets))
         return collate(pack(made, longest)[:rows], 0)
 
-    def model(self, device: torch.device | None = None, **changes: object) -> Transformer:
+    def model(self, device: torch.device | None = None, **changes: Any) -> Transformer:
         torch.manual_seed(0)
         return Transformer(replace(self.shape, **changes)).to(device or self.device)
 
@@ -223,13 +225,13 @@ def correct(lab: Lab) -> dict:
     """Losses and gradients against the processor's in float32: relative differences."""
     rows, length = 2, min(256, lab.shape.max_seq_len)
     plain, packed = lab.windows(rows, length), lab.dialogues(rows, length)
-    cases = {
+    cases: dict[str, Any] = {
         "windows": (plain, {}), "smoothing": (plain, {"smoothing": 0.1}),
         "mask": (packed, {"blocks": False}), "blocks": (packed, {"blocks": True}),
         "grouped": (packed, {"blocks": False, "n_kv_heads": lab.shape.n_heads // 2}),
         "adapter": (plain, {"lora": True}),
     }  # fmt: skip
-    found = {}
+    found: dict[str, Any] = {}
     for name, (batch, how) in cases.items():
         wanted = gradients(lab, torch.device("cpu"), "float32", batch, **how)
         for precision in lab.formats:
@@ -267,11 +269,11 @@ def gradients(
 
 def training(lab: Lab) -> dict:
     """Tokens a second, MFU and memory of the 43M shape in each format and way."""
-    ways = {name: (name, {}) for name in lab.formats}
+    ways: dict[str, Any] = {name: (name, {}) for name in lab.formats}
     ways[f"{lab.best} recompute"] = (lab.best, {"recompute": True})
     if not lab.tiny:  # a compiler takes its minute whatever the shape
         ways[f"{lab.best} compile"] = (lab.best, {"compiled": True})
-    found = {}
+    found: dict[str, Any] = {}
     batches = [lab.windows(lab.rows, seed=n) for n in range(2)]
     tokens = sum(batch["tokens"].numel() for batch in batches)
     for name, (precision, how) in ways.items():
@@ -279,7 +281,7 @@ def training(lab: Lab) -> dict:
         try:
             model = lab.model()
             step = stepper(lab, precision, model, **how)
-            rate = lab.rate(lambda step=step: step(batches), tokens)
+            rate = lab.rate(partial(step, batches), tokens)
         except ConfigError as error:
             found[name] = str(error)
             continue
@@ -300,7 +302,7 @@ def peer(lab: Lab) -> dict:
         return {"note": "no bfloat16 here to compare in"}
     rows = max(1, lab.rows // 4)  # its logits exist whole: 2 to 3 GB at 8 x 512
     ids = lab.windows(rows)["tokens"].to(lab.device)
-    found: dict[str, object] = {"rows": rows}
+    found: dict[str, Any] = {"rows": rows}
     for name in ("plain",) if lab.tiny else ("plain", "compiled"):
         lab.settled()
         step = usual_step(
@@ -318,7 +320,7 @@ def profile(lab: Lab) -> dict:
     step = stepper(lab, lab.best)
     tokens = sum(batch["tokens"].numel() for batch in batches)
     step_ms = 1e3 * tokens / lab.rate(lambda: step(batches), tokens)
-    found: dict[str, object] = {"step_ms": step_ms}
+    found: dict[str, Any] = {"step_ms": step_ms}
     model = lab.model()
     hidden = torch.randn(lab.rows, lab.shape.max_seq_len, lab.shape.dim, device=lab.device)
     targets = batches[0]["targets"].to(lab.device)
@@ -352,7 +354,7 @@ def packed(lab: Lab) -> dict:
     lengths = (longest, longest * 3 // 4, longest // 2)
     kinds = [(rows, length) for rows in (lab.rows, half, 1) for length in lengths]
     batches = [lab.dialogues(rows, length, n) for n, (rows, length) in enumerate(kinds)]
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     losses = {}
     for name, blocks in (("mask", False), ("blocks", True)):
         lab.settled()
@@ -362,7 +364,7 @@ def packed(lab: Lab) -> dict:
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             sums = [step([batch])[0] for batch in batches]
             losses[name] = sum(float(s[0]) for s in sums) / sum(float(s[1]) for s in sums)
-            rate = lab.rate(lambda step=step: step(batches[:1]), batches[0]["tokens"].numel())
+            rate = lab.rate(partial(step, batches[:1]), batches[0]["tokens"].numel())
         found[name] = {"tokens_per_s": rate, "peak_gb": memory_gb(lab.device),
                        "graphs": counters["stats"]["unique_graphs"]}  # fmt: skip
         lab.tell(found)
@@ -395,7 +397,7 @@ def overflow(lab: Lab) -> dict:
 def resumed(lab: Lab) -> dict:
     """A run of six steps beside one that stopped after three and went on: the weights' largest
     difference, with and without device.deterministic."""
-    found = {}
+    found: dict[str, Any] = {}
     for is_exact in (False, True) if lab.is_card else (False,):
         set_deterministic(lab.device, is_exact)
         with tempfile.TemporaryDirectory() as place:
@@ -436,7 +438,7 @@ def decoding(lab: Lab) -> dict:
     prompts = [cpu.tokenizer.render_prompt([{"role": "user", "content": text}]) for text in asked]
     wanted = generate(plain_decoder(cpu.model), prompts, greedy, cpu.tokenizer.eos_id)
     model = load_model(REPO / "release", lab.device).model
-    found: dict[str, object] = {"prompts": len(prompts)}
+    found: dict[str, Any] = {"prompts": len(prompts)}
     for weights in ("float32", "auto"):
         replies = generate(make_decoder(model, weights), prompts, greedy, cpu.tokenizer.eos_id)
         found[f"same as the processor's, {weights}"] = sum(map(list.__eq__, replies, wanted))
@@ -448,7 +450,7 @@ def decoding(lab: Lab) -> dict:
     for name, decoder in decoders.items():
         for n in (1, 16):
             ids = lab.windows(n, n_new // 2)["tokens"].tolist()
-            rate = lab.rate(lambda d=decoder, i=ids: generate(d, i, drawn, NO_EOS), n * n_new)
+            rate = lab.rate(partial(generate, decoder, ids, drawn, NO_EOS), n * n_new)
             found[f"{name} x {n}"] = {"tokens_per_s": rate, "kind": decoder.kind}
         lab.tell(found)
     return found
@@ -459,7 +461,7 @@ def largest(lab: Lab) -> dict:
     if not lab.is_card:
         return {"note": "asked of cards alone: a processor's memory is everybody's"}
     n = lab.largest(lab.best)
-    found: dict[str, object] = {"sequences": n, "available_gb": available_gb(lab.device)}
+    found: dict[str, Any] = {"sequences": n, "available_gb": available_gb(lab.device)}
     for name, rows in (("largest", n), ("twice", 2 * n)):
         lab.settled()
         try:
@@ -472,7 +474,7 @@ def largest(lab: Lab) -> dict:
 
 def optimizers(lab: Lab) -> dict:
     """Ten steps with AdamW and Muon: how long an update takes, and the loss on the processor."""
-    found = {}
+    found: dict[str, Any] = {}
     batch = lab.windows(2, min(128, lab.shape.max_seq_len))
     for name in ("adamw", "muon"):
         optim, losses = OptimConfig(name=name), {}
@@ -619,7 +621,7 @@ class Worker:
         return known if is_done else known | {"fault": f"not finished after {limit_s:.0f} s"}
 
     def stop(self) -> None:
-        if os.name == "posix" and self._process.is_alive():
+        if os.name == "posix" and self._process.pid and self._process.is_alive():
             with contextlib.suppress(ProcessLookupError):  # not yet at the head of its group
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()

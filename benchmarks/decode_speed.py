@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ class DecodeConfig:
     llama: bool = False
 
 
-def in_turn(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each work in each round, after a round that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds + 1):

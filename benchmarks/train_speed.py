@@ -23,12 +23,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from babyllama.config import REPO, parse, run
 from babyllama.cpu.fused import fuse
-from babyllama.device import Scaler, memory_gb, pick_precision
+from babyllama.device import DeviceConfig, Scaler, memory_gb, open_scaler
 from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.trainer import forward_backward
@@ -72,7 +73,7 @@ def make_batch(shape: ModelConfig, rows: int) -> dict[str, torch.Tensor]:
 
 
 def our_step(
-    shape: ModelConfig, optim: str, rows: int, micro: int, precision: str, fused: bool
+    shape: ModelConfig, optim: Any, rows: int, micro: int, precision: str, fused: bool
 ) -> Callable[[], None]:
     """A step of the project's trainer."""
     device = torch.device("cpu")
@@ -105,7 +106,7 @@ def seconds_of(work: Callable[[], object], times: int, warm_up: bool = True) -> 
 def measure_one(name: str, steps: int) -> dict[str, float]:
     """One contestant in this process."""
     is_avx2 = name.endswith("_avx2")
-    auto = "float32" if is_avx2 else pick_precision(torch.device("cpu"))
+    auto = "float32" if is_avx2 else open_scaler(torch.device("cpu"), DeviceConfig()).precision
     kind, _, rest = name.removesuffix("_avx2").partition("_")
     if kind == "product":
         a, b = torch.randn(2, 2048, 2048, dtype=getattr(torch, rest))
@@ -153,7 +154,7 @@ def processor() -> dict[str, object]:
         "processor": found.get("model name", "unknown"),
         "threads": torch.get_num_threads(),
         "formats": [name for name in wanted if name in found.get("flags", "").split()],
-        "precision": pick_precision(torch.device("cpu")),
+        "precision": open_scaler(torch.device("cpu"), DeviceConfig()).precision,
     }
 
 
@@ -195,14 +196,14 @@ def main(cfg: SpeedConfig) -> None:
             found.append(in_process(name, cfg.steps))
             shown = "  ".join(f"{key} {value:,.1f}" for key, value in found[-1].items())
             print(f"{name:<22}{shown}", flush=True)
-    found = {
+    medians = {
         name: {
             key: (max if key == "peak_mb" else statistics.median)(one[key] for one in ones)
             for key in ones[0]
         }
         for name, ones in runs.items()
     }
-    print(json.dumps({**processor(), **found, **ratios(found)}))
+    print(json.dumps({**processor(), **medians, **ratios(medians)}))
 
 
 if __name__ == "__main__":

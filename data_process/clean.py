@@ -14,6 +14,7 @@ from html.entities import html5
 
 from babyllama import rows
 from babyllama.errors import ConfigError
+from data_process.formats import past
 from tokenizer import LABELS, SEPARATOR
 
 HAN = re.compile("[\u4e00-\u9fff]+")
@@ -93,7 +94,7 @@ def cut_repeated_title(row: Row) -> Row:
     """A body that begins with its own headline would teach copying."""
     title, text, at = row["summary"], row["text"], 0
     while title and text.startswith(title, at) and len(text) - at > len(title):
-        at = BEHIND_TITLE.match(text, at + len(title)).end()
+        at = past(BEHIND_TITLE, text, at + len(title))
     return row | {"text": text[at:]}
 
 
@@ -339,7 +340,7 @@ def _without_thoughts(text: str) -> str:
     kept, at = [], 0
     while (start := text.find(THINKING, at)) >= 0 and (end := text.find(THOUGHT, start)) >= 0:
         kept.append(text[at:start])
-        at = LEADING_SPACE.match(text, end + len(THOUGHT)).end()
+        at = past(LEADING_SPACE, text, end + len(THOUGHT))
     return "".join([*kept, text[at:]])
 
 

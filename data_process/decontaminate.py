@@ -84,6 +84,7 @@ class Windows:
     @property
     def shift(self) -> np.uint32:
         """How many bits of a rolling hash the table leaves out."""
+        assert self.rolling is not None
         return np.uint32(32 - min(30, max(10, (32 * len(self.rolling)).bit_length())))
 
     def save(self, path: Path) -> None:

@@ -208,7 +208,7 @@ def run_shards(
         directory.mkdir(parents=True, exist_ok=True)
     for _ in show(ENGINES[engine](function, todo, workers) if todo else (), len(todo)):
         pass
-    counts = [job.counts() for job in jobs]
-    missing = [str(job.target) for job, count in zip(jobs, counts, strict=True) if count is None]
+    counts = {job.target: job.counts() for job in jobs}
+    missing = [str(target) for target, count in counts.items() if count is None]
     assert not missing, missing
-    return counts
+    return [count for count in counts.values() if count is not None]

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlencode, urlsplit
@@ -410,7 +411,7 @@ class Server:
 
     def _urls(self) -> Iterator[RemoteFile]:
         for url in self._source.urls:
-            with self._insist(url, lambda url=url: self._ask(url)) as answer:
+            with self._insist(url, partial(self._ask, url)) as answer:
                 name = unquote(PurePosixPath(urlsplit(url).path).name)
                 yield RemoteFile(name, url, _stated_size(answer))
 

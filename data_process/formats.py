@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from babyllama.errors import ConfigError, DataError
 from data_process import office
@@ -123,6 +123,12 @@ def _lines(name: str, text: io.TextIOBase, parse: bool = True) -> Iterator[tuple
             yield place, _or_skip(_parse(line), place, line) if parse else line
 
 
+def past(pattern: re.Pattern[str], text: str, at: int = 0) -> int:
+    """The place in a text behind what matches there."""
+    found = pattern.match(text, at)
+    return found.end() if found else at
+
+
 BETWEEN = re.compile(r"[\s,]*")
 # Where the next value seems to begin after a broken one: behind "}, {", or a line that begins one.
 BEHIND = re.compile(r"[^\s,;\]}]")
@@ -135,13 +141,13 @@ def _values(
     """The elements of a JSON list, or one value after another, read piece by piece; an object that
     only holds rows gives these."""
     window = _Window(text)
-    window.at = BETWEEN.match(window.text).end()
+    window.at = past(BETWEEN, window.text)
     in_list = window.text[window.at : window.at + 1] == "["
     window.at += in_list
     number, first = 0, ""
     while True:
         place = f"{name}[{number}]"
-        window.at = BETWEEN.match(window.text, window.at).end()
+        window.at = past(BETWEEN, window.text, window.at)
         start = window.at
         if start == len(window.text) and window.grow():
             continue
@@ -224,8 +230,9 @@ ORDER = {"test": 0, "val": 1, "train": 2, None: 2}
 
 def part_of(name: str) -> str | None:
     """The part of a set that a name states: csl_title_dev.json -> val, 测试集 -> test."""
-    found = (PARTS.get(word) for word in re.split(r"[^a-z]+", name.lower()))
-    found = [*filter(None, found), *(part for word, part in PARTS_ZH.items() if word in name)]
+    words = re.split(r"[^a-z]+", name.lower())
+    found = [PARTS[word] for word in words if word in PARTS]
+    found += [part for word, part in PARTS_ZH.items() if word in name]
     return found[0] if found else None
 
 
@@ -246,7 +253,7 @@ def _rows_in(place: str, value: dict, columns: Collection[str]) -> Iterator[tupl
                     and (_is_row(found[:1]) or (is_alone and not found))), None)  # fmt: skip
     n_known = sum(key.lower() in columns for key in value)
     if wrapper and n_known < 2:
-        found = [(None, row) for row in lists[wrapper]]
+        found: list[tuple[str | None, Any]] = [(None, row) for row in lists[wrapper]]
     elif lists and len(lists) == len(value) and all(map(part_of, value)):
         named = sorted((ORDER[part_of(key)], key) for key in lists)  # held-out rows first
         found = [(part_of(key), row) for _, key in named for row in lists[key]]
@@ -279,7 +286,7 @@ def _table(name: str, text: io.TextIOBase, delimiter: str) -> Iterator[tuple[str
     raises: DataError if a quotation mark is never closed, as it would swallow the rest of the file
     """
     csv.field_size_limit(LONGEST)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
     rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
     columns: list[str] = []
     number = 0
@@ -336,7 +343,7 @@ def entries(
     return _document(name, text) if what == "document" else _lines(name, text, what == "lines")
 
 
-def workbook(name: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def workbook(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     """The rows of a workbook's first sheet, as column -> cell; its first row names the columns."""
     columns: list[str] = []
     for number, cells in enumerate(office.sheet(name, file)):
@@ -368,7 +375,7 @@ def _row(place: str, columns: list[str], cells: list[str]) -> Any:
     return dict(zip(columns, [*cells, *[""] * len(columns)], strict=False))
 
 
-def parquet(name: str, file: BinaryIO) -> Iterator[tuple[str, Any]]:
+def parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     """The rows of a parquet file."""
     try:
         import pyarrow

@@ -7,7 +7,7 @@ the paragraphs of a document; formulas count as the value that was saved with th
 import re
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO
 from xml.etree import ElementTree
 
 from babyllama.errors import DataError
@@ -15,7 +15,7 @@ from babyllama.errors import DataError
 LARGEST = 1 << 29  # bytes of an unpacked part
 
 
-def paragraphs(name: str, file: BinaryIO) -> Iterator[str]:
+def paragraphs(name: str, file: IO[bytes]) -> Iterator[str]:
     """The paragraphs of a .docx that hold text, those in tables too."""
     for paragraph in _elements(name, file, "word/document.xml", "p"):
         parts = [
@@ -27,7 +27,7 @@ def paragraphs(name: str, file: BinaryIO) -> Iterator[str]:
             yield text
 
 
-def sheet(name: str, file: BinaryIO) -> Iterator[list[str]]:
+def sheet(name: str, file: IO[bytes]) -> Iterator[list[str]]:
     """The cells of a workbook's first sheet, row by row."""
     strings = [
         "".join(part.text or "" for part in item.iter() if _name(part) == "t")
@@ -48,14 +48,14 @@ def sheet(name: str, file: BinaryIO) -> Iterator[list[str]]:
 
 def _column(reference: str) -> int:
     """Where a cell stands in its row, from 0: C7 -> 2."""
-    number = 0
-    for letter in re.match("[A-Z]{0,3}", reference)[0]:
+    number, letters = 0, re.match("[A-Z]{0,3}", reference)
+    for letter in letters[0] if letters else "":
         number = number * 26 + ord(letter) - 64
     return max(0, number - 1)
 
 
 def _elements(
-    name: str, file: BinaryIO, part: str, tag: str, needed: bool = True
+    name: str, file: IO[bytes], part: str, tag: str, needed: bool = True
 ) -> Iterator[ElementTree.Element]:
     """The elements of a tag in the first part whose name fits, each whole."""
     try:

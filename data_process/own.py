@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
@@ -201,7 +201,7 @@ def _best(first: list[Record | Skip], readers: tuple) -> tuple[str, str, int]:
 
 def _not_understood(file: Path, first: list, keys: list[str], purpose: Purpose) -> str:
     """What to say of records that no reader makes a row of."""
-    other = "text" if purpose == "dialogue" else "dialogue"
+    other: Purpose = "text" if purpose == "dialogue" else "dialogue"
     if _best(first, READERS[other])[2]:
         return _wrong_script(file, other)
     wanted = {
@@ -429,25 +429,18 @@ def beginning(row: dict) -> str:
     return row["text"][: 8 if "summary" not in row else 100]
 
 
-class Shape(Protocol):
-    """What settings depend on of a base."""
-
-    n_parameters: int
-    max_seq_len: int
-
-
 def settings_for(
     place: Path,
     purpose: Purpose,
     base: Path | None,
     name: str | None,
-    read_base: Callable[[Path | None], tuple[Path, Path, Shape]],
+    read_base: Callable[[Path | None], tuple[Path, Path, Any]],
     ask: Callable[[str], bool],
 ) -> Path:
     """Prepare one's own files for a base, say what was found, and write the settings.
 
     base: a run or checkpoint, None: release
-    read_base: where the base and its newest checkpoint lie, and its shape
+    read_base: where the base and its newest checkpoint lie, and its shape (model.ModelConfig)
     """
     base, checkpoint, shape = read_base(base)
     print(f"base: {shown(base)}, {shape.n_parameters:,} parameters", file=sys.stderr)
@@ -457,9 +450,7 @@ def settings_for(
     return write_settings(found, base, shape, tokenizer.path, name)
 
 
-def write_settings(
-    own: OwnData, base: Path, shape: Shape, tokenizer: Path, name: str | None
-) -> Path:
+def write_settings(own: OwnData, base: Path, shape: Any, tokenizer: Path, name: str | None) -> Path:
     """The file of settings that fit the data and the base; small sets are seen more often, in
     smaller batches, and every schedule ends within its steps."""
     rows, is_text = own.parts["train"]["rows"], own.kind == "text"

@@ -15,7 +15,7 @@ import json
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,9 +231,10 @@ def old_counts(target: Path, key: str) -> dict | None:
     return counts if whole else None
 
 
-READ_CODE = tuple(Path(m.__file__) for m in (clean, columns, formats, raw, registry, rows, stages))
-LATER_CODE = (*(Path(m.__file__) for m in (decontaminate, dedup, stages)), Path(__file__))
-SIGN_CODE = (Path(dedup.__file__),)
+READING = (clean, columns, formats, raw, registry, rows, stages)
+READ_CODE = tuple(Path(m.__file__ or "") for m in READING)
+LATER_CODE = (*(Path(m.__file__ or "") for m in (decontaminate, dedup, stages)), Path(__file__))
+SIGN_CODE = (Path(dedup.__file__ or ""),)
 
 # For each clean shard: stage, the function that loads its list, and the list's place.
 Drops = dict[Path, list[tuple[str, Callable, Path]]]
@@ -332,7 +333,7 @@ def _timed(stage: str, all_sets: list[Making]) -> Iterator[None]:
 
 
 def _run(cfg: PipelineConfig, function: Callable, jobs: list[Job], title: str) -> list[dict]:
-    def show(done: Iterator[Job], n: int) -> Iterator[Job]:
+    def show(done: Iterable[Job], n: int) -> Iterable[Job]:
         return tqdm(done, title, n, unit=" shards", disable=None if n else True)
 
     return run_shards(function, jobs, cfg.engine, cfg.workers, show)
@@ -350,9 +351,9 @@ def _clean(all_sets: list[Making]) -> None:
         plan = making.work / "plan"
         plan.mkdir(parents=True, exist_ok=True)
         making.left = _raw_files(made)[1]
-        for number, job in enumerate(_jobs(made, cfg)):
+        for number, parts in enumerate(_jobs(made, cfg)):
             path = plan / f"{number:05d}.json"
-            path.write_text(raw.to_json(job), encoding="utf-8")
+            path.write_text(raw.to_json(parts), encoding="utf-8")
             target = making.work / "clean" / path.stem
             jobs.append(Job(path, target, key_of(making.raw_key, number), settings))
             owners.append(making)

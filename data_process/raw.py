@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from babyllama.config import shown
 from babyllama.errors import DataError
@@ -185,12 +185,10 @@ def _open(part: Part, file: io.BufferedReader) -> Iterator[tuple[str, Source]]:
     return iter([(name, io.BufferedReader(_Slice(file, part.start, part.end)))])
 
 
-def _streams(
-    name: str, file: io.BufferedIOBase, depth: int = DEPTH
-) -> Iterator[tuple[str, Source]]:
-    """The uncompressed files inside a file, itself or all members of an archive: each as a stream
-    of bytes, or of entries where it is a table."""
-    reader = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)
+def _streams(name: str, file: Any, depth: int = DEPTH) -> Iterator[tuple[str, Source]]:
+    """The uncompressed files inside a binary one, itself or all members of an archive: each as a
+    stream of bytes, or of entries where it is a table."""
+    reader: Any = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)
     head = reader.peek(512)
     unpack = next((UNPACK[magic] for magic in UNPACK if head.startswith(magic)), None)
     is_zip, is_tar = head.startswith(b"PK\x03\x04"), head[257:262] == b"ustar"
@@ -223,7 +221,7 @@ def _streams(
 
 
 def _zipped(
-    name: str, archive: zipfile.ZipFile, file: io.BufferedIOBase, depth: int
+    name: str, archive: zipfile.ZipFile, file: IO[bytes], depth: int
 ) -> Iterator[tuple[str, Source]]:
     members = archive.infolist()
     inside = {member.filename for member in members}
@@ -257,7 +255,7 @@ def _member_name(member: zipfile.ZipInfo) -> str:
     return called.replace("\\", "/")
 
 
-def _seekable(name: str, reader: io.BufferedReader) -> io.BufferedIOBase:
+def _seekable(name: str, reader: io.BufferedReader) -> IO[bytes]:
     """A file in which one can go back, as archives of tables and members need."""
     if reader.seekable():
         return reader
@@ -325,10 +323,10 @@ class _Checked(tarfile.TarInfo):
     MOST = 1 << 20  # bytes of a long name or of a note
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Checked":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Checked":
         try:
             found = super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed lacks it
             raise
         except tarfile.HeaderError as error:
             raise OSError(f"tar: {error}") from None
@@ -469,7 +467,7 @@ def _line_end(file: io.BufferedReader) -> int:
 
 def to_json(parts: list[Part]) -> str:
     """A job's parts as the text of its plan file."""
-    return json.dumps([part._replace(path=str(part.path)) for part in parts], ensure_ascii=False)
+    return json.dumps(parts, ensure_ascii=False, default=str)
 
 
 def from_json(text: str) -> list[Part]:

@@ -206,10 +206,10 @@ def _unknown(name: str) -> ConfigError:
 
 
 def _data_set(entry: str, name: str) -> DataSet:
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in catalog()[entry].items()}
+    given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in catalog()[entry].items()}
     source = Source(**{f.name: given.pop(f.name) for f in fields(Source) if f.name in given})
     usual = {"name": name, "entry": entry, "ids": name, "rules": given["kind"], "source": source}
-    return DataSet(**(usual | given))
+    return DataSet(**{**usual, **given})
 
 
 def check_chosen(columns: Mapping[str, str], roles: Mapping[str, str]) -> None:

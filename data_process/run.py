@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -123,7 +124,8 @@ def check(cfg: ProcessConfig) -> None:
             "python -m data_process.tools.list shows the names"
         )
     check_names(cfg.skip_rules)
-    for one in (cfg, *cfg.sets):
+    every: tuple[ProcessConfig | SetConfig, ...] = (cfg, *cfg.sets)
+    for one in every:
         check_chosen(one.columns, one.roles)
     for path in cfg.evaluation:
         if not from_repo(path).exists():
@@ -217,7 +219,8 @@ def write_mixture(cfg: ProcessConfig, sets: list[DataSet], tokenizer: Tokenizer)
     ]
     is_text = all(data_set.kind == "text" for data_set in sets)
     script = "pretrain.py" if is_text else "sft.py"
-    content = {"name": cfg.mixture} | ({"tokenizer": shown(tokenizer.path)} if is_text else {})
+    content: dict[str, Any] = {"name": cfg.mixture}
+    content |= {"tokenizer": shown(tokenizer.path)} if is_text else {}
     path = root / "mixtures" / f"{cfg.mixture}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     head = f"# python {script} --config {shown(path)}\n"

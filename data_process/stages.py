@@ -386,7 +386,7 @@ class Finishing:
 
     def _number(self, local: int | str) -> str:
         """An entry's number in the set; rows of one entry, "3-1" or "3.1", keep their ends."""
-        number = re.match(r"\d+", str(local))[0]
+        number = re.split(r"\D", str(local), maxsplit=1)[0]
         return f"{self._first_id + int(number)}{str(local)[len(number) :]}"
 
     def _is_dropped(self, number: int, row: dict, official: str | None) -> bool:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import sentencepiece
@@ -126,7 +126,7 @@ def write_file(loaded: Loaded, file: Path, wanted: GgufType) -> dict[str, int]:
     return counts
 
 
-def add_weights(writer: object, model: Transformer, wanted: GgufType) -> dict[str, int]:
+def add_weights(writer: Any, model: Transformer, wanted: GgufType) -> dict[str, int]:
     """All weights under llama.cpp's names; returns how many tensors have which type."""
     types = package("gguf").GGMLQuantizationType
     counts = dict.fromkeys(("f32", "f16", "q8_0"), 0)
@@ -139,7 +139,7 @@ def add_weights(writer: object, model: Transformer, wanted: GgufType) -> dict[st
     return {kind: n for kind, n in counts.items() if n}
 
 
-def finish(writer: object) -> None:
+def finish(writer: Any) -> None:
     """Write everything that was added to the file."""
     try:
         writer.write_header_to_file()
@@ -149,7 +149,7 @@ def finish(writer: object) -> None:
         writer.close()
 
 
-def add_shape(writer: object, config: ModelConfig, name: str) -> None:
+def add_shape(writer: Any, config: ModelConfig, name: str) -> None:
     """What llama.cpp must know of the network."""
     writer.add_name(name)
     writer.add_vocab_size(config.vocab_size)
@@ -164,7 +164,7 @@ def add_shape(writer: object, config: ModelConfig, name: str) -> None:
     writer.add_layer_norm_rms_eps(config.norm_eps)
 
 
-def add_vocabulary(writer: object, loaded: Loaded) -> None:
+def add_vocabulary(writer: Any, loaded: Loaded) -> None:
     """Pieces with scores and kinds, the special ids, the chat template.
 
     GGUF numbers the kinds of pieces as SentencePiece does. "llama" means BPE by scores.

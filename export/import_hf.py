@@ -139,7 +139,7 @@ def shape_of(config: dict, where: Path) -> ModelConfig:
                 f"intermediate_size {config['intermediate_size']}, less than the "
                 f"{shape.hidden_dim} that are two thirds of 4 x {dim}"
             )
-    if reasons:
+    if reasons or rounded is None:
         raise CheckpointError(
             f"{shown(where)}: wanted a plain Llama (no biases, no rotary scaling, silu, no "
             f"sliding window, no quantisation), found {'; '.join(reasons)}; there is no way to "

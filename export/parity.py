@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -224,7 +225,7 @@ def origin_of(loaded: Loaded, material: Material, packages: list[str]) -> dict:
 
 
 def compare_model(
-    loaded: Loaded, peer: object, material: Material, model: Transformer | None = None
+    loaded: Loaded, peer: Any, material: Material, model: Transformer | None = None
 ) -> dict[str, dict]:
     """Logits and greedy replies beside a peer's.
 
@@ -277,7 +278,7 @@ def compare_replies(
     model: Transformer,
     eos_id: int,
     theirs: Callable[[list[list[int]], int], list[list[int]]],
-    prompts: Sequence[list[int]],
+    prompts: list[list[int]],
 ) -> dict:
     """How many greedy replies are the same, token for token.
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sentencepiece import sentencepiece_model_pb2
@@ -340,21 +340,21 @@ def _quoted(value: object) -> str:
 class TextFormat(Tokenizer):
     """The format itself, run over texts in the place of ids: its "ids" are strings to join."""
 
-    def __init__(self, bos: str, eos: str) -> None:
+    def __init__(self, bos: Any, eos: Any) -> None:
         self.bos_id, self.eos_id = bos, eos
-        self._labels = {role: [label] for role, label in LABELS.items()}
-        self._separator = [SEPARATOR]
+        self._labels: dict[str, Any] = {role: [label] for role, label in LABELS.items()}
+        self._separator: Any = [SEPARATOR]
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[str]:
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[Any]:
         return [text]
 
     def dialogue(self, messages: Sequence[dict]) -> str:
         """A finished dialogue as text, control pieces by their names."""
-        return "".join(self.render_chat(messages)[0])
+        return "".join(map(str, self.render_chat(messages)[0]))
 
     def prompt(self, messages: Sequence[dict]) -> str:
         """A prompt as text, up to where the assistant begins."""
-        return "".join(self.render_prompt(messages))
+        return "".join(map(str, self.render_prompt(messages)))
 
 
 def dialogues(lines: Sequence[str], n: int, longest: int | None = None) -> list[list[dict]]:

@@ -8,9 +8,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -21,6 +22,7 @@ from babyllama.scoring.summarise import suggest
 from serve.engine import Engine, Job, Piece, TokenScore
 from serve.scheduler import Desk, Mailbox, Metrics
 from serve.schema import ChatRequest, Refused, refusal
+from tokenizer import Tokenizer
 
 # What OpenAI's clients know of the ways a reply ends; the exact one is in `end`.
 FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "time": "length"}
@@ -57,7 +59,7 @@ class Asked:
     def __post_init__(self) -> None:
         self.head = new_head(self.model, self.is_chat)
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece] | None]:
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """Pieces of all replies as they come; None when nothing came for a while. Who stops
         listening cancels what is left."""
         left, last = len(self.jobs), time.perf_counter()
@@ -124,7 +126,7 @@ class Asked:
         }
 
 
-def _named(tokenizer: object, token: int, logprob: float) -> dict:
+def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict:
     data = tokenizer.piece_bytes[token]
     text = data.decode("utf-8", "replace")
     return {"token": text, "logprob": logprob, "bytes": list(data)}
@@ -170,7 +172,7 @@ async def whole(asked: Asked) -> dict:
     return {**asked.head, "choices": choices, "usage": asked.usage(), **asked.extra}
 
 
-async def events(asked: Asked) -> AsyncIterator[bytes]:
+async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
     """The answer to a request that streams, as server-sent events."""
     head = {**asked.head, "object": asked.head["object"] + ".chunk" * asked.is_chat}
     more = {"usage": None} if asked.include_usage else {}
@@ -180,7 +182,8 @@ async def events(asked: Asked) -> AsyncIterator[bytes]:
         delta = {"role": "assistant"} if role else {}
         if piece.text or role:
             delta["content"] = piece.text
-        choice = {"index": number, "finish_reason": FINISH.get(piece.reason), "logprobs": None}
+        choice: dict[str, Any] = {"index": number, "finish_reason": FINISH.get(piece.reason)}
+        choice["logprobs"] = None
         if piece.reason:
             choice["end"] = piece.reason
         if piece.scores:

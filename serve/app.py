@@ -110,9 +110,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: HttpRequest, error: HTTPException) -> Response:
-        text, code = _no_route(request.method, request.url.path, app), "unknown_url"
-        if error.status_code not in (404, 405):
-            text, code = str(error.detail), None
+        code = "unknown_url" if error.status_code in (404, 405) else None
+        text = _no_route(request.method, request.url.path, app) if code else str(error.detail)
         return JSONResponse(
             refusal(error.status_code, text, None, code), error.status_code, error.headers
         )

@@ -441,11 +441,11 @@ class Engine:
         cache = self.slots.window(whole=self.reads_whole)
         logits = self.decoder.step(torch.tensor(tokens, device=device), cache)
         self.slots.stepped([row is None for row in self.rows])
-        running = [number for number, row in enumerate(self.rows) if row]
-        found = logits if None not in self.rows else logits[running]
-        draw([self.rows[n] for n in running], found, self.decoder.choose)
-        for number in running:
-            if self.rows[number].ended:
+        running = {number: row for number, row in enumerate(self.rows) if row}
+        found = logits if None not in self.rows else logits[list(running)]
+        draw(list(running.values()), found, self.decoder.choose)
+        for number, row in running.items():
+            if row.ended:
                 self._leave(number)
 
     def _shrink(self) -> None:

@@ -197,8 +197,8 @@ class Gate:
     def _check_key(self, path: str, headers: dict[bytes, str]) -> None:
         if not self.key or path in self.cfg.open_paths:
             return
-        scheme, _, found = headers.get(b"authorization", "").partition(" ")
-        found = hashlib.sha256(found.strip().encode("latin-1")).digest()
+        scheme, _, given = headers.get(b"authorization", "").partition(" ")
+        found = hashlib.sha256(given.strip().encode("latin-1")).digest()
         if scheme.lower() != "bearer" or not hmac.compare_digest(found, self.key):
             raise Refused(
                 401, "this server wants its key: Authorization: Bearer KEY",

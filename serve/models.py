@@ -7,6 +7,7 @@ which is a model of its own.
 import copy
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
 from babyllama.retrieval.retriever import API_URL
-from babyllama.run_dir import kind_of, tasks_of
+from babyllama.run_dir import find_checkpoint, read_info, tasks_of
 from serve.engine import Engine
 from serve.pictures import Eyes, PictureEngine, picture_tools
 
@@ -104,9 +105,9 @@ class Served:
     eyes: of a model that takes pictures
     """
 
-    engines: dict[str, Engine]
+    engines: Mapping[str, Engine]
     paths: dict[str, Path]
-    tasks: dict[str, tuple[str, ...]]
+    tasks: Mapping[str, tuple[str, ...]]
     eyes: Eyes | None = None
 
     @property
@@ -121,7 +122,7 @@ def serve_from(cfg: ServerConfig, path: Path) -> Served:
     raises: ConfigError if something is asked for that such a model does not have
     """
     device = pick_device(cfg.device)
-    if kind_of(path) == "vqa":
+    if read_info(find_checkpoint(path))["kind"] == "vqa":
         return _with_eyes(cfg, path, device)
     models = _with_adapters(load_model(path, device), cfg.adapters)
     engines = {

@@ -52,7 +52,7 @@ def chat_prompt(
     reference, sources = request.reference or "", None
     if request.retrieve:
         reference, sources = _retrieved(request, tokenizer, context, retriever)
-    messages = [{"role": m.role, "content": m.text} for m in request.messages]
+    messages: list[dict] = [{"role": m.role, "content": m.text} for m in request.messages]
     n_system = _n_system(request)
     given = [m["content"].strip() for m in messages[:n_system]] + [reference.strip()]
     messages = messages[n_system:]

@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -67,7 +67,7 @@ class Desk:
 
     def __init__(
         self,
-        engines: dict[str, Engine],
+        engines: Mapping[str, Engine],
         most: int,
         per_client: int,
         metrics: Metrics,

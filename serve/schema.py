@@ -8,7 +8,7 @@ says so; OpenAI's client sends them by `extra_body`.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -309,7 +309,7 @@ def invalid(errors: Sequence[dict], body: object) -> Refused:
     return Refused(400, text, name or None, "invalid_value")
 
 
-def _place(error: dict, body: object) -> list[str | int]:
+def _place(error: dict, body: Any) -> list[str | int]:
     """The way to a fault in the body, without the names that pydantic has for types."""
     way, last = [], len(error["loc"]) - 1
     for number, key in enumerate(error["loc"][1:], 1):

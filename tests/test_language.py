@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from docstring_parser import parse as docstring
+from rich.cells import cell_len
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
@@ -29,7 +30,6 @@ from babyllama.language import (  # noqa: E402
     Door,
     is_chinese,
     read_catalogue,
-    width_of,
 )  # fmt: skip
 
 # These speak both languages, or there is no door yet, or answer in JSON, in OpenAI's English.
@@ -218,7 +218,7 @@ def test_help_is_chinese_to_the_last_word(chinese, script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     said = script("chat.py", "--help").out
     assert "（类型：int，默认：256）" in said
-    assert max(map(width_of, said[said.index("选项") :].splitlines())) <= 80
+    assert max(map(cell_len, said[said.index("选项") :].splitlines())) <= 80
     prose = re.sub(r"\S*[/=<>\[{(-]\S*|[A-Z_]{2,}", "", said)  # names, types, commands
     assert not re.findall("[a-z]{2,},? [a-z]{2,},? [a-z]{2,}", prose)
 
@@ -264,7 +264,7 @@ def test_bars_tables_colours_and_messages_in_messages():
     )
     assert said == "错误：没有这项设置：--lx；是不是想用 --lr？；--help 说明每项设置"
     table = printed("first sentence  12.5\nours             7.1")
-    assert {width_of(line) for line in table.splitlines()} == {20}
+    assert {cell_len(line) for line in table.splitlines()} == {20}
 
 
 def main() -> None:

@@ -183,7 +183,9 @@ class PictureRows(Dialogues):
         decode = self._tokenizer.decode
         return picture, [{"role": role, "content": decode(ids)} for role, ids in pieces]
 
-    def row(self, number: int, rng: np.random.Generator) -> PictureRow:
+    def row(  # type: ignore[override]  # three parts, which Batches takes
+        self, number: int, rng: np.random.Generator
+    ) -> PictureRow:
         picture, pieces = self._messages(number)
         messages = [{"role": role, "content": [ids]} for role, ids in pieces]
         tokens, targets = supervised(self._tokenizer, messages)
@@ -236,7 +238,7 @@ class Batches:
         self._n_positions, self._pad_id = n_positions, pad_id
 
     def of(
-        self, rows: list[PictureRow], micro_batch_size: int, rank: int, world_size: int
+        self, rows: list, micro_batch_size: int, rank: int, world_size: int
     ) -> list[dict[str, Tensor]]:
         """This rank's micro-batches, as many as every rank gets: one that would run out repeats a
         row without its targets. With shares of a model, all ranks must call it equally often."""

@@ -449,11 +449,11 @@ def make_network(config: EncoderConfig, seed: int = 0) -> nn.Module:
         if config.name == "efficientnet_lite0":
             net: nn.Module = EfficientNetLite0()
         else:
-            is_timm = weights is not None and "stem.in_conv.conv.weight" in weights
+            is_timm = "stem.in_conv.conv.weight" in (weights or ())
             net = EfficientViT(config.name, EPS_TIMM if is_timm else EPS_MIT)
-            weights = from_timm(weights) if is_timm else weights
+            weights = from_timm(weights) if weights and is_timm else weights
         _init(net)
-    if weights is not None:
+    if weights and config.weights:
         load_strictly(net, weights, config.weights)
     return net.eval()
 
@@ -480,6 +480,7 @@ def _statistics_as_parameters(module: nn.Module) -> nn.Module:
 
 def published_weights(config: EncoderConfig) -> dict[str, Tensor]:
     """The tensors that `config.weights` names, with the names that they were published under."""
+    assert config.weights
     if config.weights == "package":
         return _read_file(_package_file())
     if config.weights.startswith("timm:"):

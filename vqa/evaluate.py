@@ -258,7 +258,7 @@ def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
         features, _ = features_for(loaded.model, pictures, [a.picture for a in asked])
         # Means over all places: what a linear layer behind global pooling would get.
         parts.append((features.mean(1), [a.answer for a in asked]))
-    return probe(*parts)
+    return probe(parts[0], parts[1])
 
 
 def report(found: dict, limit: int = 12) -> str:
@@ -321,6 +321,7 @@ def write_sheet(path: Path, pictures: Pictures, asked: list[Asked], said: list[s
 
 def main(cfg: EvaluateConfig) -> None:
     """Score, print, and write the figures."""
+    assert cfg.checkpoint
     loaded = load(from_repo(cfg.checkpoint), pick_device(cfg.device))
     pictures = Pictures(from_repo(cfg.pictures) / Path(cfg.dataset).name)
     asked = questions(loaded, pictures, cfg.dataset, cfg.split)

@@ -354,8 +354,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
         kept = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
         # The weights are in the checkpoint; where they once came from is not asked.
         config, origin = EncoderConfig(**{**kept, "weights": None}), kept["weights"]
-        fusion = dict(info["vqa"]["fusion"])
-        fusion = FusionConfig(**{**fusion, "layers": tuple(fusion["layers"])})
+        stored = info["vqa"]["fusion"]
+        fusion = FusionConfig(**{**stored, "layers": tuple(stored["layers"])})
         encoder = make_encoder(config)
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {error!r}") from None

@@ -261,6 +261,7 @@ def reason_of(fault: str) -> str:
 
 def each_picture(names: list[str], cfg: PackConfig) -> Iterator[tuple[str, bytes | str]]:
     """Every name with its bytes or its fault, in order, decoded by the workers."""
+    assert cfg.images
     finder = Finder(cfg.images)
 
     def found(name: str) -> bytes | Path | str | None:

@@ -1,1 +1,1 @@
-"""Measurements of a model: perplexity, memory over turns, loops, and what a run takes."""
+"""Measurements of a model: perplexity, memory over turns, loops, what a run takes; a supervisor."""

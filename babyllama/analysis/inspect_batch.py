@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
+from rich.cells import cell_len
 
-from babyllama.analysis.terminal_text import BOLD, DIM, Painter, width_of
+from babyllama.analysis.terminal_text import BOLD, DIM, Painter
 from babyllama.data import TrainData, pack, targets_per_row
 from babyllama.sources import Row
 from model import IGNORED
@@ -27,7 +28,7 @@ def shown_batch(data: TrainData, n_sequences: int, painter: Painter) -> Iterator
             f"sequence {number} · {n_used} of {data.max_seq_len} positions · "
             f"{len(sequence)} segments"
         )
-        rule = "─" * max(0, painter.width - width_of(title) - 1)
+        rule = "─" * max(0, painter.width - cell_len(title) - 1)
         yield f"\n{painter.ink(BOLD, title)} {painter.ink(DIM, rule)}"
         for segment, row in enumerate(sequence, 1):
             n_learnt = int((row[1] != IGNORED).sum())
@@ -49,8 +50,8 @@ def _labels(data: TrainData, rows: list[Row | tuple[Row, ...]]) -> dict[int, str
         _, source, number, copy = data.mixture.place(position)
         again = f" copy {copy + 1}" if copy else ""
         name = f"{data.mixture.sources[source].name} row {number}{again}"
-        if hasattr(row, "_fields"):  # several that belong together
-            for part, (ids, _) in zip(row._fields, row, strict=True):
+        if parts := getattr(row, "_fields", ()):  # several that belong together
+            for part, (ids, _) in zip(parts, row, strict=True):
                 found[id(ids)] = f"{name} {part}"
         else:
             found[id(row[0])] = name

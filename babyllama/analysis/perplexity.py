@@ -28,6 +28,7 @@ import lzma
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -147,7 +148,6 @@ class _Reader:
     def __init__(self, tokenizer: Tokenizer, prompts: Path, max_seq_len: int) -> None:
         self.tokenizer, self._path, self._length = tokenizer, prompts, max_seq_len
         self.counts = {"text_cut": 0, "summary_does_not_fit": 0, "changed_by_tokenizer": 0}
-        self._prompts: SummaryPrompts | None = None
         self._lossy = False
 
     def documents(self, files: Sequence[Path], max_rows: int | None) -> Iterator[Document]:
@@ -172,7 +172,7 @@ class _Reader:
                 contents = [(m["role"], m["content"]) for m in row["messages"]]
             else:
                 contents = [(key, row[key]) for key in ("text", "summary") if key in row]
-            pieces = [(role, self.tokenizer.encode(content)) for role, content in contents]
+            pieces: Pieces = [(role, self.tokenizer.encode(content)) for role, content in contents]
             targets = [i for i, (role, _) in enumerate(contents) if role in _TARGETS[kind]]
             self._lossy = any(
                 self.tokenizer.decode(pieces[i][1]) != contents[i][1] for i in targets
@@ -202,14 +202,16 @@ class _Reader:
         if kind == "chat":
             messages = [{"role": role, "content": [ids]} for role, ids in pieces]
             return self.tokenizer.render_chat(messages)
-        if self._prompts is None:
-            self._prompts = SummaryPrompts.load(from_repo(self._path), self.tokenizer)
         (_, text), (_, summary) = pieces[:2]
         room = self._length + 1 - len(self._asked([], None, summary)[0])
         if room < min(len(text), _LEAST_TEXT):
             return None, []
         self.counts["text_cut"] += len(text) > room
         return self._asked(text, room, summary)
+
+    @cached_property
+    def _prompts(self) -> SummaryPrompts:
+        return SummaryPrompts.load(from_repo(self._path), self.tokenizer)
 
     def _asked(
         self, text: Sequence[int], room: int | None, summary: Sequence[int]

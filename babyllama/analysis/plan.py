@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +27,11 @@ from babyllama.config import from_repo, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import Mixture, TrainData
 from babyllama.device import flops_per_token, open_scaler, pick_device, tabulated_peak
-from babyllama.distributed import ParallelConfig, start
+from babyllama.distributed import start
 from babyllama.language import verbatim
-from babyllama.sources import DataConfig, Row, Source
+from babyllama.sources import Row, Source
 from babyllama.token_file import token_directory
-from babyllama.trainer import Objective, RunConfig, total_steps
+from babyllama.trainer import Objective, total_steps
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -49,15 +49,6 @@ LAPTOP = (
 )
 
 
-class PlannedRun(RunConfig, Protocol):
-    """What is read of the run's config."""
-
-    tokenizer: Path
-    model: ModelConfig
-    data: DataConfig
-    parallel: ParallelConfig
-
-
 class Assumed(Source):
     """Windows of random tokens in place of token files."""
 
@@ -73,8 +64,8 @@ class Assumed(Source):
         return ids[:-1], ids[1:]
 
 
-def missing(cfg: PlannedRun) -> list[str]:
-    """What is not there yet of tokenizer and token files."""
+def missing(cfg: Any) -> list[str]:
+    """What is not there yet of tokenizer and token files; cfg: pretrain.PretrainConfig."""
     path = from_repo(cfg.tokenizer)
     if not path.is_file():
         return [shown(path), "its token files"]
@@ -82,7 +73,7 @@ def missing(cfg: PlannedRun) -> list[str]:
     return [shown(place) for place in places if not any(place.glob("train-*.idx"))]
 
 
-def plan(cfg: PlannedRun, missing: list[str], objective: Objective) -> int:
+def plan(cfg: Any, missing: list[str], objective: Objective) -> int:
     """Print what is assumed, the estimate, and the commands; the exit code."""
     path, train = from_repo(cfg.tokenizer), cfg.train
     n_pieces = Tokenizer(path).vocab_size if path.is_file() else cfg.model.vocab_size or PIECES
@@ -121,7 +112,7 @@ def show(lines: Iterable[str]) -> None:
         print(line, file=sys.stdout if line.startswith("#") else verbatim(sys.stdout))
 
 
-def fitting(shape: ModelConfig, cfg: PlannedRun, device: torch.device) -> int:
+def fitting(shape: ModelConfig, cfg: Any, device: torch.device) -> int:
     """The largest micro-batch, up to the config's, that divides the batch and fits this machine."""
     precision = open_scaler(device, cfg.device).precision
     one, two = (
@@ -146,7 +137,7 @@ def on_card(model: Transformer, n_tokens: int) -> str:
     )
 
 
-def preparing(cfg: PlannedRun, n_pieces: int) -> Iterator[str]:
+def preparing(cfg: Any, n_pieces: int) -> Iterator[str]:
     """Every step before the training, as lines for a shell."""
     path = shown(from_repo(cfg.tokenizer))
     names = [source.name for source in cfg.data.sources]

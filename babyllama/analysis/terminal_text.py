@@ -7,8 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from itertools import groupby
 
-from rich.cells import cell_len as width_of
-from rich.cells import set_cell_size
+from rich.cells import cell_len, set_cell_size
 
 from tokenizer import Tokenizer
 
@@ -33,6 +32,7 @@ class Painter:
 
     def parts(self, ids: Sequence[int]) -> list[str]:
         """The characters that each token completes; control tokens by name."""
+        assert self.tokenizer, "a painter of tokens has one"
         names = {self.tokenizer.bos_id: "<bos>", self.tokenizer.eos_id: "<eos>"}
         decoder = self.tokenizer.stream_decoder()
         return [
@@ -61,12 +61,12 @@ class Painter:
             return self.ink(DIM, line)
         lines, above, below = [], "", ""
         for token, part in zip(ids, map(_seen, self.parts(ids)), strict=True):
-            room = max(width_of(part), len(str(token))) + 2
+            room = max(cell_len(part), len(str(token))) + 2
             if above and len(above) + room > self.width:
                 lines += [self.ink(DIM, above), below]
                 above = below = ""
             above += str(token).ljust(room)
-            below += part + " " * (room - width_of(part))
+            below += part + " " * (room - cell_len(part))
         return "\n".join([*lines, self.ink(DIM, above), below])
 
 
@@ -86,9 +86,7 @@ def visible(text: str) -> str:
 
 def clipped(text: str, width: int) -> str:
     """As much of a text as fits into so many columns."""
-    if width_of(text) <= width:
-        return text
-    return set_cell_size(text, width - 1).rstrip() + "…"
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
 
 
 def outline(value: object) -> object:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from glob import escape, glob
 from pathlib import Path
+from typing import Any, Literal
 
 from babyllama.chat.session import Session, read_reference
 from babyllama.errors import ConfigError, DataError
@@ -42,7 +43,7 @@ class Command:
 
     meaning: str
     run: Callable[[Session, str, User], str | Again] | None
-    complete: Callable[[Session], list[str]] | str | None = None
+    complete: Callable[[Session], list[str]] | Literal["files"] | None = None
     alias: str = ""
     task: str = ""
 
@@ -137,7 +138,7 @@ def do_set(session: Session, value: str, user: User) -> str:
     return "\n".join(f"  {name} {getattr(session.sampling, name)}" for name in names)
 
 
-def setting(name: str, text: str) -> object:
+def setting(name: str, text: str) -> Any:
     """A value as SamplingConfig holds it.
 
     raises: ConfigError if it is of another kind

@@ -175,6 +175,7 @@ def answer_lines(session: Session, lines: Iterable[str], is_json: bool) -> int:
     """One conversation, a message or command a line: as on a terminal, or an object of JSON each.
     One that cannot be answered gives its error, and exit code 2 at the end."""
     code = 0
+    ended: str | Again | None
     for line in lines:
         if not is_json:
             print(LABELS["user"] + visible(line), file=verbatim(sys.stdout), flush=True)

@@ -6,7 +6,7 @@ format is the tokenizer's. Nothing here prints.
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -99,8 +99,8 @@ def choose_checkpoint(wanted: Path | None, repo: Path = REPO, lora: Sequence[str
     raises: ConfigError if there is none at all
     """
     if wanted is None and lora:
-        _, found, _ = read_adapter(find_adapter(named(lora[0])[1]))
-        wanted = Path(found["base"]) if found["base"] else None
+        base = read_adapter(find_adapter(named(lora[0])[1]))[1]["base"]
+        wanted = Path(base) if base else None
     if wanted:
         return from_repo(wanted)
     release = repo / "release"
@@ -236,7 +236,7 @@ class Session:
         prompt = self.talk.prompt_for(question, found.text if found else "")
         return Asked(question, prompt, found, lets_go=before == 0 < self.talk.first)
 
-    def answer(self, asked: Asked) -> Iterator[str]:
+    def answer(self, asked: Asked) -> Generator[str, None, None]:
         """The reply as it comes; when it ends, by itself or by Ctrl-C, it is part of the talk,
         unless it is blank."""
         end = Reply()

@@ -144,7 +144,7 @@ class Lines:
 
 def _is_waiting(pause_s: float = 0.2) -> bool:
     """Whether something is typed or pasted already, or is within `pause_s`."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         time.sleep(pause_s)

@@ -5,7 +5,7 @@ from ctypes import c_float, c_void_p
 import torch
 from torch import Tensor
 
-from babyllama.cpu.compile import library
+from babyllama.cpu.compile import compiled, library
 from babyllama.sampling import COLDEST, SamplingConfig
 from babyllama.sampling import choose as choose_in_torch
 
@@ -27,7 +27,7 @@ def _choose_in_c(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> T
     room = torch.empty(n_threads, V + V // _RUN + 1)
     tokens = torch.empty(B, dtype=torch.int64)
     temperature = 0 if sampling.temperature < COLDEST else sampling.temperature
-    library().choose(
+    compiled().choose(
         c_void_p(logits.data_ptr()), B, V,
         *map(c_float, (temperature, sampling.top_p, sampling.min_p)),
         c_void_p(chances.data_ptr()), n, c_void_p(room.data_ptr()), c_void_p(tokens.data_ptr()),

@@ -7,12 +7,13 @@ equal those of model.py under autocast to the format's rounding. Whatever the ke
 """
 
 import ctypes
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from babyllama.cpu.compile import library
+from babyllama.cpu.compile import compiled, library
 from model import DecoderLayer, KVCache, SlicedLoss, Transformer
 
 # Positions whose logits exist at a time, as bfloat16, and outputs of the head taken together, whose
@@ -109,8 +110,8 @@ def _is_covered(layer: DecoderLayer, x: Tensor) -> bool:
 
 def _call(function: str, *arguments: Tensor | float | None) -> None:
     """Call a function of train.c: tensors by where they stand, whole numbers as int64."""
-    kinds = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
-    getattr(library(), function)(
+    kinds: dict[type, Callable] = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
+    getattr(compiled(), function)(
         *(
             ctypes.c_void_p(value.data_ptr() if isinstance(value, Tensor) else value)
             if value is None or isinstance(value, Tensor)
@@ -144,7 +145,7 @@ def _norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tens
 
 def _norm_back(
     x: Tensor, scales: Tensor, weight: Tensor, grad_normed: Tensor, grad: Tensor, narrowed: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, ...]:
     """Add to grad (N, D) what comes through the norm; returns the weight's gradient, and grad in
     bfloat16 if wanted."""
     N, D = x.shape
@@ -167,7 +168,7 @@ def _attention(
     assert rope.shape[1] == 1 and rope[0].is_contiguous()
     parts = (qkv, rope[0], rope[1], segments, out, powers, *(grads or (None, None)))
     asked = _Attention(*shape, *(None if part is None else part.data_ptr() for part in parts))
-    library().attention(ctypes.byref(asked), ctypes.c_int64(grads is not None))
+    compiled().attention(ctypes.byref(asked), ctypes.c_int64(grads is not None))
 
 
 class FusedLayer(torch.autograd.Function):
@@ -238,7 +239,7 @@ class FusedLayer(torch.autograd.Function):
         )  # fmt: skip
 
 
-class FusedLoss(SlicedLoss):
+class FusedLoss(torch.autograd.Function):
     """model.SlicedLoss, each slice of logits in one pass; float32 goes the usual way."""
 
     @staticmethod
@@ -279,11 +280,11 @@ class FusedLoss(SlicedLoss):
                     "softmax_error", own, goals, scales[part], largest[part], powers[part],
                     smoothing / V, 1.0 - smoothing, n, own.shape[1], o.start,
                 )  # fmt: skip
-                if want_hidden:
+                if grad_hidden is not None:
                     _add(grad_hidden[part], own @ w[o])
-                if want_weight:
+                if grad_weight is not None:
                     _add(grad_weight[o], own.t() @ rows)
-        if want_hidden:
+        if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
         goal = (1 - smoothing) * aimed + smoothing / V * sums
         # Where all logits are equal none is the largest: a collapsed model is right nowhere.

@@ -128,8 +128,9 @@ class Int8Step:
 
     def _keep(self, tensor: Tensor) -> int:
         """Where the numbers of a tensor stand, for as long as this object lives."""
-        self.kept.append(tensor.detach().contiguous())
-        return self.kept[-1].data_ptr()
+        kept = tensor.detach().contiguous()
+        self.kept.append(kept)
+        return kept.data_ptr()
 
     def _matrix(self, weight: Tensor) -> _Matrix:
         """A matrix as int8.c wants it: pairs of weights of 16 outputs side by side."""

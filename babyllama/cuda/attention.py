@@ -12,6 +12,7 @@ import importlib.util
 import subprocess
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def on_card(model: Transformer, blocks: bool = True) -> Transformer:
     return attend_by(model, compiled if blocks else None)
 
 
-def attend_by(model: Transformer, kernel: object, always: bool = False) -> Transformer:
+def attend_by(model: Transformer, kernel: Callable | None, always: bool = False) -> Transformer:
     """on_card with a kernel of one's own, or with none, for a bias.
 
     always: blocks on devices without the kernels, too, to compare with
@@ -120,9 +121,7 @@ def bias(segments: Tensor) -> Tensor:
     return made.masked_fill_(~seen, -torch.inf)
 
 
-def attend(
-    kernel: object, q: Tensor, k: Tensor, v: Tensor, mask: object, is_causal: bool
-) -> Tensor:
+def attend(kernel: Any, q: Tensor, k: Tensor, v: Tensor, mask: object, is_causal: bool) -> Tensor:
     """(B, H, T, C), as model.Attention.attend; by the kernel where the mask is one of blocks."""
     groups = q.shape[1] // k.shape[1]
     if isinstance(mask, Tensor) and groups > 1:

@@ -8,18 +8,20 @@ message passes as it is, and so do JSON and what a model says (`verbatim`); file
 API never come by here. tests/test_language.py finds what the catalogue lacks.
 """
 
+import io
 import json
 import locale
 import os
 import re
 import sys
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import TextIO
+
+from rich.cells import cell_len
 
 LANGUAGES = ("en", "zh")
 CATALOGUE = Path(__file__).with_name("zh.po")
@@ -33,7 +35,8 @@ REMARK = re.compile(r"(?<=\S)(  +(?:# )?)(\S.*)")  # behind a command
 
 
 def speak(argv: Sequence[str]) -> list[str]:
-    """Let this program speak Chinese where it should; returns the command line without --lang."""
+    """Let this program speak UTF-8, and Chinese where it should; returns the command line without
+    --lang."""
     rest, asked = [], None
     sys.stdout, sys.stderr = verbatim(sys.stdout), verbatim(sys.stderr)
     words = iter(argv)
@@ -45,14 +48,15 @@ def speak(argv: Sequence[str]) -> list[str]:
             rest.append(word)
     if asked not in (*LANGUAGES, None):
         return [*rest, f"--lang={asked}"]  # for the parser to refuse
-    if is_chinese(os.environ) if asked is None else asked == "zh":
-        for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Windows console may speak GBK
             stream.reconfigure(encoding="utf-8", errors="replace")
+    if is_chinese(os.environ) if asked is None else asked == "zh":
         sys.stdout, sys.stderr = Door(sys.stdout, _chinese()), Door(sys.stderr, _chinese())
     return rest
 
 
-def is_chinese(environment: dict[str, str]) -> bool:
+def is_chinese(environment: Mapping[str, str]) -> bool:
     """Whether messages are wanted in Chinese, by the first of these that is set; Windows sets
     none, and there Python knows."""
     names = [environment.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
@@ -69,7 +73,11 @@ def read_catalogue(path: Path) -> dict[str, str]:
     """Messages and their translations."""
     quoted = r'(".*"(?:\n".*")*)'
     pairs = re.findall(rf"^msgid {quoted}\nmsgstr {quoted}", path.read_text("utf-8"), re.M)
-    return dict(tuple("".join(map(json.loads, part.splitlines())) for part in p) for p in pairs)
+    return {_unquoted(key): _unquoted(translation) for key, translation in pairs}
+
+
+def _unquoted(lines: str) -> str:
+    return "".join(map(json.loads, lines.splitlines()))
 
 
 @dataclass(frozen=True)
@@ -126,27 +134,27 @@ class Catalogue:
             return text
         for message in self.messages:
             if (is_part or not any(message.is_open)) and (found := message.filled_in(text)):
-                said = [self.say(part, is_part=True) for part in found]
-                head = said.pop(0) if message.is_open[0] else ""
-                tail = said.pop() if message.is_open[1] else ""
-                return head + message.translation.format(*said) + tail
+                filled = [self.say(part, is_part=True) for part in found]
+                head = filled.pop(0) if message.is_open[0] else ""
+                tail = filled.pop() if message.is_open[1] else ""
+                return head + message.translation.format(*filled) + tail
         if "\n" in text:
             alone = [(line, self.printed(line)) for line in text.split("\n")]
             return "\n".join(s if s != line else self.printed(s, is_part) for line, s in alone)
         if "  " in text:  # cells of a table
             first, *others = re.split("(  +)", text)
             said = self.say(first, is_part)
-            room = width_of(first) - width_of(said)
+            room = cell_len(first) - cell_len(said)
             for gap, cell in zip(others[::2], others[1::2], strict=True):
                 new = self.say(cell, is_part)
-                room += len(gap) + width_of(cell) - width_of(new)
+                room += len(gap) + cell_len(cell) - cell_len(new)
                 said, room = said + " " * max(1, room) + new, 0
             return said
         for separator, wide in SEPARATORS.items() if is_part else ():
             if separator in text:
                 parts = text.split(separator)
-                said = [self.say(part, is_part) for part in parts]
-                return wide.join(said) if said != parts else text
+                news = [self.say(part, is_part) for part in parts]
+                return wide.join(news) if news != parts else text
         return text
 
     def printed(self, text: str, is_part: bool = False) -> str:
@@ -157,8 +165,9 @@ class Catalogue:
             name, colon, rest = text.partition(": ")
             rest = re.sub(r" ?[a-z]+(?=/s|\])", lambda unit: self.exact.get(unit[0], unit[0]), rest)
             return "\r" + self.say(name[1:]) + colon + rest
-        head, core, tail = re.fullmatch(rf"({MARGIN})(.*?)({MARGIN})", text, re.S).groups()
-        return head + self.say(core, is_part) + tail
+        parts = re.fullmatch(rf"({MARGIN})(.*?)({MARGIN})", text, re.S)
+        assert parts, "every text has this form"
+        return parts[1] + self.say(parts[2], is_part) + parts[3]
 
     def paragraphs(self, text: str) -> str:
         """A docstring: whole paragraphs, and of indented lines what is said behind a command."""
@@ -200,16 +209,11 @@ def say(text: str) -> str:
     return found.say(text) if found else text
 
 
-def width_of(text: str) -> int:
-    """Columns of a text in a terminal, where a Chinese character takes two."""
-    return len(text) + sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-
-
 def wrapped(text: str, width: int) -> list[str]:
     """Lines of Chinese, which breaks at every character but where punctuation holds on to it."""
     lines = [""]
     for unit in re.findall(r"[（《“]*(?:[!-~]+|.)[，。；：、！？）》”]* *", text):
-        if width_of(lines[-1] + unit.rstrip()) > width:
+        if cell_len(lines[-1] + unit.rstrip()) > width:
             lines.append("")
         lines[-1] += unit
     return [line.rstrip() for line in lines]

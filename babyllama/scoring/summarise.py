@@ -205,8 +205,8 @@ def summarise(
 
 def suggest(decoder: Decoder, tokenizer: Tokenizer, text: str, n: int = 1) -> Suggested:
     """At most n titles of a text: what the terminal, the page and the API give."""
-    ((titles, *rest),) = summarise([ReadyModel(decoder, tokenizer)], [text])
-    return Suggested([title for title in titles if title][:n], *rest)
+    (found,) = summarise([ReadyModel(decoder, tokenizer)], [text])
+    return found._replace(titles=[title for title in found.titles if title][:n])
 
 
 def ranked(replies: Sequence[str]) -> list[str]:

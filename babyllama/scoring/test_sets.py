@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from babyllama.config import REPO, from_repo, require_writable, shown, similar
 from babyllama.errors import ConfigError, DataError
@@ -91,10 +92,10 @@ def open_set(
     else:
         path, name = from_repo(data), str(data)
         files = _of_split(path, split) if path.is_dir() else [path]
-    found = [pair for file in files for pair in _read(file)][:limit]
-    layouts = {layout for _, layout in found}
+    read = [pair for file in files for pair in _read(file)][:limit]
+    layouts = {layout for _, layout in read}
     published = layouts.pop() if len(layouts) == 1 else None
-    rows = [row for row, _ in found]
+    rows = [row for row, _ in read]
     if data is None and dataset == "lcsts":
         published = "lcsts"
     if published == "csl_ts":
@@ -142,7 +143,7 @@ def _read(path: Path) -> list[tuple[dict, str | None]]:
     return pairs
 
 
-def _from_tsv(line: str, row_id: str) -> tuple[object, str | None]:
+def _from_tsv(line: str, row_id: str) -> tuple[Any, str | None]:
     """A row of CSL's folder ts; of its other folders, which hold no titles, nothing."""
     # No csv reader: abstracts hold single quotation marks, behind which it would swallow lines.
     cells = line.split("\t")
@@ -151,7 +152,7 @@ def _from_tsv(line: str, row_id: str) -> tuple[object, str | None]:
     return {"id": row_id, "text": cells[1], "summary": cells[2]}, "csl_ts"
 
 
-def _from_json(line: str, row_id: str) -> tuple[object, str | None]:
+def _from_json(line: str, row_id: str) -> tuple[Any, str | None]:
     """A row as it is, one of a known layout turned into ours, or what else stands there."""
     try:
         row = json.loads(line)
@@ -278,8 +279,8 @@ def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
         names = ["/".join(place.parts[-n_parts:]) for place in places]
         if len(set(names)) == len(names):
             break
-    names = dict(zip(every, names, strict=True))
-    return {" + ".join(names[path] for path in paths): paths for paths in groups}
+    name_of = dict(zip(every, names, strict=True))
+    return {" + ".join(map(name_of.__getitem__, paths)): paths for paths in groups}
 
 
 def require_sense(systems: Mapping[str, Sequence[Path]], asks_more: bool) -> None:

@@ -194,6 +194,7 @@ def write_tokens(rows: Sequence[dict], tokenizer: Tokenizer, place: Path) -> dic
 
 def main(cfg: PairsConfig) -> None:
     """Read the rows, write their token files."""
+    assert cfg.rows and cfg.tokenizer
     path, tokenizer = from_repo(cfg.rows), Tokenizer(from_repo(cfg.tokenizer))
     place = from_repo(cfg.tokens) / tokenizer.name / path.parent.name
     parts = write_tokens(list(read_rows(path)), tokenizer, place)

@@ -108,6 +108,7 @@ def _run(program: str, tests: str, limits: Limits) -> Outcome:
         env={"LC_ALL": "C.UTF-8"},
         start_new_session=True,
     )
+    assert child.stdin and child.stdout
     os.set_blocking(child.stdout.fileno(), False)
     reason = ""
     try:

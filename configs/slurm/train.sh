@@ -21,7 +21,7 @@ set -euo pipefail
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # exec: so that Slurm's signal reaches the supervisor, which hands it on to all processes.
-exec python -m babyllama.supervise --retries 10 -- \
+exec python -m babyllama.analysis.supervise --retries 10 -- \
     srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     torchrun --nnodes "$SLURM_NNODES" --nproc_per_node "${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:29500" "$@"

@@ -79,7 +79,7 @@ def moss(record: Record) -> dict:
     if any(command not in NO_COMMAND for command in commands):
         raise Refused("tools")
     system = [{"role": "system", "content": persona}] if persona.strip() else []
-    return dialogue(record, system + in_turns(TAGS.sub("", text).strip() for text in texts))
+    return dialogue(record, system + in_turns(TAGS.sub("", str(text)).strip() for text in texts))
 
 
 ORDER = ("test", "val", "train", None)

@@ -73,9 +73,9 @@ def math(data: dict) -> Pair:
 @asked
 def commonsenseqa(data: dict) -> Pair:
     """{"question": {"stem", "choices": [{"label", "text"}]}, "answerKey"}, or two lists."""
-    question, choices = data["question"], data.get("choices")
-    if isinstance(question, dict):
-        question, choices = question["stem"], question["choices"]
+    question = data["question"]
+    choices = question["choices"] if isinstance(question, dict) else data["choices"]
+    question = question["stem"] if isinstance(question, dict) else question
     if isinstance(choices, dict):
         options = dict(zip(choices["label"], choices["text"], strict=False))
     else:
@@ -101,7 +101,8 @@ def boolq(record: Record, request: str = "") -> dict:
     packed = PACKED.fullmatch(data["query"]) if isinstance(data.get("query"), str) else None
     if packed:
         passage, question = packed.groups()
-    if not all(isinstance(text, str) and text.strip() for text in (passage, question)):
+    passage, question = (x if isinstance(x, str) else "" for x in (passage, question))
+    if not passage.strip() or not question.strip():
         raise Refused("wrong_keys", "wanted question, passage and answer", broken=True)
     if answer not in (0, 1):  # true and false are these numbers
         raise Refused("no_answer")

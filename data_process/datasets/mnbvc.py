@@ -27,13 +27,14 @@ MOST_TURNS = 1_000  # of a conversation kept in memory; a longer one becomes sev
 
 def mnbvc(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
     """One document a line, or one a conversation."""
-    first, name, turns = None, "", {}
+    first: Record | None = None
+    name, turns = "", {}
     for record in records:
         turn = _turn(record)
         if first and (not turn or turn[0] != name or turn[1] in turns or len(turns) == MOST_TURNS):
             yield as_row(first, text="\n".join(turns[number] for number in sorted(turns)))
             first, turns = None, {}
-        if turn:
+        if turn and isinstance(record, Record):
             first, name = first or record, turn[0]
             turns[turn[1]] = f"{record.data['问']}\n{record.data['答']}"
         else:
@@ -78,7 +79,7 @@ def _row(record: Record) -> dict | Skip:
 def _document(record: Record, *texts: object) -> dict | Skip:
     if not all(isinstance(text, str) for text in texts):
         return Skip("wrong_type", record.where, str(record.data))
-    text = "\n".join(text for text in texts if text.strip())
+    text = "\n".join(text for text in map(str, texts) if text.strip())
     return as_row(record, text=text) if text else _skip("empty_text", record)
 
 

@@ -97,8 +97,9 @@ def messages_of(turns: object, roles: Mapping[str, str] | None = None) -> list[d
     if not isinstance(turns, list):
         raise Refused("wrong_type", f"the turns: {turns!r:.40}; wanted a list")
     found = [LABEL.match(turn) if isinstance(turn, str) else None for turn in turns]
-    if turns and all(mark and mark[1].lower() in ROLES for mark in found):
-        pairs = [(mark[1], turn[mark.end() :]) for mark, turn in zip(found, turns, strict=True)]
+    marks = [mark for mark in found if mark and mark[1].lower() in ROLES]
+    if turns and len(marks) == len(turns):
+        pairs = [(mark[1], turn[mark.end() :]) for mark, turn in zip(marks, turns, strict=True)]
     else:
         pairs = [pair for turn in turns for pair in _pairs(turn)]
     if any(label in TOOL_ROLES for label, _ in pairs):

@@ -92,17 +92,17 @@ def _block(start: Record, lines: list[str]) -> dict | Skip:
         return _document(start, unescape(title[1]).strip() if title else "", "\n".join(lines))
     page = "\n".join(lines)
     found, namespace, text = TITLE.search(page), NAMESPACE.search(page), TEXT.search(page)
-    title = unescape(found[1]) if found else ""
-    if not title or not namespace:
+    name = unescape(found[1]) if found else ""
+    if not name or not namespace:
         return Skip("wrong_page", start.where, page[:200])
     if namespace[1] != "0":
-        return _skip("not_an_article", start, title)
+        return _skip("not_an_article", start, name)
     wikitext = unescape(text[1]) if text else ""
     if "<redirect " in page or REDIRECT.match(wikitext):
-        return _skip("redirect", start, title)
-    if MEANINGS.search(wikitext) or title.endswith(("(消歧义)", "(消歧義)")):
-        return _skip("disambiguation", start, title)
-    return _document(start, title, plain(wikitext))
+        return _skip("redirect", start, name)
+    if MEANINGS.search(wikitext) or name.endswith(("(消歧义)", "(消歧義)")):
+        return _skip("disambiguation", start, name)
+    return _document(start, name, plain(wikitext))
 
 
 # Wikitext.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from rich.cells import cell_len
 from tqdm import tqdm
 
 from babyllama.analysis.terminal_text import (
@@ -31,7 +32,6 @@ from babyllama.analysis.terminal_text import (
     outline,
     painter_of,
     visible,
-    width_of,
 )
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
@@ -88,6 +88,8 @@ class Row(NamedTuple):
 
     def texts(self, tokenizer: Tokenizer | None) -> list[tuple[str, str]]:
         """Every content as text."""
+        if tokenizer is None:
+            return [(role, str(content)) for role, content in self.pieces]
         return [(r, c if isinstance(c, str) else tokenizer.decode(c)) for r, c in self.pieces]
 
     def ids(self, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
@@ -188,6 +190,7 @@ def as_read(
         # As Mixture.row in babyllama/data.py draws at seed 0, in epoch 0, of an only source.
         rng = np.random.default_rng((0, 0, 0, row.number, 0))
         meta = {role: [ids for r, ids in pieces[2:] if r == role] for role, _ in pieces[2:]}
+        assert prompts
         messages = prompts.messages(pieces[0][1], pieces[1][1], rng, meta=meta)
     return tokenizer.render_chat(messages)
 
@@ -195,8 +198,8 @@ def as_read(
 def show(row: Row, painter: Painter, prompts: SummaryPrompts | None, pieces: bool) -> None:
     """Print one row."""
     tokenizer, texts = painter.tokenizer, row.texts(painter.tokenizer)
-    title = " · ".join([row.id] * bool(row.id) + [row.kind, f"row {row.number}"])
-    print(painter.ink(BOLD, title), painter.ink(DIM, "─" * (painter.width - width_of(title) - 1)))
+    title = " · ".join([*filter(None, [row.id]), row.kind, f"row {row.number}"])
+    print(painter.ink(BOLD, title), painter.ink(DIM, "─" * (painter.width - cell_len(title) - 1)))
     if row.source:
         line = visible(json.dumps(outline(row.source), ensure_ascii=False))
         print(painter.ink(DIM, clipped(line, 2 * painter.width)))

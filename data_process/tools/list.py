@@ -12,9 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.cells import cell_len
 from tqdm import tqdm
 
-from babyllama.analysis.terminal_text import clipped, width_of
+from babyllama.analysis.terminal_text import clipped
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import DataError
 from babyllama.language import say
@@ -100,9 +101,9 @@ def aligned(rows: list[dict[str, str]]) -> str:
     names = [name for name in rows[0] if any(row[name] for row in rows)]
     table = [names, *([row[name] for name in names] for row in rows)]
     table = [[clipped(say(cell), LONGEST) for cell in line] for line in table]
-    widths = [max(map(width_of, column)) for column in zip(*table, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     lines = (
-        "  ".join(cell + " " * (n - width_of(cell)) for cell, n in zip(line, widths, strict=True))
+        "  ".join(cell + " " * (n - cell_len(cell)) for cell, n in zip(line, widths, strict=True))
         for line in table
     )
     return "\n".join(line.rstrip() for line in lines)

@@ -64,7 +64,7 @@ def task(cfg: PapersConfig, folder: str, *wanted: str) -> Iterator[dict]:
             paper = None if isinstance(record, Skip) else paper_of(record, *wanted)
         except Refused:
             paper = None
-        if paper is None:
+        if paper is None or isinstance(record, Skip):
             found = record.sample if isinstance(record, Skip) else str(record.data)
             raise DataError(
                 f"{shown(place)}, {record.where}: wanted {' and '.join(wanted)}, found "

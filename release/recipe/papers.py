@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -294,7 +295,7 @@ def main(cfg: PapersConfig) -> None:
 
 def title_row(one: Paper) -> dict:
     """A pair as the reader of CSL takes it."""
-    meta = {key: one.known[key] for key in ("discipline", "category") if key in one.known}
+    meta: Any = {key: one.known[key] for key in ("discipline", "category") if key in one.known}
     meta |= {"keywords": one.keywords} if one.keywords else {}
     return {"abstract": one.text, "title": one.title} | meta
 
@@ -312,7 +313,8 @@ def titles_alone(path: Path, kept_out: Iterable[Path]) -> list[list[str]]:
     drop a title, for it has few."""
     numbers = np.concatenate([np.empty(0, "<u8"), *map(read_list, kept_out)])
     windows = Windows(("kept out",), (np.unique(numbers),), None)
-    rows = [record.data.split("\t")[1:] for record in records(path, "utf-8")]
+    lines: Iterable[Any] = records(path, "utf-8")  # of a published file: all of them are whole
+    rows = [line.data.split("\t")[1:] for line in lines]
     n_hits = hits([title for title, _ in rows], windows)[:, 0]
     return [row for row, n in zip(rows, n_hits, strict=True) if n == 0]
 

@@ -97,7 +97,7 @@ ONE_STEP = """
 import sys
 import torch
 from babyllama.analysis.estimate import memory_by_part
-from babyllama.device import Scaler, memory_gb, pick_precision
+from babyllama.device import DeviceConfig, memory_gb, open_scaler
 from babyllama.distributed import World
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.trainer import forward_backward
@@ -108,13 +108,13 @@ CPU = torch.device("cpu")
 def step(batch, n_steps=1, **shape):
     config = ModelConfig(**shape)
     model = Transformer(config)
-    optimizer, scaler = make_optimizer(model, OptimConfig()), Scaler(CPU, pick_precision(CPU))
+    optimizer, scaler = make_optimizer(model, OptimConfig()), open_scaler(CPU, DeviceConfig())
     for _ in range(n_steps):
         ids = torch.randint(0, config.vocab_size, (batch, config.max_seq_len + 1))
         parts = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
         forward_backward(model, [parts], World(0, 1, CPU), scaler)
         scaler.step(optimizer, list(model.parameters()), 1.0)
-    return memory_by_part(config, model.n_parameters(), batch, pick_precision(CPU))
+    return memory_by_part(config, model.n_parameters(), batch, scaler.precision)
 
 step(1, dim=32, vocab_size=64, n_layers=1, max_seq_len=8)
 program_gb = memory_gb(CPU)  # with all the code that a step brings in

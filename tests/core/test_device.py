@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from babyllama.device import (
+    DeviceConfig,
     Scaler,
     checked_precision,
     kernels_missing,
     memory_gb,
+    open_scaler,
     pick_device,
-    pick_precision,
     safe_precision,
     set_deterministic,
 )
@@ -52,10 +53,10 @@ def test_other_devices_compute_in_float32_unless_they_have_bfloat16(device, want
 
 def test_a_named_format_is_used_and_auto_is_a_safe_one():
     cpu = torch.device("cpu")
-    assert pick_precision(cpu, "float16") == "float16"
+    assert open_scaler(cpu, DeviceConfig(precision="float16")).precision == "float16"
     has_bf16 = torch.cpu._is_avx512_bf16_supported()
-    assert pick_precision(cpu) == ("bfloat16" if has_bf16 else "float32")
-    assert pick_precision(torch.device("mps")) == "float32"
+    assert open_scaler(cpu, DeviceConfig()).precision == ("bfloat16" if has_bf16 else "float32")
+    assert open_scaler(torch.device("mps"), DeviceConfig()).precision == "float32"
 
 
 @pytest.mark.parametrize(

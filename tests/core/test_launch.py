@@ -44,7 +44,7 @@ def launch(tmp_path: Path) -> Callable[..., tuple[Outcome, int]]:
     def call(codes: str, *options: str) -> tuple[Outcome, int]:
         (tmp_path / "log").unlink(missing_ok=True)
         found = subprocess.run(
-            [sys.executable, "-m", "babyllama.supervise", *options, "--",
+            [sys.executable, "-m", "babyllama.analysis.supervise", *options, "--",
              sys.executable, "-c", PROGRAM, tmp_path / "log", codes],
             cwd=REPO, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
@@ -81,7 +81,7 @@ def test_what_breaks_at_once_is_not_started_again(launch):
 
 
 def test_mistakes_are_one_line(launch):
-    base = [sys.executable, "-m", "babyllama.supervise"]
+    base = [sys.executable, "-m", "babyllama.analysis.supervise"]
     for words, said in (
         ([], "nothing to start"),
         (["--", "/no/such/program"], "cannot start '/no/such/program'"),
@@ -101,7 +101,7 @@ def test_a_signal_is_handed_on_once_and_ends_the_retries(number, tmp_path):
         "print('ready', flush=True)\nwhile True: time.sleep(0.01)\n"
     )
     with subprocess.Popen(
-        [sys.executable, "-m", "babyllama.supervise", "--min-uptime", "0", "--",
+        [sys.executable, "-m", "babyllama.analysis.supervise", "--min-uptime", "0", "--",
          sys.executable, "-c", program],
         cwd=REPO, stdout=subprocess.PIPE, text=True,
     ) as process:  # fmt: skip
@@ -144,7 +144,7 @@ def kill_ranks(root: Path, tokenizer: Tokenizer, n_kills: int, seed: int) -> Non
     kills, killed_at, slowest, said = 0, 0.0, 0.0, ""
     alive = False  # whether the launch that writes these lines was not killed yet
     with subprocess.Popen(
-        [sys.executable, "-m", "babyllama.supervise", "--retries", str(n_kills),
+        [sys.executable, "-m", "babyllama.analysis.supervise", "--retries", str(n_kills),
          "--min-uptime", "0",
          "--", *command(root, "killed", tokenizer, 10 * n_kills)],
         cwd=REPO, stderr=subprocess.PIPE, text=True,
@@ -266,7 +266,7 @@ def test_a_supervisor_whose_reader_has_gone_goes_on(tmp_path):
     read_end, write_end = os.pipe()
     os.close(read_end)
     done = subprocess.run(
-        [sys.executable, "-m", "babyllama.supervise", "--min-uptime", "0", "--",
+        [sys.executable, "-m", "babyllama.analysis.supervise", "--min-uptime", "0", "--",
          sys.executable, "-c", PROGRAM, tmp_path / "log", "1,0"],
         cwd=REPO, stderr=write_end,
     )  # fmt: skip

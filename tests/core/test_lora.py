@@ -17,7 +17,7 @@ from babyllama import lora
 from babyllama.checkpoint import load_adapter, save_adapter
 from babyllama.distributed import World
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.lora import LoraConfig, LoraLinear, apply_lora, bake, merge, stored, switch, unmerge
+from babyllama.lora import LoraConfig, LoraLinear, apply_lora, bake, stored, switch
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.run_dir import sha256
 from conftest import small_config
@@ -113,27 +113,6 @@ def test_loss_and_gradients_are_those_of_the_whole_weights(rslora, scale):
         torch.testing.assert_close(weight.grad, tensors[name].grad, rtol=1e-3, atol=1e-5)
 
 
-def test_merged_computes_the_same_and_unmerged_has_its_bits_back():
-    model = adapted()
-    before, wanted = copies(model), model(TOKENS)
-    merge(merge(model))  # the second changes nothing
-    assert not torch.equal(model.state_dict()["output.weight"], before["output.weight"])
-    torch.testing.assert_close(model(TOKENS), wanted, rtol=0, atol=1e-5)
-    unmerge(unmerge(model))
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert torch.equal(model(TOKENS), wanted)
-
-
-def test_no_adapter_is_put_on_a_merged_model():
-    model = merge(adapted())
-    before = copies(model)
-    with pytest.raises(ConfigError, match=r"merged into \d+ layers .*unmerge the model first"):
-        apply_lora(model, LoraConfig(rank=2, targets=("wq",)), "second")
-    assert copies(model).keys() == before.keys() and list(model.lora.configs) == ["default"]
-    apply_lora(unmerge(model), LoraConfig(rank=2, targets=("wq",)), "second")
-    assert model.lora.active == "second"
-
-
 def test_the_order_of_a_merge_is_fixed_and_near_the_product():
     layer = dict(lora.layers(adapted(rank=16)))["layers.0.feed_forward.w2"].lora["default"]
     torch.testing.assert_close(layer.exact_delta(), layer.delta(), rtol=1e-5, atol=1e-7)
@@ -148,7 +127,9 @@ def test_the_order_of_a_merge_is_fixed_and_near_the_product():
 def test_a_baked_model_is_a_plain_one():
     model = adapted()
     wanted, names = model(TOKENS), list(make().state_dict())
+    before = model.state_dict()["output.weight"].clone()
     bake(model)
+    assert not torch.equal(model.output.weight, before)
     torch.testing.assert_close(model(TOKENS), wanted, rtol=0, atol=1e-5)
     assert list(model.state_dict()) == names
     assert {type(m) for m in model.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
@@ -164,12 +145,10 @@ def test_several_adapters_share_a_base_and_are_switched_by_name():
         said[name] = model(TOKENS)
     assert not torch.equal(said["title"], said["poem"])
     for name in ("title", "poem", "title"):
-        assert torch.equal(merge(switch(model, name))(TOKENS), merge(model)(TOKENS))
-        switch(model, name)
-        assert torch.equal(model(TOKENS), said[name])
+        assert torch.equal(switch(model, name)(TOKENS), said[name])
         trained = {n for n, w in model.named_parameters() if w.requires_grad}
         assert trained and all(f".lora.{name}." in n for n in trained)
-    assert torch.equal(switch(merge(model), None)(TOKENS), plain)
+    assert torch.equal(switch(model, None)(TOKENS), plain)
     assert not any(w.requires_grad for w in model.parameters())
     assert torch.equal(bake(model)(TOKENS), plain)
 
@@ -178,8 +157,7 @@ def test_the_names_of_what_is_stored_depend_on_no_state():
     model, names = adapted("one"), set(make().state_dict())
     wanted = list(stored(model))
     assert wanted[:2] == ["layers.0.attention.wq.a", "layers.0.attention.wq.b"]
-    assert list(stored(merge(model))) == wanted
-    assert list(stored(adapted("other", unmerge(model)))) == wanted
+    assert list(stored(adapted("other", model))) == wanted
     assert names < set(model.state_dict())
     assert set(stored(switch(model, None))) == names
 
@@ -204,10 +182,10 @@ def test_cached_decoding_reads_the_adapters():
 
 def test_weights_read_from_outside_hold_the_active_adapter():
     layer = dict(lora.layers(adapted()))["layers.1.attention.wo"]
-    effective = layer.weight
-    layer.merge()
-    torch.testing.assert_close(effective, layer.weight, rtol=0, atol=1e-6)
-    assert isinstance(layer, LoraLinear) and layer.weight is layer._parameters["weight"]
+    assert isinstance(layer, LoraLinear)
+    torch.testing.assert_close(layer.weight, layer.plain().weight, rtol=0, atol=1e-6)
+    layer.active = None
+    assert layer.weight is layer.plain().weight is layer._parameters["weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -344,7 +322,7 @@ def test_a_saved_adapter_comes_back_and_is_all_that_is_saved(tmp_path):
         == yaml.safe_load((path / "adapter.yaml").read_text("utf-8"))
     )
     assert load_file(path / "adapter.safetensors").keys() == stored(model).keys()
-    save_adapter(merge(again), path)  # merged or not, again or not
+    save_adapter(again, path)
     assert torch.equal(load_adapter(make(), path)(TOKENS), model(TOKENS))
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
-from babyllama.analysis.terminal_text import Painter, clipped, visible, width_of
+from babyllama.analysis.terminal_text import Painter, clipped, visible
 from babyllama.config import REPO, parse, run
 from babyllama.data import Mixture
 from babyllama.errors import DataError
@@ -143,11 +144,11 @@ def test_borders_cut_the_text_into_its_tokens(data: Path, tokenizer: Tokenizer):
 def test_every_id_stands_above_its_token(tokenizer: Tokenizer, width: int, text: str):
     ids = tokenizer.encode(text, bos=True)
     lines = plain(tokenizer, width).ids(ids, pieces=True).split("\n")
-    assert max(map(width_of, lines)) <= width
+    assert max(map(cell_len, lines)) <= width
     found, tokens = [], []
     for above, below in zip(lines[::2], lines[1::2], strict=True):
         starts = [match.start() for match in re.finditer(r"\S+", above)]
-        columns = [width_of(below[: match.start()]) for match in re.finditer(r"\S+", below)]
+        columns = [cell_len(below[: match.start()]) for match in re.finditer(r"\S+", below)]
         assert starts == columns
         found += map(int, above.split())
         tokens += below.split()
@@ -168,9 +169,9 @@ def test_few_ids_are_shown_and_the_others_counted(tokenizer: Tokenizer):
 @given(st.text(max_size=40), st.integers(2, 30))
 def test_text_is_cut_by_its_width(text: str, width: int):
     cut = clipped(text, width)
-    assert width_of(cut) <= max(width, 1)
+    assert cell_len(cut) <= max(width, 1)
     assert cut == text or (cut[-1] == "…" and text.startswith(cut[:-1]))
-    assert width_of("天气a１é") == 4 + 1 + 2 + 1
+    assert cell_len("天气a１é") == 4 + 1 + 2 + 1
 
 
 @given(st.text())

@@ -1,7 +1,7 @@
 """Start a command, and start it again when it dies: a supervisor for long runs.
 
-    python -m babyllama.supervise --retries 3 -- torchrun --nproc_per_node 2 pretrain.py
-    python -m babyllama.supervise -- python pretrain.py
+    python -m babyllama.analysis.supervise --retries 3 -- torchrun --nproc_per_node 2 pretrain.py
+    python -m babyllama.analysis.supervise -- python pretrain.py
 
 A training run goes on from its newest checkpoint when it is started again, so starting it again is
 all that is needed after a crash, a killed process or a lost node. Not started again: what ended by
@@ -10,16 +10,15 @@ itself with 0 (done), 2 (bad input), 75 (stopped on request) or 130 (Ctrl-C), wh
 1 whatever its processes said; the bad input of those falls under --min-uptime.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from babyllama.config import BAD_INPUT, INTERRUPTED, STOPPED, parse, run, silence, stop_signals
+from babyllama.config import BAD_INPUT, INTERRUPTED, STOPPED, aloud, parse, run, stop_requests
 from babyllama.errors import ConfigError
 
 FINAL = (0, BAD_INPUT, STOPPED, INTERRUPTED)
@@ -66,10 +65,7 @@ def supervise(command: Sequence[str], cfg: LaunchConfig) -> int:
 
 
 def _say(text: str) -> None:
-    try:
-        print(f"launch: {text}", file=sys.stderr, flush=True)
-    except OSError:
-        silence()  # the command goes on without a reader
+    aloud(lambda: print(f"launch: {text}", file=sys.stderr, flush=True))
 
 
 def _run_once(command: Sequence[str]) -> tuple[int, bool]:
@@ -81,28 +77,14 @@ def _run_once(command: Sequence[str]) -> tuple[int, bool]:
         raise ConfigError(
             f"cannot start {command[0]!r}: {error.strerror}; check the path"
         ) from None
-    with _handed_on(process) as asked:
-        code = process.wait()
-    return (code if code >= 0 else 128 - code), bool(asked)
 
-
-@contextlib.contextmanager
-def _handed_on(process: subprocess.Popen) -> Iterator[list[int]]:
-    """Signals that end this program go to the process; the list is not empty once one came."""
-    asked: list[int] = []
-
-    def hand_on(number: int, _: object) -> None:
-        asked.append(number)
+    def hand_on(number: int) -> None:
         if os.name == "posix" or number != signal.SIGINT:  # a Windows console tells both
             process.send_signal(number)
 
-    kinds = stop_signals()
-    before = [signal.signal(kind, hand_on) for kind in kinds]
-    try:
-        yield asked
-    finally:
-        for kind, handler in zip(kinds, before, strict=True):
-            signal.signal(kind, handler)
+    with stop_requests(hand_on) as asked:
+        code = process.wait()
+    return (code if code >= 0 else 128 - code), bool(asked)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -112,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv[place + 1 :]:
         raise ConfigError(
             "nothing to start: put the command behind --, as in "
-            "python -m babyllama.supervise -- python pretrain.py"
+            "python -m babyllama.analysis.supervise -- python pretrain.py"
         )
     return supervise(argv[place + 1 :], cfg)
 
