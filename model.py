@@ -1,7 +1,7 @@
 """The language model: a plain Llama decoder and its loss.
 
 Owns ModelConfig, the layers, the KV cache and the sliced loss. Knows nothing of optimizers,
-devices, distribution, adapters or pictures. Parameter names are those of the LLaMA release;
+devices, distribution, adapters or images. Parameter names are those of the LLaMA release;
 rotary embeddings pair the first with the second half of each head, as in `transformers`, so an
 export is a renaming.
 
@@ -37,7 +37,7 @@ class ModelConfig:
         n_layers: number of decoder layers
         n_heads: number H of attention heads
         n_kv_heads: number K of key/value heads; null: as many as heads
-        vocab_size: number V of pieces; 0: taken from the tokenizer
+        vocab_size: vocabulary size V; 0: taken from the tokenizer
         multiple_of: the feed-forward width is rounded up to a multiple of this
         max_seq_len: longest context T in tokens
         rope_theta: base of the rotary embedding
@@ -331,7 +331,7 @@ class Transformer(nn.Module):
             return self.rope[:, None, None, :T], self.segment_mask(segments)
         if cache is None or not (cache.ragged or (past and T > 1)):
             return self.rope[:, None, None, past : past + T], None
-        # Filler on the left is not seen, and each row counts its positions from its own start.
+        # Padding on the left is not seen, and each row counts its positions from its own start.
         every = torch.arange(past + T, device=self.rope.device)
         seen = (every <= columns[:, None]) & (every >= cache.start[:, None, None])  # (B, T, S)
         # Padding must see something, or softmax divides by zero; what it computes is not used.

@@ -92,8 +92,8 @@ def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
         return loaded.model
     if cfg.model.vocab_size not in (0, tokenizer.vocab_size):
         raise ConfigError(
-            f"model.vocab_size is {cfg.model.vocab_size}, {shown(tokenizer.path)} has "
-            f"{tokenizer.vocab_size} pieces; leave model.vocab_size out"
+            f"model.vocab_size is {cfg.model.vocab_size}, that of {shown(tokenizer.path)} is "
+            f"{tokenizer.vocab_size}; leave model.vocab_size out"
         )
     shape = replace(cfg.model, vocab_size=tokenizer.vocab_size)
     if not cfg.dry_run:  # before memory is taken for a shape that may be a mistake

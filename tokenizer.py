@@ -61,7 +61,7 @@ class Tokenizer:
 
     name: by which token files are found: the file's; of the copy in a checkpoint the original's
     sp: SentencePiece's own processor
-    vocab_size: number of pieces
+    vocab_size: number of tokens
     bos_id, eos_id: as the model file says; pad_id is eos_id where the model has no pad piece
     piece_bytes: what each token adds to the text, which may be a part of a character
     fingerprint: SHA-256 of the model file, kept in every token file and checkpoint

@@ -222,7 +222,7 @@ def load_model(
     info, tokenizer, weights = read_checkpoint(path)
     if info["kind"] == "vqa":
         raise CheckpointError(
-            f"{shown(path)}: wanted a language model, found one that answers about pictures; use "
+            f"{shown(path)}: wanted a language model, found one that answers about images; use "
             f"python -m vqa.chat {shown(path)} --image FILE"
         )
     _require_fit(info["model"], weights, path)
@@ -405,9 +405,9 @@ def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
         info["model"].vocab_size,
     ):
         raise CheckpointError(
-            f"{shown(path)}: its tokenizer.model ({tokenizer.vocab_size} pieces, "
+            f"{shown(path)}: its tokenizer.model (vocabulary size {tokenizer.vocab_size}, "
             f"{tokenizer.fingerprint[:12]}…) is not the one it was trained with "
-            f"({info['model'].vocab_size} pieces, {info['fingerprint'][:12]}…)"
+            f"(vocabulary size {info['model'].vocab_size}, {info['fingerprint'][:12]}…)"
         )
     return info, tokenizer, widen(read_tensors(path / "model.safetensors"), shown(path))
 

@@ -1,5 +1,5 @@
 """What a run tells, by its main process only: the figures of its steps, where they go, and a font
-that can write Chinese in its pictures.
+that can write Chinese in its plot.
 
 A progress bar or plain lines, metrics.jsonl, samples.jsonl, curves.png, and, where it is asked
 for, TensorBoard or SwanLab.
@@ -327,7 +327,7 @@ def _draw_sources(axis: "Axes", records: list[dict], font: str | None) -> None:
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
-    """Loss, perplexity and accuracy over the steps, train and validation, as one picture."""
+    """Loss, perplexity and accuracy over the steps, train and validation, in one plot."""
     import matplotlib
 
     matplotlib.use("Agg")

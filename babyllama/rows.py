@@ -4,7 +4,7 @@
     chat     {"id": "redgpt/3", "messages": [{"role": "user", "content": "…"}, …]}
     summary  {"id": "csl/7", "text": "…", "summary": "…", "meta": {…}}      meta is optional
     preference {"id": "pairs/1", "messages": [… user], "chosen": "…", "rejected": "…"}
-    vqa      {"id": "cifar/1", "image": "a.jpg", "messages": […]}      a dialogue about a picture
+    vqa      {"id": "cifar/1", "image": "a.jpg", "messages": […]}      a dialogue about an image
 
 `id` is "<set>/<number>", unique and stable. Unknown keys are refused. Raw downloads are read
 in `data_process/`; this file knows only what comes out of there, and the one form of letters that

@@ -119,7 +119,7 @@ def penalise(
     logits: (B, V); said: (B, S) ids, of which the first n_prompt are the prompt's
     """
     if sampling.repetition_penalty != 1:
-        # Positions of pictures (vqa/) are negative and no tokens: <bos> stands in for them.
+        # Positions of images (vqa/) are negative and no tokens: <bos> stands in for them.
         said = torch.where(said < 0, said[:, :1], said)
         found = logits.gather(1, said)
         penalty = sampling.repetition_penalty

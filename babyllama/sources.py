@@ -270,7 +270,7 @@ def open_source(
     if len(kinds) > 1:
         raise DataError(f"{shown(where)}: files of several kinds {sorted(kinds)} in one directory")
     if kinds == {"vqa"}:
-        raise DataError(f"{shown(where)}: its rows are about pictures; use python -m vqa.train")
+        raise DataError(f"{shown(where)}: its rows are about images; use python -m vqa.train")
     (kind,) = kinds
     if kind not in readers:
         raise ConfigError(

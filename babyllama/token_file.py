@@ -202,8 +202,8 @@ class TokenFile:
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise DataError(
                 f"{self.bin_path}: made with tokenizer {self.fingerprint[:12]}… "
-                f"({self.vocab_size} pieces), wanted {fingerprint[:12]}…; pre-tokenize again: "
-                f"python -m data_process.run <set> --tokenizer <file>"
+                f"(vocabulary size {self.vocab_size}), wanted {fingerprint[:12]}…; pre-tokenize "
+                f"again: python -m data_process.run <set> --tokenizer <file>"
             )
         self._map_ids(verify)
 

@@ -273,7 +273,7 @@ class Scorer:
         after = [ids for group in batch for ids in group.continuations]
         owner = [row for row, group in enumerate(batch) for _ in group.continuations]
         longest, n_after = max(map(len, contexts)), max(map(len, after))
-        # Filler stands on the left of contexts, where it is not seen, and on the right of options.
+        # Padding stands on the left of contexts, where it is not seen, and on the right of options.
         said = [[ids[0]] * (longest - len(ids)) + ids for ids in contexts]
         start = torch.tensor([longest - len(ids) for ids in contexts], device=device)
         cache = KVCache(net.config, start, longest + n_after - 1, net.output.weight.dtype)

@@ -124,7 +124,7 @@ VULGAR = re.compile(
 
 
 def short_body(row: Row) -> bool:
-    """Under 80 Han characters: a picture, a film or a page that failed to load."""
+    """Under 80 Han characters: an image, a film or a page that failed to load."""
     return sum(map(len, HAN.findall(row["text"]))) < 80
 
 

@@ -308,7 +308,7 @@ def _make(all_sets: list[Making], wanted: set[str]) -> None:
     for making in all_sets:
         _refuse_damaged(making)
     drops: Drops = defaultdict(list)
-    # Rows about pictures say the same words of different pictures.
+    # Rows about images say the same words of different images.
     of_text = [making for making in all_sets if making.raw.data_set.kind != "vqa"]
     if cfg.dedup and of_text:
         with _timed("dedup", all_sets):

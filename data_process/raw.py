@@ -3,7 +3,7 @@
 `records` walks files and yields one Record for each row: a JSON value, a row of a table, a Markdown
 file, or, in other text files, a line (formats.py). gzip, bzip2, xz, zip and tar are opened on the
 way; a BOM is removed; lines end at "\\n" only, since texts carry \\r, \\x0b and U+2028. Everything
-streams. What cannot be data (pictures, Thumbs.db, checksums …) is left alone.
+streams. What cannot be data (images, Thumbs.db, checksums …) is left alone.
 
 A record that cannot be used becomes a Skip, which the caller counts. A file that is wrong as a
 whole (missing, another encoding, damaged archive, a Word document) is a DataError. What the records
@@ -60,8 +60,8 @@ FOREIGN = {
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first (zstd -d)",
     b"SQLite format 3": "an SQLite database; export its table as CSV",
-    b"\x89PNG": "a picture; move it away",
-    b"\xff\xd8\xff": "a picture; move it away",
+    b"\x89PNG": "an image; move it away",
+    b"\xff\xd8\xff": "an image; move it away",
 }
 OFFICE = {"ppt/": "a presentation; save it as plain text (.txt, UTF-8)",
           "content.xml": "an OpenDocument file; save it as CSV UTF-8 or plain text"}  # fmt: skip

@@ -43,7 +43,9 @@ def train_vocabulary(
     require_writable(out)
     lines = _sample(_lines(texts), max_lines, seed)
     if not any(lines):
-        raise ConfigError(f"cannot train {vocab_size} pieces: there is no text to learn from")
+        raise ConfigError(
+            f"cannot train a vocabulary of {vocab_size}: there is no text to learn from"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -69,7 +71,7 @@ def train_vocabulary(
         )
     except RuntimeError as error:
         raise ConfigError(
-            f"cannot train {vocab_size} pieces on this text: {_advice(str(error))}"
+            f"cannot train a vocabulary of {vocab_size} on this text: {_advice(str(error))}"
         ) from None
     with atomic_write(out) as temporary:
         temporary.write_bytes(model.getvalue())
@@ -127,11 +129,11 @@ def train(rows: Path, out: Path, vocab_size: int = 6000, max_lines: int = 500_00
     Args:
         rows: a .jsonl of canonical rows, a directory of train-*.jsonl, or one of such directories
         out: the .model file to write
-        vocab_size: number of pieces, control and byte pieces included
+        vocab_size: number of tokens, control and byte tokens included
         max_lines: learn from a uniform sample of this many lines (bounds the memory)
     """
     train_vocabulary(_texts(rows, "train"), out, vocab_size, max_lines)
-    print(f"{out}: {Tokenizer(out).vocab_size} pieces")
+    print(f"{out}: vocabulary size {Tokenizer(out).vocab_size}")
     stats(out, rows)
 
 

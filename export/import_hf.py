@@ -229,7 +229,7 @@ def vocabulary(cfg: ImportConfig, folder: Path, shape: ModelConfig, name: str) -
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size != shape.vocab_size:
         raise ConfigError(
-            f"{shown(path)} has {tokenizer.vocab_size} pieces, the embedding in {shown(folder)} "
+            f"{shown(path)} has {tokenizer.vocab_size} tokens, the embedding in {shown(folder)} "
             f"{shape.vocab_size} rows; name the model's own vocabulary with --tokenizer"
         )
     known = (

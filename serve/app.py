@@ -159,7 +159,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
         name, engine = _choose(service, body.model)
         if body.task == "title":
             if service.served.eyes:
-                raise Refused(400, "task: this model answers about pictures alone", "task")
+                raise Refused(400, "task: this model answers about images alone", "task")
             text = titled_text(body)
             with service.desk.places(_client(request), 1):
                 async with service.searching:
@@ -186,7 +186,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
         """Continue a text."""
         name, engine = _choose(service, body.model)
         if service.served.eyes:
-            text = "this model answers questions about pictures; ask it by /v1/chat/completions"
+            text = "this model answers questions about images; ask it by /v1/chat/completions"
             raise Refused(400, text, "prompt")
         n = (body.n or 1) * len(body.prompt)
         with ExitStack() as places:

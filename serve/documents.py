@@ -39,7 +39,7 @@ async def text_of_pdf(data: bytes) -> str:
         if child.returncode is None:
             child.kill()
     if child.returncode:
-        reason = "it holds pictures alone" if child.returncode == NO_TEXT else "damaged or locked"
+        reason = "it holds images alone" if child.returncode == NO_TEXT else "damaged or locked"
         raise _unreadable(reason)
     return out.decode("utf-8", "replace")
 

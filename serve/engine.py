@@ -162,7 +162,7 @@ class PrefixCache:
 
 
 def _key(ids: Sequence[int]) -> bytes:
-    return array("i", ids).tobytes()  # positions of pictures are negative
+    return array("i", ids).tobytes()  # positions of images are negative
 
 
 class Reading:

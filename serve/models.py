@@ -1,6 +1,6 @@
 """What is served: models by the names that requests use, each with its engine.
 
-A checkpoint of vqa.train takes pictures and is served alone; any other may have adapters, each of
+A checkpoint of vqa.train takes images and is served alone; any other may have adapters, each of
 which is a model of its own.
 """
 
@@ -102,7 +102,7 @@ class Served:
     """Models by name, the base first.
 
     tasks: what each was trained for; an adapter that does not say is for what its base is
-    eyes: of a model that takes pictures
+    eyes: of a model that takes images
     """
 
     engines: Mapping[str, Engine]
@@ -145,7 +145,7 @@ def _with_eyes(cfg: ServerConfig, path: Path, device: str | torch.device) -> Ser
     if cfg.adapters or cfg.weights == "int8":
         asked = "--adapters" if cfg.adapters else "--weights int8"
         raise ConfigError(
-            f"{asked}: {shown(path)} answers about pictures, which it does with its own weights "
+            f"{asked}: {shown(path)} answers about images, which it does with its own weights "
             f"in float32 alone; leave {asked} out"
         )
     loaded = picture_tools().load(path, device)

@@ -1,8 +1,8 @@
-"""Continuous batching for models that see: serve/engine.py, and a picture to each reply.
+"""Continuous batching for models that see: serve/engine.py, and an image to each reply.
 
-A job's prompt holds the positions of its picture (model.py), and `job.picture` what the language
-model gets of it. A prompt is read with its own picture, and a step gives each row the one that it
-looks at. Equal ids may stand for unlike pictures, so no beginning of a prompt is kept for another.
+A job's prompt holds the positions of its image (model.py), and `job.picture` what the language
+model gets of it. A prompt is read with its own image, and a step gives each row the one that it
+looks at. Equal ids may stand for unlike images, so no beginning of a prompt is kept for another.
 """
 
 import time
@@ -43,28 +43,28 @@ class Eyes:
     """What a server needs of a model that sees, beside its engine.
 
     loaded: as vqa.model.load gives it
-    n_positions: tokens of a prompt that a picture takes
+    n_positions: tokens of a prompt that an image takes
     """
 
     def __init__(self, loaded: Loaded) -> None:
         self._tools = picture_tools()
         self._loaded, self.n_positions = loaded, loaded.model.n_positions
-        # The largest picture takes 300 MB while it is read, and what a thread gave back is kept for
+        # The largest image takes 300 MB while it is read, and what a thread gave back is kept for
         # that thread: so all are read by this one.
         self._reader = ThreadPoolExecutor(1, "eyes")
 
     def look(self, urls: Sequence[str]) -> Tensor:
-        """What the model gets of the one picture (1, M, D), a data URL; errors as answer.look."""
+        """What the model gets of the one image (1, M, D), a data URL; errors as answer.look."""
         pictures = [self._tools.from_data_url(url) for url in urls]
         return self._reader.submit(self._tools.look, self._loaded, pictures).result()
 
     def laid(self, ids: Sequence[int]) -> list[int]:
-        """A rendered dialogue with the positions of its picture."""
+        """A rendered dialogue with the positions of its image."""
         return self._tools.with_picture(ids, 0, self.n_positions)
 
 
 class PictureEngine(Engine):
-    """As Engine; jobs have a picture."""
+    """As Engine; jobs have an image."""
 
     def __init__(
         self, loaded: Loaded, n_slots: int, clock: Callable[[], float] = time.monotonic
@@ -73,7 +73,7 @@ class PictureEngine(Engine):
         nothing = torch.zeros(1, 1, loaded.model.config.dim)
         decoder = loaded.model.decoder(nothing)
         # As a partial its step is given the columns that count, not the whole cache.
-        decoder = replace(decoder, step=partial(decoder.step), reason="sees pictures")
+        decoder = replace(decoder, step=partial(decoder.step), reason="sees images")
         super().__init__(decoder, loaded.tokenizer, n_slots, prefix_mb=0, clock=clock)
 
     def _decoder_for(self, job: Job) -> Decoder:
@@ -86,7 +86,7 @@ class PictureEngine(Engine):
         return replace(own, reader=read)
 
     def _write(self) -> None:
-        """Free rows look at the picture of another one; nobody reads what they say."""
+        """Free rows look at the image of another one; nobody reads what they say."""
         pictures = [row.job.picture for row in self.rows if row]
         if pictures:
             seen = [row.job.picture if row else pictures[0] for row in self.rows]

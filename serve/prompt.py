@@ -25,7 +25,7 @@ class Prompt:
 
     n_dropped: messages that were left out because they did not fit
     sources: passages that became the 资料; None where none were asked for
-    picture: what the model gets of the picture, of one that sees
+    picture: what the model gets of the image, of one that sees
     """
 
     ids: list[int]
@@ -44,7 +44,7 @@ def chat_prompt(
 ) -> Prompt:
     """The prompt for the assistant's next message.
 
-    eyes: of a model that sees; then the dialogue has one picture, in whichever message of the user
+    eyes: of a model that sees; then the dialogue has one image, in whichever message of the user
     raises: Refused (400)
     """
     _check(request, eyes is not None)
@@ -92,10 +92,10 @@ def _check(request: ChatRequest, sees: bool) -> None:
     for number, message in enumerate(messages):
         place = f"messages.{number}"
         if message.images and not sees:
-            text = f"{place}.content: this model takes no pictures; leave them out"
+            text = f"{place}.content: this model takes no images; leave them out"
             raise Refused(400, text, place)
         if message.images and message.role != "user":
-            raise Refused(400, f"{place}.content: pictures come in messages of the user", place)
+            raise Refused(400, f"{place}.content: images come in messages of the user", place)
         if message.role == "system" and number >= _n_system(request):
             raise Refused(400, f"{place}.role: system (资料) only comes first", place)
         if message.role == "user" and not message.text.strip():
@@ -118,7 +118,7 @@ def _n_system(request: ChatRequest) -> int:
 
 
 def _looked_at(request: ChatRequest, eyes: "Eyes") -> "Tensor":
-    """What the model gets of the dialogue's one picture."""
+    """What the model gets of the dialogue's one image."""
     holders = [n for n, message in enumerate(request.messages) if message.images]
     try:
         return eyes.look([url for message in request.messages for url in message.images])

@@ -115,7 +115,7 @@ class ImageAddress(Strict):
 
 
 class ImagePart(Strict):
-    """A picture inside the message, as a data URL; nothing is ever fetched."""
+    """An image inside the message, as a data URL; nothing is ever fetched."""
 
     type: Literal["image_url"]
     image_url: Annotated[
@@ -146,7 +146,7 @@ class Message(Strict):
 
     @property
     def images(self) -> list[str]:
-        """Data URLs of pictures, for models that see."""
+        """Data URLs of images, for models that see."""
         if isinstance(self.content, str):
             return []
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]

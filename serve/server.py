@@ -3,7 +3,7 @@
     python -m serve.server                                     # the newest run in out/
     python -m serve.server out/redgpt --port 8000              # then open http://127.0.0.1:8000
     python -m serve.server out/redgpt --adapters out/csl_lora  # more models to choose from
-    python -m serve.server out/vqa-cross                       # takes a picture with the question
+    python -m serve.server out/vqa-cross                       # takes an image with the question
     python -m serve.server out/redgpt --host 0.0.0.0 --api-key-file key.txt
 
 The first Ctrl-C lets running replies finish, a second one does not. Needs requirements/serve.txt.

@@ -45,7 +45,7 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A BPE vocabulary of 420 pieces with byte fallback."""
+    """A BPE vocabulary of 420 with byte fallback."""
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     train_vocabulary(TEXTS * 5, path, vocab_size=420)
     return Tokenizer(path)

@@ -32,7 +32,7 @@ def endless_model(tokenizer: Tokenizer, context: int = CONTEXT) -> Transformer:
 
 
 def seeing_model(tokenizer: Tokenizer, fusion: str = "cross", context: int = 256) -> VqaModel:
-    """The same behind an encoder with random weights: its replies depend on the picture."""
+    """The same behind an encoder with random weights: its replies depend on the image."""
     language = endless_model(tokenizer, context)
     encoder = make_encoder(EncoderConfig(size=32, grid=1, depths=(3, 4)))
     torch.manual_seed(1)

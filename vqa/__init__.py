@@ -1,3 +1,3 @@
-"""Questions about pictures: an encoder in front of the same language model."""
+"""Questions about images: an encoder in front of the same language model."""
 
 import babyllama  # noqa: F401  (says what to do where nothing is installed)

@@ -1,16 +1,16 @@
-"""Talk about a picture in the terminal.
+"""Talk about an image in the terminal.
 
     python -m vqa.chat out/vqa-splice --image photo.jpg
     python -m vqa.chat out/vqa-splice --image photo.jpg --ask 图片里是什么？
 
-/image FILE looks at another picture and begins anew, an empty line or Ctrl-D ends.
+/image FILE looks at another image and begins anew, an empty line or Ctrl-D ends.
 
-Answers about a picture: the way that the chat, the scores and a server share.
+Answers about an image: the way that the chat, the scores and a server share.
 
     loaded = load(Path("out/vqa-splice"))
     text = answer(loaded, [picture_bytes], [{"role": "user", "content": "图片里是什么？"}])
 
-A model of today looks at exactly one picture; none, or several, is a DataError that says so. The
+A model of today looks at exactly one image; none, or several, is a DataError that says so. The
 decoding and its limits are images.py's, the dialogue's form tokenizer.py's.
 """
 
@@ -36,18 +36,18 @@ from vqa.model import Loaded, VqaModel, load, with_picture
 
 
 def look(loaded: Loaded, pictures: Sequence[bytes | Path]) -> Tensor:
-    """What the language model gets of the one picture: (1, M, D).
+    """What the language model gets of the one image: (1, M, D).
 
-    raises: DataError if it is not one picture, or one that cannot be used
+    raises: DataError if it is not one image, or one that cannot be used
     """
     if not pictures:
         raise DataError(
-            "wanted a picture, found a question without one; send it with the question "
+            "wanted an image, found a question without one; send it with the question "
             "(--image FILE, or an image_url in the message)"
         )
     if len(pictures) > 1:
         raise DataError(
-            f"wanted one picture, found {len(pictures)}; this model looks at one at a time: ask "
+            f"wanted one image, found {len(pictures)}; this model looks at one at a time: ask "
             f"about each by itself"
         )
     config = loaded.model.encoder.config
@@ -59,7 +59,7 @@ def look(loaded: Loaded, pictures: Sequence[bytes | Path]) -> Tensor:
 
 
 def prompt_of(loaded: Loaded, messages: Sequence[dict], seen: Tensor) -> list[int]:
-    """The ids of a dialogue that ends with a question, with the picture's positions.
+    """The ids of a dialogue that ends with a question, with the image's positions.
 
     raises: DataError if it is no such dialogue, ConfigError if it is too long
     """
@@ -74,7 +74,7 @@ def prompt_of(loaded: Loaded, messages: Sequence[dict], seen: Tensor) -> list[in
     if len(ids) >= context:
         raise ConfigError(
             f"wanted a dialogue of less than {context} tokens, found {len(ids)}, of which the "
-            f"picture takes {n_positions}; begin a new one or shorten the question"
+            f"image takes {n_positions}; begin a new one or shorten the question"
         )
     return ids
 
@@ -91,7 +91,7 @@ def stream_answer(
     seen: what `look` gave, for as many questions as wanted
     """
     if sampling.n > 1 or sampling.beams > 1:
-        raise ConfigError("answers about pictures want n 1 and beams 1; leave these settings out")
+        raise ConfigError("answers about images want n 1 and beams 1; leave these settings out")
     ids = prompt_of(loaded, messages, seen)
     with loaded.model.looking_at(seen):
         yield from stream_text(loaded.model.decoder(seen), ids, sampling, loaded.tokenizer, reply)
@@ -114,14 +114,14 @@ def greedy(
 ) -> list[list[int]]:
     """The likeliest token after token for many rows at once, up to <eos>.
 
-    prompts: without pictures; each gets that of its row in `seen` (B, M, D)
+    prompts: without images; each gets that of its row in `seen` (B, M, D)
     """
     rows = [with_picture(ids, n, model.n_positions) for n, ids in enumerate(prompts)]
     replies: list[list[int]] = [[] for _ in rows]
     going = set(range(len(rows)))
     with model.looking_at(seen):
         batch = Batch(model.decoder(seen), rows, n_new, 1)
-        # All rows go on together, so that row n keeps looking at picture n.
+        # All rows go on together, so that row n keeps looking at image n.
         for left in reversed(range(min(batch.limits))):
             ids = batch.logits.argmax(dim=1).tolist()
             for row in list(going):
@@ -141,7 +141,7 @@ class ChatConfig:
 
     Args:
         checkpoint: a run or a checkpoint of python -m vqa.train
-        image: the picture
+        image: the image
         ask: one question, answered without a talk
         sampling: how answers are drawn
         device: where to compute; auto: the fastest there is

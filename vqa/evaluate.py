@@ -1,11 +1,11 @@
-"""Score a model on questions about pictures, and see whether it looks at them.
+"""Score a model on questions about images, and see whether it looks at them.
 
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --split test
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --probe 图片里是什么？
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --sheet assert/vqa.png
 
-Each question is asked alone, or after the true turns before it, with its picture, with another
-row's picture (shuffled), and with grey (blank): a model that ignores pictures shows no difference.
+Each question is asked alone, or after the true turns before it, with its image, with another
+row's image (shuffled), and with grey (blank): a model that ignores images shows no difference.
 Questions with few different answers are closed: their accuracy stands beside that of the most
 frequent answer to the same question. The others get ROUGE. Writes vqa-<dataset>-<split>.json
 beside the checkpoints; with --sheet also photos with questions and answers, wrong ones in red.
@@ -89,9 +89,9 @@ class EvaluateConfig:
         checkpoint: a run or a checkpoint of python -m vqa.train
         dataset: a set that was pre-tokenized and packed
         split: which part of it: train, val or test
-        pictures: where the packed pictures lie
+        pictures: where the packed images lie
         probe: also fit a linear probe for the answers to this question
-        sheet: a picture to draw, of photos with their questions and answers
+        sheet: an image to draw, of photos with their questions and answers
         device: where to compute; auto: the fastest there is
     """
 
@@ -111,7 +111,7 @@ class EvaluateConfig:
 
 
 class Asked(NamedTuple):
-    """A question about a picture, after the true turns before it."""
+    """A question about an image, after the true turns before it."""
 
     picture: int
     messages: list[dict]
@@ -142,7 +142,7 @@ def questions(loaded: Loaded, pictures: Pictures, dataset: str, split: str) -> l
 def features_for(
     model: VqaModel, pictures: Pictures, numbers: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the encoder sees in these pictures, (n, places, C), and in one that is grey (1, …)."""
+    """What the encoder sees in these images, (n, places, C), and in one that is grey (1, …)."""
     config, device = model.encoder.config, model.output.weight.device
 
     def see(squares: Tensor) -> np.ndarray:
@@ -163,10 +163,10 @@ def features_for(
 
 
 def shuffled(asked: list[Asked], seed: int = 0) -> list[int]:
-    """For each row the picture of another row, every picture as often as before."""
+    """For each row the image of another row, every image as often as before."""
     order = np.random.default_rng(seed).permutation(len(asked))
     pictures = [0] * len(asked)
-    # The row after it in a random circle; as rows of one picture may meet there, the next one on.
+    # The row after it in a random circle; as rows of one image may meet there, the next one on.
     for place, row in enumerate(order):
         for step in range(1, len(asked)):
             other = asked[order[(place + step) % len(asked)]].picture

@@ -1,6 +1,6 @@
-"""Pictures: bytes or a file in, a tensor out, whatever the bytes are.
+"""Images: bytes or a file in, a tensor out, whatever the bytes are.
 
-Owns decoding: what is refused (not a picture, cut off, too many pixels or bytes), how a picture is
+Owns decoding: what is refused (not an image, cut off, too many pixels or bytes), how an image is
 turned upright (EXIF), flattened (alpha on white, CMYK and 16 bits to RGB, the first frame of an
 animation) and cut into squares. The header is read before any pixel, so a decompression bomb
 costs no memory. What an encoder does with the squares is vqa/'s; the chat page may use this too.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 20 * 2**20
-# A picture of 48 megapixels takes 144 MB while it is made smaller.
+# An image of 48 megapixels takes 144 MB while it is made smaller.
 MAX_PIXELS = 50_000_000
 MAX_SCANS = 100  # cameras and programs write 1 to 20
 
@@ -33,7 +33,7 @@ MAX_SCANS = 100  # cameras and programs write 1 to 20
 _BAD = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
         struct.error)  # fmt: skip
 _ORIENTATION = 0x0112
-# What shows a picture of that orientation upright, as Pillow numbers it (Image.Transpose).
+# What shows an image of that orientation upright, as Pillow numbers it (Image.Transpose).
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 
@@ -48,15 +48,15 @@ IMAGENET = Mean((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
-    """An upright RGB picture, all of its pixels read.
+    """An upright RGB image, all of its pixels read.
 
-    name: what messages call the picture; of a file its path
+    name: what messages call the image; of a file its path
     least: a JPEG may come smaller, but no side below this
-    raises: DataError if it is no picture that can be used, with the reason
+    raises: DataError if it is no image that can be used, with the reason
     """
-    name = name or (shown(source) if isinstance(source, Path) else "the picture")
+    name = name or (shown(source) if isinstance(source, Path) else "the image")
     data = _read(source, name)
-    # Each scan of a JPEG goes over all of the picture; one with thousands takes minutes.
+    # Each scan of a JPEG goes over all of the image; one with thousands takes minutes.
     if data.startswith(b"\xff\xd8") and (n_scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise DataError(
             f"{name}: wanted a JPEG of at most {MAX_SCANS} scans, found {n_scans}; save it again"
@@ -65,7 +65,7 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
         from PIL import Image
     except ImportError:
         raise ConfigError(
-            "wanted Pillow to decode pictures, found it not installed; "
+            "wanted Pillow to decode images, found it not installed; "
             "pip install -c constraints.txt -r requirements/vqa.txt"
         ) from None
     try:
@@ -80,14 +80,14 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
         raise _too_large(name, "more than that") from None
     except Image.UnidentifiedImageError:
         raise DataError(
-            f"{name}: wanted a picture ({', '.join(FORMATS)}), found {len(data)} bytes that are "
+            f"{name}: wanted an image ({', '.join(FORMATS)}), found {len(data)} bytes that are "
             f"none, they begin {data[:8]!r}; save it as JPEG or PNG"
         ) from None
     except _BAD as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{name}: wanted a whole picture, found it cut off or damaged ({error}); get it again"
+            f"{name}: wanted a whole image, found it cut off or damaged ({error}); get it again"
         ) from None
 
 
@@ -97,10 +97,10 @@ def _read(source: bytes | Path, name: str) -> bytes:
     elif source.is_file():
         n_bytes = source.stat().st_size
     else:
-        raise DataError(f"{name}: no such picture; wanted a file ({', '.join(FORMATS)})")
+        raise DataError(f"{name}: no such image; wanted a file ({', '.join(FORMATS)})")
     if n_bytes > MAX_BYTES:
         raise DataError(
-            f"{name}: wanted a picture of at most {MAX_BYTES >> 20} MB, found "
+            f"{name}: wanted an image of at most {MAX_BYTES >> 20} MB, found "
             f"{n_bytes / 2**20:.1f} MB; make it smaller"
         )
     return source if isinstance(source, bytes) else source.read_bytes()
@@ -110,12 +110,12 @@ def _check_size(width: int, height: int, name: str) -> None:
     if width * height > MAX_PIXELS:
         raise _too_large(name, f"{width} x {height}")
     if min(width, height) < 1:
-        raise DataError(f"{name}: wanted a picture, found one without pixels, {width} x {height}")
+        raise DataError(f"{name}: wanted an image, found one without pixels, {width} x {height}")
 
 
 def _too_large(name: str, found: str) -> DataError:
     return DataError(
-        f"{name}: wanted at most {MAX_PIXELS:,} pixels, found {found}; make the picture smaller"
+        f"{name}: wanted at most {MAX_PIXELS:,} pixels, found {found}; make the image smaller"
     )
 
 
@@ -143,9 +143,9 @@ def _flat(image: "Image") -> "Image":
 
 
 def squares(image: "Image", size: int, tiles: int = 1) -> Tensor:
-    """The picture as squares: the whole of it and, with tiles 2, its four quarters larger.
+    """The image as squares: the whole of it and, with tiles 2, its four quarters larger.
 
-    Every part of the picture is kept; one that is no square is stretched.
+    Every part of the image is kept; one that is no square is stretched.
 
     returns: (1 or 1 + tiles * tiles, 3, size, size) uint8
     """
@@ -169,7 +169,7 @@ def normalise(pixels: Tensor, how: Mean = IMAGENET) -> Tensor:
 
 
 def from_data_url(url: str) -> bytes:
-    """The bytes of a "data:image/…;base64,…" address, as chat interfaces send pictures. White space
+    """The bytes of a "data:image/…;base64,…" address, as chat interfaces send images. White space
     in it, as the base64 command makes, counts for nothing (RFC 2045, 6.8).
 
     raises: DataError if it is another address, no base64, or too long; nothing is ever fetched
@@ -178,12 +178,12 @@ def from_data_url(url: str) -> bytes:
     head, body = head.strip().lower(), "".join(body.split())
     if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
         raise DataError(
-            f"image_url: wanted data:image/…;base64,…, found {url[:40]!r}; pictures are not "
+            f"image_url: wanted data:image/…;base64,…, found {url[:40]!r}; images are not "
             f"fetched from the network: send the bytes"
         )
     if len(body) > MAX_BYTES * 4 // 3 + 4:
         raise DataError(
-            f"image_url: wanted a picture of at most {MAX_BYTES >> 20} MB, found about "
+            f"image_url: wanted an image of at most {MAX_BYTES >> 20} MB, found about "
             f"{len(body) * 3 / 4 / 2**20:.1f} MB; make it smaller"
         )
     try:

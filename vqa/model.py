@@ -1,7 +1,7 @@
 """A vision-language model: encoder and connector in front of an unchanged Transformer.
 
-In a sequence, positions of pictures have negative ids: -1 - n is position n of all positions of
-the batch's pictures, one picture after the other. The embeddings of such positions are what the
+In a sequence, positions of images have negative ids: -1 - n is position n of all positions of
+the batch's images, one image after the other. The embeddings of such positions are what the
 connector gives, passed to the Transformer as `input_embeds`; they are no targets. Three connectors
 behind one key, all with the same `Projector`, so that a comparison compares the rest:
 
@@ -10,7 +10,7 @@ behind one key, all with the same `Projector`, so that a comparison compares the
                (Jaegle et al. 2021, arXiv:2103.03206; Alayrac et al. 2022, arXiv:2204.14198)
     cross      no positions; chosen layers look at them through gated cross-attention, which is
                hooked on and begins closed (Alayrac et al. 2022, section 2.2); `picture_of` says
-               which picture each row looks at
+               which image each row looks at
 """
 
 import contextlib
@@ -38,11 +38,11 @@ PARTS = ("encoder", "connector", "language")
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How pictures reach the language model.
+    """How images reach the language model.
 
     Args:
         kind: splice, resampler or cross
-        n_queries: positions of a picture, for resampler
+        n_queries: positions of an image, for resampler
         n_blocks: how often the queries look, for resampler
         layers: the layers that look, for cross; empty: all
         dropout: share of the features that is left out at random in training, against overfitting
@@ -65,7 +65,7 @@ class FusionConfig:
 
 
 def n_positions(fusion: FusionConfig, encoder: EncoderConfig) -> int:
-    """How many positions of a sequence a picture takes."""
+    """How many positions of a sequence an image takes."""
     each = {"splice": encoder.n_places * len(encoder.depths), "resampler": fusion.n_queries}
     return each.get(fusion.kind, 0)
 
@@ -208,7 +208,7 @@ class VqaModel(nn.Module):
     def _hook(self, gate: nn.Module):
         def look(_: nn.Module, args: tuple) -> tuple | None:
             if self._memory is None:
-                return None  # a dialogue without a picture
+                return None  # a dialogue without an image
             memory = self._memory.expand(len(args[0]), -1, -1)
             return (gate(args[0], memory), *args[1:])
 
@@ -259,7 +259,7 @@ class VqaModel(nn.Module):
         return self
 
     def see(self, pixels: Tensor | None = None, features: Tensor | None = None) -> Tensor:
-        """What the language model gets of pictures: (N, M, D).
+        """What the language model gets of images: (N, M, D).
 
         pixels: (N, squares, 3, S, S) uint8, or else features: as the encoder gives them
         """
@@ -288,7 +288,7 @@ class VqaModel(nn.Module):
     ) -> Tensor | Loss:
         """Logits (B, T, V), or with targets the summed loss, as model.py has it.
 
-        picture_of: (B,) the picture of each row, a number below N
+        picture_of: (B,) the image of each row, a number below N
         pixels, features: as in `see`
         """
         seen = self.see(pixels, features)
@@ -306,7 +306,7 @@ class VqaModel(nn.Module):
             self._memory = None
 
     def decoder(self, seen: Tensor) -> Decoder:
-        """What writes replies (generate.py) to prompts with positions of these pictures (N, M, D).
+        """What writes replies (generate.py) to prompts with positions of these images (N, M, D).
 
         To be used inside of `looking_at`.
         """
@@ -327,7 +327,7 @@ def _plain(settings: dict) -> dict:
 
 
 def with_picture(ids: Sequence[int], picture: int, n_positions: int) -> list[int]:
-    """A rendered dialogue with the positions of a picture behind its <bos>.
+    """A rendered dialogue with the positions of an image behind its <bos>.
 
     picture: its number in the batch
     """
@@ -336,7 +336,7 @@ def with_picture(ids: Sequence[int], picture: int, n_positions: int) -> list[int
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
-    """Load a checkpoint that answers about pictures, strictly, in evaluation mode.
+    """Load a checkpoint that answers about images, strictly, in evaluation mode.
 
     path: a checkpoint, or a run for its newest one
     raises: CheckpointError if it is missing, damaged, or of another kind
@@ -346,7 +346,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
     if info["kind"] != "vqa" or not isinstance(info.get("vqa"), dict):
         raise CheckpointError(
             f"{shown(path)}: wanted a checkpoint of python -m vqa.train, found one of kind "
-            f"{info['kind']!r}, which sees no pictures; for this one use chat.py"
+            f"{info['kind']!r}, which sees no images; for this one use chat.py"
         )
     try:
         kept = dict(info["vqa"]["encoder"])

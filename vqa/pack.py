@@ -1,16 +1,16 @@
-"""Packed pictures: the tar files of a set, written by this command, read in order or by name.
+"""Packed images: the tar files of a set, written by this command, read in order or by name.
 
     python -m vqa.pack cifar10_zh --images ~/cifar10_zh
     python -m vqa.pack chinese_llava --images ~/images --max_side 336
 
-    data/pictures/<set>/pictures-00000.tar      the pictures' own bytes, in the order of the rows
+    data/pictures/<set>/pictures-00000.tar      the images' own bytes, in the order of the rows
                         pictures-00000.index    bytes of the .tar, then "place size name" a line
                         counts.json             what was taken and what was left, with reasons
 
 A tar file is what every tool opens and what a network disk likes: one long file, members of which
-are whole encoded pictures behind 512 bytes of head. The index saves reading the heads; where it is
-missing or old they are read. The command decodes every picture that the rows of data/clean/<set>
-name once, to see that it can be; pictures that are missing or bad are counted, with examples, and
+are whole encoded images behind 512 bytes of head. The index saves reading the heads; where it is
+missing or old they are read. The command decodes every image that the rows of data/clean/<set>
+name once, to see that it can be; images that are missing or bad are counted, with examples, and
 left out; so are their rows in training.
 """
 
@@ -33,13 +33,13 @@ from vqa import images
 SHARD_BYTES = 1 << 30
 COCO = "COCO_train2014_"
 N_EXAMPLES = 5
-AHEAD = 64  # pictures that are decoded while others are written
+AHEAD = 64  # images that are decoded while others are written
 
 
 class Pictures:
-    """The pictures of a packed set.
+    """The images of a packed set.
 
-    names: in the order of the shards; a picture's number is its place here
+    names: in the order of the shards; an image's number is its place here
     """
 
     def __init__(self, place: Path) -> None:
@@ -63,12 +63,12 @@ class Pictures:
         return len(self._members)
 
     def read(self, number: int) -> bytes:
-        """The bytes of a picture."""
+        """The bytes of an image."""
         shard, start, size = self._members[number]
         return read_piece(self._shards[shard], start, size)
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
-        """All pictures with their names, in one pass over the files."""
+        """All images with their names, in one pass over the files."""
         yield from ((name, self.read(number)) for name, number in self.number.items())
 
 
@@ -80,7 +80,7 @@ def read_piece(path: Path, start: int, size: int) -> bytes:
 
 
 def members(tar: Path) -> list[tuple[str, int, int]]:
-    """(name, place, size) of each picture of a shard.
+    """(name, place, size) of each image of a shard.
 
     raises: DataError if the file is cut off or no tar file
     """
@@ -101,17 +101,17 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
 
 
 class Finder:
-    """Finds the pictures that rows name: in a directory, in its tar files, in parquet rows.
+    """Finds the images that rows name: in a directory, in its tar files, in parquet rows.
 
     A name may lack or have the prefix that COCO's 2014 edition puts before numbers, and may have
-    folders where the directory is flat. "file.parquet#7" is the picture of a parquet file's row 7,
+    folders where the directory is flat. "file.parquet#7" is the image of a parquet file's row 7,
     "file.parquet#7.1" the second one of a row that has several.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = from_repo(root).resolve()
         if not self.root.is_dir():
-            raise DataError(f"{root}: wanted the directory of the pictures, found none there")
+            raise DataError(f"{root}: wanted the directory of the images, found none there")
         self._in_tars = {
             name: (tar, start, size)
             for tar in sorted(self.root.glob("*.tar"))
@@ -120,7 +120,7 @@ class Finder:
         self._table: tuple[str, list] = ("", [])
 
     def find(self, name: str) -> bytes | Path | None:
-        """The picture's bytes or its file; None if there is none.
+        """The image's bytes or its file; None if there is none.
 
         raises: DataError if the name leads out of the directory
         """
@@ -178,9 +178,9 @@ class PackConfig:
 
     Args:
         dataset: name of a set in data/clean, or a directory of rows
-        images: directory of the pictures: files, tar files or parquet files
+        images: directory of the images: files, tar files or parquet files
         out: where the packed sets lie
-        max_side: larger pictures are made smaller, to this; 0: all stay as they are
+        max_side: larger images are made smaller, to this; 0: all stay as they are
         workers: threads that decode
     """
 
@@ -203,7 +203,7 @@ class PackConfig:
 
 
 def picture_names(rows: Path) -> list[str]:
-    """The pictures that rows name, each once, in order.
+    """The images that rows name, each once, in order.
 
     raises: DataError if there are no rows, or rows of another kind
     """
@@ -217,13 +217,13 @@ def picture_names(rows: Path) -> list[str]:
     for file in files:
         for row in read_rows(file):
             if "image" not in row:
-                raise DataError(f"{shown(file)}: wanted rows with a picture, found {row['id']!r}")
+                raise DataError(f"{shown(file)}: wanted rows with an image, found {row['id']!r}")
             names[row["image"]] = None
     return list(names)
 
 
 def checked(source: bytes | Path | None, name: str, max_side: int) -> bytes | str:
-    """The bytes of a picture that can be used, or why it cannot."""
+    """The bytes of an image that can be used, or why it cannot."""
     if source is None:
         return "missing"
     try:
@@ -231,7 +231,7 @@ def checked(source: bytes | Path | None, name: str, max_side: int) -> bytes | st
     except DataError as error:
         return str(error)
     if image.size == (8, 8) and image.getextrema() == ((0, 0),) * 3:
-        return "black 8 x 8, which minimind-v puts where there is no picture"
+        return "black 8 x 8, which minimind-v puts where there is no image"
     if max_side and max(image.size) > max_side:
         image.thumbnail((max_side, max_side))
         out = io.BytesIO()
@@ -242,7 +242,7 @@ def checked(source: bytes | Path | None, name: str, max_side: int) -> bytes | st
 
 # What a fault says, and its short name, by which it is counted.
 REASONS = {
-    ": no such picture": "missing",
+    ": no such image": "missing",
     "that are none, they begin": "not_a_picture",
     "found it cut off or damaged": "cut_off_or_damaged",
     " pixels, found ": "too_many_pixels",
@@ -289,7 +289,7 @@ def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
         if not counts["pictures"]:
             first = next(iter(counts["examples"].values()))[0]
             raise DataError(
-                f"{cfg.images}: wanted the pictures of {rows.name}, found none of {len(names)} "
+                f"{cfg.images}: wanted the images of {rows.name}, found none of {len(names)} "
                 f"that can be used: {counts['left_out']}; the first: {first}; say with --images "
                 f"where they lie"
             )
@@ -306,7 +306,7 @@ def _write_shards(names: list[str], cfg: PackConfig, place: Path, shard_bytes: i
     faults: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     n_taken, n_shards, archive = 0, 0, None
-    for name, found in tqdm(each_picture(names, cfg), "pack", len(names), unit=" pictures",
+    for name, found in tqdm(each_picture(names, cfg), "pack", len(names), unit=" images",
                             disable=None):  # fmt: skip
         if isinstance(found, str):
             reason = reason_of(found)
@@ -317,7 +317,7 @@ def _write_shards(names: list[str], cfg: PackConfig, place: Path, shard_bytes: i
         if archive is None or archive.offset > shard_bytes:
             if archive is not None:
                 archive.close()
-            path = place / f"pictures-{n_shards:05d}.tar"
+            path = place / f"images-{n_shards:05d}.tar"
             archive, n_shards = tarfile.open(path, "w"), n_shards + 1  # noqa: SIM115
         head = tarfile.TarInfo(name)
         head.size = len(found)
@@ -332,7 +332,7 @@ def main(cfg: PackConfig) -> None:
     """Pack, and say what was taken."""
     counts = pack(cfg)
     left = ", ".join(f"{reason} {n:,}" for reason, n in counts["left_out"].items()) or "none"
-    print(f"{cfg.dataset}: {counts['pictures']:,} pictures packed; left out: {left}")
+    print(f"{cfg.dataset}: {counts['pictures']:,} images packed; left out: {left}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a language model to answer questions about pictures.
+"""Train a language model to answer questions about images.
 
     python -m vqa.train --config configs/vqa/splice.yaml
     python -m vqa.train --config configs/vqa/cross.yaml --train.max_steps 500
@@ -32,7 +32,7 @@ from vqa.model import PARTS, FusionConfig, VqaModel, load
 
 @dataclass(frozen=True)
 class VqaConfig:
-    """Settings of a run about pictures.
+    """Settings of a run about images.
 
     Args:
         name: the run's directory, out/<name>
@@ -69,7 +69,7 @@ class VqaConfig:
         if self.optim.name != "adamw":
             bad.append(f"optim.name wants adamw here, found {self.optim.name}")
         if self.train.samples:
-            bad.append("train.samples are texts; vqa.evaluate shows answers about pictures")
+            bad.append("train.samples are texts; vqa.evaluate shows answers about images")
         if min(self.rates.values(), default=0) < 0:
             bad.append(f"rates wants numbers of 0 or more, found {self.rates}")
         unknown = [b for b in self.rates if not b.startswith(PARTS)]
@@ -115,7 +115,7 @@ def _require_same(cfg: VqaConfig, model: VqaModel) -> None:
 
 
 def seen_before(model: VqaModel, pictures: list, world: World) -> list:
-    """The features of all pictures; the main process computes those that are not there."""
+    """The features of all images; the main process computes those that are not there."""
 
     def all_of() -> list:
         return [features_of(model.encoder, held, world.device) for held in pictures]
@@ -156,7 +156,7 @@ def describe(model: VqaModel) -> str:
         n_trained = sum(w.numel() for w in weights if w.requires_grad)
         lines.append(f"  {part:<10} {sum(w.numel() for w in weights):>11,} parameters, "
                      f"{n_trained:>11,} train")  # fmt: skip
-    return "\n".join([f"{model.fusion.kind}: {model.n_positions} positions a picture", *lines])
+    return "\n".join([f"{model.fusion.kind}: {model.n_positions} positions an image", *lines])
 
 
 if __name__ == "__main__":

@@ -88,8 +88,8 @@ def plan(cfg: Any, missing: list[str], objective: Objective) -> int:
         if world.is_main:
             n_tokens = total_steps(train, data) * train.batch_size * length
             print(
-                f"not there yet: {', '.join(missing)}; assumed: {n_pieces:,} pieces, {TOKENS:,} "
-                f"tokens an epoch, as many as Wikipedia has"
+                f"not there yet: {', '.join(missing)}; assumed: a vocabulary of {n_pieces:,}, "
+                f"{TOKENS:,} tokens an epoch, as many as Wikipedia has"
             )
             print("the whole way, as commands:")
             run = f"{run_of(sys.argv)} --train.micro_batch_size"
@@ -159,7 +159,7 @@ def preparing(cfg: Any, n_pieces: int) -> Iterator[str]:
 
 def smaller_way() -> Iterator[str]:
     """A vocabulary and a shape that a laptop learns in days."""
-    yield "# … or a laptop: 16,000 pieces of your own and 14 million parameters"
+    yield "# … or a laptop: a vocabulary of 16,000 of your own and 14 million parameters"
     path = "data/tokenizers/own16k.model"
     yield f"python tokenizer.py train --rows data/clean/wiki --vocab_size 16000 --out {path}"
     yield f"python -m data_process.run wiki --tokenizer {path} {MANY}"

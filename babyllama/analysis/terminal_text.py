@@ -32,7 +32,7 @@ class Painter:
 
     def parts(self, ids: Sequence[int]) -> list[str]:
         """The characters that each token completes; control tokens by name."""
-        assert self.tokenizer, "a painter of tokens has one"
+        assert self.tokenizer  # a painter of tokens has one
         names = {self.tokenizer.bos_id: "<bos>", self.tokenizer.eos_id: "<eos>"}
         decoder = self.tokenizer.stream_decoder()
         return [

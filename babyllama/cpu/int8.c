@@ -51,7 +51,7 @@ typedef struct {
 typedef struct {
     int32_t n_rows, n_logits, n_sequences, size, is_half; /* is_half: the cache is float16 */
     const int32_t *sequences, *columns; /* (N): where a row's keys and values belong */
-    const int64_t *start;               /* (sequences): first column that is no filler */
+    const int64_t *start;               /* (sequences): first column that is no padding */
     float *x;                           /* (N, D): embeddings; overwritten */
     void *cache;                        /* (n_layers, 2, sequences, K, size, C) */
     float *a, *b;                       /* room for (N, 2 F) or (N, (H + 2K) C), what is more */

@@ -148,7 +148,7 @@ class Int8Step:
     def read(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The next tokens of each sequence (B, T), to the logits after the last (B, V).
 
-        Filler on the left is left out.
+        Padding on the left is left out.
         """
         B, T = tokens.shape
         logits = torch.empty(B, self.config.vocab_size)

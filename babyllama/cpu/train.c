@@ -1,7 +1,7 @@
 /* Training steps in bfloat16, for processors with AVX512-BF16: attention, and what stands between
    the products of a layer; fused.py calls it, torch does the products.
 
-   Attention keeps a tile of the scores in the cache and computes it again on the way back (Dao et
+   Attention keeps a tile of the scores in the cache and computes it again in the backward pass (Dao et
    al. 2022, arXiv:2205.14135). Everything in it is one small product: eight rows of pairs, each
    pair broadcast, times two registers. Sums and softmax are float32. Threads share whole heads or
    fixed chunks of rows, so numbers do not depend on their number. Axes as in model.py; N = B T. */

@@ -166,7 +166,7 @@ class Catalogue:
             rest = re.sub(r" ?[a-z]+(?=/s|\])", lambda unit: self.exact.get(unit[0], unit[0]), rest)
             return "\r" + self.say(name[1:]) + colon + rest
         parts = re.fullmatch(rf"({MARGIN})(.*?)({MARGIN})", text, re.S)
-        assert parts, "every text has this form"
+        assert parts  # every text has this form
         return parts[1] + self.say(parts[2], is_part) + parts[3]
 
     def paragraphs(self, text: str) -> str:

@@ -58,7 +58,7 @@ MARKS = (
 def markdown(record: Record) -> dict:
     """A Markdown document, as a file or as {"path", "text"}.
 
-    Headings become bare lines; marks of emphasis, links, pictures, notes and rules, comments and
+    Headings become bare lines; marks of emphasis, links, images, notes and rules, comments and
     the authors' line go. Formulas, lists, tables and `code` stay as they are written.
     """
     text = record.data.get("text") if isinstance(record.data, dict) else None

@@ -1,12 +1,12 @@
-"""Rows about pictures: your own, Chinese-LLaVA's and minimind-v's.
+"""Rows about images: your own, Chinese-LLaVA's and minimind-v's.
 
     {"image": "a.jpg", "messages": [{"role": "user", "content": "…"}, …]}     or "conversations"
     {"image": "a.jpg", "qa": [{"question": "…", "answer": "…"}, …]}           each pair one row
-    parquet: conversations = a JSON string of such a list, image_bytes = one picture or a list
+    parquet: conversations = a JSON string of such a list, image_bytes = one image or a list
 
-Only the rows are read; the pictures stay where they are, and python -m vqa.pack looks for them. The
-picture in a parquet row is called "<file>#<row>". "<image>" may stand before or after the first
-question. Rows about several pictures are left out and counted.
+Only the rows are read; the images stay where they are, and python -m vqa.pack looks for them. The
+image in a parquet row is called "<file>#<row>". "<image>" may stand before or after the first
+question. Rows about several images are left out and counted.
 """
 
 import re
@@ -41,8 +41,8 @@ def vqa(record: Record, roles: Mapping[str, str] | None = None) -> Iterator[dict
 
 
 def _picture(record: Record) -> str:
-    """The name of the record's one picture; a name with commas is several names where each of them
-    ends like a picture's."""
+    """The name of the record's one image; a name with commas is several names where each of them
+    ends like an image's."""
     held, named = record.data.get("image_bytes"), record.data.get("image")
     if held is not None:
         file, _, row = record.where.rpartition(":")
@@ -59,9 +59,9 @@ def _picture(record: Record) -> str:
 
 
 def _with_image(row: dict, image: str) -> dict:
-    """A dialogue with its picture; "<image>" and the line break beside it go.
+    """A dialogue with its image; "<image>" and the line break beside it go.
 
-    raises: Refused if it names the picture anywhere but in the first question
+    raises: Refused if it names the image anywhere but in the first question
     """
     messages = [dict(message) for message in row["messages"]]
     question = next(m for m in messages if m["role"] == "user")

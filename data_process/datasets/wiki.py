@@ -8,7 +8,7 @@ JSON lines       {"id", "url", "title", "text"}    wiki_zh/AA/wiki_00, WikiExtra
 A document is its title and its paragraphs, one a line. Of a dump only articles are taken, no
 redirects, no lists of meanings; their wikitext becomes plain text: headings as bare lines, lists
 as "* " lines, formulas as $LaTeX$; templates (but for those that only dress up a text), tables,
-pictures, references and the sections that hold nothing else go, and of -{zh-hans:…;zh-hant:…}-
+images, references and the sections that hold nothing else go, and of -{zh-hans:…;zh-hant:…}-
 the simplified form stays.
 """
 

@@ -149,7 +149,8 @@ def _tokenizer_of(file: TokenFile, named: Path | None) -> Tokenizer:
             return Tokenizer(path)
     raise DataError(
         f"{shown(file.bin_path)}: wanted the tokenizer that made it, {file.fingerprint[:12]}… "
-        f"({file.vocab_size} pieces, by its directory {file.bin_path.parent.parent.name!r}), "
+        f"(vocabulary size {file.vocab_size}, by its directory "
+        f"{file.bin_path.parent.parent.name!r}), "
         f"found {', '.join(map(shown, known)) or 'none in data/tokenizers'}; "
         f"name the right one with --tokenizer"
     )

@@ -92,7 +92,7 @@ const store = (() => {
     channel?.postMessage(id);
   }
 
-  // Every conversation, one after the other, so that pictures do not fill the memory.
+  // Every conversation, one after the other, so that images do not fill the memory.
   async function each(visit) {
     if (!db) return memory.forEach((found) => visit(clean(found)));
     await transact("readonly", (talks) => {

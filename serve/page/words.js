@@ -76,8 +76,8 @@ const WORDS = {
     sources: (n) => `Sources (${n})`, noSources: "No fitting reference was found",
     forked: "This conversation was changed in another tab; both were kept, this is the copy", copyOf: (title) => `${title} (copy)`,
     notKept: "The browser refuses to store anything: conversations last until this page is closed",
-    addPicture: "Add a picture", removePicture: "Remove the picture", picture: "Picture", needPicture: "This model answers about pictures: add one first",
-    badPicture: "This file is no picture that can be opened", noDocument: "No text can be read from this file: use .txt, .md, .docx or .pdf",
+    addPicture: "Add an image", removePicture: "Remove the image", picture: "Image", needPicture: "This model answers about images: add one first",
+    badPicture: "This file is no image that can be opened", noDocument: "No text can be read from this file: use .txt, .md, .docx or .pdf",
     oldWord: "This is an old Word file (.doc): save it as .docx", fileTooLarge: "The file is too large: 20 MB at most", noText: "There is no text in this file (scans do not work)",
     reading: "Reading the file…",
     facts: {

@@ -163,7 +163,7 @@ def test_a_dry_run_before_there_is_anything_says_every_step_to_the_run(
     said = script("pretrain.py", "--dry-run", *words)
     assert said.code == 0, said
     n_pieces = tokenizer.vocab_size if has_tokenizer else 65_000
-    assert f"assumed: {n_pieces:,} pieces, 250,000,000 tokens an epoch" in said.out
+    assert f"assumed: a vocabulary of {n_pieces:,}, 250,000,000 tokens an epoch" in said.out
     assert f"embedding    {32 * n_pieces:>14,} parameters" in said.out
     assert f"{10} steps of {4 * 128} tokens" in said.out and "on an RTX 3090" in said.out
     commands = [shlex.split(line) for line in said.out.splitlines() if line.startswith("python ")]

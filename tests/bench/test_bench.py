@@ -56,7 +56,7 @@ def vocabulary(tmp_path_factory) -> Tokenizer:
 
 
 def learnt_vocabulary(place: Path) -> Tokenizer:
-    """900 pieces, learnt from the fixtures and some words of the prompts."""
+    """A vocabulary of 900, learnt from the fixtures and some words of the prompts."""
     paths = [p for p in FIXTURES.rglob("*.*") if p.is_file() and p.parent.name not in LATER]
     texts = [path.read_text("utf-8") for path in sorted(paths)]
     texts.append("以下是单项选择题，请直接写出正确选项的字母。" * 3)

@@ -83,7 +83,7 @@ Sequence = tuple[tuple[int, int, int], ...]  # (token, target, segment) of each 
 
 
 def sequences_of(batches: list[dict[str, Tensor]], pad_id: int) -> Counter[Sequence]:
-    """The sequences of some batches without their filler, as a multiset."""
+    """The sequences of some batches without their padding, as a multiset."""
     found: Counter[Sequence] = Counter()
     for batch in batches:
         segments = batch.get("segments", torch.ones_like(batch["tokens"]))

@@ -173,19 +173,19 @@ def test_a_stream_leaves_its_caller_outside_inference_mode(model):
         assert not torch.is_inference_mode_enabled()
 
 
-@pytest.mark.parametrize("filler", [0, 50], ids=["zero", "eos"])
-def test_filler_is_not_penalised(model, filler):
+@pytest.mark.parametrize("padding", [0, 50], ids=["zero", "eos"])
+def test_padding_is_not_penalised(model, padding):
     # The short row wants to say what the batch may be filled up with.
     short, long = some_prompts(3, 20)
     short = [60 + token % 30 for token in short]
     with torch.no_grad():
         wish = model.hidden(torch.tensor([short]))[0, -1]
         best = model.output(wish).max()
-        model.output.weight[filler] = wish * 1.5 * best / (wish @ wish)
+        model.output.weight[padding] = wish * 1.5 * best / (wish @ wish)
     sampling = SamplingConfig(temperature=0, max_new_tokens=1, repetition_penalty=9.0)
-    assert generate(model, [short, long], sampling, NEVER)[0] == [filler]
+    assert generate(model, [short, long], sampling, NEVER)[0] == [padding]
     # In the prompt itself it is.
-    assert generate(model, [[filler, *short], long], sampling, NEVER)[0] != [filler]
+    assert generate(model, [[padding, *short], long], sampling, NEVER)[0] != [padding]
 
 
 def test_a_word_said_in_the_reply_is_penalised_too(model):

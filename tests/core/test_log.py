@@ -1,4 +1,4 @@
-"""What a run leaves to read: lines or a bar, metrics.jsonl without holes, a real picture."""
+"""What a run leaves to read: lines or a bar, metrics.jsonl without holes, a real image."""
 
 import io
 import json

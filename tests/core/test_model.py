@@ -98,7 +98,7 @@ def test_rows_that_leave_the_cache_do_not_disturb_the_others():
             torch.testing.assert_close(logits[row - 1], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_filler_does_not_count_against_the_context():
+def test_padding_does_not_count_against_the_context():
     model, tokens = random_model(max_seq_len=8), random_tokens(1, 10)
     cache = KVCache(model.config, torch.tensor([2]), 10)
     with torch.no_grad():

@@ -178,7 +178,7 @@ def test_a_pair_with_a_missing_file_is_refused_with_the_command(tmp_path, which)
 def test_a_file_of_another_tokenizer_is_refused(tmp_path):
     stem = write(tmp_path / "x", "text", random_pieces("text", 5))
     other = hashlib.sha256(b"two").hexdigest()
-    with pytest.raises(DataError, match=rf"97 pieces\), wanted {other[:12]}.*pre-tokenize again"):
+    with pytest.raises(DataError, match=rf"size 97\), wanted {other[:12]}.*pre-tokenize again"):
         TokenFile(stem, fingerprint=other)
 
 

@@ -1,6 +1,6 @@
 """Packed documents attended to block by block give the losses of the plain mask.
 
-flex_attention has no way back on a CPU, so gradients are compared where there is a CUDA card.
+flex_attention has no backward pass on a CPU, so gradients are compared where there is a CUDA card.
 """
 
 import functools
@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 
 
 def packed(n_rows: int, length: int, seed: int) -> torch.Tensor:
-    """Segments of random documents, with filler (0) at the end of some rows."""
+    """Segments of random documents, with padding (0) at the end of some rows."""
     rng = torch.Generator().manual_seed(seed)
     starts = torch.rand(n_rows, length, generator=rng) < 8 / length
     segments = 1 + starts.long().cumsum(dim=1)
@@ -61,7 +61,7 @@ def test_the_blocks_are_those_of_the_plain_mask(length: int) -> None:
     full = -(-length // BLOCK) * BLOCK
     found = create_mask(blocks.mask_mod, 4, None, full, full, device="cpu")
     assert torch.equal(found[:, :, :length, :length], plain)
-    assert not found[:, :, :length, length:].any()  # filler is not seen
+    assert not found[:, :, :length, length:].any()  # padding is not seen
     for row in range(4):
         for i in range(full // BLOCK):
             for j in range(full // BLOCK):

@@ -636,7 +636,7 @@ FOREIGN = {
     "a size in words": ({"num_hidden_layers": "two"}, "num_hidden_layers 'two'"),
     "theta in words": ({"rope_theta": "many"}, "rope_theta 'many'"),
     "more layers": ({"num_hidden_layers": 3}, "layers.2.attention.wk.weight: wanted"),
-    "another vocabulary": ({"vocab_size": 421}, "420 pieces, the embedding in .* 421 rows"),
+    "another vocabulary": ({"vocab_size": 421}, "420 tokens, the embedding in .* 421 rows"),
 }
 
 

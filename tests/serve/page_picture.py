@@ -1,4 +1,4 @@
-"""Make the picture of the page for the README: the released model writes a title.
+"""Make the image of the page for the README: the released model writes a title.
 
 PYTHONPATH=.:tests python tests/serve/page_picture.py assert/page.png
 """

@@ -1,4 +1,4 @@
-"""Pictures in the chat page: a real browser before a real server whose model sees."""
+"""Images in the chat page: a real browser before a real server whose model sees."""
 
 import io
 import json
@@ -75,7 +75,7 @@ def test_a_picture_is_shown_sent_and_answered(page, server):
     assert shown.count() == 1 and shown.get_attribute("alt") == "图片"
     assert shown.evaluate("e => e.naturalWidth") == 32
     assert page.locator("#picture").is_hidden()  # it went with the message
-    # The next question is about the same picture, also after a reload.
+    # The next question is about the same image, also after a reload.
     page.reload()
     ready(page)
     messages, _ = ask(page, "这是动物吗？")
@@ -109,7 +109,7 @@ def test_a_question_without_a_picture_asks_for_one(page):
     assert page.locator("#picture").is_hidden() and page.evaluate("picture") == ""
     add(page, "red.png", stored("red"))  # the same file again
     assert page.locator("#notice").is_hidden()
-    _, reply = ask(page, " ")  # a picture alone is a question
+    _, reply = ask(page, " ")  # an image alone is a question
     assert reply and page.locator("#messages li.user .text").text_content() == WHAT
 
 
@@ -132,7 +132,7 @@ def test_large_turned_and_other_pictures_are_made_fit_by_the_page(page):
         assert tuple(found) == size
 
 
-@pytest.mark.parametrize("data", [b"no picture", b"", stored("red", (64, 64))[:60]])
+@pytest.mark.parametrize("data", [b"no image", b"", stored("red", (64, 64))[:60]])
 def test_files_that_are_no_pictures_are_refused_by_the_page(page, data):
     page.set_input_files("#picture-file", as_file("x.png", data))
     page.wait_for_selector("#notice:not([hidden])")

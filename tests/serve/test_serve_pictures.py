@@ -1,4 +1,4 @@
-"""Pictures in the OpenAI interface, through OpenAI's own client and a real process."""
+"""Images in the OpenAI interface, through OpenAI's own client and a real process."""
 
 import io
 import json
@@ -122,7 +122,7 @@ def test_a_model_of_text_takes_no_pictures(tokenizer, tmp_path):
         found = httpx.post(server.url + CHAT, json={"messages": asks(as_url(stored()))})
     assert found.status_code == 400
     error = found.json()["error"]
-    assert "this model takes no pictures" in error["message"] and error["param"] == "messages.0"
+    assert "this model takes no images" in error["message"] and error["param"] == "messages.0"
 
 
 def png(width: int, height: int, body: bytes = b"") -> bytes:
@@ -168,20 +168,20 @@ REFUSED = {
     "a_text": (asks("data:text/plain;base64,aGk="), "wanted data:image"),
     "no_base64": (asks("data:image/png;base64,***"), "wanted base64"),
     "half_base64": (asks("data:image/png;base64,aGk"), "wanted base64"),
-    "nothing": (asks("data:image/png;base64,"), "wanted a picture"),
+    "nothing": (asks("data:image/png;base64,"), "wanted an image"),
     "no_picture": (asks(as_url(b"hello, I am text")), "that are none"),
     "drawing": (asks(as_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml")), "none"),
     "cut_off": (asks(as_url(stored(size=(64, 64))[:120])), "cut off or damaged"),
     "bomb": (asks(as_url(png(20_000, 20_000, zlib.compress(bytes(10**6))))), "at most 50,000,000"),
     "endless": (asks(as_url(png(2**31 - 1, 2**31 - 1))), "wanted"),
     "no_pixels": (asks(as_url(png(0, 5))), "wanted"),
-    "three": (asks(URL, URL, URL), "wanted one picture, found 3"),
+    "three": (asks(URL, URL, URL), "wanted one image, found 3"),
     "two_turns": ([*asks(URL), {"role": "assistant", "content": "马"}, *asks(URL)],
-                  "wanted one picture, found 2"),
+                  "wanted one image, found 2"),
     "none": ([{"role": "user", "content": WHAT}], "found a question without one"),
     "no_question": (asks(URL, text=" "), "is blank"),
     "of_the_model": ([*asks(URL), asks(URL)[0] | {"role": "assistant"}, *asks()],
-                     "pictures come in messages of the user"),
+                     "images come in messages of the user"),
     "too_long": (asks(URL, text="花" * 400), "the model's context is"),
 }  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_texts_are_not_continued_by_a_model_that_sees(client):
 
 
 def damaged(rng: random.Random) -> bytes:
-    """A good picture with some bytes changed, cut, doubled or moved."""
+    """A good image with some bytes changed, cut, doubled or moved."""
     kind = rng.choice(["PNG", "JPEG", "WEBP", "GIF", "BMP"])
     data = bytearray(stored(kind, size=(rng.randint(1, 70), rng.randint(1, 70))))
     for _ in range(rng.randint(1, 6)):

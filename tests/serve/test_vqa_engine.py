@@ -1,4 +1,4 @@
-"""Laws of continuous batching with pictures: each reply looks at its own, whoever is beside it."""
+"""Laws of continuous batching with images: each reply looks at its own, whoever is beside it."""
 
 import io
 
@@ -66,7 +66,7 @@ def test_a_reply_looks_at_its_own_picture_in_any_company(loaded, slots, at):
     ]
     expected = [alone(loaded, *one) for one in wanted]
     assert together(PictureEngine(loaded, slots), loaded, wanted, at) == expected
-    # Of the same question, so that only the picture can make a difference.
+    # Of the same question, so that only the image can make a difference.
     same = [(0, colour, SamplingConfig(temperature=0.0, max_new_tokens=12)) for colour in COLOURS]
     texts = together(PictureEngine(loaded, slots), loaded, same, at)
     assert texts == [alone(loaded, *one) for one in same]
@@ -95,8 +95,8 @@ def test_eyes_take_exactly_one_data_url(loaded):
     eyes, url = Eyes(loaded), as_url(stored("red"))
     assert torch.equal(eyes.look([url]), look(loaded, [stored("red")]))
     for urls, fault in (
-        ([], "wanted a picture, found a question without one"),
-        ([url] * 3, "wanted one picture, found 3"),
+        ([], "wanted an image, found a question without one"),
+        ([url] * 3, "wanted one image, found 3"),
         (["https://example.org/a.png"], "not fetched from the network"),
     ):
         with pytest.raises(DataError, match=fault):

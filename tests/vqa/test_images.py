@@ -1,4 +1,4 @@
-"""Pictures of all kinds, made here: each is decoded as it should look, or refused in one line."""
+"""Images of all kinds, made here: each is decoded as it should look, or refused in one line."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def stored(image: "PIL.Image", kind: str = "PNG", **options: object) -> bytes:
 
 
 def load(data: bytes, size: int) -> torch.Tensor:
-    """A picture ready for an encoder."""
+    """An image ready for an encoder."""
     return images.normalise(images.squares(images.decode(data, least=size), size))
 
 
@@ -42,7 +42,7 @@ def colour(image: "PIL.Image", x: int, y: int) -> tuple[int, int, int]:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
 def test_every_format_becomes_the_same_rgb_picture(kind, tmp_path):
     data = stored(picture(), kind)
-    path = tmp_path / "picture.bin"
+    path = tmp_path / "image.bin"
     path.write_bytes(data)
     for source in (data, path):
         image = images.decode(source)
@@ -115,7 +115,7 @@ def test_one_pixel_is_a_picture():
 
 @pytest.mark.parametrize("data", [b"", b"hello, I am text", b"\x00" * 64, b"%PDF-1.7", b"GIF89a"])
 def test_what_is_no_picture_is_refused_in_one_line(data):
-    with pytest.raises(DataError, match=r"^mine: wanted a .*picture.*found.*; ") as error:
+    with pytest.raises(DataError, match=r"^mine: wanted an? .*image.*found.*; ") as error:
         images.decode(data, "mine")
     assert "\n" not in str(error.value)
 
@@ -152,7 +152,7 @@ def test_a_decompression_bomb_is_refused_before_its_pixels_exist(size):
     data = data[:16] + struct.pack(">II", *size) + data[24:]
     data = data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError, match=r"at most 50,000,000 pixels.*make the picture smaller"):
+    with pytest.raises(DataError, match=r"at most 50,000,000 pixels.*make the image smaller"):
         images.decode(data)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # KB
 
@@ -161,9 +161,9 @@ def test_too_many_bytes_are_refused_without_reading_them(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     with open(path, "wb") as file:
         file.truncate(images.MAX_BYTES + 1)
-    with pytest.raises(DataError, match=r"large.png: wanted a picture of at most 20 MB"):
+    with pytest.raises(DataError, match=r"large.png: wanted an image of at most 20 MB"):
         images.decode(path)
-    with pytest.raises(DataError, match=r"missing.png: no such picture"):
+    with pytest.raises(DataError, match=r"missing.png: no such image"):
         images.decode(tmp_path / "missing.png")
 
 

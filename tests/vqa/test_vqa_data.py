@@ -1,4 +1,4 @@
-"""Rows and pictures: readers, packed sets, batches, and a run from raw files to scores."""
+"""Rows and images: readers, packed sets, batches, and a run from raw files to scores."""
 
 import io
 import json
@@ -212,13 +212,13 @@ def test_no_usable_picture_at_all_is_an_error(tmp_path):
         PackConfig()
 
 
-# A whole set: pictures of one colour, the question which.
+# A whole set: images of one colour, the question which.
 QUESTION = "图片是什么颜色？"
 
 
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory, tokenizer) -> Path:
-    """Raw files of a set, in data/ below: rows, tokens and pictures, made by the commands."""
+    """Raw files of a set, in data/ below: rows, tokens and images, made by the commands."""
     root = tmp_path_factory.mktemp("colours")
     raw = root / "raw"
     raw.mkdir()
@@ -293,14 +293,14 @@ def test_rows_that_are_too_long_lose_turns_or_go(tmp_path, colours, tokenizer):
 
 
 def flat(batches: list[dict]) -> list:
-    """What each row says of which picture, whatever batch it stands in."""
+    """What each row says of which image, whatever batch it stands in."""
     found = []
     for batch in batches:
         for row, goal, picture in zip(
             batch["tokens"], batch["targets"], batch["picture_of"], strict=True
         ):
             if (goal != IGNORED).any():
-                # The positions of its picture, counted from where its picture begins.
+                # The positions of its image, counted from where its image begins.
                 words = torch.where(row < 0, row + 2 * int(picture), row)
                 key = words[row != 2].tolist(), batch["pixels"][picture].flatten().tolist()
                 found.append(json.dumps(key))
@@ -446,9 +446,9 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
     with PIL.open(colours / "sheet.png") as sheet:
         assert sheet.size[0] > 300
     for words, message in (
-        ((), "wanted a picture, found a question without one"),
+        ((), "wanted an image, found a question without one"),
         (("--image", colours / "raw/train.jsonl"), "found .* bytes that are none"),
-        (("--image", colours / "none.png"), "no such picture"),
+        (("--image", colours / "none.png"), "no such image"),
     ):
         err = run("vqa.chat", colours / "second", "--ask", QUESTION, *words, code=2)
         assert len(err.splitlines()) == 1

@@ -124,7 +124,7 @@ def test_linear_attention_is_attention_with_relu_for_softmax():
 
 @pytest.mark.parametrize("size", [7, 8])
 def test_padding_is_tensorflows(size):
-    """The output has size / stride, rounded up, and an odd column of filler comes last."""
+    """The output has size / stride, rounded up, and an odd column of padding comes last."""
     conv = SameConv(1, 1, 3, 2)
     torch.nn.init.ones_(conv.weight)
     out = conv(torch.ones(1, 1, size, size))[0, 0]

@@ -48,7 +48,7 @@ def pixels(n: int, seed: int = 0) -> torch.Tensor:
 
 
 def batch_of(model: VqaModel, n_rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Rows of six words, each about a picture of its own; the last three words are targets."""
+    """Rows of six words, each about an image of its own; the last three words are targets."""
     words = torch.randint(3, 97, (n_rows, 6), generator=torch.Generator().manual_seed(9)).tolist()
     tokens = torch.tensor([with_picture(w, n, model.n_positions) for n, w in enumerate(words)])
     targets = torch.full_like(tokens, IGNORED)
@@ -76,7 +76,7 @@ def test_a_row_depends_on_its_own_picture_and_no_other(kind):
     before = model(**batch)
     batch["pixels"][1] = pixels(1, seed=5)[0]
     after = model(**batch)
-    first = 1 + model.n_positions  # what stands before the picture cannot see it
+    first = 1 + model.n_positions  # what stands before the image cannot see it
     assert torch.allclose(before[[0, 2]], after[[0, 2]], atol=1e-5)
     assert not torch.allclose(before[1, first:], after[1, first:], atol=1e-4)
     assert kind == "cross" or torch.allclose(before[1, 0], after[1, 0], atol=1e-5)
@@ -106,7 +106,7 @@ def test_closed_gates_leave_the_language_model_as_it_is():
     assert torch.equal(model(**batch).loss_sum, alone.loss_sum)
     model = model_of("cross")
     assert not torch.equal(model(**batch).loss_sum, alone.loss_sum)
-    # Outside of a batch nothing is left of the picture.
+    # Outside of a batch nothing is left of the image.
     assert torch.equal(model.language(batch["tokens"], batch["targets"]).loss_sum, alone.loss_sum)
 
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_comes_back_and_answers_as_before(trained):
         said.append(token)
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=6)
     assert answer(trained, [stored()], ASKED, sampling) == tokenizer.decode(said)
-    # Many at once, of different lengths, each with its picture.
+    # Many at once, of different lengths, each with its image.
     pictures = [stored("red"), stored("blue"), stored("lime")]
     prompts = [ids, ids[:1] + ids, ids]
     many = torch.cat([look(trained, [p]) for p in pictures])
@@ -241,12 +241,12 @@ def test_a_checkpoint_comes_back_and_answers_as_before(trained):
 
 
 def test_no_picture_and_three_pictures_get_a_clear_answer(trained):
-    with pytest.raises(DataError, match=r"wanted a picture, found a question without one; send"):
+    with pytest.raises(DataError, match=r"wanted an image, found a question without one; send"):
         answer(trained, [], ASKED)
-    with pytest.raises(DataError, match=r"wanted one picture, found 3; this model looks at one"):
+    with pytest.raises(DataError, match=r"wanted one image, found 3; this model looks at one"):
         answer(trained, [stored()] * 3, ASKED)
-    with pytest.raises(DataError, match="wanted a picture"):
-        answer(trained, [b"no picture"], ASKED)
+    with pytest.raises(DataError, match="wanted an image"):
+        answer(trained, [b"no image"], ASKED)
 
 
 def test_dialogues_that_cannot_be_asked_are_refused(trained):
@@ -255,12 +255,12 @@ def test_dialogues_that_cannot_be_asked_are_refused(trained):
         with pytest.raises(DataError, match="wanted questions and answers in turn"):
             list(stream_answer(trained, seen, wrong, SamplingConfig()))
     long = [{"role": "user", "content": "花" * 400}]
-    with pytest.raises(ConfigError, match=r"less than 128 tokens, found \d+, of which the picture"):
+    with pytest.raises(ConfigError, match=r"less than 128 tokens, found \d+, of which the image"):
         list(stream_answer(trained, seen, long, SamplingConfig()))
 
 
 def test_each_kind_of_checkpoint_is_refused_where_the_other_is_wanted(trained, checkpoint):
-    with pytest.raises(CheckpointError, match=r"answers about pictures; use python -m vqa.chat"):
+    with pytest.raises(CheckpointError, match=r"answers about images; use python -m vqa.chat"):
         load_model(trained.path)
     with pytest.raises(CheckpointError, match=r"wanted a checkpoint of python -m vqa.train.*'sft'"):
         load(checkpoint)
