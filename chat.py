@@ -51,7 +51,7 @@ EXAMPLES = ("你好", "你是谁？", "你喜欢什么？")
 
 @dataclass(frozen=True)
 class ChatConfig(SamplingConfig):
-    """How to talk.
+    """Settings of a chat.
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run

@@ -32,7 +32,7 @@ from babyllama.scoring.test_sets import SummarySet
 
 @dataclass(frozen=True)
 class EvalConfig(AskConfig):
-    """What is summarised, by which systems, and how.
+    """Settings of an evaluation: texts, systems, decoding.
 
     Args:
         systems: checkpoints (a run: its newest step) or files of titles; if absent the newest SFT

@@ -341,7 +341,7 @@ class Transformer(nn.Module):
 
     @staticmethod
     def segment_mask(segments: Tensor) -> Tensor:
-        """What each token of packed documents sees, (B, 1, T, T)."""
+        """Mask of what each token of packed documents sees, (B, 1, T, T)."""
         columns = torch.arange(segments.shape[1], device=segments.device)
         same = segments[:, None, :, None] == segments[:, None, None, :]
         return same & (columns[:, None] >= columns)

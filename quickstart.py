@@ -257,7 +257,7 @@ def show_scores(root: Path, _: Path) -> int:
 
 
 def show_answers(root: Path, python: Path) -> int:
-    """What the released model and the character answer to the same questions, side by side."""
+    """Answers of the released model and of the character to the same questions, side by side."""
     say("\n同样的问题，问微调前和微调后的模型 / the same questions before and after")
     said, asked = [], "\n".join(ASKED)
     for checkpoint in ("release", "out/persona"):

@@ -95,7 +95,7 @@ class Tokenizer:
         self._separator = self.encode(SEPARATOR)
 
     def _bytes_of(self, token: int) -> bytes:
-        """What a token adds to the text: nothing for control pieces, one byte for byte pieces."""
+        """Bytes that a token adds: nothing for control pieces, one byte for byte pieces."""
         if self.sp.is_control(token):
             return b""
         piece = self.sp.id_to_piece(token)
@@ -117,7 +117,7 @@ class Tokenizer:
         return b"".join(self.piece_bytes[i] for i in ids).decode("utf-8", errors="ignore")
 
     def n_bytes(self, ids: Iterable[int]) -> int:
-        """How many UTF-8 bytes of text the ids stand for."""
+        """Number of UTF-8 bytes of text that the ids stand for."""
         return sum(len(self.piece_bytes[i]) for i in ids)
 
     def stream_decoder(self) -> "StreamDecoder":

@@ -83,7 +83,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 @dataclass
 class Snapshot:
-    """What a checkpoint holds, and where it goes; trainer.Run is one that trains on.
+    """Contents of a checkpoint and its place; trainer.Run is one that trains on.
 
     directory: of the run
     parent: what it started from
@@ -139,7 +139,7 @@ def _save(run: Snapshot, final: Path, info: dict, state: dict[str, Tensor] | Non
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """What the weights and the training state of a checkpoint take, all of them float32."""
+    """Size of the weights and the training state of a checkpoint, all of them float32."""
     return 4 * (sum(w.numel() for w in lora.stored(model).values()) + n_kept(optimizer))
 
 
@@ -392,7 +392,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
-    """What model.yaml says, with the shape as a ModelConfig; the tokenizer; the full weights.
+    """Contents of model.yaml, with the shape as a ModelConfig; the tokenizer; the full weights.
 
     path: a checkpoint
     raises: CheckpointError if it is missing, damaged, or its parts are of different ones

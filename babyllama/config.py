@@ -232,7 +232,7 @@ _PlainLoader.add_constructor(  # a name that looks like a date is a name
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file of a run or a checkpoint holds; its origin need not be trusted.
+    """Contents of a YAML file of a run or a checkpoint; its origin need not be trusted.
 
     raises: ValueError with the reason in one line; OSError
     """
@@ -244,7 +244,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def similar(path: Path) -> str:
-    """What to add to a message about a missing file: the one beside it that was probably meant."""
+    """Addition to a message about a missing file: the one beside it that was probably meant."""
     there = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
     return nearest(path.name, there)
 
@@ -485,7 +485,7 @@ def silence() -> None:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """What asks a program to end: Ctrl-C, SIGTERM, and a closed terminal unless nohup says no."""
+    """Signals to stop: Ctrl-C, SIGTERM, and a closed terminal unless nohup says no."""
     kinds = [signal.SIGINT, signal.SIGTERM]
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:

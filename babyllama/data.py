@@ -110,7 +110,7 @@ def share(
 
 
 def permuted(number: int, n: int, *key: int) -> int:
-    """Where `number` lands in a random permutation of range(n) that belongs to `key`.
+    """Place of `number` in a random permutation of range(n) that belongs to `key`.
 
     A Feistel network over the next power of four, walked until it lands inside (Black and
     Rogaway 2002): any place of the permutation in constant time and no memory.
@@ -184,7 +184,7 @@ class TrainData:
 
     @property
     def teaches(self) -> list[str]:
-        """What a model learns of the mixture to do, by its sources (run_dir.TASKS)."""
+        """Tasks that a model learns from the mixture, by its sources (run_dir.TASKS)."""
         return list(dict.fromkeys(task for one in self.mixture.sources for task in one.teaches))
 
     def _places(self, step: int) -> range:
@@ -239,7 +239,7 @@ class ValData:
 
 
 class Data(NamedTuple):
-    """What a run reads."""
+    """Training and validation data of a run."""
 
     train: TrainData
     val: ValData

@@ -65,7 +65,7 @@ class Decoder:
         return KVCache(self.model.config, start, size, dtype)
 
     def are_finite(self, logits: Tensor) -> bool:
-        """Whether logits (B, V) of this decoder are numbers to go on with."""
+        """True if logits (B, V) of this decoder are numbers to go on with."""
         # int8.c makes a row NaN as a whole; so one look at each row spares reading all.
         seen = logits[:, 0] if self.kind == "int8" else logits.amax(dim=1)
         return bool(torch.isfinite(seen).all())
@@ -191,7 +191,7 @@ class Reply:
 
 
 class Rules:
-    """What ends a reply, and which tokens may not follow it."""
+    """Rules that end a reply, and forbid tokens to follow it."""
 
     def __init__(self, sampling: SamplingConfig, eos_id: int, tokenizer: Tokenizer | None) -> None:
         if sampling.reads_text and tokenizer is None:
@@ -199,7 +199,7 @@ class Rules:
         self.sampling, self.eos_id, self.tokenizer = sampling, eos_id, tokenizer
 
     def allow(self, ids: list[int], token: int) -> bool:
-        """Whether the rules against repetition let this token follow."""
+        """True if the rules against repetition let this token follow."""
         n, redraws = self.sampling.no_repeat_ngram, self.sampling.loop_guard == "redraw"
         if token == self.eos_id or not (n or redraws):
             return True

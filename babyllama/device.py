@@ -1,4 +1,4 @@
-"""Which device, which number format, how much memory, how much of the device's speed is used.
+"""Device, number format, memory, and the share of the device's speed that is used.
 
 Master weights and optimizer state are float32 always; the format is that of the matrix products.
 MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the share of the device's greatest
@@ -31,7 +31,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Where and in which format to compute.
+    """Device and number format.
 
     Args:
         device: auto takes cuda, else mps, else cpu
@@ -72,7 +72,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
 
 
 def kernels_missing(card: str, capability: tuple[int, int], kernels: list[str]) -> str:
-    """Why this torch cannot compute on a card; empty where it can.
+    """Reason why this torch cannot compute on a card; empty where it can.
 
     A kernel for sm_86 runs on cards of capability 8.6 to 8.9; compute_90 is compiled for any later.
 
@@ -151,7 +151,7 @@ def _kind(device: torch.device) -> tuple[str, str, tuple[int, int]]:
 
 
 def open_scaler(device: torch.device, config: DeviceConfig) -> "Scaler":
-    """How to compute on a device, as the settings say; `warning` says what is done otherwise."""
+    """Scaler of a device, as the settings say; its `warning` says what is done otherwise."""
     set_deterministic(device, config.deterministic)
     kind = _kind(device)
     precision, warning = checked_precision(*kind, wanted=config.precision, force=config.force)

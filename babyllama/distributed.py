@@ -56,7 +56,7 @@ PATIENCE = datetime.timedelta(hours=12)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its fellows.
+    """This process in its process group.
 
     patient: a group of the same processes for what takes the main one long; null: the default one
     """
@@ -78,7 +78,7 @@ class World:
         return values
 
     def any(self, flag: bool, patient: bool = False) -> bool:
-        """Whether the flag is up on any rank.
+        """True if the flag is up on any rank.
 
         patient: ask through the group that waits for what takes one process long
         """
@@ -176,7 +176,7 @@ def start(device: torch.device, config: ParallelConfig | None = None) -> Iterato
 
 
 def own_card(local_rank: str | None, torchrun: str | None, n_cards: int) -> int:
-    """Which of the cards that this process may see is its own.
+    """Number of this process's own card among those that it may see.
 
     A launcher may show each process its own card alone, as Slurm does with --gpus-per-task.
 

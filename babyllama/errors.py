@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """What to add to a message about an unknown word: the known one most like it, if one is."""
+    """Addition to a message about an unknown word: the known one most like it, if one is."""
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 

@@ -1,4 +1,4 @@
-"""What a run tells, by its main process only: the figures of its steps, where they go, and a font
+"""Output of a run, by its main process only: the figures of its steps, where they go, and a font
 that can write Chinese in its plot.
 
 A progress bar or plain lines, metrics.jsonl, samples.jsonl, curves.png, and, where it is asked
@@ -213,7 +213,7 @@ class Log:
 
 
 def doubt(records: list[dict], warmup_steps: int, last: int) -> str:
-    """Why a finished run may have learnt little, and what to change; empty if it has learnt."""
+    """Doubt whether a finished run has learnt much, and what to change; empty if it has learnt."""
     if warmup_steps >= last:
         return (
             f"its learning rate was rising to the end ({last} steps, {warmup_steps} of warm-up); "
@@ -271,7 +271,7 @@ def read_records(path: Path, last_step: int | None = None) -> list[dict]:
 
 
 def open_tracker(name: str, run: Path) -> Callable[[str, int, dict], None]:
-    """What takes each record (kind, step, figures) to a service beside the files.
+    """Function that sends each record (kind, step, figures) to a service beside the files.
 
     raises: ConfigError if its package is not installed
     """

@@ -53,7 +53,7 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, self.a), self.b) * self.scale
 
     def delta(self) -> Tensor:
-        """What it adds to the weight, (out, in); differentiable."""
+        """Product that is added to the weight, (out, in); differentiable."""
         # An autocast to float16 would round what is added to a float32 weight.
         with torch.autocast(self.a.device.type, enabled=False):
             return (self.b @ self.a) * self.scale
@@ -145,7 +145,7 @@ class LoraConfig:
 
 @dataclass
 class Adapters:
-    """What a model knows of its adapters: its attribute `lora`.
+    """Adapters of a model: its attribute `lora`.
 
     fingerprint: of the base's weights
     base: where they are from, for load_model
@@ -226,7 +226,7 @@ def _matching(model: Transformer, cfg: LoraConfig) -> list[tuple[str, nn.Linear]
 
 
 def shapes(model: Transformer, cfg: LoraConfig) -> dict[str, tuple[int, int]]:
-    """What an adapter would hold on this model, by stored name; errors as apply_lora."""
+    """Shapes of an adapter on this model, by stored name; errors as apply_lora."""
     return {
         f"{path}.{part}": shape
         for path, linear in _matching(model, cfg)
@@ -252,7 +252,7 @@ def layers(model: Transformer) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether an adapter is active, whose checkpoints hold it alone."""
+    """True if an adapter is active, whose checkpoints hold it alone."""
     return getattr(model, "lora", None) is not None and model.lora.active is not None
 
 
@@ -295,7 +295,7 @@ def stored(model: Transformer) -> dict[str, nn.Parameter]:
 
 
 def settings(model: Transformer) -> dict:
-    """What adapter.yaml says of the active adapter."""
+    """Contents of adapter.yaml for the active adapter."""
     state = model.lora
     cfg = asdict(state.configs[state.active])
     return {**cfg, "targets": list(cfg["targets"]), "base": state.base,

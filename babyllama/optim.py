@@ -165,7 +165,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, torch.Size]]:
-    """What the optimizer keeps of each parameter once it has made a step."""
+    """State of each parameter by shapes, once the optimizer has made a step."""
     return {
         weight: (
             {"momentum_buffer": weight.shape}
@@ -179,7 +179,7 @@ def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, tor
 
 
 def n_kept(optimizer: torch.optim.Optimizer) -> int:
-    """How many numbers the optimizer keeps once it has made a step."""
+    """Count of the numbers that the optimizer keeps once it has made a step."""
     shapes = (shape for state in state_shapes(optimizer).values() for shape in state.values())
     return sum(shape.numel() for shape in shapes)
 

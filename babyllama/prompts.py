@@ -228,7 +228,7 @@ class SummaryPrompts:
         ]
 
     def turn_fits(self, name: str, pieces: Sequence[Ids] | None, spare: int | None) -> bool:
-        """Whether a second turn about these pieces takes at most `spare` ids in every wording."""
+        """True if a second turn about these pieces takes at most `spare` ids in every wording."""
         if not pieces or spare is None:
             return bool(pieces)
         return self.turn_size(name, len(pieces), sum(map(len, pieces))) <= spare
@@ -305,7 +305,7 @@ class SummaryPrompts:
 
     @cached_property
     def _frames(self) -> dict[str, list[tuple[str, str]]]:
-        """What answers say before and after a summary or a thing in a row's meta, longest first."""
+        """Texts of answers before and after a summary or a thing in a row's meta, longest first."""
         answers = {"summary": [a for _, of_family in self.families for a in of_family]}
         answers |= {name: turn.answers for name, turn in self.turns.items()}
         frames = {
@@ -318,12 +318,12 @@ class SummaryPrompts:
         }
 
     def echoes(self, title: str, text: str) -> bool:
-        """Whether a title repeats words of a template that do not stand in the text."""
+        """True if a title repeats words of a template that do not stand in the text."""
         return any(phrase in title and phrase not in text for phrase in self._phrases)
 
     @cached_property
     def _phrases(self) -> set[str]:
-        """What stands between the slots of all templates, where it is long enough to be telling."""
+        """Texts between the slots of all templates that are long enough to be telling."""
         parts = (p.strip("：。，？\n") for t, _ in self._templates() for p in _SLOT.split(t)[::2])
         return {part for part in parts if len(part) >= _TELLING}
 

@@ -128,7 +128,7 @@ def row_kind(row: dict) -> str:
 
 
 def check_messages(messages: object) -> str | None:
-    """Why a list is not `[system]? (user assistant)+`, or None if it is."""
+    """Reason why a list is not `[system]? (user assistant)+`, or None if it is."""
     if not isinstance(messages, list) or not messages:
         return "bad_messages"
     for message in messages:
@@ -146,7 +146,7 @@ def check_messages(messages: object) -> str | None:
 
 
 def check_row(row: object) -> str | None:
-    """Why a row is not canonical (a short reason that can be counted), or None if it is."""
+    """Short reason, to be counted, why a row is not canonical, or None if it is."""
     if not isinstance(row, dict):
         return "not_an_object"
     try:

@@ -43,7 +43,7 @@ FREE = (
 
 
 def beside(checkpoint: Path) -> Path:
-    """Where reports on a checkpoint go: to its run; for one without a run (release/) to out/."""
+    """Directory of reports on a checkpoint: its run; for one without a run (release/) out/."""
     run = checkpoint.resolve().parent
     return REPO / "out" if run == REPO.resolve() else run
 
@@ -98,7 +98,7 @@ def require_same(name: str, config: Settings) -> None:
 
 
 def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = "") -> list[str]:
-    """What differs between two configs made of dicts, one line a setting.
+    """Differences between two configs made of dicts, one line a setting.
 
     free: settings that may differ
     """
@@ -179,7 +179,7 @@ def newest_run(out: Path | None = None, kind: str | None = None) -> Path | None:
 
 
 def chosen_run(named: Path | None, kind: str | None = None) -> Path:
-    """What the user named, else the newest run in out/ (of a kind, as newest_run).
+    """The run that the user named, else the newest in out/ (of a kind, as newest_run).
 
     raises: CheckpointError if nothing is named and there is none
     """
@@ -212,7 +212,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_base(base: Path | None) -> tuple[Path, Path, ModelConfig]:
-    """Where one's own data starts from, release/ if nothing is named; its checkpoint, its shape."""
+    """The base of one's own data, release/ if nothing is named; its checkpoint, its shape."""
     place = from_repo(base or "release").resolve()
     checkpoint = find_checkpoint(place)
     return place, checkpoint, read_info(checkpoint)["model"]
@@ -282,7 +282,7 @@ def read_info(path: Path) -> dict:
 
 
 def tasks_of(path: Path) -> tuple[str, ...]:
-    """What a checkpoint was trained for, what it does best first, as its model.yaml states it.
+    """Tasks that a checkpoint was trained for, the best first, as its model.yaml states it.
 
     One that states nothing may be asked all that others of its kind learn.
     """

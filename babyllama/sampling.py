@@ -30,7 +30,7 @@ LOOP_LENGTH, LOOP_TIMES = 10, 3
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is chosen.
+    """Choice of the next token.
 
     Args:
         max_new_tokens: longest reply
@@ -99,7 +99,7 @@ class SamplingConfig:
 
     @property
     def reads_text(self) -> bool:
-        """Whether a rule looks at the reply's characters, not its tokens alone."""
+        """True if a rule looks at the reply's characters, not its tokens alone."""
         return bool(self.stop or self.no_repeat_ngram or self.loop_guard != "off")
 
     @property
@@ -189,7 +189,7 @@ def squeeze(text: str) -> str:
 
 
 def repeats(text: str, n: int, times: int = 2) -> bool:
-    """Whether some run of `n` characters stands in the text so many times."""
+    """True if some run of `n` characters stands in the text so many times."""
     counts: dict[str, int] = {}
     for start in range(len(text) - n + 1):
         run = text[start : start + n]
@@ -200,7 +200,7 @@ def repeats(text: str, n: int, times: int = 2) -> bool:
 
 
 def loops(text: str) -> bool:
-    """Whether a text falls into a loop."""
+    """True if a text falls into a loop."""
     return repeats(squeeze(text), LOOP_LENGTH, LOOP_TIMES)
 
 
@@ -211,7 +211,7 @@ def until_stop(text: str, stop: Sequence[str]) -> str:
 
 
 def n_showable(text: str, stop: Sequence[str]) -> int:
-    """How many characters of an unfinished text cannot be part of a text that ends it."""
+    """Number of characters of an unfinished text that cannot be part of a text that ends it."""
     shown = len(until_stop(text, stop))
     for end in stop:
         for n in range(min(len(end) - 1, len(text)), 0, -1):

@@ -43,7 +43,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """Training data.
 
     Args:
         sources: the mixture
@@ -165,7 +165,7 @@ class Dialogues(Source):
         return fitting
 
     def _pieces(self, file: TokenFile, max_seq_len: int) -> np.ndarray:
-        """How many pieces of each row fit, whole turns only."""
+        """Number of pieces of each row that fit, whole turns only."""
         sizes = message_sizes(file, self._tokenizer)
         upto = np.cumsum(sizes)
         before = np.repeat(upto[file.first] - sizes[file.first], file.n_pieces)

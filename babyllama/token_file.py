@@ -50,7 +50,7 @@ _ROLES = {
 
 
 class Vocabulary(Protocol):
-    """What a token file must know of the tokenizer that made it."""
+    """Properties of the tokenizer that a token file is made with."""
 
     vocab_size: int
     fingerprint: str
@@ -70,7 +70,7 @@ def pair(stem: Path) -> tuple[Path, Path]:
 
 
 def token_directory(name: str, tokenizer: Tokenizer) -> Path:
-    """Where the token files of a source lie."""
+    """Directory of the token files of a source."""
     is_path = "/" in name or "\\" in name
     return from_repo(name if is_path else Path("data/tokens") / tokenizer.name / name)
 
@@ -232,7 +232,7 @@ class TokenFile:
         self.ends, self.piece_ends = self.ends.astype(np.int64), self.piece_ends.astype(np.int64)
 
     def _is_in_order(self, n_pieces: int) -> bool:
-        """Whether documents and pieces follow each other to the end, and are those of the kind."""
+        """True if documents and pieces follow each other to the end, and are those of the kind."""
         if self.kind == "text":
             levels = [(self.ends, self.n_tokens), (self.piece_ends, 0)]
         else:

@@ -51,7 +51,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Loss:
 
 
 def n_targets(batch: Batch) -> Tensor:
-    """How many tokens are learnt."""
+    """Number of supervised tokens."""
     return (batch["targets"] >= 0).sum()
 
 
@@ -195,12 +195,12 @@ class TrainConfig:
 
 
 def total_steps(config: TrainConfig, data: TrainData) -> int:
-    """How many updates a run makes."""
+    """Number of updates of a run."""
     return config.max_steps or max(1, round(config.epochs * data.steps_per_epoch))
 
 
 class RunConfig(Protocol):
-    """What the loop reads of a script's config."""
+    """Settings of a script that the loop reads."""
 
     @property
     def base(self) -> Path | None: ...
@@ -214,7 +214,7 @@ class RunConfig(Protocol):
 
 @dataclass
 class Seen:
-    """How far a run is; part of its checkpoints."""
+    """Progress of a run; part of its checkpoints."""
 
     step: int = 0
     tokens: int = 0
@@ -344,7 +344,7 @@ class Run(checkpoint.Snapshot):
         self.window.restart()
 
     def opening(self) -> str:
-        """What trains, on what, and for how long."""
+        """Parameters, rows and steps of the run, for the log."""
         data, sources, world = self.data.train, self.data.train.mixture.sources, self.world
         how = f"continues at step {self.seen.step}" if self.seen.step else "starts"
         how += f" from {self.parent}" if self.parent else ""

@@ -1,4 +1,4 @@
-"""How many rows of a benchmark stand in what a checkpoint was trained on.
+"""Rows of a benchmark that stand in what a checkpoint was trained on.
 
 The checkpoint's run names its training sets, and so does the run that it started from, down to
 the first. Their rows lie in data/clean/<set>; data_process.decontaminate looks the benchmark up in

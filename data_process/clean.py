@@ -1,4 +1,4 @@
-"""What happens to a row between reading and writing: first fixes, then rules.
+"""Cleaning of rows between reading and writing: first fixes, then rules.
 
 A fix changes a row (FIXES), a rule says that a row must go (RULES); both tables have one line
 for each way of cleaning, usually named after the kind of the rows. The name of a function is

@@ -1,4 +1,4 @@
-"""What stands in an uncompressed file: JSON in any arrangement, tables, lines, Markdown.
+"""Records of an uncompressed file: JSON in any arrangement, tables, lines, Markdown.
 
 Each format is a function (name, text) -> Iterator[(place, dict | list | line | Skip)] that streams:
 memory is bounded by the longest line or value (LONGEST), and damage costs the line or value it

@@ -1,4 +1,4 @@
-"""What stands before the application: who may come in, how much they may send, and how slowly.
+"""The guard in front of the application: who may come in, how much they may send, and how slowly.
 
 `Gate` is ASGI middleware: host and origin, key, size and time of a body, headers of safety, time
 to take an answer. `Protocol` is uvicorn's HTTP protocol with what uvicorn leaves open: a time limit

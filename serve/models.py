@@ -1,4 +1,4 @@
-"""What is served: models by the names that requests use, each with its engine.
+"""Served models, by the names that requests use, each with its engine.
 
 A checkpoint of vqa.train takes images and is served alone; any other may have adapters, each of
 which is a model of its own.

@@ -103,7 +103,7 @@ def _compute(encoder: Encoder, pictures: Pictures, path: Path, device: torch.dev
 
 @dataclass(frozen=True)
 class VqaDataConfig:
-    """What is trained on.
+    """Training data.
 
     Args:
         sources: the mixture: sets in data/tokens/<tokenizer> with their images in data/pictures

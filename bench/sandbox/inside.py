@@ -1,4 +1,4 @@
-"""What run.py starts: makes the namespaces, keeps the time, runs the program in them.
+"""Started by run.py: makes the namespaces, keeps the time, runs the program in them.
 
 Three processes: the outer one makes the namespaces; process 1 inside them builds a file system
 and waits; its child gives up all rights, takes its limits and runs the program. Reads the job as

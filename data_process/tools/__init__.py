@@ -1,1 +1,1 @@
-"""What looks at sets of rows and makes none: a list, a viewer, statistics."""
+"""Tools that look at sets of rows and make none: a list, a viewer, statistics."""
