@@ -3,8 +3,7 @@
     .tsv    CSL's benchmark/ts: `to title`, abstract, title
     .json   one object a line: {"id", "abst", "title"} (csl_title_public), {"content", "title"} and
             the like (LCSTS in its re-releases, with a system's output perhaps), or a row of ours
-    folder  its files whose name begins with the split, or holds it; beside benchmark/ts the
-            folders kg and cls_dcp, which give its papers their keywords and disciplines
+    folder  its files whose name begins with the split, or holds it
 
 A file of titles has the keys id, text, reference and prediction.
 """
@@ -35,8 +34,6 @@ PREDICTION_KEYS = ("id", "text", "reference", "prediction")
 # As the publishers name the parts of their sets.
 PARTS = {"test": ("test", "part_iii"), "dev": ("dev", "val", "valid", "part_ii")}
 ENDINGS = (".tsv", ".json", ".jsonl")
-# CSL's other tasks, and the key of a row's meta that each gives.
-BESIDE_TS = {"kg": ("to keywords", "keywords"), "cls_dcp": ("to discipline", "discipline")}
 
 
 @dataclass
@@ -98,8 +95,6 @@ def open_set(
     rows = [row for row, _ in read]
     if data is None and dataset == "lcsts":
         published = "lcsts"
-    if published == "csl_ts":
-        _add_meta(rows, files[0], split)
     label = (Path(name).stem if data else f"{name}-{split}") + (f"-{limit}" if limit else "")
     return SummarySet(name, label, published, files, rows)
 
@@ -173,24 +168,6 @@ def _from_json(line: str, row_id: str) -> tuple[Any, str | None]:
     if "system" in row:
         ours["meta"] = {"system": row["system"]}
     return ours, None if (body, summary) == ("text", "summary") else "lcsts"
-
-
-def _add_meta(rows: Sequence[dict], ts: Path, split: str) -> None:
-    """Keywords and disciplines of the same papers, from the folders beside benchmark/ts."""
-    for folder, (task, key) in BESIDE_TS.items():
-        found: dict[str, str] = {}
-        for path in sorted((ts.parent.parent / folder).glob(f"{split}.tsv")):
-            for _, line in numbered_lines(path):
-                cells = line.split("\t")
-                if len(cells) == 3 and cells[0] == task:
-                    found[cells[1]] = cells[2]
-        for row in rows:
-            # The keyword task's text is the abstract, a blank and the title.
-            text = f"{row['text']} {row['summary']}" if folder == "kg" else row["text"]
-            if text in found:
-                value = found[text]
-                words = [word.strip() for word in value.split("_") if word.strip()]
-                row.setdefault("meta", {})[key] = words if key == "keywords" else value
 
 
 def read_predictions(path: Path) -> list[dict]:

@@ -342,18 +342,6 @@ def test_a_layout_tells_the_published_set(tmp_path):
         opened(ts, "test")
 
 
-def test_other_tasks_of_the_same_papers_become_their_meta(tmp_path):
-    for folder, line in (
-        ("ts", "to title\t提出方法\t新方法"),
-        ("kg", "to keywords\t提出方法 新方法\t方法_图像 "),
-        ("cls_dcp", "to discipline\t提出方法\t生物学"),
-    ):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "dev.tsv").write_text(line + "\n", "utf-8")
-    (row,) = test_sets.open_set(tmp_path, "", "dev", None).rows
-    assert row["meta"] == {"keywords": ["方法", "图像"], "discipline": "生物学"}
-
-
 def test_published_systems_stand_only_beside_their_own_set(checkpoint, tmp_path, script):
     path = tmp_path / "csl_title_dev.json"
     path.write_text('{"id": 1, "title": "方法", "abst": "提出一种方法。"}\n', "utf-8")
