@@ -33,6 +33,7 @@ os.environ["LC_ALL"] = "C.UTF-8"  # messages in English, whoever runs the tests
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+SMALL_PROMPTS = REPO / "tests/small_prompts.yaml"  # the committed ones take a second to check
 TEXTS = [
     "今天天气很好，我们去公园散步。公园里有很多花，也有很多人。",
     "小猫坐在窗台上看外面的雨。雨停了以后，它跑到院子里玩。",
@@ -170,7 +171,10 @@ def write_run(path: Path, tokens: Path, tokenizer: Tokenizer | None = None, **tr
     every = {"max_steps": 10, "log_every": 1, "eval_every": 5, "save_every": 5}
     config = {
         "name": str(path.with_suffix("")),
-        "data": {"sources": [{"name": str(tokens / name)} for name in names]},
+        "data": {
+            "sources": [{"name": str(tokens / name)} for name in names],
+            "prompts": str(SMALL_PROMPTS),
+        },
         "optim": {"lr": 1e-2, "warmup_steps": 2},
         "train": every | {"batch_size": 4 if tokenizer else 11, "micro_batch_size": 2} | train,
         "device": {"device": "cpu", "precision": "float32"},

@@ -16,7 +16,7 @@ from babyllama.data import open_data
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig
-from conftest import TEXTS, contents, write_run
+from conftest import SMALL_PROMPTS, TEXTS, contents, write_run
 from data_process.vocabulary import train_vocabulary
 from tokenizer import Tokenizer
 
@@ -221,7 +221,9 @@ def test_every_row_that_is_kept_has_a_target(place):
     sources = tuple(
         SourceConfig(str(place.root / "tokens" / kind)) for kind in ("chat", "summary", "text")
     )
-    data = open_data(DataConfig(sources), place.tokenizer, 128, TrainConfig(batch_size=4))
+    data = open_data(
+        DataConfig(sources, SMALL_PROMPTS), place.tokenizer, 128, TrainConfig(batch_size=4)
+    )
     for source in data.train.mixture.sources:
         rows = [source.row(n, np.random.default_rng(n)) for n in range(len(source))]
         assert all((targets >= 0).any() for _, targets in rows)

@@ -15,7 +15,7 @@ from babyllama.errors import ConfigError
 from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
-from conftest import write_run
+from conftest import SMALL_PROMPTS, write_run
 from data_process.registry import catalog
 from sft import SftConfig, resolve, settings_of
 from tokenizer import Tokenizer
@@ -120,7 +120,9 @@ def data(token_root: Path, tokenizer: Tokenizer) -> Callable:
     def call(length: int = 112, **changes: object):
         sources = tuple(SourceConfig(str(token_root / n)) for n in ("text", "chat", "summary"))
         order = TrainConfig(batch_size=12)
-        return open_data(DataConfig(sources, **changes), tokenizer, length, order).train
+        return open_data(
+            DataConfig(sources, SMALL_PROMPTS, **changes), tokenizer, length, order
+        ).train
 
     return call
 

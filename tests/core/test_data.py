@@ -29,7 +29,7 @@ from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
 from babyllama.sources import DataConfig, Dialogues, SourceConfig, Windows, open_source
 from babyllama.token_file import TokenFile, TokenFileWriter
-from conftest import TEXTS
+from conftest import SMALL_PROMPTS, TEXTS
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from model import IGNORED
 
@@ -70,7 +70,7 @@ def numbered(tmp_path: Path, n_rows: int, first: int = 0) -> Windows:
 
 def config_of(token_root: Path, **weights: float) -> DataConfig:
     sources = [SourceConfig(str(token_root / name), weight) for name, weight in weights.items()]
-    return DataConfig(sources=sources)
+    return DataConfig(sources=sources, prompts=SMALL_PROMPTS)
 
 
 @pytest.fixture
@@ -119,8 +119,7 @@ def equal(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bo
     [("text", ["continue"]), ("chat", ["reference", "chat"]), ("summary", ["title"])],
 )
 def test_a_mixture_knows_what_it_teaches(token_root, tokenizer, name, teaches):
-    prompts = REPO / "tests/small_prompts.yaml"
-    config = replace(config_of(token_root, **{name: 1.0}), prompts=prompts)
+    config = config_of(token_root, **{name: 1.0})
     found = open_data(config, tokenizer, MAX_SEQ_LEN, Order())
     assert found.train.teaches == teaches
 
@@ -403,7 +402,7 @@ def contains(ids: list[int], part: list[int]) -> bool:
 
 
 def test_a_summary_row_is_worded_anew_each_epoch(token_root, tokenizer):
-    config = config_of(token_root, summary=1.0)
+    config = replace(config_of(token_root, summary=1.0), prompts=DataConfig().prompts)
     mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order()).train.mixture
     wordings = []
     for epoch in range(4):
@@ -418,7 +417,7 @@ def test_a_summary_row_is_worded_anew_each_epoch(token_root, tokenizer):
 
 @pytest.mark.parametrize("weight", [2.0, 2.5])
 def test_the_copies_of_a_row_have_wordings_of_their_own(token_root, tokenizer, weight):
-    config = config_of(token_root, summary=weight)
+    config = replace(config_of(token_root, summary=weight), prompts=DataConfig().prompts)
     mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order()).train.mixture
     seen = {}
     for position in range(len(mixture)):

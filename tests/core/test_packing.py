@@ -12,6 +12,7 @@ from babyllama.distributed import World
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, forward_backward
 from babyllama.tuning.preference import Pair
+from conftest import SMALL_PROMPTS
 from model import IGNORED
 from tokenizer import Tokenizer
 
@@ -22,7 +23,7 @@ WORLD = World(0, 1, torch.device("cpu"))
 def opened(token_root: Path, tokenizer: Tokenizer, **changes: object) -> TrainData:
     sources = tuple(SourceConfig(str(token_root / name)) for name in ("chat", "summary"))
     return open_data(
-        DataConfig(sources, **changes), tokenizer, LENGTH, TrainConfig(batch_size=16)
+        DataConfig(sources, SMALL_PROMPTS, **changes), tokenizer, LENGTH, TrainConfig(batch_size=16)
     ).train
 
 

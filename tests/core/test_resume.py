@@ -29,7 +29,7 @@ from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import Objective, TrainConfig, train
-from conftest import small_config, write_token_files
+from conftest import SMALL_PROMPTS, small_config, write_token_files
 from model import Loss, Transformer
 from tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ class Case(NamedTuple):
         """What the run reads."""
         sources = tuple(SourceConfig(str(tokens / name)) for name in SOURCES[self.kind])
         order = TrainConfig(batch_size=self.rows)
-        return open_data(DataConfig(sources=sources), tokenizer, 128, order)
+        return open_data(DataConfig(sources, SMALL_PROMPTS), tokenizer, 128, order)
 
     def go(
         self, run: Path, tokens: Path, tokenizer: Tokenizer, save_every: int

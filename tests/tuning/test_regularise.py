@@ -27,7 +27,7 @@ from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, evaluate
 from babyllama.tuning.average import mean_weights, newest_steps
 from babyllama.tuning.regularise import RegulariseConfig, lengths_of, regularise
-from conftest import save_model, small_config, write_run
+from conftest import SMALL_PROMPTS, save_model, small_config, write_run
 from model import IGNORED, SLICE, Transformer
 
 VOCAB = 97
@@ -209,7 +209,7 @@ def test_the_average_is_what_is_evaluated_saved_and_loaded(
     losses = [json.loads(line) for line in
               (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]  # fmt: skip
     sources = tuple(SourceConfig(str(token_root / name)) for name in ("chat", "summary"))
-    data = open_data(DataConfig(sources), tokenizer, 128, TrainConfig())
+    data = open_data(DataConfig(sources, SMALL_PROMPTS), tokenizer, 128, TrainConfig())
     world = World(0, 1, torch.device("cpu"))
     figures = evaluate(loaded, data.val, 2, Scaler(world.device, "float32"), world)
     assert losses[-1]["kind"] == "val" and losses[-1]["step"] == 10
