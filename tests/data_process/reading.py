@@ -1,5 +1,6 @@
 """What the tests of readers share: a set of the catalogue, its raw records, what became of them."""
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from data_process.raw import Record, Skip, records, whole_files
 from data_process.registry import DataSet, data_sets
 
 FIXTURES = Path(__file__).parents[1] / "fixtures/data_process"
+EXPECTED = json.loads((FIXTURES / "expected.json").read_text("utf-8"))
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 
 

@@ -3,93 +3,22 @@
 import json
 
 import pytest
-from reading import FIXTURES, check_wrong_types, fault, raw, read, set_of
-from test_datasets_chat import told
+from reading import EXPECTED, FIXTURES, raw, read, set_of
 
 from data_process.decontaminate import overlap
 from data_process.pipeline import make_clean
-from data_process.raw import Skip
 from data_process.run import ProcessConfig, chosen, settings_of
 
-STEPS = "请一步一步计算，最后写“答案是”和得数。"
-
-EXPECTED = {
-    "gsm8k_train.jsonl": [
-        (0, "train", f"U:Tom has 3 pens and buys 4 more. How many pens does he have?\n{STEPS}",
-         "A:He has 3+4=7 pens.\n答案是7"),
-        (1, "train", f"U:A farm sells 1,200 eggs and then 34. How many?\n{STEPS}",
-         "A:1200+34=1,234.\n答案是1234"),
-        "no_answer",
-        "no_question!",
-    ],
-    "math_train.jsonl": [
-        (0, "train", "U:What is $1+1$?\n请写出解题过程，并把最后结果写在 \\boxed{} 里。",
-         "A:Adding gives $\\boxed{2}$."),
-        "no_answer",
-        "wrong_keys!",
-    ],
-    "ape210k_train.json": [
-        (0, "train", "U:小明有3个苹果，又买了4个，现在有几个？\n请列出算式，再写出得数。",
-         "A:x=3+4\n答案是7"),
-        (1, "train", "U:一根绳子长(3/4)米，用去(1/4)米，还剩几米？\n请列出算式，再写出得数。",
-         "A:x=(3/4)-(1/4)\n答案是(1/2)"),
-        "no_answer",
-    ],
-    "commonsenseqa_train.jsonl": [
-        (0, "train",
-         "U:Where do you buy bread?\nA. river\nB. bakery\n请写出正确选项的字母和内容。",
-         "A:B. bakery"),
-        (1, "train", "U:Where do fish live?\nA. water\nB. sky\n请写出正确选项的字母和内容。",
-         "A:A. water"),
-        "no_answer",
-    ],
-    "boolq_train.jsonl": [
-        (0, "train", "S:Water is a liquid that wets.", "U:is water wet？\n请用“是”或“否”回答。",
-         "A:是"),
-        (1, "train", "S:Fire is hot.", "U:is fire cold？\n请用“是”或“否”回答。", "A:否"),
-        (2, "train", "S:Ice floats on water.", "U:does ice sink？\n请用“是”或“否”回答。", "A:否"),
-        "no_answer",
-    ],
-    "nq_open_train.jsonl": [
-        (0, "train", "U:who wrote hamlet？\n请用几个词回答。", "A:William Shakespeare"),
-        "no_answer",
-    ],
-    "triviaqa_train.json": [
-        (0, "train", "U:Which planet is red?\n请用几个词回答。", "A:Mars"),
-        "no_answer",
-    ],
-    "quac_train.json": [
-        (0, "train", "S:Tea was first drunk in China. It reached Europe later. ",
-         "U:Where was tea first drunk?", "A:in China", "U:Who drank it?", "A:无法回答"),
-    ],
-}  # fmt: skip
+BENCHMARKS = ("gsm8k", "math", "ape210k", "commonsenseqa", "boolq", "nq_open", "triviaqa", "quac")
 
 
-def name_of(place: str) -> str:
-    return place.split(".")[0].removesuffix("_train")
-
-
-@pytest.mark.parametrize("place", EXPECTED)
-def test_every_record_becomes_the_expected_rows_and_skips(place):
-    data_set = set_of(name_of(place))
-    items = read(data_set, raw(FIXTURES / place, data_set))
-    assert [told(item) for item in items] == EXPECTED[place]
-    rows = [item for item in items if not isinstance(item, Skip)]
-    assert not any(fault(data_set, row, fixed=True) for row in rows)
-
-
-@pytest.mark.parametrize("place", EXPECTED)
+@pytest.mark.parametrize("name", BENCHMARKS)
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_nothing_is_learnt_from_a_part_that_is_scored(place, part):
-    data_set = set_of(name_of(place))
+def test_nothing_is_learnt_from_a_part_that_is_scored(name, part):
+    data_set, (place,) = set_of(name), EXPECTED[name]
     held_out = [record._replace(split=part) for record in raw(FIXTURES / place, data_set)]
     found = read(data_set, held_out)
     assert [item.reason for item in found] == ["scored_part"] * len(held_out)
-
-
-@pytest.mark.parametrize("place", EXPECTED)
-def test_a_wrong_type_anywhere_is_counted_and_never_raises(place):
-    check_wrong_types(set_of(name_of(place)), FIXTURES / place, fixed=True)
 
 
 def test_english_dialogues_with_short_answers_pass_the_rules(tmp_path):

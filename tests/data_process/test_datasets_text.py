@@ -7,126 +7,10 @@ from collections.abc import Iterator
 from itertools import chain
 
 import pytest
-from reading import (
-    FIXTURES,
-    SHARED,
-    check_wrong_types,
-    fault,
-    finished,
-    raw,
-    read,
-    reason,
-    set_of,
-)
+from reading import FIXTURES, SHARED, fault, finished, raw, read, reason, set_of
 
 from data_process.datasets import mnbvc, wiki
 from data_process.raw import Record, Skip
-
-TEAPOT = """茶壶 & 茶杯
-茶壶（teapot）是泡茶的器皿，由陆子和Pot设计，\xa0用软件绘制。
-历史
-起源
-始于宋代，见官网与。
-容积是$V_{a_{b}} < {{1}}$。
-* 第一项
-* 第二项
-写作[[茶]]。未闭合的模板
-用途
-结尾。"""
-LAW = "某某法\n2020年1月1日 通过\n第一章\u3000总则\n第一条 为了保护权益，制定本法。\n"
-LAW += "第二条 见本法说明。"
-BOOK = """图论
-例题
-    概率 与 `a**b**c`，$f^{**}(x) = v^*_i, v^*_j$。
-如上文与上式所示。
-关键的
-一句
-- 甲
-- 乙"""
-FOG = """为什么冬天玻璃上会起雾？
-每天早上窗户都是湿的。
-室内的水汽遇到冷玻璃，
-凝成了小水珠。"""
-
-# What comes of every record: (id, text), or a Skip's reason, with "!" if the line is damaged.
-EXPECTED = {
-    "mnbvc.jsonl": [
-        (0, "本市新增两条公交线路。\n线路下周一开始试运行。"),
-        "flagged_duplicate",
-        "flagged_suspect",
-        (
-            3,
-            "为什么冬天玻璃上会起雾？\n每天早上窗户都是湿的。\n室内的水汽遇到冷玻璃，\n凝成了小水珠。",
-        ),
-        (4, "怎样煮面？\n水开后下面。"),
-        "no_answer",
-        (6, "写一个超短小说。\n他们相遇，又别离。\n那结尾呢？\n他们又见面了。"),
-        (8, "你好\n你好，有什么事？"),
-        (9, "同一个会话号，又从头数起\n那就是另一次会话。"),
-        (10, "今天的晚霞真好看。\n我也拍了一张。"),
-        (11, "食堂哪个窗口好吃？\n二楼的面。\n一楼的饺子。"),
-        (12, "原告请求返还借款。\n本院予以支持。"),
-        (13, "[{注}] 公司全年营业收入增长。"),
-        (14, "会议将于今日举行。"),
-        "code",
-        "unknown_schema!",
-        "broken_json!",
-    ],
-    "wiki.list.json": [
-        (0, "银杏，是银杏科的落叶乔木。\n分布\n* 原产于中国，现在广泛栽培。"),
-        "wrong_type!",
-        "empty_text",
-    ],
-    "wiki.wiki_00": [
-        (0, "經濟學\n經濟學是研究資源如何分配的社會科學。\n它與數學有密切聯繫。"),
-        (1, "数学\n数学是利用符号语言研究数量的学科。"),
-    ],
-    "wiki.blocks.txt": [
-        (0, '"红楼" A<B\n这是第一段。\n<doc 不是新的一块'),
-        "outside_page!",
-        "empty_text",
-        "cut_page!",
-    ],
-    "wiki.dump.xml": [
-        (8, TEAPOT),
-        "not_an_article",
-        "redirect",
-        "disambiguation",
-        "empty_text",
-        "wrong_page!",
-        "cut_page!",
-    ],
-    "baike563w.jsonl": [
-        (0, "红豆糕：红豆糕是一种传统点心。\n做法：红豆泡软后蒸熟。\n再切成 小块。"),
-        (1, "石桥\n一座桥。\n结构：单孔。"),
-        (2, "青藤：一种植物。"),
-        "no_body",
-        "no_body",
-    ],
-    "text.jsonl": [
-        (0, "普通的一篇文章。\n有两行。"),
-        (1, "悟道\n有标题的文章。"),
-        (2, "风波\n临河的土场上。"),
-        (3, "第一篇。\n第二篇。\n第三篇"),
-        (4, "导语\n正文里有 <b>标记</b>。"),
-        "empty_text",
-        (6, "不是文字"),
-        (7, "没有认得的键"),
-    ],
-    "lines.txt": [
-        (0, "第一篇文章，占一行。"),
-        (1, '{"text": "看起来像 JSON，也是一行。"}'),
-        (2, "最后一篇。"),
-    ],
-    "law.jsonl": [(0, LAW), (1, BOOK), "empty_text", "wrong_type!"],
-    "news.json": [
-        (0, "两条公交线路试运行\n本市新增两条线路。\n下周一开始。"),
-        (1, "图书馆 延长开放\n图书馆本周起开放到晚上十点。"),
-        "no_summary",
-        "no_text",
-        "no_text",
-    ],
-}
 
 # The real files: rows and characters of their texts.
 REAL = {
@@ -154,20 +38,6 @@ def page(wikitext: str) -> str:
 
 
 # Every reader.
-
-
-@pytest.mark.parametrize("place", EXPECTED)
-def test_every_record_becomes_the_expected_rows_and_skips(place):
-    data_set = set_of(place.split(".")[0])
-    items = read(data_set, raw(FIXTURES / place, data_set))
-    told = [reason(i) or (i["id"], finished(data_set, i)["text"]) for i in items]
-    assert told == EXPECTED[place]
-    assert all(fault(data_set, i) is None for i in items if not reason(i))
-
-
-@pytest.mark.parametrize("place", EXPECTED)
-def test_a_wrong_type_anywhere_is_counted_and_never_raises(place):
-    check_wrong_types(set_of(place.split(".")[0]), FIXTURES / place, fixed=False)
 
 
 @pytest.mark.parametrize(("name", "place"), REAL)
