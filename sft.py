@@ -27,7 +27,7 @@ from babyllama.analysis.estimate import dry_run
 from babyllama.analysis.inspect_batch import shown_batch
 from babyllama.analysis.terminal_text import painter_of
 from babyllama.checkpoint import load_model
-from babyllama.config import confirm, parse, run, shown, weighted_names
+from babyllama.config import confirm, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
@@ -41,7 +41,7 @@ from babyllama.trainer import TrainConfig, next_token, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
-from data_process.registry import require_known, settings_of
+from data_process.registry import require_known, settings_of, weighted_names
 
 # What a run shows of itself at each evaluation.
 SAMPLES = ("你好！", "请介绍一下你自己。", "秋天有什么特点？")

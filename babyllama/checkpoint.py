@@ -35,7 +35,6 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
 
 import torch
 import yaml
@@ -111,19 +110,19 @@ def save_checkpoint(run: Snapshot, step: int) -> Path:
     raises: CheckpointError if the disk does not take it; earlier checkpoints are untouched
     """
     state = None if run.optimizer is None else _optimizer_tensors(run, run.optimizer)
-    return _save(run, run.directory / f"step-{step:06d}", _info(run, step), state)
+    return _save(run, run.directory / f"step-{step:06d}", info_of(run, step), state)
 
 
 def save_best(run: Snapshot, step: int, val_loss: float) -> Path:
     """Write the run's best/, for use and not to resume from; errors as save_checkpoint."""
-    return _save(run, run.directory / "best", {**_info(run, step), "val_loss": val_loss})
+    return _save(run, run.directory / "best", {**info_of(run, step), "val_loss": val_loss})
 
 
 def _save(run: Snapshot, final: Path, info: dict, state: dict[str, Tensor] | None = None) -> Path:
     weights = model_weights(run.model, run.world.is_main)
 
     def fill(place: Path) -> None:
-        _write_model(place, run, weights, info)
+        write_model(place, run, weights, info)
         if state is not None:
             save_file(state, place / "train_state.safetensors")
             text = json.dumps({"step": info["step"], **run.extra})
@@ -158,7 +157,7 @@ def require_space(run: Snapshot) -> None:
         )
 
 
-def _info(run: Snapshot, step: int) -> dict:
+def info_of(run: Snapshot, step: int) -> dict:
     return {
         "kind": run.kind,
         "step": step,
@@ -170,24 +169,13 @@ def _info(run: Snapshot, step: int) -> dict:
     }
 
 
-def _write_model(place: Path, run: Snapshot, weights: dict[str, Tensor], info: dict) -> None:
+def write_model(place: Path, run: Snapshot, weights: dict[str, Tensor], info: dict) -> None:
     if lora.is_adapted(run.model):
         lora.write(run.model, weights, place)
     else:
         save_file(weights, place / "model.safetensors")
     (place / "model.yaml").write_text(yaml.safe_dump(info, sort_keys=False), "utf-8")
     (place / "tokenizer.model").write_bytes(run.tokenizer.bytes)
-
-
-def write_small(place: Path, loaded: Loaded, kind: Literal["int8", "float16"] = "int8") -> None:
-    """Fill an empty directory with a checkpoint for use, of a quarter or half of the size."""
-    run = Snapshot(place, loaded.model, loaded.tokenizer, loaded.kind, shown(loaded.path))
-    weights = model_weights(loaded.model)
-    half = {name: weight.half() for name, weight in weights.items()}
-    tasks = {name: value for name, value in read_info(loaded.path).items() if name == "tasks"}
-    info = _info(run, loaded.step) | tasks | {"weights": kind}
-    _write_model(place, run, narrow(weights) if kind == "int8" else half, info)
-    write_sums(place)
 
 
 def model_weights(model: Transformer, keep: bool = True) -> dict[str, Tensor]:
@@ -413,58 +401,31 @@ def read_checkpoint(path: Path) -> tuple[dict, Tokenizer, dict[str, Tensor]]:
 
 
 # In a file, what stands behind the name of an int8 matrix in the name of its scales.
-_SCALES = ".scales"
-
-
-def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as a small file holds them: each matrix as int8, with its scales beside it."""
-    found = {}
-    for name, weight in weights.items():
-        if weight.dim() == 2:
-            found[name], found[name + _SCALES] = quantise(weight.float())
-        else:
-            found[name] = weight.float()
-    return found
+SCALES = ".scales"
 
 
 def widen(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights that `narrow` wrote, in float32; others as they are.
+    """The weights of a small file (export/release.py), in float32; others as they are.
 
-    quantise gives the same int8 values again, so both ways to run such a file are one model.
+    int8.quantise gives the same int8 values again, so both ways to run such a file are one model.
 
     raises: CheckpointError if the scales of a matrix are missing or not one an output
     """
     held = {name for name, weight in weights.items() if weight.dtype == torch.int8}
     found = {}
-    for name in weights.keys() - {name + _SCALES for name in held}:
-        weight, scales = weights[name], weights.get(name + _SCALES)
+    for name in weights.keys() - {name + SCALES for name in held}:
+        weight, scales = weights[name], weights.get(name + SCALES)
         if name not in held:
             found[name] = weight
         elif scales is None or weight.dim() != 2 or scales.shape != weight.shape[:1]:
             raise CheckpointError(
-                f"{where}: wanted {name}{_SCALES} with a number for each row of "
+                f"{where}: wanted {name}{SCALES} with a number for each row of "
                 f"{tuple(weight.shape)}, found {None if scales is None else tuple(scales.shape)}; "
                 f"the file is no int8 checkpoint of ours, get it again"
             )
         else:
             found[name] = weight.float() * scales.float()[:, None]
     return found
-
-
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix (n, d) as int8 values and one float32 scale an output (n,).
-
-    raises: CheckpointError if a weight is not finite
-    """
-    largest = weight.abs().amax(dim=1)
-    if not bool(torch.isfinite(largest).all()):
-        raise CheckpointError(
-            "wanted weights to hold in int8, found some that are not finite numbers; the "
-            "checkpoint is damaged, use an earlier one"
-        )
-    scales = (largest / 127).clamp(min=1e-30)
-    values = (weight / scales[:, None]).round_().to(torch.int8)
-    return values.contiguous(), scales.float().contiguous()
 
 
 def save_adapter(model: Transformer, path: Path) -> Path:

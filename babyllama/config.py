@@ -182,28 +182,6 @@ def lock(directory: Path, advice: str = "take another --name") -> Iterator[None]
         held.release()
 
 
-def weighted_names(text: str) -> dict[str, float]:
-    """The sets that a command line names, and how often each is seen: "csl" or "csl:2,belle:0.5".
-
-    raises: ConfigError if a weight is no number or a name comes twice
-    """
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, *weights = re.split(r"(?<=.):(?=[^:/\\]*$)", part)
-        try:
-            found.append((name.strip(), float(*weights) if weights else 1.0))
-        except ValueError:
-            raise ConfigError(
-                f"--dataset: wanted NAME or NAME:WEIGHT, found {part!r}; as in csl:2,belle:0.5"
-            ) from None
-    if not found or len(dict(found)) < len(found):
-        raise ConfigError(
-            f"--dataset {text!r}: wanted each set once; a weight says how often its rows are seen, "
-            f"as in csl:2"
-        )
-    return dict(found)
-
-
 def require_writable(path: Path) -> None:
     """Refuse an output before the work is done that it is for.
 

@@ -20,14 +20,17 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from babyllama import checkpoint
 from babyllama.analysis.perplexity import Document, document_sums, open_held_out
-from babyllama.checkpoint import Loaded, load_model, write_small
-from babyllama.config import parse, run
+from babyllama.checkpoint import Loaded, load_model
+from babyllama.config import parse, run, shown
+from babyllama.cpu.int8 import quantise
 from babyllama.distributed import World
 from babyllama.errors import ConfigError
 from babyllama.log import perplexity
-from babyllama.run_dir import chosen_run
+from babyllama.run_dir import chosen_run, read_info
 from babyllama.scoring.summarise import PROMPTS
 from export import parity
 from export.gguf import drift
@@ -55,6 +58,30 @@ class ReleaseConfig(parity.ExportConfig):
     def __post_init__(self) -> None:
         if not self.max_mib > 0:
             raise ConfigError(f"--max_mib wants more than 0, found {self.max_mib:g}; 16 is usual")
+
+
+def write_small(place: Path, loaded: Loaded, kind: Literal["int8", "float16"] = "int8") -> None:
+    """Fill an empty directory with a checkpoint for use, of a quarter or half of the size."""
+    run = checkpoint.Snapshot(
+        place, loaded.model, loaded.tokenizer, loaded.kind, shown(loaded.path)
+    )
+    weights = checkpoint.model_weights(loaded.model)
+    half = {name: weight.half() for name, weight in weights.items()}
+    tasks = {name: value for name, value in read_info(loaded.path).items() if name == "tasks"}
+    info = checkpoint.info_of(run, loaded.step) | tasks | {"weights": kind}
+    checkpoint.write_model(place, run, narrow(weights) if kind == "int8" else half, info)
+    checkpoint.write_sums(place)
+
+
+def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as a small file holds them: each matrix as int8, with its scales beside it."""
+    found = {}
+    for name, weight in weights.items():
+        if weight.dim() == 2:
+            found[name], found[name + checkpoint.SCALES] = quantise(weight.float())
+        else:
+            found[name] = weight.float()
+    return found
 
 
 def documents_of(loaded: Loaded, material: parity.Material) -> list[Document]:

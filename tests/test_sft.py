@@ -9,14 +9,14 @@ import yaml
 
 from babyllama.analysis.inspect_batch import read_of, shown_batch
 from babyllama.analysis.terminal_text import GREEN, RESET, Painter
-from babyllama.config import REPO, parse, to_yaml, weighted_names
+from babyllama.config import REPO, parse, to_yaml
 from babyllama.data import open_data
 from babyllama.errors import ConfigError
 from babyllama.run_dir import list_checkpoints
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
 from conftest import SMALL_PROMPTS, write_run
-from data_process.registry import catalog
+from data_process.registry import catalog, weighted_names
 from sft import SftConfig, resolve, settings_of
 from tokenizer import Tokenizer
 

@@ -2,7 +2,7 @@
 
 Each output of a matrix has its own scale, so that its largest weight becomes 127. Activations are
 not held in int8: the sums of int8.c are as good as those of float32 activations. The same rounding
-makes the small files of a released model (narrow, widen).
+makes the small files of a released model (export/release.py).
 """
 
 import ctypes
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.checkpoint import quantise
 from babyllama.cpu.compile import compiled
+from babyllama.errors import CheckpointError
 from model import KVCache, Transformer
 
 # Outputs of a matrix that int8.c computes together.
@@ -24,6 +24,22 @@ _MOST_ROWS = 512
 _MANY_ROWS, _MOST_THREADS = 16, 8
 # After so many steps, so many of each kind find out whether one thread is faster than all.
 _TRIAL_EVERY, _TRIAL = 100, 4
+
+
+def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (n, d) as int8 values and one float32 scale an output (n,).
+
+    raises: CheckpointError if a weight is not finite
+    """
+    largest = weight.abs().amax(dim=1)
+    if not bool(torch.isfinite(largest).all()):
+        raise CheckpointError(
+            "wanted weights to hold in int8, found some that are not finite numbers; the "
+            "checkpoint is damaged, use an earlier one"
+        )
+    scales = (largest / 127).clamp(min=1e-30)
+    values = (weight / scales[:, None]).round_().to(torch.int8)
+    return values.contiguous(), scales.float().contiguous()
 
 
 class _Matrix(ctypes.Structure):

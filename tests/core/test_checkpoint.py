@@ -32,7 +32,6 @@ from babyllama.checkpoint import (
     load_weights,
     require_space,
     save_checkpoint,
-    write_small,
 )
 from babyllama.config import REPO
 from babyllama.errors import CheckpointError, ConfigError
@@ -51,6 +50,7 @@ from babyllama.run_dir import (
 )
 from conftest import TEXTS, contents, small_config, write_run
 from data_process.vocabulary import train_vocabulary
+from export.release import write_small
 from model import Transformer
 from tokenizer import Tokenizer
 

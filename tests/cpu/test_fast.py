@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from babyllama import checkpoint
 from babyllama.cpu import compile, int8
 from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Decoder, plain_decoder
@@ -50,7 +49,7 @@ def rounded(model: Transformer) -> Transformer:
         embedding = model.tok_embeddings.weight.clone()
         for name, weight in model.named_parameters():
             if weight.dim() == 2 and (model.config.tied or name != "tok_embeddings.weight"):
-                values, scales = checkpoint.quantise(weight)
+                values, scales = int8.quantise(weight)
                 weight.copy_(values.float() * scales[:, None])
         model.tok_embeddings.weight = torch.nn.Parameter(embedding)
     return model
@@ -224,7 +223,7 @@ def test_a_decoder_leaves_the_model_as_it_was(kind):
 def test_int8_values_use_their_range():
     weight = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     weight[7] = 0
-    values, scales = checkpoint.quantise(weight)
+    values, scales = int8.quantise(weight)
     assert values.dtype == torch.int8
     assert (values.abs().amax(1) == 127).sum() == 49 and (values[7] == 0).all()
     assert ((values * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
@@ -232,7 +231,7 @@ def test_int8_values_use_their_range():
 
 def test_weights_that_are_not_finite_are_refused():
     with pytest.raises(CheckpointError, match="not finite numbers"):
-        checkpoint.quantise(torch.tensor([[1.0, torch.inf]]))
+        int8.quantise(torch.tensor([[1.0, torch.inf]]))
 
 
 def forget():
