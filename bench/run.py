@@ -40,7 +40,7 @@ HARNESS = "0.4.13"
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What is asked, of which checkpoint, and how.
+    """Settings of a benchmark run.
 
     Args:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/

@@ -114,7 +114,7 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
 
 
 def _shows_numbers(task: Task, rows: Rows) -> bool:
-    """Whether one option can be said every time: letters, or the same texts in every row."""
+    """True if one option can be said every time: letters, or the same texts in every row."""
     same = {tuple(row["options"]) for row in rows.every}
     return task.harness.get("doc_to_choice") == "letters" or len(same) == 1
 
@@ -126,7 +126,7 @@ def _n_cut(made: Any, said: list[dict]) -> int:
 
 
 def _chosen(task: Task, said: list[dict]) -> dict[str, int]:
-    """How often each option was chosen, by its number: shows who always says the same."""
+    """Count of how often each option was chosen, by its number: shows who always says the same."""
     if task.score != "choice":
         return {}
     picked = [int(np.argmax([float(r[0]) for r in s["filtered_resps"]])) for s in said]

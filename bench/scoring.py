@@ -1,4 +1,4 @@
-"""Whether a reply is right: numbers, short answers, answers taken from a text; and what a score is
+"""Scores of replies: numbers, short answers, answers taken from a text; and what a score is
 worth: its interval, what guessing gives, what one constant answer gives.
 
 Each function of SCORES takes a reply and the answers that count and gives shares from 0 to 1 by

@@ -73,7 +73,7 @@ NO_EOS = -1
 
 @dataclass(frozen=True)
 class CardConfig:
-    """What is measured.
+    """Settings of the measurements.
 
     Args:
         device: auto takes cuda, else mps, else cpu
@@ -117,7 +117,7 @@ class Lab:
         self.rows = 2 if cfg.tiny else max(1, min(32, self.largest("float32") // 2))
 
     def largest(self, precision: str) -> int:
-        """How many sequences fit at a time, by the estimate."""
+        """Number of sequences that fit at a time, by the estimate."""
         one, two = (self.computed(n, precision) for n in (1, 2))
         return largest_batch(one, two, available_gb(self.device))
 
@@ -153,7 +153,7 @@ class Lab:
             torch.cuda.reset_peak_memory_stats()
 
     def rate(self, work: Callable[[], object], amount: float, seconds: float = 0.0) -> float:
-        """How much of an amount a second, over calls for some seconds after two that warm up."""
+        """Rate of an amount a second, over calls for some seconds after two that warm up."""
         for _ in range(2):
             work()
         synchronize(self.device)

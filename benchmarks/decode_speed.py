@@ -40,7 +40,7 @@ SHARPNESS = 11
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """What to measure.
+    """Settings of a measurement.
 
     Args:
         rounds: how often each contestant takes its turn
@@ -143,7 +143,7 @@ def first_token(
     llamas: dict[str, LlamaCpp],
     rounds: int,
 ) -> dict[str, dict[str, float]]:
-    """How long a long prompt takes before its first token comes."""
+    """Time until the first token behind a long prompt."""
     (prompt,) = random_prompts(1, SHAPE_43M.max_seq_len - 1)
     sampling = SamplingConfig(max_new_tokens=1, temperature=0)
     works: dict[str, Callable[[], object]] = {

@@ -51,7 +51,7 @@ AVX2 = {
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What to measure.
+    """Settings of a measurement.
 
     Args:
         rounds: how often each contestant runs

@@ -93,7 +93,7 @@ class Fields:
         self._used: set[str] = set()
 
     def __contains__(self, role: str) -> bool:
-        """Whether a column of that role is there, even an empty one."""
+        """True if a column of that role is there, even an empty one."""
         return any(name in self._data for name in self._names(role))
 
     def _names(self, role: str) -> Iterable[str]:

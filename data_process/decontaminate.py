@@ -83,7 +83,7 @@ class Windows:
 
     @property
     def shift(self) -> np.uint32:
-        """How many bits of a rolling hash the table leaves out."""
+        """Number of bits of a rolling hash that the table leaves out."""
         assert self.rolling is not None
         return np.uint32(32 - min(30, max(10, (32 * len(self.rolling)).bit_length())))
 
@@ -131,7 +131,7 @@ def is_kept(numbers: np.ndarray) -> np.ndarray:
 
 
 def hits(texts: Sequence[str], windows: Windows) -> np.ndarray:
-    """How many different windows of each list each text holds, (len(texts), number of lists)."""
+    """Number of different windows of each list in each text, (len(texts), number of lists)."""
     counts = np.zeros((len(texts), len(windows.lists)), np.int64)
     which, numbers = occurrences(texts, windows)
     for n, of_list in enumerate(windows.lists):

@@ -81,7 +81,7 @@ TILE = 1 << 16  # hashes that stay in the processor's cache while all minima are
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """How near-duplicates are looked for.
+    """Search for near-duplicates.
 
     Args:
         threshold: Jaccard similarity of two rows' 5-character pieces from which the later one goes

@@ -315,7 +315,7 @@ def fault(path: Path, file: RemoteFile) -> str:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path stays below the directory it is put into, on every system."""
+    """True if a path stays below the directory it is put into, on every system."""
     odd = re.search(r"[\x00-\x1f\\]|^[A-Za-z]:", path)
     return not odd and all(part.rstrip(". ") for part in path.split("/"))
 
@@ -601,7 +601,7 @@ def _root(error: BaseException) -> str:
 
 
 def _stated_size(answer: requests.Response) -> int | None:
-    """How long the server says that the body is, if it says so and does not compress it."""
+    """Length of the body as the server says, if it says so and does not compress it."""
     length = answer.headers.get("Content-Length", "")
     known = re.fullmatch(r"[0-9]{1,18}", length) and "Content-Encoding" not in answer.headers
     return int(length) if known else None

@@ -202,7 +202,7 @@ class _Window:
         return bool(piece)
 
     def rest(self, start: int) -> bool:
-        """Whether anything but space and brackets stands from a place on."""
+        """True if anything but space and brackets stands from a place on."""
         while not BEHIND.search(self.text, start):
             start -= self.at
             if not self.grow():
@@ -275,7 +275,7 @@ def _rows_in(place: str, value: dict, columns: Collection[str]) -> Iterator[tupl
 
 
 def _is_row(value: list) -> bool:
-    """Whether a list holds what may be a row, or the turns of one."""
+    """True if a list holds what may be a row, or the turns of one."""
     return bool(value) and isinstance(value[0], dict | list | str)
 
 

@@ -188,7 +188,7 @@ def _recognised(files: list[Path], purpose: Purpose, ask: Callable[[str], bool])
 
 
 def _understood(first: list[Record | Skip], entry: str, columns: Mapping[str, str]) -> int:
-    """How many of the first records a reader makes a row of."""
+    """Number of the first records that a reader makes a row of."""
     rows = data_sets(entry)[0].read(first, columns=columns)
     return sum(isinstance(row, dict) for row in rows)
 

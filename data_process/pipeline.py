@@ -116,7 +116,7 @@ class Making:
         return tuple(sorted({part for counts in self.read for part in counts["official"]}))
 
     def held_out(self) -> bool:
-        """Whether the publisher holds rows out."""
+        """True if the publisher holds rows out."""
         return bool({"val", "test"} & set(self.official()))
 
 

@@ -93,7 +93,7 @@ def split_of(path: str) -> str | None:
 
 
 def is_ignored(path: str) -> bool:
-    """Whether a file, or a folder that it lies in, cannot be data."""
+    """True if a file, or a folder that it lies in, cannot be data."""
     return any(map(IGNORED.search, path.replace("\\", "/").split("/")))
 
 

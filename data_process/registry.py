@@ -86,7 +86,7 @@ class DataSet:
 
     @property
     def reads_dir(self) -> bool:
-        """Whether the reader opens the files itself."""
+        """True if the reader opens the files itself."""
         return self._takes()[0] == "raw_dir"
 
     def read(self, found: Any, *more: object, **chosen: Mapping[str, str]) -> Iterator[dict | Skip]:

@@ -84,7 +84,7 @@ def in_their_order(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
 
 
 def type_of(weight: Tensor, wanted: GgufType) -> GgufType:
-    """How a weight is stored: norms stay float32, rows that are no whole blocks float16."""
+    """Format of a stored weight: norms stay float32, rows that are no whole blocks float16."""
     if weight.dim() < 2:
         return "f32"
     return "f16" if wanted == "q8_0" and weight.shape[-1] % _BLOCK else wanted
@@ -210,7 +210,7 @@ def vocabulary_in(file: Path) -> tuple[sentencepiece.SentencePieceProcessor, str
 
 @dataclass(frozen=True)
 class GgufConfig(parity.ExportConfig):
-    """What is exported, how it is rounded, and where to.
+    """Source, rounding and target of an export.
 
     Args:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/

@@ -36,7 +36,7 @@ _EXACT = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """What is imported, and where to.
+    """Source and target of an import.
 
     Args:
         folder: a Hugging Face folder

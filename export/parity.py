@@ -1,4 +1,4 @@
-"""Where an export goes, and the proof of what it must do exactly as the checkpoint does.
+"""Target of an export, and the proof of what it must do exactly as the checkpoint does.
 
     logits     of 100 dialogues, every position, to 1e-3 in float32
     replies    to 50 prompts, greedy, the same ids when fed the same ids
@@ -47,7 +47,7 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is exported, and where to.
+    """Source and target of an export.
 
     Args:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/
@@ -280,7 +280,7 @@ def compare_replies(
     theirs: Callable[[list[list[int]], int], list[list[int]]],
     prompts: list[list[int]],
 ) -> dict:
-    """How many greedy replies are the same, token for token.
+    """Number of greedy replies that are the same, token for token.
 
     theirs: prompts and longest reply to the ids of replies without <eos>
     """
@@ -305,7 +305,7 @@ def compare_replies(
 def compare_ids(
     tokenizer: Tokenizer, theirs: Callable[[list[str]], list[list[int]]], texts: Sequence[str]
 ) -> dict:
-    """How many texts have the same ids. Control names in a text are plain text on both sides."""
+    """Number of texts with the same ids. Control names in a text are plain text on both sides."""
     n_equal, first = 0, []
     for start in tqdm(
         range(0, len(texts), 500), desc="compare token ids", leave=False, disable=None

@@ -45,7 +45,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class PeftConfig(parity.ExportConfig):
-    """What is exported, and where to.
+    """Source and target of an export.
 
     Args:
         checkpoint: a fine-tuning run or checkpoint that holds an adapter, or a saved adapter; if

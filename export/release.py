@@ -42,7 +42,7 @@ N_TEXTS = 500
 
 @dataclass(frozen=True)
 class ReleaseConfig(parity.ExportConfig):
-    """What is published, and where to.
+    """Source and target of a release.
 
     Args:
         checkpoint: a run (its newest step) or one step; if absent the newest run in out/

@@ -458,5 +458,5 @@ class Engine:
 
 
 def _over(job: Job, now: float) -> str:
-    """Why a job must end before it is finished, or ""."""
+    """Reason why a job must end before it is finished, or ""."""
     return "cancelled" if job.cancelled else "time" if now > job.deadline else ""

@@ -28,7 +28,7 @@ from serve.pictures import Eyes, PictureEngine, picture_tools
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """What to serve, to whom, and how much of it.
+    """Settings of a server: models, clients, limits.
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run

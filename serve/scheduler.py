@@ -127,7 +127,7 @@ class Desk:
             self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
 
     def wait_s(self) -> int:
-        """How long it takes until a place is likely to be free."""
+        """Time until a place is likely to be free."""
         n_slots = max(engine.n_slots for engine in self.engines.values())
         return max(1, min(60, math.ceil(self._seconds * self._open.total() / (2 * n_slots))))
 

@@ -1,4 +1,4 @@
-"""What a request may say, and how one that says something else is refused, in OpenAI's form.
+"""Requests as they may be, and the refusal of others, in the form of OpenAI.
 
 An unknown field, a wrong type, a number out of range: each is refused with the field's name, never
 passed over. Null means the server's choice, as if the field were absent; of OpenAI's fields that we
@@ -68,7 +68,7 @@ class Strict(BaseModel):
 
 
 def is_neutral(name: str, value: object) -> bool:
-    """Whether a field of OpenAI's that we lack asks for nothing; true is no 1, nor false a 0."""
+    """True if a field of OpenAI's that we lack asks for nothing; true is no 1, nor false a 0."""
     return any(
         value == other and isinstance(value, bool) == isinstance(other, bool)
         for other in NEUTRAL.get(name, ())

@@ -388,12 +388,12 @@ class EncoderConfig:
 
     @property
     def n_squares(self) -> int:
-        """How many squares are made of an image."""
+        """Number of squares made of an image."""
         return 1 + (self.tiles**2 if self.tiles > 1 else 0)
 
     @property
     def n_places(self) -> int:
-        """How many places an image has at each depth."""
+        """Number of places of an image at each depth."""
         return self.n_squares * self.grid**2
 
     @property

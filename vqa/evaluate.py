@@ -83,7 +83,7 @@ CELL, GAP, LINE, LONGEST = 3.3, 0.25, 0.24, 27
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is scored.
+    """Settings of an evaluation.
 
     Args:
         checkpoint: a run or a checkpoint of python -m vqa.train
@@ -196,7 +196,7 @@ def answers(
 
 
 def is_right(said: str, answer: str) -> bool:
-    """Whether two answers are the same but for space and a full stop."""
+    """True if two answers are the same but for space and a full stop."""
     return said.strip(" 。.\n") == answer.strip(" 。.\n")
 
 

@@ -38,7 +38,7 @@ PARTS = ("encoder", "connector", "language")
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How images reach the language model.
+    """Connection of images to the language model.
 
     Args:
         kind: splice, resampler or cross
@@ -65,7 +65,7 @@ class FusionConfig:
 
 
 def n_positions(fusion: FusionConfig, encoder: EncoderConfig) -> int:
-    """How many positions of a sequence an image takes."""
+    """Number of positions of a sequence that an image takes."""
     each = {"splice": encoder.n_places * len(encoder.depths), "resampler": fusion.n_queries}
     return each.get(fusion.kind, 0)
 

@@ -174,7 +174,7 @@ def read_column(path: Path, name: str) -> list:
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What is packed.
+    """Images to pack.
 
     Args:
         dataset: name of a set in data/clean, or a directory of rows

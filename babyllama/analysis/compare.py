@@ -16,7 +16,7 @@ from babyllama.log import read_metrics, table
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What to compare.
+    """Runs to compare.
 
     Args:
         runs: directories of runs, each with its metrics.jsonl and config.yaml

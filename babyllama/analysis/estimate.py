@@ -98,7 +98,7 @@ def memory_by_part(
 
 
 def largest_batch(one: dict[str, float], two: dict[str, float], available_gb: float) -> int:
-    """How many sequences fit at a time, from the memory by part of one and of two of them."""
+    """Number of sequences that fit at a time, from the memory by part of one and of two of them."""
     first, each = sum(one.values()), sum(two.values()) - sum(one.values())
     return max(0, 1 + int((available_gb * _USABLE - first) / each))
 
@@ -170,7 +170,7 @@ def dry_run(
 
 
 def _is_masked(model: Transformer, data: TrainData, cfg: RunConfig, world: World) -> bool:
-    """Whether a card keeps packed rows apart by a mask, for want of block attention."""
+    """True if a card keeps packed rows apart by a mask, for want of block attention."""
     (batch, *_) = data.batches(0, cfg.train.micro_batch_size, world.rank, world.size)
     if world.device.type != "cuda" or "segments" not in batch:
         return False

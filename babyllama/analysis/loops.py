@@ -29,7 +29,7 @@ from babyllama.scoring.summarise import ReadyModel, ask_all
 
 @dataclass(frozen=True)
 class LoopsConfig(SamplingConfig):
-    """What is asked of which checkpoint.
+    """Checkpoint and questions.
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
@@ -124,7 +124,7 @@ def repeated_share(text: str, n: int) -> float:
 
 
 def distinct_share(texts: Sequence[str], n: int) -> float:
-    """How many per cent of all runs of `n` characters in all texts are different ones."""
+    """Share of all runs of `n` characters in all texts that are different ones, in per cent."""
     runs = [run for text in texts for run in ngrams(text, n)]
     return 100 * len(set(runs)) / len(runs) if runs else 0.0
 

@@ -59,7 +59,7 @@ BETWEEN = ("怎样才能睡得好？", "下雨天可以做什么？", "写一句
 
 @dataclass(frozen=True)
 class MultiTurnConfig:
-    """What is asked of which checkpoint.
+    """Checkpoint and questions.
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
@@ -134,7 +134,7 @@ class Dialogue:
 
 
 def recalls(reply: str, value: str, values: Sequence[str]) -> bool:
-    """Whether a reply holds the value and no other one."""
+    """True if a reply holds the value and no other one."""
     return [one for one in values if one in reply] == [value]
 
 

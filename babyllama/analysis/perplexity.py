@@ -232,7 +232,7 @@ def fingerprint(documents: Sequence[Document]) -> str:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Which checkpoints are measured, on what, and how.
+    """Settings of a measurement of perplexity.
 
     Args:
         checkpoints: runs (their newest steps) or steps

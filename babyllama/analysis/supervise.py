@@ -26,7 +26,7 @@ FINAL = (0, BAD_INPUT, STOPPED, INTERRUPTED)
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How often, and how soon.
+    """Restarts: how often, and how soon.
 
     Args:
         retries: start the command again at most this often

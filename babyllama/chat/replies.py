@@ -24,7 +24,7 @@ ENDINGS = {
 
 
 def greet(session: Session, index: Path | None, reference: str) -> str:
-    """What is worth knowing before the first message.
+    """Notes before the first message.
 
     index: named by the user; reference: the 资料 to begin with
     """

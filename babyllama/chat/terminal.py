@@ -143,7 +143,7 @@ class Lines:
 
 
 def _is_waiting(pause_s: float = 0.2) -> bool:
-    """Whether something is typed or pasted already, or is within `pause_s`."""
+    """True if something is typed or pasted already, or is within `pause_s`."""
     if sys.platform == "win32":
         import msvcrt
 

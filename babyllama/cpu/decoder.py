@@ -45,7 +45,7 @@ def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
 
 
 def choose_weights(model: Transformer, weights: Weights) -> tuple[str, str]:
-    """How the weights will be held, "int8", "float32" or "" for as they are, and the reason."""
+    """Format of the held weights, "int8", "float32" or "" for as they are, and the reason."""
     dtype, device = model.output.weight.dtype, model.rope.device.type
     here = f"{str(dtype)[6:]} on {device}"
     if device != "cpu" or dtype != torch.float32:

@@ -33,7 +33,7 @@ class _Attention(ctypes.Structure):
 
 
 def suits(model: Transformer) -> bool:
-    """Whether the kernels exist here and cover the model's shape."""
+    """True if the kernels exist here and cover the model's shape."""
     config = model.config
     return (
         model.rope.device.type == "cpu"
@@ -91,13 +91,13 @@ def _layer_forward(
 
 
 def _is_bf16() -> bool:
-    """Whether products are taken in bfloat16 here."""
+    """True if products are taken in bfloat16 here."""
     is_on = torch.is_autocast_enabled("cpu")
     return is_on and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def _is_covered(layer: DecoderLayer, x: Tensor) -> bool:
-    """Whether this call may be fused: bfloat16, and every part is as model.py made it."""
+    """True if this call may be fused: bfloat16, and every part is as model.py made it."""
     if torch.compiler.is_compiling() or not _is_bf16() or x.dtype != torch.float32:
         return False
     a, f = layer.attention, layer.feed_forward

@@ -80,7 +80,7 @@ class _Rows(ctypes.Structure):
 
 
 class Team:
-    """How many threads a step of few rows gets: all, or one where that is faster.
+    """Number of threads of a step of few rows: all, or one where that is faster.
 
     So it is where other programs use the processor: a step then waits for the thread that has no
     place to run. What is not in use is tried for a few steps now and then.
@@ -97,7 +97,7 @@ class Team:
         return 1 if self.is_alone != is_trial else most
 
     def took(self, seconds: float) -> None:
-        """How long that step took."""
+        """Time that the step took."""
         place = self.n_steps % _TRIAL_EVERY
         self.n_steps += 1
         if place >= 2 * _TRIAL:

@@ -28,7 +28,7 @@ _ALIGNED = 8
 
 
 def suits(device: torch.device, head_dim: int) -> bool:
-    """Whether flex_attention's kernels exist here: Triton, a card of the RTX 30 series or later,
+    """True if flex_attention's kernels exist here: Triton, a card of the RTX 30 series or later,
     heads of 16 or more; and whether they work, which is tried once."""
     return (
         device.type == "cuda"
@@ -41,7 +41,7 @@ def suits(device: torch.device, head_dim: int) -> bool:
 
 @functools.cache
 def works(device: torch.device, head_dim: int) -> bool:
-    """Whether a block can be attended to, there and back; warns where not.
+    """True if a block can be attended to, there and back; warns where not.
 
     Triton needs a C compiler and Python's headers, which small images do not have.
     """

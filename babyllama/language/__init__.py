@@ -57,7 +57,7 @@ def speak(argv: Sequence[str]) -> list[str]:
 
 
 def is_chinese(environment: Mapping[str, str]) -> bool:
-    """Whether messages are wanted in Chinese, by the first of these that is set; Windows sets
+    """True if messages are wanted in Chinese, by the first of these that is set; Windows sets
     none, and there Python knows."""
     names = [environment.get(name, "") for name in ("LC_ALL", "LC_MESSAGES", "LANG")]
     known = next(filter(None, names), locale.setlocale(locale.LC_CTYPE))

@@ -109,7 +109,7 @@ class Retriever:
 
 
 def is_about(passage: Passage, question: str) -> bool:
-    """Whether a passage that a question brought is about it."""
+    """True if a passage that a question brought is about it."""
     is_named = bool(passage.title) and normal(passage.title) in normal(question)
     return passage.coverage >= MIN_COVERAGE and (passage.n_rare >= MIN_RARE or is_named)
 

@@ -94,7 +94,7 @@ ROUGE_MEASURES = (rouge_published, rouge_clipped, rouge_words)
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text holds nothing but white space and full stops."""
+    """True if a text holds nothing but white space and full stops."""
     return not text.replace(".", "").strip()
 
 

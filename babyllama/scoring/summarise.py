@@ -45,7 +45,7 @@ BEST = SamplingConfig(
 
 @dataclass(frozen=True)
 class AskConfig(SamplingConfig):
-    """How checkpoints are asked.
+    """Settings of asking checkpoints.
 
     Args:
         batch_size: replies generated at once

@@ -25,7 +25,7 @@ from babyllama.run_dir import list_checkpoints
 
 @dataclass(frozen=True)
 class AverageConfig:
-    """What is averaged.
+    """Checkpoints to average.
 
     Args:
         runs: run directories, out/<name>

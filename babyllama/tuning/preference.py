@@ -120,7 +120,7 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def answer_lengths(batch: Batch) -> Tensor:
-    """How many tokens of each answer are learnt, (B, pairs, 2) float32."""
+    """Number of learnt tokens of each answer, (B, pairs, 2) float32."""
     return _by_answer((batch["targets"] >= 0).float(), batch)
 
 
@@ -139,7 +139,7 @@ def _segments(batch: Batch) -> Tensor:
 
 
 def _pairs_of(batch: Batch) -> Tensor:
-    """How many pairs each sequence holds, (B,): the segments 1 and 2, 3 and 4, ..."""
+    """Number of pairs in each sequence, (B,): the segments 1 and 2, 3 and 4, ..."""
     return _segments(batch).amax(dim=1) // 2
 
 
@@ -148,7 +148,7 @@ VAL_SHARE = 20  # one row in so many is for validation
 
 @dataclass(frozen=True)
 class PairsConfig:
-    """Which pairs become token files.
+    """Pairs that become token files.
 
     Args:
         rows: file of preference rows; its directory gives the set's name

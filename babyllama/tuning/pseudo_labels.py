@@ -28,7 +28,7 @@ ROWS_A_FILE = 500
 
 @dataclass(frozen=True)
 class PseudoLabelConfig(AskConfig):
-    """Which checkpoints read which texts.
+    """Checkpoints and the texts that they read.
 
     Args:
         checkpoints: fine-tuned runs (their newest steps) or single steps, which decide together
@@ -93,7 +93,7 @@ def read_texts(place: Path, shortest: int, longest: int) -> tuple[list[str], int
 
 
 def fault(title: str, text: str) -> str | None:
-    """Why a title is not worth training on, or None."""
+    """Reason why a title is not worth training on, or None."""
     if not squeeze(title):
         return "blank"
     if len(title) >= len(text) / 2:

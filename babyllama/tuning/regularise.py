@@ -85,7 +85,7 @@ class Noise:
 
 
 def lengths_of(segments: Tensor) -> Tensor:
-    """How many positions of its sequence have the number of each, (B, T)."""
+    """Number of positions of its sequence that have the number of each, (B, T)."""
     # There are no more of them than positions; the largest number is the card's to know.
     counts = segments.new_zeros(len(segments), segments.shape[1] + 1)
     counts = counts.scatter_add(1, segments, torch.ones_like(segments))

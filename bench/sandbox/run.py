@@ -41,7 +41,7 @@ _EVERY_S = 0.02
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Limits of a program.
 
     seconds: by the clock; memory_mb: of all its processes together; file_mb: of its folder
     """
@@ -53,7 +53,7 @@ class Limits:
 
 
 class Outcome(NamedTuple):
-    """How a program ended: passed, or why not.
+    """End of a program: passed, or why not.
 
     reason: passed, an exception's name, time, memory, exit (it left early), or setup
     """
@@ -188,12 +188,12 @@ def sources(row: dict, completion: str) -> tuple[str, str]:
 
 
 def run_all(rows: Sequence[dict], completions: Iterable[str]) -> list[Outcome]:
-    """How each completed program ends, in order."""
+    """Outcome of each completed program, in order."""
     pairs = zip(rows, completions, strict=True)
     bar = tqdm(pairs, total=len(rows), desc="run programs", unit=" programs")
     return [run_program(*sources(row, text)) for row, text in bar]
 
 
 def reasons(outcomes: Iterable[Outcome]) -> dict[str, int]:
-    """How many programs ended in which way."""
+    """Number of programs by outcome."""
     return dict(Counter(outcome.reason for outcome in outcomes).most_common())

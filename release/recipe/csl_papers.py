@@ -29,7 +29,7 @@ SPLIT = {"dev": "val", "train": "train"}
 
 @dataclass(frozen=True)
 class PapersConfig:
-    """Which files are put together.
+    """Files that are put together.
 
     Args:
         benchmark: folder with ts, kg, cls_dcp and cls_ctg, as in CSL's repository

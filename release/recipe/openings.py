@@ -37,7 +37,7 @@ LEAST = 5  # characters: what is shorter, such as a greeting, stands in any set
 
 @dataclass(frozen=True)
 class OpeningsConfig(SamplingConfig):
-    """What is asked of which checkpoint.
+    """Checkpoint and questions.
 
     Args:
         checkpoint: a fine-tuned run (its newest step) or one of its steps
@@ -71,7 +71,7 @@ def read_openings(path: Path = OPENINGS) -> list[list[dict]]:
 
 
 def fault(reply: Reply, turn: dict) -> str | None:
-    """Why a reply to a turn is not sensible, or None if nothing speaks against it."""
+    """Reason why a reply to a turn is not sensible, or None if nothing speaks against it."""
     text, asked = squeeze(reply.text), bare(turn["say"])
     if not bare(text):
         return "blank"

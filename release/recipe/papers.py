@@ -42,7 +42,7 @@ SLOT = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class PapersConfig:
-    """What is made of which files.
+    """Source and target files.
 
     Args:
         raw: folder with the files

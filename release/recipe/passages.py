@@ -52,7 +52,7 @@ UNITS = (
 
 @dataclass(frozen=True)
 class PassagesConfig:
-    """What is made of which files.
+    """Source and target files.
 
     Args:
         raw: folder with the files

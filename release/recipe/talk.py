@@ -42,7 +42,7 @@ ROLES = {"usr": "user", "client": "user", "sys": "assistant", "counselor": "assi
 
 @dataclass(frozen=True)
 class TalkConfig:
-    """What is made of which files.
+    """Source and target files.
 
     Args:
         raw: folder with the files

@@ -20,7 +20,7 @@ TEXTS = 0.4  # of how often stage 1 sees a text
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """Where from, and where to.
+    """Source and target.
 
     Args:
         raw: folder with the dialogues
