@@ -317,7 +317,7 @@ def _write_shards(names: list[str], cfg: PackConfig, place: Path, shard_bytes: i
         if archive is None or archive.offset > shard_bytes:
             if archive is not None:
                 archive.close()
-            path = place / f"images-{n_shards:05d}.tar"
+            path = place / f"pictures-{n_shards:05d}.tar"
             archive, n_shards = tarfile.open(path, "w"), n_shards + 1  # noqa: SIM115
         head = tarfile.TarInfo(name)
         head.size = len(found)
