@@ -428,16 +428,6 @@ def widen(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     return found
 
 
-def save_adapter(model: Transformer, path: Path) -> Path:
-    """Write the active adapter alone, whole or not at all.
-
-    raises: CheckpointError if the disk does not take it
-    """
-    weights = model_weights(model)
-    write_whole(path, lambda place: lora.write(model, weights, place), weights.values())
-    return path
-
-
 def read_adapter(path: Path) -> tuple[LoraConfig, dict, dict[str, Tensor]]:
     """A stored adapter: its config, all that adapter.yaml says, and its tensors.
 

@@ -118,19 +118,16 @@ class PeftFolder(TransformersModel):
 
 
 class GgufInTransformers(TransformersModel):
-    """A GGUF file read by transformers, which knows shapes and the order of rows by itself."""
+    """A GGUF file as transformers reads it, which knows shapes and the order of rows by itself."""
 
     def __init__(self, file: Path, eos_id: int) -> None:
-        transformers = package("transformers")
-        reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-        config = transformers.LlamaConfig(**reader.load_gguf_checkpoint(str(file))["config"])
-        model = transformers.LlamaForCausalLM(config)
-        tensors = reader.load_gguf_checkpoint(str(file), True, model)["tensors"]
-        missing, _ = model.load_state_dict(tensors, strict=False)
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        if set(missing) - tied:
-            raise ConfigError(f"{file}: transformers finds no {', '.join(missing)} in it")
-        model.tie_weights()
+        model, info = package("transformers").AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ConfigError(
+                f"{file}: transformers finds no {', '.join(info['missing_keys'])} in it"
+            )
         super().__init__(model, eos_id)
 
 
@@ -172,7 +169,6 @@ if TYPE_CHECKING:
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 NORMAL, UNKNOWN, CONTROL = _Piece.NORMAL, _Piece.UNKNOWN, _Piece.CONTROL
 USER_DEFINED, UNUSED, BYTE = _Piece.USER_DEFINED, _Piece.UNUSED, _Piece.BYTE
-_BPE = sentencepiece_model_pb2.TrainerSpec.BPE
 _KINDS = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 
 # Strings on which tokenizers like to differ: control names as text, spaces, line ends, rare and

@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from babyllama.checkpoint import Snapshot, save_checkpoint
+from babyllama import lora
+from babyllama.checkpoint import Snapshot, model_weights, save_checkpoint, write_whole
 from babyllama.config import REPO
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.token_file import TokenFileWriter
@@ -79,6 +80,13 @@ def save_model(
     return save_checkpoint(
         Snapshot(run, model, tokenizer, kind, optimizer=optimizer, extra=extra), step
     )
+
+
+def save_adapter(model: Transformer, path: Path) -> Path:
+    """The active adapter alone, as a checkpoint holds it."""
+    weights = model_weights(model)
+    write_whole(path, lambda place: lora.write(model, weights, place), weights.values())
+    return path
 
 
 def contents(root: Path) -> dict[str, bytes | None]:

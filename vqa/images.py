@@ -8,6 +8,7 @@ costs no memory. What an encoder does with the squares is vqa/'s; the chat page 
 
 import base64
 import binascii
+import contextlib
 import io
 import struct
 from pathlib import Path
@@ -32,9 +33,6 @@ MAX_SCANS = 100  # cameras and programs write 1 to 20
 # What Pillow's decoders raise on bytes that are wrong.
 _BAD = (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
         struct.error)  # fmt: skip
-_ORIENTATION = 0x0112
-# What shows an image of that orientation upright, as Pillow numbers it (Image.Transpose).
-_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 
 
 class Mean(NamedTuple):
@@ -121,11 +119,11 @@ def _too_large(name: str, found: str) -> DataError:
 
 def _upright(image: "Image") -> "Image":
     """Turned and mirrored as its EXIF data say (2.3, section 4.6), where they are whole."""
-    try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION))
-    except _BAD:
-        return image
-    return image if turn is None else image.transpose(turn)
+    from PIL import ImageOps
+
+    with contextlib.suppress(*_BAD):
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _flat(image: "Image") -> "Image":

@@ -67,10 +67,6 @@ class Pictures:
         shard, start, size = self._members[number]
         return read_piece(self._shards[shard], start, size)
 
-    def __iter__(self) -> Iterator[tuple[str, bytes]]:
-        """All images with their names, in one pass over the files."""
-        yield from ((name, self.read(number)) for name, number in self.number.items())
-
 
 def read_piece(path: Path, start: int, size: int) -> bytes:
     """Some bytes of a file; safe from several threads."""

@@ -29,7 +29,6 @@ import numpy as np
 
 from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.log import table
@@ -53,6 +52,7 @@ FACTS = {
                ("308", "512", "127", "946", "271", "683", "435", "759")),
 }  # fmt: skip
 UNTOLD = "你好。"
+AT_ONCE = 32  # dialogues that are continued together
 BETWEEN = ("怎样才能睡得好？", "下雨天可以做什么？", "写一句祝福的话。", "围棋是怎么下的？",
            "怎么学好数学？", "请讲一个笑话。", "早饭吃什么好？", "怎么锻炼身体？")  # fmt: skip
 
@@ -68,12 +68,8 @@ class MultiTurnConfig:
         turns: how many stand between or before, with commas: 0 to 8 with facts, to 100 with rows
         n: questions of the rows that are asked, at most
         max_new_tokens: longest answer; if absent 24 with facts, 64 with rows
-        temperature: of the drawn replies
-        seed: other numbers draw other rows and replies
-        batch_size: dialogues continued at once
         out: file for the dialogues, as JSON lines
         device: auto, cpu, cuda or mps
-        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
     """
 
     checkpoint: Path | None = None
@@ -81,19 +77,14 @@ class MultiTurnConfig:
     turns: str = "0,1,2"
     n: int = 100
     max_new_tokens: int | None = None
-    temperature: float = 0.8
-    seed: int = 0
-    batch_size: int = 32
     out: Path | None = None
     device: Device = "auto"
-    weights: Weights = "auto"
 
     def __post_init__(self) -> None:
         longest = 1 if self.max_new_tokens is None else self.max_new_tokens
-        if min(self.n, longest, self.batch_size) < 1 or self.temperature <= 0:
+        if min(self.n, longest) < 1:
             raise ConfigError(
-                f"wanted n, max_new_tokens and batch_size of 1 or more and a temperature above 0, "
-                f"found {self.n}, {longest}, {self.batch_size} and {self.temperature:g}"
+                f"wanted n and max_new_tokens of 1 or more, found {self.n} and {longest}"
             )
         self.numbers()
 
@@ -108,9 +99,9 @@ class MultiTurnConfig:
             )
         return sorted({int(word) for word in words})
 
-    def sampling(self, temperature: float) -> SamplingConfig:
+    def sampling(self, is_drawn: bool) -> SamplingConfig:
         longest = self.max_new_tokens or (64 if self.rows else 24)
-        return SamplingConfig(max_new_tokens=longest, temperature=temperature, seed=self.seed)
+        return SamplingConfig(longest, temperature=0.8 if is_drawn else 0.0, seed=0)
 
 
 @dataclass
@@ -168,13 +159,13 @@ def read_turns(place: Path) -> list[tuple[str, str]]:
     return found
 
 
-def about_rows(turns: Sequence[tuple[str, str]], n: int, most: int, seed: int) -> list[Dialogue]:
+def about_rows(turns: Sequence[tuple[str, str]], n: int, most: int) -> list[Dialogue]:
     """At most so many questions of a set, each after `n` other turns."""
     answers: dict[str, set[str]] = defaultdict(set)
     for question, answer in turns:
         answers[question].add(answer.strip())
-    asked = random.Random(seed).sample(sorted(answers), min(most, len(answers)))
-    chance, found = random.Random(f"{seed} {n}"), []
+    asked = random.Random(0).sample(sorted(answers), min(most, len(answers)))
+    chance, found = random.Random(f"0 {n}"), []
     for question in asked:
         others = [turn for turn in turns if turn[0] != question]
         before = [
@@ -187,9 +178,8 @@ def about_rows(turns: Sequence[tuple[str, str]], n: int, most: int, seed: int) -
 
 
 def talk(
-    loaded: Loaded, model: ReadyModel, asked: Sequence[Dialogue], sampling: SamplingConfig,
-    batch_size: int,
-) -> None:  # fmt: skip
+    loaded: Loaded, model: ReadyModel, asked: Sequence[Dialogue], sampling: SamplingConfig
+) -> None:
     """Have the dialogues, turn by turn, all side by side."""
     room = loaded.config.max_seq_len - sampling.max_new_tokens
     while going := [one for one in asked if one.fits and one.waiting]:
@@ -199,7 +189,7 @@ def talk(
             prompts.append(loaded.tokenizer.render_prompt(one.messages))
             one.fits = len(prompts[-1]) <= room
         pairs = [pair for pair in zip(going, prompts, strict=True) if pair[0].fits]
-        said = ask_all(model, [ids for _, ids in pairs], sampling, batch_size)
+        said = ask_all(model, [ids for _, ids in pairs], sampling, AT_ONCE)
         for (one, _), (reply,) in zip(pairs, said, strict=True):
             one.messages.append({"role": "assistant", "content": reply.text.strip() or "……"})
 
@@ -218,16 +208,15 @@ def main(cfg: MultiTurnConfig) -> None:
     """Talk, count, print a line for each number of turns."""
     turns = read_turns(from_repo(cfg.rows)) if cfg.rows else []
     loaded = load_answering(chosen_run(cfg.checkpoint, kind="sft"), pick_device(cfg.device))
-    model = ReadyModel.of(loaded, cfg.weights)._replace(name="")
+    model = ReadyModel.of(loaded, "auto")._replace(name="")
     lines, saved = [], []
     for n in cfg.numbers():
         if cfg.rows:
-            groups = {way: about_rows(turns, n, cfg.n, cfg.seed) for way in ("greedy", "drawn")}
+            groups = {way: about_rows(turns, n, cfg.n) for way in ("greedy", "drawn")}
         else:
             groups = about_facts(n)
         for name, asked in groups.items():
-            sampling = cfg.sampling(cfg.temperature if name == "drawn" else 0.0)
-            talk(loaded, model, asked, sampling, cfg.batch_size)
+            talk(loaded, model, asked, cfg.sampling(name == "drawn"))
             saved += [
                 {"turns": n, "group": name, **one.about, "right": one.is_right,
                  "messages": one.messages}

@@ -126,15 +126,9 @@ def clipped_pair(prediction: str, reference: str) -> tuple[float, float, float]:
     return r1, r2, 2 * common_subsequence(a, b) / lengths[0] if a or b else 0.0
 
 
-def clipped_f(prediction: str, reference: str, n: int, beta: float) -> float:
-    """Clipped ROUGE-n of one pair as F_beta, in which recall counts beta times as much."""
-    a, b = (_counts("".join(text.lower().split()), n) for text in (prediction, reference))
-    weighted = a.total() + beta**2 * b.total()
-    return (1 + beta**2) * (a & b).total() / weighted if weighted else 0.0
-
-
 def clipped_f_of_all(texts: Sequence[str], n: int, beta: float) -> np.ndarray:
-    """`clipped_f` of each text as the prediction of each other, (N, N) float64.
+    """Clipped ROUGE-n of each text as the prediction of each other, (N, N) float64, as F_beta, in
+    which recall counts beta times as much.
 
     What two texts share, min(a, b) of each n-gram, is the number of k with a >= k and b >= k: a
     product of matrices for each k.

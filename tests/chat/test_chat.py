@@ -25,13 +25,13 @@ import chat
 from babyllama.chat.commands import COMMANDS, User, completions, obey
 from babyllama.chat.session import Conversation, Session, choose_checkpoint, read_reference
 from babyllama.chat.terminal import HARMFUL, MORE
-from babyllama.checkpoint import load_model, save_adapter
+from babyllama.checkpoint import load_model
 from babyllama.errors import ConfigError, DataError
 from babyllama.lora import LoraConfig, apply_lora, stored
 from babyllama.retrieval.index import build
 from babyllama.rows import read_rows
 from babyllama.sampling import SamplingConfig
-from conftest import TEXTS, save_model
+from conftest import TEXTS, save_adapter, save_model
 from data_process.vocabulary import train_vocabulary
 from model import ModelConfig, Transformer
 from test_index import write_articles

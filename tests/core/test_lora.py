@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from babyllama import lora
-from babyllama.checkpoint import load_adapter, save_adapter
+from babyllama.checkpoint import load_adapter
 from babyllama.distributed import World
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.lora import LoraConfig, LoraLinear, apply_lora, bake, stored, switch
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.run_dir import sha256
-from conftest import small_config
+from conftest import save_adapter, small_config
 from model import KVCache, Transformer
 
 LAYERS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")

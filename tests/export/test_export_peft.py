@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from babyllama import lora
-from babyllama.checkpoint import load_model, model_weights, read_adapter, save_adapter
+from babyllama.checkpoint import load_model, model_weights, read_adapter
 from babyllama.lora import LoraConfig, apply_lora, stored
 from benchmarks.peers import hf_copy
-from conftest import TEXTS
+from conftest import TEXTS, save_adapter
 from export.hf import hf_names
 from export.parity import Material
 from export.peft import (

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from babyllama import lora
-from babyllama.checkpoint import save_adapter
 from babyllama.lora import LoraConfig
 from babyllama.retrieval.index import build
 from browsing import ask, needs_browser, ready, until, visitor
+from conftest import save_adapter
 from serving import Running, endless_model, save, serving
 from test_index import write_articles
 from test_retrieval import server as wiki  # noqa: F401

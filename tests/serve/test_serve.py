@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from babyllama import lora
-from babyllama.checkpoint import save_adapter
 from babyllama.cpu.decoder import make_decoder
 from babyllama.generate import generate_replies
 from babyllama.lora import LoraConfig
 from babyllama.retrieval.index import build
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
-from conftest import TEXTS
+from conftest import TEXTS, save_adapter
 from model import Transformer
 from serve.prompt import chat_prompt
 from serve.schema import ChatRequest, Refused
