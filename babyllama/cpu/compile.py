@@ -48,7 +48,7 @@ def _key(compiler: str) -> str:
     return key.hexdigest()[:16]
 
 
-def _shelf() -> Path | None:
+def _cache_dir() -> Path | None:
     """The directory where libraries are kept, the user's own and closed to others; None where
     there cannot be one, and each start compiles anew."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -68,9 +68,9 @@ def _digest(library: Path) -> str:
     return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
-def _kept(shelf: Path | None, key: str) -> Iterator[Path]:
+def _kept(folder: Path | None, key: str) -> Iterator[Path]:
     """The libraries that are kept for a key, whole; a damaged one is deleted."""
-    for path in sorted(shelf.glob(f"native-{key}-*.so")) if shelf else ():
+    for path in sorted(folder.glob(f"native-{key}-*.so")) if folder else ():
         with contextlib.suppress(OSError):
             if path.stem.endswith(_digest(path)):
                 yield path
@@ -78,12 +78,12 @@ def _kept(shelf: Path | None, key: str) -> Iterator[Path]:
                 path.unlink()
 
 
-def _keep(library: Path, shelf: Path | None, key: str) -> None:
+def _keep(library: Path, folder: Path | None, key: str) -> None:
     """Keep a library, whole or not at all; where that cannot be, it is compiled each time."""
-    if shelf is None:
+    if folder is None:
         return
     with contextlib.suppress(OSError):
-        kept = shelf / f"native-{key}-{_digest(library)}.so"
+        kept = folder / f"native-{key}-{_digest(library)}.so"
         with atomic_write(kept, unique=True) as temporary:
             shutil.copyfile(library, temporary)
 
@@ -115,15 +115,15 @@ def compiled() -> ctypes.CDLL:
             "int8 weights need a C compiler (cc, gcc or clang), found none; install one, or "
             "decode with --weights float32"
         )
-    shelf, key = _shelf(), _key(found)
-    library = _loaded(_kept(shelf, key))
+    folder, key = _cache_dir(), _key(found)
+    library = _loaded(_kept(folder, key))
     if library is None:
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder) / "native.so"
+            with tempfile.TemporaryDirectory() as place:
+                out = Path(place) / "native.so"
                 _compile(found, out)
-                _keep(out, shelf, key)
-                library = _loaded((out, *_kept(shelf, key)))
+                _keep(out, folder, key)
+                library = _loaded((out, *_kept(folder, key)))
         except OSError as error:
             raise ConfigError(f"int8 weights need a temporary directory: {error}") from None
     if library is None:

@@ -41,7 +41,7 @@ def suits(device: torch.device, head_dim: int) -> bool:
 
 @functools.cache
 def works(device: torch.device, head_dim: int) -> bool:
-    """True if a block can be attended to, there and back; warns where not.
+    """True if a block can be attended to, forward and backward; warns where not.
 
     Triton needs a C compiler and Python's headers, which small images do not have.
     """

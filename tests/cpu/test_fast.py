@@ -329,15 +329,15 @@ def test_a_kept_library_that_others_could_have_put_there_is_not_loaded(
     assert compile.compiled().choose
     assert place.stat().st_mode & 0o777 == 0o700
     place.chmod(0o777)
-    assert compile._shelf() == place  # our own, closed again
+    assert compile._cache_dir() == place  # our own, closed again
     assert place.stat().st_mode & 0o777 == 0o700
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/babyllama").symlink_to(place)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "linked"))
-    assert compile._shelf() is None
+    assert compile._cache_dir() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "geteuid", lambda: place.stat().st_uid + 1)
-    assert compile._shelf() is None
+    assert compile._cache_dir() is None
     before = sorted(place.iterdir())
     forget()
     assert compile.compiled().choose

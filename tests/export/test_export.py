@@ -578,7 +578,7 @@ def test_llama_cpp_gives_our_ids_of_real_chinese(tmp_path):
     assert all(check["passed"] for check in report.values()), report
 
 
-# The way back
+# The other direction
 
 
 def test_there_and_back_changes_no_bit(folder, source, root, text):
