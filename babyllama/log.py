@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from tqdm import tqdm
@@ -100,7 +100,8 @@ class Log:
         track: "none", "tensorboard", "swanlab" or "wandb" """
         self.run, self.is_main, self.total = run, is_main, total_steps
         self._start, self._first = time.perf_counter(), done_steps
-        self._bar, self._drawn = None, self._start
+        self._bar: Any = None  # a tqdm where there is a terminal
+        self._drawn = self._start
         self.records = []
         if not is_main:
             return
