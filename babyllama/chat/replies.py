@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from babyllama.chat.commands import Again, User, obey
-from babyllama.chat.session import Asked, Session, read_reference
+from babyllama.chat.session import Asked, Session, decoded, read_reference
 from babyllama.chat.terminal import paint, say, visible, whole
 from babyllama.config import BAD_INPUT, INTERRUPTED, shown
 from babyllama.errors import ConfigError, DataError
@@ -15,6 +15,7 @@ from babyllama.retrieval.retriever import WikiError
 from tokenizer import LABELS
 
 MISTAKES = (ConfigError, DataError, WikiError)
+STDIN = "标准输入"
 ENDINGS = {
     "length": "（到了长度上限 max_new_tokens）",
     "context": "（上下文满了，回答到此为止）",
@@ -93,23 +94,10 @@ def note(text: str) -> None:
 SCRIPT = User(no_terminal, note, no_terminal)
 
 
-def decoded(data: bytes, is_first: bool = True) -> str:
-    """Piped text: UTF-8, else GB18030, as Chinese consoles write it; a mark at its beginning goes.
-
-    raises: DataError if it is neither
-    """
-    for encoding in ("utf-8-sig" if is_first else "utf-8", "gb18030"):
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise DataError("标准输入：应为 UTF-8 或 GB18030 编码的文本，收到的两者都不是；请先转换编码")
-
-
 def write_title(session: Session, title: str, is_json: bool) -> int:
     """The title of --title on standard output and nothing else; with --json three candidates."""
     if title == "-":
-        text = decoded(sys.stdin.buffer.read())
+        text = decoded(sys.stdin.buffer.read(), STDIN)
     elif not Path(title).is_file():
         raise DataError(f"--title: wanted a text file or -, found no {title!r}")
     else:
@@ -165,8 +153,8 @@ def finished(session: Session, asked: Asked) -> dict:
 
 def piped_lines() -> Iterator[str]:
     """The lines of standard input that are not blank, each as soon as it is there."""
-    for number, line in enumerate(sys.stdin.buffer if sys.stdin else ()):
-        message = whole(decoded(line, number == 0).rstrip("\r\n"))
+    for line in sys.stdin.buffer if sys.stdin else ():
+        message = whole(decoded(line, STDIN).rstrip("\r\n"))
         if message.strip():
             yield message
 

@@ -4,9 +4,11 @@ What the terminal shows is terminal.py's; commands that change a session are com
 format is the tokenizer's. Nothing here prints.
 """
 
+import codecs
 import os
 import re
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -119,7 +121,7 @@ def open_retriever(index: Path | None, is_needed: bool) -> Retriever | None:
     raises: DataError if it cannot be used, ConfigError if one is needed and there is none
     """
     if index or INDEX.is_dir():
-        return Retriever.open(index or INDEX)
+        return Retriever(index or INDEX)
     if is_needed:
         raise ConfigError(
             f"--retrieve wants a full-text index, found none in {shown(INDEX)}; make it with "
@@ -138,13 +140,24 @@ def read_reference(value: str) -> str:
         if "\n" not in path and (path.endswith((".txt", ".md")) or _PATH.match(path)):
             raise DataError(f"没有文件 {path!r}；请检查路径，或直接写出资料的文字")
         return whole(value)
+    with open(path, "rb") as file:
+        data = file.read(4 * MOST_CHARACTERS)
+    return decoded(data, path, is_cut=len(data) == 4 * MOST_CHARACTERS)[:MOST_CHARACTERS]
+
+
+def decoded(data: bytes, place: str, is_cut: bool = False) -> str:
+    """Text in UTF-8, else in GB18030, as Chinese consoles write it; a mark at its beginning goes.
+
+    is_cut: the last character need not be whole
+    raises: DataError if it is neither
+    """
     for encoding in ("utf-8-sig", "gb18030"):
-        try:
-            with open(path, encoding=encoding) as file:
-                return file.read(MOST_CHARACTERS)
-        except UnicodeDecodeError:
-            continue
-    raise DataError(f"{path}：应为 UTF-8 或 GB18030 编码的文本，此文件不是；请换一个")
+        with suppress(UnicodeDecodeError):
+            text = codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut)
+            return text.replace("\r\n", "\n")
+    raise DataError(
+        f"{place}：应为 UTF-8 或 GB18030 编码的文本，收到的两者都不是；请换一个，或先转换编码"
+    )
 
 
 _PATH = re.compile(r"(~|\.{1,2})?[/\\]\S*[/\\]|[A-Za-z]:[/\\]")  # /home/me/…, ./a/b, C:\\…

@@ -16,8 +16,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from babyllama.config import atomic_write
-
 MORE = "…… "  # the prompt of a message's further lines
 BLOCK = '"""'
 MOST_REMEMBERED = 1000  # messages
@@ -153,19 +151,12 @@ def _is_waiting(pause_s: float = 0.2) -> bool:
 
 
 def _remembered(path: Path) -> list[str]:
-    """The messages of former sessions; lines that are none are left out. A file that has grown to
-    twice of what is kept is cut."""
+    """The messages of former sessions; lines that are none are left out."""
     found = []
     with suppress(OSError, UnicodeDecodeError):
-        lines = path.read_text("ascii").splitlines()
-        for line in lines:
+        for line in path.read_text("ascii").splitlines():
             with suppress(ValueError, RecursionError):
                 message = json.loads(line)
                 if isinstance(message, str) and "\0" not in message:
                     found.append(message)
-        if len(lines) > 2 * MOST_REMEMBERED:
-            with atomic_write(path) as temporary:
-                temporary.touch(0o600)
-                kept = found[-MOST_REMEMBERED:]
-                temporary.write_text("".join(json.dumps(m) + "\n" for m in kept), "ascii")
     return found

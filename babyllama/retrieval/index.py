@@ -13,11 +13,10 @@ in. BM25: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework".
 import bisect
 import hashlib
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from babyllama.config import atomic_dir
@@ -26,6 +25,7 @@ from babyllama.rows import read_rows, row_kind, simplify
 
 # A sentence with the quotes and brackets that close it, or a line.
 _SENTENCE = re.compile(r".+?(?:[。！？!?…；]+[”’」』）)\"]*|\.(?=\s)|\n+|$)", re.DOTALL)
+_SOLID = re.compile(r"\S")
 
 LONGEST = 400  # characters of a passage: about half of a small model's context
 _LONGEST_TITLE = 80
@@ -81,18 +81,13 @@ def split_title(text: str) -> tuple[str, list[str]]:
 
 def _parts(paragraph: str, longest: int) -> Iterator[str]:
     """A paragraph in runs of whole sentences; a sentence that is longer is cut inside."""
-    held = ""
-    for match in _SENTENCE.finditer(paragraph):
-        sentence = match[0]
-        if held and len(held) + len(sentence) > longest:
-            yield held.strip()
-            held = ""
-        while len(sentence) > longest:
-            yield sentence[:longest]
-            sentence = sentence[longest:]
-        held += sentence
-    if held.strip():
-        yield held.strip()
+    end = 0
+    while begin := _SOLID.search(paragraph, end):
+        start = begin.start()
+        # A character more than fits shows whether a sentence ends with the last one.
+        part = trim(paragraph[start : start + longest + 1], longest)
+        yield part
+        end = start + len(part)
 
 
 def sentences(text: str) -> list[str]:
@@ -154,11 +149,11 @@ def terms(text: str) -> list[str]:
 def asked(question: str) -> tuple[list[str], list[str]]:
     """The terms of a question, and the characters in it that stand alone."""
     runs = [match[0] for match in _TERM.finditer(QUESTION_WORDS.sub(" ", normal(question)))]
-    found = [term for run in runs for term in terms(run) if not _is_character(term)]
-    return list(dict.fromkeys(found)), list(dict.fromkeys(filter(_is_character, runs)))
+    found = [term for run in runs for term in terms(run) if not is_character(term)]
+    return list(dict.fromkeys(found)), list(dict.fromkeys(filter(is_character, runs)))
 
 
-def _is_character(term: str) -> bool:
+def is_character(term: str) -> bool:
     return len(term) == 1 and term >= "\u2e80"
 
 
@@ -201,7 +196,7 @@ def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST)
 
 def _write(files: list[Path], place: Path, longest: int) -> dict:
     """Write tantivy's files; returns the counts of rows, passages and characters."""
-    tantivy = _tantivy()
+    tantivy = load_tantivy()
     writer = tantivy.Index(_schema(tantivy), path=str(place)).writer(_HEAP, num_threads=1)
     n = {"n_rows": 0, "n_passages": 0, "n_chars": 0}
     for path in files:
@@ -221,7 +216,7 @@ def _write(files: list[Path], place: Path, longest: int) -> dict:
     return n
 
 
-def _tantivy():
+def load_tantivy():
     try:
         import tantivy
     except ImportError:
@@ -286,81 +281,3 @@ def read_info(place: Path, any_version: bool = False) -> dict:
         raise DataError(f"{place}: wanted an index of version {VERSION}, found version "
                         f"{version!r}; {advice} again")  # fmt: skip
     return info
-
-
-class Index:
-    """An index that was opened.
-
-    info: what index.json says: corpus, n_rows, n_passages, n_chars and more
-    """
-
-    def __init__(self, place: Path, corpus: str | None = None) -> None:
-        """raises: DataError if it is none, damaged, or of another corpus or version"""
-        self.place, self.info = place, read_info(place)
-        if corpus is not None and self.info["corpus"] != corpus:
-            raise DataError(f"{place}: wanted the index of {corpus!r}, found that of "
-                            f"{self.info['corpus']!r}; name another")  # fmt: skip
-        wanted, found = self.info["sizes"], sizes_of(place)
-        for name in wanted:
-            if wanted[name] != found.get(name):
-                raise DataError(
-                    f"{place / name}: wanted {wanted[name]:,} bytes, found {found.get(name, 0):,}; "
-                    f"the index is damaged, make it again"
-                )
-        self._tantivy = _tantivy()
-        try:
-            index = self._tantivy.Index.open(str(place))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{place}: wanted an index, found {str(error).splitlines()[0]}; make "
-                            f"it again") from None  # fmt: skip
-        self._schema, self._searcher = index.schema, index.searcher()
-
-    def __len__(self) -> int:
-        return self.info["n_passages"]
-
-    def titled(self, title: str, most: int = 100) -> list[Passage]:
-        """The first passages of the documents called so, in their order."""
-        query = self._tantivy.Query.term_query(
-            self._schema, "title", normal(title).strip(), "basic"
-        )
-        order = self._tantivy.Order.Asc
-        hits = self._searcher.search(query, most, order_by_field="number", order=order).hits
-        return [self._passage(address) for _, address in hits]
-
-    def search(self, question: str, k: int) -> list[Passage]:
-        """The k best passages, best first; fewer if fewer hold any term of the question."""
-        pairs, alone = asked(question)
-        counts = {term: self._searcher.doc_freq("terms", term) for term in pairs}
-        counts |= {character: self._n_with(character) for character in alone}
-        rarest = sorted(counts, key=counts.__getitem__)[:MOST_TERMS]
-        if not any(counts[term] for term in rarest):
-            return []
-        should = [(self._tantivy.Occur.Should, self._query(term)) for term in rarest]
-        hits = self._searcher.search(self._tantivy.Query.boolean_query(should), k, count=False).hits
-        idf = {term: self._idf(counts[term]) for term in rarest}
-        return [self._scored(self._passage(address), score, idf) for score, address in hits]
-
-    def _query(self, term: str):
-        if _is_character(term):
-            return self._tantivy.Query.regex_query(self._schema, "terms", f"{re.escape(term)}.?")
-        return self._tantivy.Query.term_query(self._schema, "terms", term, "freq")
-
-    def _n_with(self, character: str) -> int:
-        return self._searcher.search(self._query(character), 1).count
-
-    def _idf(self, n_passages: int) -> float:
-        """The weight of a term that stands in so many passages."""
-        return math.log1p((len(self) - n_passages + 0.5) / (n_passages + 0.5))
-
-    def _passage(self, address) -> Passage:
-        row, title, paragraph, text = json.loads(bytes(self._searcher.doc(address)["passage"][0]))
-        return Passage(title, paragraph, text, row)
-
-    def _scored(self, passage: Passage, score: float, idf: dict[str, float]) -> Passage:
-        """The passage with its score and how much of the question it holds."""
-        text = normal(f"{passage.title}\n{passage.text}")
-        there = set(terms(text))
-        held = sum(weight for term, weight in idf.items()
-                   if term in there or (_is_character(term) and term in text))  # fmt: skip
-        shares = (held / sum(idf.values()), held / self._idf(1))
-        return replace(passage, score=score, coverage=shares[0], n_rare=shares[1])

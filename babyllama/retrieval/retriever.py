@@ -1,6 +1,6 @@
 """Reference text (资料) for a dialogue: from an index on the disk, or from Wikipedia's own server.
 
-    retriever = Retriever.open(Path("data/index/wiki"))
+    retriever = Retriever(Path("data/index/wiki"))
     found = retriever.context("马祖列岛有多少个岛屿？", budget=300, size=n_tokens)
     found.text, [passage.citation for passage in found.passages]
 
@@ -14,6 +14,8 @@ is kept from outside: the look-up runs in a thread that is no longer waited for 
 API: https://www.mediawiki.org/wiki/API:Query and Extension:TextExtracts.
 """
 
+import json
+import math
 import re
 import threading
 import warnings
@@ -24,7 +26,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from babyllama.config import REPO, from_repo, shown
-from babyllama.retrieval.index import Index, Passage, asked, normal, sentences, terms, trim
+from babyllama.errors import DataError
+from babyllama.retrieval.index import (
+    MOST_TERMS,
+    Passage,
+    asked,
+    is_character,
+    load_tantivy,
+    normal,
+    read_info,
+    sentences,
+    sizes_of,
+    terms,
+    trim,
+)
 from babyllama.rows import plain
 
 INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
@@ -60,28 +75,39 @@ class Context:
 
 
 class Retriever:
-    """Passages and reference text out of an index; for any number of threads."""
+    """Passages and reference text out of an index on the disk; for any number of threads.
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    info: what index.json says: corpus, n_rows, n_passages, n_chars and more
+    """
 
-    @classmethod
-    def open(cls, path: Path | str, corpus: str | None = None) -> "Retriever":
-        """The index in a directory.
+    def __init__(self, place: Path, corpus: str | None = None) -> None:
+        """corpus: the name of the rows that it must be made of, if that matters
 
-        corpus: the name of the rows that it must be made of, if that matters
-        raises: DataError if it is none, damaged, or of another corpus or version
+        raises: DataError if it is no index, damaged, or of another corpus or version
         """
-        return cls(Index(from_repo(path), corpus))
+        place = from_repo(place)
+        self.place, self.info = place, read_info(place)
+        if corpus is not None and self.info["corpus"] != corpus:
+            raise DataError(f"{place}: wanted the index of {corpus!r}, found that of "
+                            f"{self.info['corpus']!r}; name another")  # fmt: skip
+        wanted, found = self.info["sizes"], sizes_of(place)
+        for name in wanted:
+            if wanted[name] != found.get(name):
+                raise DataError(
+                    f"{place / name}: wanted {wanted[name]:,} bytes, found {found.get(name, 0):,}; "
+                    f"the index is damaged, make it again"
+                )
+        self._tantivy = load_tantivy()
+        try:
+            index = self._tantivy.Index.open(str(place))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{place}: wanted an index, found {str(error).splitlines()[0]}; make "
+                            f"it again") from None  # fmt: skip
+        self._schema, self._searcher = index.schema, index.searcher()
 
     def describe(self) -> str:
-        info = self.index.info
-        return (f"{shown(self.index.place)}：{info['corpus']}，{info['n_rows']:,} 篇 "
-                f"{info['n_passages']:,} 段")  # fmt: skip
-
-    def search(self, query: str, k: int = 5) -> list[Passage]:
-        """The k best passages for a question or some words, best first, good or not."""
-        return self.index.search(query, k)
+        return (f"{shown(self.place)}：{self.info['corpus']}，{self.info['n_rows']:,} 篇 "
+                f"{self.info['n_passages']:,} 段")  # fmt: skip
 
     def context(
         self, question: str, budget: int, size: Callable[[str], int] = len, k: int = 5
@@ -101,11 +127,58 @@ class Retriever:
     def article(self, title: str, budget: int, size: Callable[[str], int] = len) -> Context:
         """The beginning of what is called so, or the passages that a search for it brings."""
         title = plain(title)
-        found = self.index.titled(title)
+        found = self.titled(title)
         if found:
             return fill(found, "", budget, size)
         found = [p for p in self.search(title, 5) if p.coverage >= MIN_COVERAGE]
         return fill(found, title, budget, size)
+
+    def titled(self, title: str, most: int = 100) -> list[Passage]:
+        """The first passages of the documents called so, in their order."""
+        query = self._tantivy.Query.term_query(
+            self._schema, "title", normal(title).strip(), "basic"
+        )
+        order = self._tantivy.Order.Asc
+        hits = self._searcher.search(query, most, order_by_field="number", order=order).hits
+        return [self._passage(address) for _, address in hits]
+
+    def search(self, question: str, k: int) -> list[Passage]:
+        """The k best passages, best first; fewer if fewer hold any term of the question."""
+        pairs, alone = asked(question)
+        counts = {term: self._searcher.doc_freq("terms", term) for term in pairs}
+        counts |= {character: self._n_with(character) for character in alone}
+        rarest = sorted(counts, key=counts.__getitem__)[:MOST_TERMS]
+        if not any(counts[term] for term in rarest):
+            return []
+        should = [(self._tantivy.Occur.Should, self._query(term)) for term in rarest]
+        hits = self._searcher.search(self._tantivy.Query.boolean_query(should), k, count=False).hits
+        idf = {term: self._idf(counts[term]) for term in rarest}
+        return [self._scored(self._passage(address), score, idf) for score, address in hits]
+
+    def _query(self, term: str):
+        if is_character(term):
+            return self._tantivy.Query.regex_query(self._schema, "terms", f"{re.escape(term)}.?")
+        return self._tantivy.Query.term_query(self._schema, "terms", term, "freq")
+
+    def _n_with(self, character: str) -> int:
+        return self._searcher.search(self._query(character), 1).count
+
+    def _idf(self, n_passages: int) -> float:
+        """The weight of a term that stands in so many passages."""
+        return math.log1p((self.info["n_passages"] - n_passages + 0.5) / (n_passages + 0.5))
+
+    def _passage(self, address) -> Passage:
+        row, title, paragraph, text = json.loads(bytes(self._searcher.doc(address)["passage"][0]))
+        return Passage(title, paragraph, text, row)
+
+    def _scored(self, passage: Passage, score: float, idf: dict[str, float]) -> Passage:
+        """The passage with its score and how much of the question it holds."""
+        text = normal(f"{passage.title}\n{passage.text}")
+        there = set(terms(text))
+        held = sum(weight for term, weight in idf.items()
+                   if term in there or (is_character(term) and term in text))  # fmt: skip
+        shares = (held / sum(idf.values()), held / self._idf(1))
+        return replace(passage, score=score, coverage=shares[0], n_rare=shares[1])
 
 
 def is_about(passage: Passage, question: str) -> bool:

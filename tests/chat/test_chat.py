@@ -284,7 +284,7 @@ def test_a_conversation_with_its_commands(open_terminal, polite, tmp_path):
 
     assert "资料：无" in terminal.say("/资料")
     assert "资料：银杏是乔木。" in terminal.say("/资料 text.txt")
-    assert "不是；请换一个" in terminal.say("/ref picture.txt")
+    assert "两者都不是" in terminal.say("/ref picture.txt")
     assert "资料：银杏是乔木。" in terminal.say("/ref")
     assert re.search(r"只留开头 (\d+) 字）：(今天天气好。)+\r", terminal.say("/资料 long.txt"))
     assert "资料：无" in terminal.say("/资料 -")
