@@ -8,20 +8,20 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from babyllama.errors import ConfigError
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import suggest
-from serve.engine import Engine, Job, Piece, TokenScore
-from serve.scheduler import Desk, Mailbox, Metrics
-from serve.schema import ChatRequest, Refused, refusal
+from serve.engine import Job, Piece, TokenScore
+from serve.models import Model
+from serve.scheduler import Desk
+from serve.schema import ChatRequest, Refused, Request
 from tokenizer import Tokenizer
 
 # What OpenAI's clients know of the ways a reply ends; the exact one is in `end`.
@@ -29,84 +29,31 @@ FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "ti
 KEEP_ALIVE_S = 10
 
 
-def new_head(model: str, is_chat: bool) -> dict:
-    """What every answer begins with."""
-    return {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-    }
-
-
-@dataclass
 class Asked:
-    """One request under way: its jobs, and how its replies are to be written down.
+    """One request under way, whose replies come in pieces; how they are written down.
 
-    is_chat: chat.completion, else text_completion
+    n: replies
+    extra: what the answer says beside them
     """
 
-    desk: Desk
-    engine: Engine
-    jobs: list[Job]
-    model: str
-    is_chat: bool
-    metrics: Metrics
-    extra: dict
-    include_usage: bool = False
-    mailbox: Mailbox = field(default_factory=asyncio.Queue)
-
-    def __post_init__(self) -> None:
-        self.head = new_head(self.model, self.is_chat)
-
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
-        """Pieces of all replies as they come; None when nothing came for a while. Who stops
-        listening cancels what is left."""
-        left, last = len(self.jobs), time.perf_counter()
-        seen: dict[int, float] = {}
-        self.desk.submit(self.engine, self.jobs, self.mailbox)
-        try:
-            while left:
-                try:
-                    # Not wait_for: before Python 3.12 it may swallow a cancellation.
-                    async with asyncio.timeout(KEEP_ALIVE_S):
-                        number, piece = await self.mailbox.get()
-                except TimeoutError:
-                    yield None
-                    continue
-                now = time.perf_counter()
-                found = self.metrics.between if number in seen else self.metrics.first
-                found.observe(now - seen.get(number, last))
-                seen[number] = now
-                if piece.reason:
-                    left -= 1
-                    self.metrics.replies.labels(piece.reason).inc()
-                yield number, piece
-        finally:
-            for job in self.jobs:
-                job.cancelled = True
-            usage = self.usage()
-            known = usage["prompt_tokens_details"]["cached_tokens"]
-            self.metrics.tokens.labels("known").inc(known)
-            self.metrics.tokens.labels("read").inc(usage["prompt_tokens"] - known)
-            self.metrics.tokens.labels("written").inc(usage["completion_tokens"])
-
-    def usage(self) -> dict:
-        """Tokens; a prompt counts once, however many replies it gets."""
-        # Of several replies to a prompt, the first has read it.
-        prompts = {id(job.prompt): job for job in reversed(self.jobs)}.values()
-        n_prompt = sum(len(job.prompt) for job in prompts)
-        n_reply = sum(len(job.reply.ids) for job in self.jobs)
-        return {
-            "prompt_tokens": n_prompt,
-            "completion_tokens": n_reply,
-            "total_tokens": n_prompt + n_reply,
-            "prompt_tokens_details": {"cached_tokens": sum(job.n_known for job in prompts)},
+    def __init__(self, body: Request, model: Model, n: int, extra: dict) -> None:
+        self.body, self.model, self.n, self.extra = body, model, n, extra
+        self.is_chat = isinstance(body, ChatRequest)
+        self.head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "object": "chat.completion" if self.is_chat else "text_completion",
+            "created": int(time.time()),
+            "model": model.name,
         }
+
+    @property
+    def include_usage(self) -> bool:
+        """True if the events end with it."""
+        return bool(self.body.stream_options and self.body.stream_options.include_usage)
 
     def scores(self, scores: list[TokenScore], offset: int) -> dict:
         """Log-probabilities of tokens; offset: characters before them."""
-        tokenizer = self.engine.tokenizer
+        tokenizer = self.model.engine.tokenizer
         if self.is_chat:
             return {"content": [
                 {**_named(tokenizer, s.token, s.logprob),
@@ -124,6 +71,68 @@ class Asked:
             "top_logprobs": [{text(t): p for t, p in s.top} for s in scores],
             "text_offset": places,
         }
+
+    def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
+        """Pieces of all replies as they come; None when nothing came for a while.
+
+        raises: Refused if a reply could not be written
+        """
+        raise NotImplementedError
+
+    def usage(self) -> dict:
+        raise NotImplementedError
+
+
+class Replies(Asked):
+    """Jobs of the engine."""
+
+    def __init__(
+        self, body: Request, model: Model, desk: Desk, jobs: list[Job], extra: dict
+    ) -> None:
+        super().__init__(body, model, len(jobs), extra)
+        self.desk, self.metrics, self.jobs = desk, desk.metrics, jobs
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
+        """Who stops listening cancels what is left."""
+        left, last, mailbox = self.n, time.perf_counter(), asyncio.Queue()
+        seen: dict[int, float] = {}
+        self.desk.submit(self.model.engine, self.jobs, mailbox)
+        try:
+            while left:
+                try:
+                    # Not wait_for: before Python 3.12 it may swallow a cancellation.
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        number, piece = await mailbox.get()
+                except TimeoutError:
+                    yield None
+                    continue
+                now = time.perf_counter()
+                found = self.metrics.between if number in seen else self.metrics.first
+                found.observe(now - seen.get(number, last))
+                seen[number] = now
+                if piece.reason:
+                    left -= 1
+                    self.metrics.replies.labels(piece.reason).inc()
+                if refused := failure(piece.reason, bool(self.jobs[number].reply.ids)):
+                    raise refused
+                yield number, piece
+        finally:
+            for job in self.jobs:
+                job.cancelled = True
+            usage = self.usage()
+            known = usage["prompt_tokens_details"]["cached_tokens"]
+            self.metrics.tokens.labels("known").inc(known)
+            self.metrics.tokens.labels("read").inc(usage["prompt_tokens"] - known)
+            self.metrics.tokens.labels("written").inc(usage["completion_tokens"])
+
+    def usage(self) -> dict:
+        """Tokens; a prompt counts once, however many replies it gets."""
+        # Of several replies to a prompt, the first has read it.
+        prompts = {id(job.prompt): job for job in reversed(self.jobs)}.values()
+        n_prompt = sum(len(job.prompt) for job in prompts)
+        n_reply = sum(len(job.reply.ids) for job in self.jobs)
+        known = {"cached_tokens": sum(job.n_known for job in prompts)}
+        return token_usage(n_prompt, n_reply) | {"prompt_tokens_details": known}
 
 
 def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict:
@@ -144,13 +153,9 @@ def failure(reason: str, has_text: bool) -> Refused | None:
 
 
 async def whole(asked: Asked) -> dict:
-    """The answer to a request that does not stream.
-
-    raises: Refused if a reply could not be written
-    """
-    texts = [""] * len(asked.jobs)
-    reasons = [""] * len(asked.jobs)
-    scores: list[list[TokenScore]] = [[] for _ in asked.jobs]
+    """The answer to a request that does not stream; raises as Asked.pieces."""
+    texts, reasons = [""] * asked.n, [""] * asked.n
+    scores: list[list[TokenScore]] = [[] for _ in texts]
     async with aclosing(asked.pieces()) as pieces:
         async for item in pieces:
             if item is None:
@@ -159,16 +164,12 @@ async def whole(asked: Asked) -> dict:
             texts[number] += piece.text
             scores[number] += piece.scores
             reasons[number] = piece.reason
-            refused = failure(piece.reason, bool(asked.jobs[number].reply.ids))
-            if refused:
-                raise refused
     choices = []
-    for number, job in enumerate(asked.jobs):
-        choice = {"index": number, "finish_reason": FINISH[reasons[number]], "end": reasons[number]}
-        choice["logprobs"] = None if job.n_top is None else asked.scores(scores[number], 0)
-        said = {"role": "assistant", "content": texts[number]}
-        choice |= {"message": said} if asked.is_chat else {"text": texts[number]}
-        choices.append(choice)
+    for number, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
+        choice = {"index": number, "finish_reason": FINISH[reason], "end": reason}
+        choice["logprobs"] = asked.scores(scores[number], 0) if scores[number] else None
+        said = {"role": "assistant", "content": text}
+        choices.append(choice | ({"message": said} if asked.is_chat else {"text": text}))
     return {**asked.head, "choices": choices, "usage": asked.usage(), **asked.extra}
 
 
@@ -176,9 +177,9 @@ async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
     """The answer to a request that streams, as server-sent events."""
     head = {**asked.head, "object": asked.head["object"] + ".chunk" * asked.is_chat}
     more = {"usage": None} if asked.include_usage else {}
-    n_characters = [0] * len(asked.jobs)
+    n_characters = [0] * asked.n
 
-    def chunk(number: int, piece: Piece, role: bool = False) -> bytes:
+    def chunk(number: int, piece: Piece, role: bool = False) -> dict:
         delta = {"role": "assistant"} if role else {}
         if piece.text or role:
             delta["content"] = piece.text
@@ -190,26 +191,18 @@ async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
             choice["logprobs"] = asked.scores(piece.scores, n_characters[number])
         n_characters[number] += len(piece.text)
         choice |= {"delta": delta} if asked.is_chat else {"text": piece.text}
-        return event({**head, "choices": [choice], **more})
+        return {**head, "choices": [choice], **more}
 
-    if asked.is_chat:
-        for number in range(len(asked.jobs)):
-            first = chunk(number, Piece("", []), role=True)
-            if number == 0 and asked.extra:
-                yield event({**json.loads(first[6:]), **asked.extra})
-            else:
-                yield first
-    async with aclosing(asked.pieces()) as pieces:
-        async for item in pieces:
-            if item is None:
-                yield b": waiting\n\n"
-                continue
-            number, piece = item
-            refused = failure(piece.reason, bool(asked.jobs[number].reply.ids))
-            if refused:
-                yield event(refused.body)
-                return
-            yield chunk(number, piece)
+    for number in range(asked.n if asked.is_chat else 0):
+        extra = {} if number else asked.extra
+        yield event(chunk(number, Piece("", []), role=True) | extra)
+    try:
+        async with aclosing(asked.pieces()) as pieces:
+            async for item in pieces:
+                yield event(chunk(*item)) if item else b": waiting\n\n"
+    except Refused as refused:
+        yield event(refused.body)
+        return
     if asked.include_usage:
         yield event({**head, "choices": [], "usage": asked.usage()})
     yield b"data: [DONE]\n\n"
@@ -266,9 +259,6 @@ class EventStream(Response):
             async for data in found:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except Refused as refused:  # before the first piece
-            body = event(refusal(refused.status, str(refused)))
-            await send({"type": "http.response.body", "body": body})
         finally:
             await found.aclose()
 
@@ -302,42 +292,30 @@ def titled_text(request: ChatRequest) -> str:
     return request.messages[0].text.strip()
 
 
-async def answer_titles(request: ChatRequest, text: str, engine: Engine, model: str) -> Response:
-    """The titles, the best first, whole or as events.
+class Titles(Asked):
+    """Titles of a text, found when this is made: the best first."""
 
-    raises: Refused (400) if the model's context is too short for any text
-    """
-    tokenizer = engine.tokenizer
-    try:
-        found = await asyncio.to_thread(suggest, engine.decoder, tokenizer, text, request.n or 1)
-    except ConfigError as error:
-        raise Refused(400, str(error), "messages", "context_length_exceeded") from None
-    titles = found.titles or [""]
-    n_prompt = len(tokenizer.encode(text[: found.n_read]))
-    n_reply = sum(len(tokenizer.encode(title)) for title in titles)
-    usage = {"prompt_tokens": n_prompt, "completion_tokens": n_reply,
-             "total_tokens": n_prompt + n_reply}  # fmt: skip
-    head = new_head(model, is_chat=True)
-    more = {"read": {"characters": found.n_read, "of": len(text)}}
-    end = {"finish_reason": "stop", "end": "eos", "logprobs": None}
-    if request.stream:
-        with_usage = bool(request.stream_options and request.stream_options.include_usage)
-        events = _title_events(head | {"object": "chat.completion.chunk"} | more, titles, end,
-                         usage if with_usage else None)  # fmt: skip
-        return Response(b"".join(events), media_type="text/event-stream")
-    choices = [
-        {"index": number, **end, "message": {"role": "assistant", "content": title}}
-        for number, title in enumerate(titles)
-    ]
-    return JSONResponse({**head, "choices": choices, "usage": usage, **more})
+    def __init__(self, body: ChatRequest, model: Model, text: str) -> None:
+        """raises: Refused (400) if the model's context is too short for any text"""
+        tokenizer = model.engine.tokenizer
+        try:
+            found = suggest(model.engine.decoder, tokenizer, text, body.n or 1)
+        except ConfigError as error:
+            raise Refused(400, str(error), "messages", "context_length_exceeded") from None
+        self.titles = found.titles or [""]
+        self.n_prompt = len(tokenizer.encode(text[: found.n_read]))
+        self.n_reply = sum(len(tokenizer.encode(title)) for title in self.titles)
+        extra = {"read": {"characters": found.n_read, "of": len(text)}}
+        super().__init__(body, model, len(self.titles), extra)
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
+        for number, title in enumerate(self.titles):
+            yield number, Piece(title, [], "eos")
+
+    def usage(self) -> dict:
+        return token_usage(self.n_prompt, self.n_reply)
 
 
-def _title_events(head: dict, titles: list[str], end: dict, usage: dict | None) -> Iterator[bytes]:
-    for number, title in enumerate(titles):
-        said = {"index": number, "finish_reason": None, "logprobs": None}
-        delta = {"role": "assistant", "content": title}
-        yield event({**head, "choices": [said | {"delta": delta}]})
-        yield event({**head, "choices": [{"index": number, **end, "delta": {}}]})
-    if usage:
-        yield event({**head, "choices": [], "usage": usage})
-    yield b"data: [DONE]\n\n"
+def token_usage(n_prompt: int, n_reply: int) -> dict:
+    total = n_prompt + n_reply
+    return {"prompt_tokens": n_prompt, "completion_tokens": n_reply, "total_tokens": total}

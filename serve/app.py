@@ -18,10 +18,11 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from babyllama.errors import ConfigError
-from serve.answers import Asked, EventStream, answer_titles, titled_text, unless_gone, whole
-from serve.engine import Engine, Job
-from serve.guard import Gate, GateConfig
-from serve.page_routes import Service, add_page, model_facts
+from serve.answers import Asked, EventStream, Replies, Titles, titled_text, unless_gone, whole
+from serve.engine import Job
+from serve.guard import Gate
+from serve.models import Model
+from serve.page_routes import Service, add_page
 from serve.prompt import Prompt, chat_prompt, text_prompts
 from serve.schema import (
     Answer,
@@ -36,25 +37,19 @@ from serve.schema import (
 
 logger = logging.getLogger("babyllama.serve")
 
-WORDS = {
-    400: "refused", 401: "no key", 403: "another site", 404: "unknown", 405: "wrong method",
-    408: "too slow", 413: "too large", 429: "busy", 500: "a fault", 503: "overloaded",
-}  # fmt: skip
 
-
-def make_app(service: Service, gate: GateConfig) -> Gate:
-    """The application behind its gate."""
+def make_app(service: Service, key: str = "") -> Gate:
+    """The application behind its gate, which asks for the key, if there is one."""
     app = FastAPI(
         title="babyllama", version="1", docs_url=None, redoc_url=None, lifespan=_lifespan(service),
-        responses={status: {"model": Refusal, "description": text}
-                   for status, text in WORDS.items()},
+        responses={status: {"model": Refusal, "description": "`error` says why"}
+                   for status in ("4XX", "5XX")},  # without 4XX FastAPI describes a 422 of its own
     )  # fmt: skip
     _add_errors(app)
     _add_replies(app, service)
     add_page(app, service)
-    _leave_out_422(app)
     paths = {route.path for route in app.routes if hasattr(route, "path")}
-    return Gate(app, gate, service.metrics, paths)
+    return Gate(app, service.cfg, key, service.desk.metrics, paths)
 
 
 def _lifespan(service: Service) -> Callable:
@@ -84,16 +79,6 @@ class _OncePerMinute:
             logger.error("no file is left to open: new connections wait (ulimit -n)")
 
 
-def _leave_out_422(app: FastAPI) -> None:
-    """FastAPI describes an answer that we never give: ours is 400."""
-    document = app.openapi()
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
-
-
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: HttpRequest, error: Refused) -> Response:
@@ -101,7 +86,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: HttpRequest, error: RequestValidationError) -> Response:
-        refused = invalid(error.errors(), error.body)
+        refused = invalid(error.errors())
         kind = request.headers.get("content-type", "")
         if request.method == "POST" and "json" not in kind:
             text = f"wanted the header Content-Type: application/json, found {kind or 'none'}"
@@ -144,98 +129,72 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict:
         """The models that may be named in a request: the base first, then its adapters."""
-        return {
-            "object": "list",
-            "data": [model_facts(service, name) for name in service.desk.engines],
-        }
+        return {"object": "list", "data": [model.facts() for model in service.models.values()]}
 
     @app.get("/v1/models/{name}")
     async def model(name: str) -> dict:
-        return model_facts(service, _choose(service, name)[0])
+        return service.model(name).facts()
 
     @app.post("/v1/chat/completions", response_model=Answer, responses=REPLY)
     async def chat(body: ChatRequest, request: HttpRequest) -> object:
         """Continue a dialogue, or give a text its title."""
-        name, engine = _choose(service, body.model)
-        if body.task == "title":
-            if service.served.eyes:
-                raise Refused(400, "task: this model answers about images alone", "task")
-            text = titled_text(body)
-            with service.desk.places(_client(request), 1):
+        model, is_title = service.model(body.model), body.task == "title"
+        if is_title and model.eyes:
+            raise Refused(400, "task: this model answers about images alone", "task")
+        text = titled_text(body) if is_title else ""
+        with service.desk.places(_client(request), 1 if is_title else body.n or 1) as places:
+            asked: Asked
+            if is_title:
                 async with service.searching:
-                    return await answer_titles(body, text, engine, name)
-        n_top = (body.top_logprobs or 0) if body.logprobs else None
-        with ExitStack() as places:
-            places.enter_context(service.desk.places(_client(request), body.n or 1))
-            prompt = await asyncio.to_thread(
-                chat_prompt, body, engine.tokenizer, engine.context, service.retriever,
-                service.truncate, service.served.eyes,
-            )  # fmt: skip
-            extra: dict = {}
-            if prompt.n_dropped:
-                extra["dropped_messages"] = prompt.n_dropped
-            if prompt.sources is not None:
-                extra["sources"] = prompt.sources
-            jobs = _jobs(service, engine, body, [prompt], n_top)
-            asked = Asked(service.desk, engine, jobs, name, True, service.metrics, extra,
-                          _wants_usage(body))  # fmt: skip
-            return await _answer(asked, body, request, places.pop_all())
+                    asked = await asyncio.to_thread(Titles, body, model, text)
+            else:
+                prompt = await asyncio.to_thread(
+                    chat_prompt, body, model.engine.tokenizer, model.engine.context,
+                    service.retriever, service.cfg.truncate, model.eyes,
+                )  # fmt: skip
+                n_top = (body.top_logprobs or 0) if body.logprobs else None
+                asked = _replies(service, model, body, [prompt], n_top)
+            return await _answer(asked, request, places)
 
     @app.post("/v1/completions", response_model=Answer, responses=REPLY)
     async def complete(body: CompletionRequest, request: HttpRequest) -> object:
         """Continue a text."""
-        name, engine = _choose(service, body.model)
-        if service.served.eyes:
+        model = service.model(body.model)
+        if model.eyes:
             text = "this model answers questions about images; ask it by /v1/chat/completions"
             raise Refused(400, text, "prompt")
-        n = (body.n or 1) * len(body.prompt)
-        with ExitStack() as places:
-            places.enter_context(service.desk.places(_client(request), n))
-            prompts = await asyncio.to_thread(text_prompts, body, engine.tokenizer, engine.context)
-            jobs = _jobs(service, engine, body, prompts, body.logprobs)
-            asked = Asked(service.desk, engine, jobs, name, False, service.metrics, {},
-                          _wants_usage(body))  # fmt: skip
-            return await _answer(asked, body, request, places.pop_all())
+        with service.desk.places(_client(request), (body.n or 1) * len(body.prompt)) as places:
+            prompts = await asyncio.to_thread(
+                text_prompts, body, model.engine.tokenizer, model.engine.context
+            )
+            asked = _replies(service, model, body, prompts, body.logprobs)
+            return await _answer(asked, request, places)
 
 
-async def _answer(asked: Asked, body: Request, request: HttpRequest, places: ExitStack) -> object:
-    if body.stream:
-        return EventStream(asked, places)
-    with places:
-        written = await unless_gone(whole(asked), request.receive)
+async def _answer(asked: Asked, request: HttpRequest, places: ExitStack) -> object:
+    """The answer, whole or as events, which give back the places when they end."""
+    if asked.body.stream:
+        return EventStream(asked, places.pop_all())
+    written = await unless_gone(whole(asked), request.receive)
     return JSONResponse(written.result()) if written else Response(status_code=499)  # nobody reads
-
-
-def _wants_usage(body: Request) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def _client(request: HttpRequest) -> str:
     return request.client.host if request.client else ""
 
 
-def _choose(service: Service, name: str | None) -> tuple[str, Engine]:
-    """The engine that a request names; the base model if it names none."""
-    engines = service.desk.engines
-    if name is None:
-        return next(iter(engines.items()))
-    if name not in engines:
-        text = f"model {name!r} is not here; there is {', '.join(engines)}"
-        raise Refused(404, text, "model", "model_not_found")
-    return name, engines[name]
-
-
-def _jobs(
-    service: Service, engine: Engine, body: Request, prompts: list[Prompt], n_top: int | None
-) -> list[Job]:
+def _replies(
+    service: Service, model: Model, body: Request, prompts: list[Prompt], n_top: int | None
+) -> Replies:
     try:
-        sampling = body.sampling(engine.context)
+        sampling = body.sampling(model.engine.context)
     except ConfigError as error:  # a combination that no single field shows
         raise Refused(400, str(error)) from None
-    deadline = time.monotonic() + service.reply_s
-    return [
+    deadline = time.monotonic() + service.cfg.reply_seconds
+    jobs = [
         Job(prompt.ids, sampling, lambda piece: None, number, n_top, deadline,
             picture=prompt.picture)
         for prompt in prompts
         for number in range(body.n or 1)
     ]  # fmt: skip
+    return Replies(body, model, service.desk, jobs, prompts[0].extra)

@@ -24,6 +24,7 @@ Axes: L layers, B slots, K key/value heads, S columns, C head width.
 """
 
 import random
+import time
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
@@ -338,7 +339,7 @@ class Engine:
         n_slots: int,
         prefix_mb: float = 256,
         block: int = BLOCK,
-        clock: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.decoder, self.tokenizer, self.n_slots = decoder, tokenizer, n_slots
         self.context = decoder.model.config.max_seq_len

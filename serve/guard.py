@@ -9,18 +9,19 @@ import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serve.models import LOOPBACK, ServerConfig
+from serve.page_routes import LARGER, OPEN
 from serve.scheduler import Metrics
 from serve.schema import Refused
 
 SEND_S = 30
+LARGEST_BODY = 2**20  # bytes; more is answered with 413
 # Connections of one address: enough for a pool, too few to keep all others out.
 MOST_OF_ADDRESS = 200
 
@@ -118,31 +119,18 @@ class Protocol(H11Protocol):
             self.transport.close()
 
 
-@dataclass(frozen=True)
-class GateConfig:
-    """What the gate lets in.
+class Gate:
+    """The application behind its gate.
 
     key: the key that a request must bear; "" asks for none
-    names: by which requests may call the server; empty: any. Of a server for this machine alone
-        they keep out web pages whose own name was turned to this address
-    open_paths: which need no key
-    body_bytes: largest body; that of another path in larger
-    origins: web sites whose pages may ask; "*" for all
+    paths: that the application has
     """
 
-    key: str
-    names: tuple[str, ...]
-    open_paths: frozenset[str]
-    body_bytes: int
-    body_s: float
-    larger: Mapping[str, int] = field(default_factory=dict)
-    origins: tuple[str, ...] = ()
-
-
-class Gate:
-    def __init__(self, app: ASGIApp, cfg: GateConfig, metrics: Metrics, paths: set[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, cfg: ServerConfig, key: str, metrics: Metrics, paths: set[str]
+    ) -> None:
         self.app, self.cfg, self.metrics, self.paths = app, cfg, metrics, paths
-        self.key = hashlib.sha256(cfg.key.encode()).digest() if cfg.key else b""
+        self.key = hashlib.sha256(key.encode()).digest() if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -176,16 +164,17 @@ class Gate:
     def _check_site(self, headers: dict[bytes, str]) -> str:
         """The other site whose page asks, if it may; "" for the server's own and for programs."""
         host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
-        if self.cfg.names and _name(f"//{host}") not in self.cfg.names:
+        # Keeps out web pages whose own name was turned to this address.
+        if self.cfg.is_local and _name(f"//{host}") not in LOOPBACK:
             raise Refused(
                 403,
-                f"this server answers to {', '.join(self.cfg.names)} only, found host {host!r}; to "
+                f"this server answers to {', '.join(LOOPBACK)} only, found host {host!r}; to "
                 f"reach it by another name start it with --host 0.0.0.0 --api-key-file FILE",
                 code="wrong_host",
             )
         if not origin or origin.partition("//")[2] == host:
             return ""
-        if origin not in self.cfg.origins and "*" not in self.cfg.origins:
+        if not {origin, "*"} & set(self.cfg.allow_origin):
             raise Refused(
                 403,
                 f"requests from other sites are refused, found origin {origin!r}; if it is yours, "
@@ -195,7 +184,7 @@ class Gate:
         return origin
 
     def _check_key(self, path: str, headers: dict[bytes, str]) -> None:
-        if not self.key or path in self.cfg.open_paths:
+        if not self.key or path in OPEN:
             return
         scheme, _, given = headers.get(b"authorization", "").partition(" ")
         found = hashlib.sha256(given.strip().encode("latin-1")).digest()
@@ -211,14 +200,14 @@ class Gate:
 
         raises: Refused if it is too large or comes too slowly, ConnectionError if it does not end
         """
-        most = self.cfg.larger.get(path, self.cfg.body_bytes)
+        most = LARGER.get(path, LARGEST_BODY)
         length = headers.get(b"content-length", "")
         announced = int(length) if length.isdecimal() and len(length) < 20 else 0
         if announced > most and b"expect" in headers:
             raise _too_large(announced, most)  # the client asks before it sends
         parts, size = [], 0
         try:
-            async with asyncio.timeout(self.cfg.body_s):
+            async with asyncio.timeout(self.cfg.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -230,7 +219,7 @@ class Gate:
                         break
         except TimeoutError:
             if max(size, announced) <= most:
-                text = f"the body did not arrive within {self.cfg.body_s:g} s"
+                text = f"the body did not arrive within {self.cfg.body_seconds:g} s"
                 raise Refused(408, text, code="timeout") from None
         if max(size, announced) > most:
             raise _too_large(max(size, announced), most)

@@ -5,12 +5,11 @@ model gets of it. A prompt is read with its own image, and a step gives each row
 looks at. Equal ids may stand for unlike images, so no beginning of a prompt is kept for another.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -21,22 +20,11 @@ from model import KVCache
 from serve.engine import Engine, Job
 
 
-class PictureTools(NamedTuple):
-    """The functions of vqa/ that a server calls, by their names there."""
+def picture_tools() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """vqa.chat, vqa.images and vqa.model: the one place where the server needs that folder."""
+    from vqa import chat, images, model
 
-    load: Callable
-    from_data_url: Callable
-    look: Callable
-    with_picture: Callable
-
-
-def picture_tools() -> PictureTools:
-    """The one place where the server needs the folder vqa/."""
-    from vqa.chat import look
-    from vqa.images import from_data_url
-    from vqa.model import load, with_picture
-
-    return PictureTools(load, from_data_url, look, with_picture)
+    return chat, images, model
 
 
 class Eyes:
@@ -47,7 +35,7 @@ class Eyes:
     """
 
     def __init__(self, loaded: Loaded) -> None:
-        self._tools = picture_tools()
+        self._chat, self._images, self._model = picture_tools()
         self._loaded, self.n_positions = loaded, loaded.model.n_positions
         # The largest image takes 300 MB while it is read, and what a thread gave back is kept for
         # that thread: so all are read by this one.
@@ -55,26 +43,24 @@ class Eyes:
 
     def look(self, urls: Sequence[str]) -> Tensor:
         """What the model gets of the one image (1, M, D), a data URL; errors as answer.look."""
-        pictures = [self._tools.from_data_url(url) for url in urls]
-        return self._reader.submit(self._tools.look, self._loaded, pictures).result()
+        pictures = [self._images.from_data_url(url) for url in urls]
+        return self._reader.submit(self._chat.look, self._loaded, pictures).result()
 
     def laid(self, ids: Sequence[int]) -> list[int]:
         """A rendered dialogue with the positions of its image."""
-        return self._tools.with_picture(ids, 0, self.n_positions)
+        return self._model.with_picture(ids, 0, self.n_positions)
 
 
 class PictureEngine(Engine):
     """As Engine; jobs have an image."""
 
-    def __init__(
-        self, loaded: Loaded, n_slots: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, loaded: Loaded, n_slots: int) -> None:
         self._model = loaded.model
         nothing = torch.zeros(1, 1, loaded.model.config.dim)
         decoder = loaded.model.decoder(nothing)
         # As a partial its step is given the columns that count, not the whole cache.
         decoder = replace(decoder, step=partial(decoder.step), reason="sees images")
-        super().__init__(decoder, loaded.tokenizer, n_slots, prefix_mb=0, clock=clock)
+        super().__init__(decoder, loaded.tokenizer, n_slots, prefix_mb=0)
 
     def _decoder_for(self, job: Job) -> Decoder:
         own = self._model.decoder(job.picture)

@@ -4,7 +4,7 @@ Everything here may take a while (a long text, a search), so it runs outside of 
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
@@ -23,14 +23,13 @@ if TYPE_CHECKING:
 class Prompt:
     """Ids to continue.
 
-    n_dropped: messages that were left out because they did not fit
-    sources: passages that became the 资料; None where none were asked for
+    extra: what the answer tells beside the reply: dropped_messages, which did not fit, if any;
+        sources, the passages that became the 资料, where they were asked for
     picture: what the model gets of the image, of one that sees
     """
 
     ids: list[int]
-    n_dropped: int = 0
-    sources: list[dict] | None = field(default=None)
+    extra: dict = field(default_factory=dict)
     picture: "Tensor | None" = None
 
 
@@ -49,9 +48,9 @@ def chat_prompt(
     """
     _check(request, eyes is not None)
     context -= eyes.n_positions if eyes else 0
-    reference, sources = request.reference or "", None
+    reference, extra = request.reference or "", dict[str, Any]()
     if request.retrieve:
-        reference, sources = _retrieved(request, tokenizer, context, retriever)
+        reference, extra["sources"] = _retrieved(request, tokenizer, context, retriever)
     messages: list[dict] = [{"role": m.role, "content": m.text} for m in request.messages]
     n_system = _n_system(request)
     given = [m["content"].strip() for m in messages[:n_system]] + [reference.strip()]
@@ -62,14 +61,15 @@ def chat_prompt(
     messages = [
         {**m, "content": [tokenizer.encode_content(m["content"])]} for m in as_trained(messages)
     ]
-    ids, n_dropped = tokenizer.render_prompt(messages), 0
+    ids = tokenizer.render_prompt(messages)
     if truncate if request.truncate is None else request.truncate:
         room = context - min(request.longest or context, context // 4)
         ids, n_dropped = _shortened(messages, ids, tokenizer, room)
+        extra |= {"dropped_messages": n_dropped} if n_dropped else {}
     _require_fit(ids, context, "messages")
     if eyes is None:
-        return Prompt(ids, n_dropped, sources)
-    return Prompt(eyes.laid(ids), n_dropped, sources, _looked_at(request, eyes))
+        return Prompt(ids, extra)
+    return Prompt(eyes.laid(ids), extra, _looked_at(request, eyes))
 
 
 def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int) -> list[Prompt]:

@@ -12,8 +12,8 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -67,7 +67,7 @@ class Desk:
 
     def __init__(
         self,
-        engines: Mapping[str, Engine],
+        engines: list[Engine],
         most: int,
         per_client: int,
         metrics: Metrics,
@@ -93,8 +93,8 @@ class Desk:
         self._thread.join(timeout=10)
 
     @contextmanager
-    def places(self, client: str, n: int) -> Iterator[None]:
-        """Room for n replies, as long as the block runs.
+    def places(self, client: str, n: int) -> Iterator[ExitStack]:
+        """Room for n replies, as long as the block runs, or longer for who takes the stack.
 
         raises: Refused (429) if there is none, (400) if there never can be
         """
@@ -117,18 +117,19 @@ class Desk:
             )  # fmt: skip
         self._open[client] += n
         self.metrics.open.set(self._open.total())
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._open[client] -= n
-            self._open += collections.Counter()  # forgets clients without replies
-            self.metrics.open.set(self._open.total())
-            self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
+        with ExitStack() as stack:
+            stack.callback(self._give_back, client, n, time.monotonic())
+            yield stack
+
+    def _give_back(self, client: str, n: int, started: float) -> None:
+        self._open[client] -= n
+        self._open += collections.Counter()  # forgets clients without replies
+        self.metrics.open.set(self._open.total())
+        self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
 
     def wait_s(self) -> int:
         """Time until a place is likely to be free."""
-        n_slots = max(engine.n_slots for engine in self.engines.values())
+        n_slots = max(engine.n_slots for engine in self.engines)
         return max(1, min(60, math.ceil(self._seconds * self._open.total() / (2 * n_slots))))
 
     def submit(self, engine: Engine, jobs: list[Job], mailbox: Mailbox) -> None:
@@ -159,7 +160,7 @@ class Desk:
                 except queue.Empty:
                     pass
                 started = time.perf_counter()
-                busy = any([engine.step() for engine in self.engines.values()])
+                busy = any([engine.step() for engine in self.engines])
                 self.metrics.step.observe(time.perf_counter() - started)
                 self._send()
         except Exception:

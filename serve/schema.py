@@ -8,7 +8,7 @@ says so; OpenAI's client sends them by `extra_body`.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -126,6 +126,12 @@ class ImagePart(Strict):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+def _as_parts(value: object) -> object:
+    if not isinstance(value, str | list):
+        raise ValueError("wanted a text or a list of parts")
+    return [{"type": "text", "text": well_formed(value)}] if isinstance(value, str) else value
+
+
 # The newer name of the same.
 Role = Annotated[
     Literal["system", "developer", "user", "assistant"],
@@ -135,20 +141,20 @@ Role = Annotated[
 
 class Message(Strict):
     role: Role
-    content: Text | Annotated[list[Part], Field(max_length=50)]
+    content: Annotated[
+        list[Part],
+        Field(max_length=50),
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[Part]),
+    ]
     name: Name | None = Field(None, description="accepted and not used")
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
         return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
     @property
     def images(self) -> list[str]:
         """Data URLs of images, for models that see."""
-        if isinstance(self.content, str):
-            return []
         return [part.image_url.url for part in self.content if isinstance(part, ImagePart)]
 
 
@@ -292,39 +298,21 @@ def refusal(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def invalid(errors: Sequence[dict], body: object) -> Refused:
+def invalid(errors: Sequence[dict]) -> Refused:
     """A request that is not of the schema, as its first fault in the reader's terms.
 
-    errors: pydantic's; of the two halves of a union, the one that a value fits better goes deeper
-    body: as it was sent; only what leads to a place in it is named, never a validator of ours
+    errors: pydantic's
     """
-    if errors[0]["type"].startswith("json"):
-        return Refused(400, f"body: {errors[0]['msg']}", code="invalid_json")
-    found = [(_place(error, body), error) for error in errors]
-    place, first = max(found, key=lambda pair: (len(pair[0]), "_type" not in pair[1]["type"]))
+    first = errors[0]
+    if first["type"].startswith("json"):
+        return Refused(400, f"body: {first['msg']}", code="invalid_json")
+    place = list(first["loc"][1:])
+    if "content" in place:  # behind the number of a part pydantic puts its type
+        del place[place.index("content") + 2 : place.index("content") + 3]
     name = ".".join(map(str, place))
-    n_others = len({tuple(other) for other, _ in found if other != place[: len(other)]})
     text = f"{name or 'body'}: {_reason(place, first)}"
-    text += f" (and {n_others} more faults)" * bool(n_others)
+    text += f" (and {len(errors) - 1} more faults)" * (len(errors) > 1)
     return Refused(400, text, name or None, "invalid_value")
-
-
-def _place(error: dict, body: Any) -> list[str | int]:
-    """The way to a fault in the body, without the names that pydantic has for types."""
-    way, last = [], len(error["loc"]) - 1
-    for number, key in enumerate(error["loc"][1:], 1):
-        if isinstance(body, dict) and body.get("type") == key and number < last:
-            continue  # pydantic names which of the parts it took it for
-        if isinstance(body, list):
-            fits = isinstance(key, int) and key < len(body)
-        else:
-            fits = isinstance(body, dict) and key in body
-        if fits:
-            body = body[key]
-        elif number < last or error["type"] != "missing":
-            continue
-        way.append(key)
-    return way
 
 
 def _reason(place: list[str | int], error: dict) -> str:

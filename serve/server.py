@@ -2,7 +2,7 @@
 
     python -m serve.server                                     # the newest run in out/
     python -m serve.server out/redgpt --port 8000              # then open http://127.0.0.1:8000
-    python -m serve.server out/redgpt --adapters out/csl_lora  # more models to choose from
+    python -m serve.server out/redgpt --lora titles=out/csl_lora  # more models to choose from
     python -m serve.server out/vqa-cross                       # takes an image with the question
     python -m serve.server out/redgpt --host 0.0.0.0 --api-key-file key.txt
 
@@ -22,23 +22,20 @@ from babyllama.chat.session import choose_checkpoint, open_retriever
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.retrieval.retriever import Retriever
-from serve.models import Served, ServerConfig, serve_from
+from serve.models import Model, ServerConfig, serve_from
 
 if TYPE_CHECKING:
     import uvicorn
 
     from serve.scheduler import Desk
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 MOST_CONNECTIONS = 1000  # more are answered with 503
-LARGEST_BODY = 2**20  # more is answered with 413
 
 
 def main(cfg: ServerConfig) -> int:
     require_packages()
     key = read_key(cfg.api_key_file)
-    if not key and cfg.host not in LOOPBACK:
+    if not key and not cfg.is_local:
         raise ConfigError(
             f"--host {cfg.host} can be reached by others, so it needs --api-key-file FILE; "
             f"leave --host out to serve this machine alone"
@@ -47,9 +44,9 @@ def main(cfg: ServerConfig) -> int:
     # Before the model is loaded, so that a port in use shows at once.
     with listen(cfg.host, cfg.port) as listener:
         retriever = open_retriever(cfg.index, False)
-        served = serve_from(cfg, choose_checkpoint(cfg.checkpoint))
-        server, desk = make_server(cfg, key, served, retriever)
-        _say(listener, served, retriever)
+        models = serve_from(cfg, choose_checkpoint(cfg.checkpoint, lora=cfg.lora))
+        server, desk = make_server(cfg, key, models, retriever)
+        _say(listener, models, retriever)
         with _own_signals():
             server.run(sockets=[listener])
     return int(desk.failed)
@@ -82,28 +79,25 @@ def require_packages() -> None:
 def make_server(
     cfg: ServerConfig,
     key: str,
-    served: Served,
+    models: dict[str, Model],
     retriever: Retriever | None,
 ) -> tuple["uvicorn.Server", "Desk"]:
     """A server that is ready to run, and its desk."""
     import uvicorn
 
     from serve.app import make_app
-    from serve.guard import GateConfig, Protocol
-    from serve.page_routes import LARGER, OPEN, Service
+    from serve.guard import Protocol
+    from serve.page_routes import Service
     from serve.scheduler import Desk, Metrics
 
-    metrics = Metrics()
-    desk = Desk(served.engines, cfg.slots + cfg.queue, cfg.per_client, metrics)
-    service = Service(desk, metrics, served, cfg.reply_seconds, cfg.truncate, retriever,
-                      cfg.wiki_url)  # fmt: skip
-    names = LOOPBACK if cfg.host in LOOPBACK else ()
-    gate = GateConfig(key, names, OPEN, LARGEST_BODY, cfg.body_seconds, LARGER, cfg.origins)
+    engines = [model.engine for model in models.values()]
+    desk = Desk(engines, cfg.slots + cfg.queue, cfg.per_client, Metrics())
+    service = Service(desk, models, cfg, retriever)
     protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds, "open": {}})
     # Without proxy_headers=False a client could give itself another address. Protocol closes idle
     # connections.
     server = uvicorn.Server(uvicorn.Config(
-        make_app(service, gate), http=protocol, ws="none", lifespan="on", log_level="warning",
+        make_app(service, key), http=protocol, ws="none", lifespan="on", log_level="warning",
         access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS, backlog=256,
         timeout_graceful_shutdown=cfg.shutdown_seconds, proxy_headers=False,
         timeout_keep_alive=3600,
@@ -113,13 +107,12 @@ def make_server(
     return server, desk
 
 
-def _say(listener: socket.socket, served: Served, retriever: Retriever | None) -> None:
+def _say(listener: socket.socket, models: dict[str, Model], retriever: Retriever | None) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    for name, engine in served.engines.items():
-        print(
-            f"{name}: {shown(served.paths[name])}, {engine.decoder.kind} ({engine.decoder.reason})"
-        )
+    for model in models.values():
+        decoder = model.engine.decoder
+        print(f"{model.name}: {shown(model.path)}, {decoder.kind} ({decoder.reason})")
     if retriever:
         print(f"资料: {retriever.describe()}")
     print(f"http://{host}:{port}   (Ctrl-C: 停止 / stop)", flush=True)

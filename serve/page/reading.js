@@ -4,7 +4,6 @@
 const reading = (() => {
   const MOST_FILE = 20 * 2 ** 20; // bytes
   const MOST_TEXT = 20_000_000; // bytes of a document's text; more is a bomb
-  const KINDS = /\.(txt|md|markdown|text|csv|log|docx|pdf)$/i;
 
   class Unreadable extends Error {}
 
@@ -87,5 +86,5 @@ const reading = (() => {
     }
   }
 
-  return { textOf, Unreadable, isDocument: (file) => KINDS.test(file.name) || file.type.startsWith("text/") };
+  return { textOf, Unreadable };
 })();

@@ -5,7 +5,7 @@ const WORDS = {
   zh: {
     skip: "跳到输入框", model: "模型", fresh: "新对话", language: "Switch to English", settings: "设置", close: "关闭",
     conversation: "对话", talks: "对话列表", search: "搜索对话", noTalks: "还没有对话", nothingFound: "没有找到",
-    untitled: "新对话", rename: "改名", remove: "删除", removed: "已删除", undo: "撤销", more: "更多",
+    untitled: "新对话", rename: "改名", remove: "删除", removed: "已删除", undo: "撤销",
     mode: "做什么", title: "写标题", chat: "聊天", keywords: "关键词", continue: "续写",
     helloTitle: "给摘要写个标题", hintTitle: "粘贴论文摘要，得到三个标题。",
     helloChat: "说点什么吧", hintChat: "小模型，会犯错。", hintReference: "给它资料，它就从资料里找答案。",
@@ -52,7 +52,7 @@ const WORDS = {
   en: {
     skip: "Skip to the input", model: "Model", fresh: "New chat", language: "切换到中文", settings: "Settings", close: "Close",
     conversation: "Conversation", talks: "Conversations", search: "Search conversations", noTalks: "No conversations yet", nothingFound: "Nothing found",
-    untitled: "New chat", rename: "Rename", remove: "Delete", removed: "Deleted", undo: "Undo", more: "More",
+    untitled: "New chat", rename: "Rename", remove: "Delete", removed: "Deleted", undo: "Undo",
     mode: "Task", title: "Write a title", chat: "Chat", keywords: "Keywords", continue: "Continue a text",
     helloTitle: "A title for an abstract", hintTitle: "Paste the abstract of a Chinese paper to get three titles.",
     helloChat: "Say something", hintChat: "A small model that makes mistakes.", hintReference: "Give it a reference text and it looks for the answer there.",

@@ -36,7 +36,7 @@ def server(checkpoint, tokenizer, tmp_path_factory) -> Iterator[Running]:
             weight.normal_(std=0.3)
     save_adapter(adapted, place / "other")
     build([write_articles(place / "rows.jsonl")], place / "index", "wiki")
-    flags = {"--api-key-file": "key", "--adapters": "other", "--index": "index"}
+    flags = {"--api-key-file": "key", "--lora": "other", "--index": "index"}
     words = [word for flag, name in flags.items() for word in (flag, str(place / name))]
     with serving(checkpoint, place / "log", *words) as server:
         yield server

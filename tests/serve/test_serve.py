@@ -50,7 +50,7 @@ def server(model, tokenizer, tmp_path_factory) -> Iterator[Running]:
         {"id": f"wiki/{n}", "text": f"{title}\n{text}"} for n, (title, text) in enumerate(ARTICLES)
     ])  # fmt: skip
     build([place / "wiki.jsonl"], place / "index", "wiki")
-    flags = ("--adapters", str(adapter), "--index", str(place / "index"))
+    flags = ("--lora", str(adapter), "--index", str(place / "index"))
     with serving(run, place / "log", *flags) as server:
         yield server
 

@@ -378,7 +378,8 @@ def test_mistakes_at_the_start_are_one_line_each(server, checkpoint, tmp_path, s
         (checkpoint, "--port", server.port): f"port {server.port}.* {server.process.pid}.*--port",
         (checkpoint, "--api-key-file", tmp_path / "short"): "16 ASCII characters",
         (checkpoint, "--index", tmp_path, "--port", 0): "no index.json",
-        (checkpoint, "--adapters", checkpoint, "--port", 0): "wanted an adapter",
+        (checkpoint, "--lora", f"other={checkpoint}", "--port", 0): "wanted an adapter",
+        (checkpoint, "--lora", checkpoint, "--port", 0): "two models are called 'small'",
         (checkpoint, "--slots", 0): "--slots 0",
         (tmp_path / "nothing", "--port", 0): "no such checkpoint",
     }
@@ -409,7 +410,7 @@ def test_a_fault_of_ours_ends_every_reply_and_the_server(tokenizer):
 
     engine = Engine(Decoder(endless_model(tokenizer), broken, "broken"), tokenizer, 2)
     stopped: list[bool] = []
-    desk = Desk({"m": engine}, 8, 8, Metrics(), lambda: stopped.append(True))
+    desk = Desk([engine], 8, 8, Metrics(), lambda: stopped.append(True))
 
     async def ask() -> None:
         desk.start(asyncio.get_running_loop())

@@ -8,7 +8,6 @@ bytes that are no text.
 import asyncio
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,9 +18,8 @@ import pytest
 from babyllama.cpu.decoder import make_decoder
 from serve.app import make_app
 from serve.engine import Engine
-from serve.guard import GateConfig
-from serve.models import Served
-from serve.page_routes import OPEN, Service
+from serve.models import Model, ServerConfig
+from serve.page_routes import Service
 from serve.scheduler import Desk, Metrics
 from serving import endless_model
 
@@ -122,14 +120,11 @@ async def fuzz(app: object, desk: Desk, n: int) -> Counter[int]:
     "n", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_spoilt_requests_are_answered_or_refused_with_the_field(tokenizer, tmp_path, n):
-    metrics = Metrics()
-    engine = Engine(make_decoder(endless_model(tokenizer, CONTEXT)), tokenizer, 8,
-                    clock=time.monotonic)  # fmt: skip
-    desk = Desk({"small": engine}, 1000, 1000, metrics)
-    served = Served({"small": engine}, {"small": tmp_path}, {"small": ("chat",)})
-    service = Service(desk, metrics, served, 60, False, None, "")
-    app = make_app(service, GateConfig("", (), OPEN, 1 << 20, 10))
+    engine = Engine(make_decoder(endless_model(tokenizer, CONTEXT)), tokenizer, 8)
+    desk = Desk([engine], 1000, 1000, Metrics())
+    models = {"small": Model("small", engine, tmp_path, tmp_path)}
+    app = make_app(Service(desk, models, ServerConfig(wiki_url=""), None))
     statuses = asyncio.run(fuzz(app, desk, n))
     print(dict(statuses))
     assert statuses.total() == n and min(statuses[200], statuses[400]) > n // 5
-    assert metrics.registry.get_sample_value("babyllama_open_replies") == 0
+    assert desk.metrics.registry.get_sample_value("babyllama_open_replies") == 0

@@ -272,9 +272,9 @@ def test_large_pictures_are_read_one_at_a_time(server):
 
 
 def test_what_a_model_that_sees_does_not_have_is_refused(run, tmp_path):
-    settings = {"adapters": (), "weights": "auto", "slots": 2, "device": "cpu", "prefix_mb": 1}
-    served = serve_from(SimpleNamespace(**settings), run)
-    assert list(served.engines) == ["small"] and served.eyes.n_positions == 0
-    for wrong in ({"adapters": (tmp_path,)}, {"weights": "int8"}):
-        with pytest.raises(ConfigError, match=r"--(adapters|weights int8): .* leave --"):
+    settings = {"lora": (), "weights": "auto", "slots": 2, "device": "cpu"}
+    (model,) = serve_from(SimpleNamespace(**settings), run).values()
+    assert model.name == "small" and model.eyes.n_positions == 0
+    for wrong in ({"lora": (str(tmp_path),)}, {"weights": "int8"}):
+        with pytest.raises(ConfigError, match=r"--(lora|weights int8): .* leave --"):
             serve_from(SimpleNamespace(**settings | wrong), run)
