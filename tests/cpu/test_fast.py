@@ -247,6 +247,27 @@ def forget_library(monkeypatch, tmp_path):
     forget()
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The library, compiled once for all tests of where it is kept."""
+    path = tmp_path_factory.mktemp("made") / "made.so"
+    compile._compile(compile.compiler(), path)
+    return path
+
+
+@pytest.fixture
+def calls(monkeypatch, forget_library, tmp_path, made):
+    """Notes each call of a compiler that hands out what another one made."""
+    path, notes = tmp_path / "cc", tmp_path / "calls"
+    path.write_text(
+        f"#!/bin/sh\necho call >> {notes}\n"
+        f'cp {made} "$(echo "$@" | sed "s/.* -o \\([^ ]*\\) .*/\\1/")"\n'
+    )
+    path.chmod(0o755)
+    monkeypatch.setenv("CC", str(path))
+    return notes
+
+
 @needs_compiler
 @torch.inference_mode()
 def test_the_plain_loops_for_other_processors_are_the_same_step(
@@ -290,18 +311,8 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, forget_library, tmp_path):
 
 @needs_compiler
 def test_the_library_is_compiled_once_and_again_where_it_was_damaged_or_cannot_be_kept(
-    monkeypatch, forget_library, tmp_path
+    monkeypatch, calls, tmp_path
 ):
-    counting, calls, made = tmp_path / "cc", tmp_path / "calls", tmp_path / "made.so"
-    counting.write_text(
-        f"#!/bin/sh\necho call >> {calls}\n"
-        'out=$(echo "$@" | sed "s/.* -o \\([^ ]*\\) .*/\\1/")\n'
-        f'[ -f {made} ] || {{ {compile.compiler()} "$@"; cp "$out" {made}; }}\n'  # once is enough
-        f'cp {made} "$out"\n'
-    )
-    counting.chmod(0o755)
-    monkeypatch.setenv("CC", str(counting))
-
     def n_calls() -> int:
         forget()
         assert compile.compiled().choose
@@ -317,13 +328,13 @@ def test_the_library_is_compiled_once_and_again_where_it_was_damaged_or_cannot_b
         monkeypatch.setenv("XDG_CACHE_HOME", str(damaged.parent.parent))
         assert [n_calls(), n_calls()] == [number, number]
         assert damaged.read_bytes() == kept.read_bytes()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(counting))  # a file stands in the way
+    monkeypatch.setenv("XDG_CACHE_HOME", str(calls))  # a file stands in the way
     assert [n_calls(), n_calls()] == [5, 6]
 
 
 @needs_compiler
 def test_a_kept_library_that_others_could_have_put_there_is_not_loaded(
-    monkeypatch, forget_library, tmp_path
+    monkeypatch, calls, tmp_path
 ):
     place = tmp_path / "cache/babyllama"
     assert compile.compiled().choose
@@ -341,13 +352,13 @@ def test_a_kept_library_that_others_could_have_put_there_is_not_loaded(
     before = sorted(place.iterdir())
     forget()
     assert compile.compiled().choose
-    assert sorted(place.iterdir()) == before
+    assert sorted(place.iterdir()) == before and calls.read_text().count("call") == 2
 
 
 @needs_compiler
 @pytest.mark.parametrize("both", [False, True])
 def test_where_temporary_files_may_not_run_another_place_is_taken_or_int8_is_refused(
-    both, monkeypatch, forget_library, tmp_path
+    both, monkeypatch, calls
 ):
     library = ctypes.CDLL
 

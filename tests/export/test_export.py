@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from conftest import TEXTS, save_model, small_config
-from export import gguf, hf, import_hf
+from export import gguf, hf, import_hf, parity
 from export.gguf import interleave, rounded, write_file
 from export.parity import (
     ExportConfig,
@@ -214,7 +214,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_every_kind_of_damage_is_noticed(name, loaded, tmp_path):
+def test_every_kind_of_damage_is_noticed(name, loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(parity, "N_DIALOGUES", 40)
     damage, check = DAMAGE[name]
     hf.write_folder(loaded, tmp_path)
     assert check(loaded, tmp_path)["passed"]
