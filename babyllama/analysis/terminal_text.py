@@ -86,13 +86,6 @@ def visible(text: str) -> str:
 
 def clipped(text: str, width: int) -> str:
     """As much of a text as fits into so many columns."""
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
-
-
-def outline(value: object) -> object:
-    """A JSON value with its strings cut short."""
-    if isinstance(value, dict):
-        return {key: outline(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [outline(item) for item in value]
-    return clipped(value, 32) if isinstance(value, str) else value
+    if width_of(text) <= width:
+        return text
+    return set_cell_size(text, width - 1).rstrip() + "…"

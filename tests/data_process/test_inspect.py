@@ -1,6 +1,5 @@
 """What the inspector shows: the same tokens as training reads, marked, aligned and harmless."""
 
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -16,13 +15,12 @@ from rich.cells import cell_len
 from babyllama.analysis.terminal_text import Painter, clipped, visible
 from babyllama.config import REPO, parse, run
 from babyllama.data import Mixture
-from babyllama.errors import DataError
 from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
 from babyllama.sources import DataConfig, SourceConfig, open_source
-from babyllama.token_file import TokenFileWriter
+from babyllama.token_file import TokenFile, TokenFileWriter
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.tools.inspect_set import InspectConfig, as_read, choose, main, open_rows
+from data_process.tools.inspect_set import InspectConfig, as_read, main
 from tokenizer import Tokenizer
 
 PROMPTS = REPO / "configs/prompts/summary_zh.yaml"
@@ -80,16 +78,8 @@ def plain(tokenizer: Tokenizer, width: int = 60) -> Painter:
 
 def read(path: Path, tokenizer: Tokenizer) -> list:
     """Every row of a file as (ids, mask)."""
-    prompts = SummaryPrompts.load(PROMPTS, tokenizer)
-    rows, _ = open_rows(path, tokenizer.path)
-    return [as_read(row, tokenizer, prompts) for row in rows]
-
-
-@pytest.mark.parametrize("kind", ROWS)
-def test_rows_and_their_token_file_are_read_alike(data: Path, tokenizer: Tokenizer, kind: str):
-    from_rows = read(data / f"clean/{kind}/train-00000.jsonl", tokenizer)
-    assert read(data / f"tokens/small/{kind}/train-00000", tokenizer) == from_rows
-    assert len(from_rows) == 12 and all(len(ids) == len(mask) for ids, mask in from_rows)
+    file, prompts = TokenFile(path), SummaryPrompts.load(PROMPTS, tokenizer)
+    return [as_read(file, number, tokenizer, prompts) for number in range(file.n_docs)]
 
 
 @pytest.mark.parametrize("kind", ["chat", "summary"])
@@ -97,7 +87,7 @@ def test_a_row_is_shown_as_the_training_run_reads_it(data: Path, tokenizer: Toke
     config = SourceConfig(str(data / f"tokens/small/{kind}"))
     source = open_source(config, "train", tokenizer, DataConfig(prompts=PROMPTS), 512)
     mixture = Mixture([source], [1.0], seed=0)
-    read_here = read(data / f"clean/{kind}/train-00000.jsonl", tokenizer)
+    read_here = read(data / f"tokens/small/{kind}/train-00000", tokenizer)
     for position in range(12):
         _, _, number, _ = mixture.place(position)
         tokens, targets = mixture.row(position)
@@ -108,7 +98,7 @@ def test_a_row_is_shown_as_the_training_run_reads_it(data: Path, tokenizer: Toke
 
 
 def test_signs_stand_round_what_is_learnt_and_nothing_else(data: Path, look: Callable):
-    shown = look(data / "clean/chat/train-00000.jsonl", "--row", 3).out
+    shown = look(data / "tokens/small/chat/train-00000", "--start", 3, "--n", 1).out
     assert re.findall("⟦([^⟧]*)⟧", shown) == ["很好。\n去公园吧3<eos>", "好3<eos>"]
     bare = shown.replace("⟦", "").replace("⟧", "")
     assert (
@@ -119,7 +109,7 @@ def test_signs_stand_round_what_is_learnt_and_nothing_else(data: Path, look: Cal
 
 
 def test_colours_say_the_same_as_signs(data: Path, look: Callable, monkeypatch: pytest.MonkeyPatch):
-    path = data / "clean/chat/train-00000.jsonl"
+    path = data / "tokens/small/chat/train-00000"
     signs = look(path).out
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -132,7 +122,7 @@ def test_colours_say_the_same_as_signs(data: Path, look: Callable, monkeypatch: 
 
 
 def test_borders_cut_the_text_into_its_tokens(data: Path, tokenizer: Tokenizer):
-    ids, mask = read(data / "clean/text/train-00000.jsonl", tokenizer)[0]
+    ids, mask = read(data / "tokens/small/text/train-00000", tokenizer)[0]
     shown = plain(tokenizer).dialogue((ids, mask), pieces=True)
     assert shown.startswith("⟦") and shown.endswith("|<eos>⟧")
     parts = shown[1:-1].split("|")
@@ -181,67 +171,25 @@ def test_no_text_steers_the_terminal(text: str):
     assert visible("天\n气 👨‍👩‍👧") == "天\n气 👨‍👩‍👧"
 
 
-def chosen(path: Path, tokenizer: Tokenizer, **settings: object) -> list[int]:
-    rows, _ = open_rows(path, tokenizer.path)
-    return [row.number for row in choose(rows, InspectConfig(file=path, **settings))]
-
-
-@pytest.mark.parametrize(
-    "name", ["clean/summary/train-00000.jsonl", "tokens/small/summary/train-00000"]
-)
-def test_the_rows_that_are_asked_for(data: Path, tokenizer: Tokenizer, name: str):
-    path = data / name
-    assert chosen(path, tokenizer) == [0, 1, 2]
-    assert chosen(path, tokenizer, start=10, n=5) == [10, 11]
-    assert chosen(path, tokenizer, row="7") == [7]
-
-
-def test_rows_are_found_by_id(data: Path, tokenizer: Tokenizer):
-    assert chosen(data / "clean/summary/train-00000.jsonl", tokenizer, row="s/9") == [9]
-
-
-def test_one_tokenizer_is_found_of_several_only_the_named_or_the_one_that_fits(
-    data: Path, look: Callable, tokenizer: Tokenizer
-):
+def test_the_tokenizer_that_fits_is_found(data: Path, look: Callable, tokenizer: Tokenizer):
     other = data / "tokenizers/other.model"
     other.write_bytes(tokenizer.bytes + b"\x00")  # never opened: its fingerprint differs
-    rows, tokens = data / "clean/chat/train-00000.jsonl", data / "tokens/small/chat/train-00000.idx"
+    tokens = data / "tokens/small/chat/train-00000.idx"
     assert "learnt" in look(tokens).out
-    without = look(rows)
-    assert without.code == 0 and "learnt" not in without.out and "other.model" in without.err
-    assert "天气怎么样？1" in without.out
-    assert "learnt" in look(rows, "--tokenizer", data / "tokenizers/small.model").out
     (data / "tokenizers/small.model").unlink()
     (error,) = look(tokens).errors
     assert tokenizer.fingerprint[:12] in error and "'small'" in error and "other.model" in error
 
 
-def test_a_tokenizer_that_changes_the_text_is_told_of(tmp_path: Path, look: Callable,
-                                                      tokenizer: Tokenizer):  # fmt: skip
-    write_rows(
-        tmp_path / "x.jsonl", [{"id": "x/0", "text": "天▁气"}, {"id": "x/1", "text": "天 气"}]
-    )
-    assert look(tmp_path / "x.jsonl", "--tokenizer", tokenizer.path).out.count("changes") == 1
-
-
 BAD = {
     "": "name a file",
-    "{data}/nope.jsonl": "no such file",
     "{data}/nope": "no such file",
-    "{data}/clean/chat": "train-00000.jsonl",
-    "{data}/tokenizers/small.model": "wanted rows",
-    "{data}/empty.jsonl": "empty file",
-    "{data}/raw.jsonl": "data_process.run",
     "{data}/foreign.bin": "pre-tokenized again",
     "{data}/alone.bin": "alone.idx: no such file",
-    "{data}/none/x/none.idx": "empty file",
-    "{rows} --tokenizer {data}/none.model": "no such file",
+    "{data}/none/x/none.idx": "below its 0 rows",
     "{tokens} --tokenizer {data}/none.model": "no such file",
-    "{rows} --row 12": "numbers 0 to 11, ids like 'c/11'",
-    "{tokens} --row c/3": "a token file knows no ids",
-    "{rows} --row -1": "numbers 0 to 11",
-    "{rows} --start 12": "numbers 0 to 11",
-    "{rows} --n 0": "--n of 1 or more",
+    "{tokens} --start 12": "below its 12 rows",
+    "{tokens} --n 0": "--n of 1 or more",
 }
 
 
@@ -249,21 +197,10 @@ BAD = {
 def test_bad_input_is_one_clear_line(
     data: Path, look: Callable, tokenizer: Tokenizer, words: str, wanted: str
 ):
-    (data / "empty.jsonl").touch()
-    (data / "raw.jsonl").write_text('{"title": "题", "abst": "文"}\n', "utf-8")
     for name in ("foreign.bin", "foreign.idx", "alone.bin"):
         (data / name).write_bytes(b"\x00\x01" * 300)
     with TokenFileWriter(data / "none/x/none", "text", tokenizer):
         pass
-    rows, tokens = data / "clean/chat/train-00000.jsonl", data / "tokens/small/chat/train-00000"
-    found = look(*words.format(data=data, rows=rows, tokens=tokens).split())
+    found = look(*words.format(data=data, tokens=data / "tokens/small/chat/train-00000").split())
     assert found.code == 2 and len(found.errors) == 1 and "Traceback" not in found.err
     assert wanted in found.errors[0] and found.out == ""
-
-
-def test_a_damaged_line_further_down_is_named(tmp_path: Path, tokenizer: Tokenizer):
-    path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({"id": "x/0", "text": "a"}) + "\n{", "utf-8")
-    assert chosen(path, tokenizer, n=1) == [0]
-    with pytest.raises(DataError, match=r"x\.jsonl:2"):
-        chosen(path, tokenizer, row="5")

@@ -2,8 +2,7 @@
 
 import json
 import random
-import tracemalloc
-from dataclasses import replace
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from data_process.dedup import (
     PIECE,
     REASONS,
     TILE,
+    Corpus,
     DedupConfig,
     band_keys,
     dedup_shards,
@@ -28,7 +28,6 @@ from data_process.dedup import (
     load_drops,
     marks_of,
     minima,
-    pairs,
     parts,
     pieces,
     rolling_hash,
@@ -66,6 +65,16 @@ def signed(directory: Path, rows: list[dict], cfg: DedupConfig, n_shards: int = 
         shards.append((write(directory / f"{n}.jsonl", rows[begin:end]), directory / f"s{n}"))
         sign_shard(*shards[-1], cfg)
     return shards
+
+
+def pairs(shards: list, target: Path) -> Iterator[tuple[str, dict, dict]]:
+    """(reason, row that goes, row that stays) for all that find_duplicates dropped."""
+    corpus = Corpus(shards)
+    for number in range(len(shards)):
+        for drop in np.load(target / f"{number:05d}.npy"):
+            gone = corpus.row(corpus.starts[number] + int(drop["row"]))
+            kept = corpus.row(corpus.starts[drop["kept_shard"]] + int(drop["kept_row"]))
+            yield REASONS[drop["reason"]], gone, kept
 
 
 def dropped(
@@ -106,7 +115,7 @@ def slow_drops(rows: list[dict]) -> dict[int, str]:
     """The definition: each row beside every row that stayed before it."""
     stayed, found = [], {}
     for number, row in enumerate(rows):
-        marks = {fingerprint(part) for part in parts(row)}
+        marks = {fingerprint(part) for part in parts(row) if part}
         if any(marks & {fingerprint(part) for part in parts(other)} for other in stayed):
             found[number] = "duplicate"
         elif len("".join(sides(row))) >= PIECE and any(similar(row, other) for other in stayed):
@@ -180,16 +189,14 @@ def test_a_signature_leads_back_to_each_row_and_its_marks(tmp_path):
     rows[3:5] = [{"id": "x/3", "text": "正文在这里", "summary": "标题"}, chat_row(4, "问", "答")]
     shard = write(tmp_path / "a.jsonl", rows)
     counts = sign_shard(shard, tmp_path / "a", DedupConfig())
-    assert (counts["rows"], counts["marks_only"]) == (7, 1)
+    assert counts["rows"] == 7
     assert {path.name for path in tmp_path.glob("*.npy")} == set(counts["files"])
-    found = {name: np.load(path) for name, path in signature_paths(tmp_path / "a").items()}
+    keys, lines = map(np.load, signature_paths(tmp_path / "a"))
     data = shard.read_bytes()
-    cuts = found["lines"].tolist()
-    assert [json.loads(data[a:b]) for a, b in pairwise(cuts)] == rows
-    marks = [part.tolist() for part in np.split(found["marks"], found["ends"])[:-1]]
-    assert marks == [marks_of(row) for row in rows]
+    assert [json.loads(data[a:b]) for a, b in pairwise(lines.tolist())] == rows
+    assert keys[:2].T.tolist() == [marks_of(row) for row in rows]
     texts = ["".join(sides(row)) for row in rows]
-    assert (found["bands"] == band_keys(texts, DedupConfig())).all()
+    assert (keys[2:] == band_keys(texts, DedupConfig())).all()
 
 
 @pytest.mark.parametrize("line", ['{"id": "x/1"', '"a"', '{"id": "x/1", "text": 5}', "", "{}"])
@@ -198,19 +205,6 @@ def test_a_line_that_is_no_row_is_named(line, tmp_path):
     shard.write_text('{"id": "x/0", "text": "一"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"a\.jsonl:2: wanted a canonical row"):
         sign_shard(shard, tmp_path / "a", DedupConfig())
-
-
-def test_signatures_of_another_file_or_other_settings_are_refused(tmp_path):
-    rows = [text_row(n, text) for n, text in enumerate(random_texts(3, 50))]
-    ((shard, stem),) = signed(tmp_path, rows, DedupConfig())
-    with pytest.raises(DataError, match="other settings"):
-        find_duplicates([(shard, stem)], tmp_path / "drops", SURE)
-    with pytest.raises(DataError, match="sign it again"):
-        find_duplicates([(shard, tmp_path / "none")], tmp_path / "drops", DedupConfig())
-    write(shard, rows[:2])
-    with pytest.raises(DataError, match="another file"):
-        find_duplicates([(shard, stem)], tmp_path / "drops", DedupConfig())
-    assert not (tmp_path / "drops").exists()
 
 
 @pytest.mark.parametrize("bad", [{"threshold": 0.0}, {"threshold": 1.1}, {"bands": 0}])
@@ -291,40 +285,6 @@ def test_the_rows_that_stayed_hold_no_copies(planted, tmp_path):
     gone = dropped(tmp_path, planted, DedupConfig())
     kept = [row for number, row in enumerate(planted) if number not in gone]
     assert dropped(tmp_path / "again", kept, DedupConfig()) == {}
-
-
-def test_the_memory_that_is_granted_changes_nothing(tmp_path):
-    chance = random.Random(1)
-    texts = random_texts(12_000, 8)
-    rows = [text_row(n, t) for n, t in enumerate(texts + chance.choices(texts, k=12_000))]
-    cfg = DedupConfig(bands=2, band_rows=1)
-    shards = signed(tmp_path, rows, cfg, 3)
-    found = []
-    for memory_mb in (1, 1024):
-        out = tmp_path / f"{memory_mb}"
-        counts = find_duplicates(shards, out, replace(cfg, memory_mb=memory_mb))
-        found.append((counts, [path.read_bytes() for path in sorted(out.iterdir())]))
-    assert found[0] == found[1] and found[0][0]["duplicate"] > 10_000
-
-
-def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
-    random_key = np.random.default_rng(0).integers
-    n_rows, shards = 50_000, []
-    for number in range(6):
-        paths = signature_paths(tmp_path / f"s{number}")
-        np.save(paths["bands"], random_key(1, 2**64, (4, n_rows), dtype=np.uint64))
-        np.save(paths["marks"], random_key(1, 2**64, n_rows, dtype=np.uint64))
-        np.save(paths["ends"], np.arange(1, n_rows + 1, dtype=np.uint32))
-        np.save(paths["lines"], np.arange(n_rows + 1))
-        shards.append((tmp_path / f"{number}.jsonl", tmp_path / f"s{number}"))
-        shards[-1][0].write_bytes(bytes(n_rows))
-    cfg, peaks = DedupConfig(bands=4, memory_mb=2), []
-    for n_shards in (2, 6):
-        tracemalloc.start()
-        find_duplicates(shards[:n_shards], tmp_path / "drops", cfg)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert max(peaks) < 2 * 2**20 + 30 * n_rows, "the granted memory and the columns of a shard"
 
 
 def test_boilerplate_costs_no_more_than_a_few_comparisons_a_row(tmp_path):
