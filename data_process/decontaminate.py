@@ -13,8 +13,8 @@ without showing it.
 - A window that more than 20 texts of one list have in common is wording, not content ("阅读下面的
   短文，回答问题"): it is left out and counted.
 - Tasks made of the same papers, as CSL's four are, protect each other: they share the windows.
-- 13 characters are two English words. Of 1,000 training questions of GSM8K 362 have two windows in
-  common with its test questions, 55 have five: for English raise `min_hits`.
+- 13 characters are two English words: of 1,000 training questions of GSM8K 362 have two windows in
+  common with its test questions.
 
 With --out NAME.json the command counts a benchmark's questions in what a model learnt from:
 
@@ -35,7 +35,7 @@ numbers are, every window needs one (4 MB/s). Both find the same.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -55,7 +55,9 @@ from data_process.raw import Skip, records
 WINDOW = 13  # characters
 ONE_IN = 8  # windows that are kept
 COMMON = 20  # texts with a window in common, from which on it is wording
+LEAST = 2  # different windows of one list from which a row is a leak
 EMPTY = hashlib.blake2b(digest_size=8)
+EMPTY_ROLLING = np.empty(0, np.uint32)
 
 
 @dataclass(frozen=True)
@@ -195,73 +197,70 @@ class TextWindows:
 
     numbers: np.ndarray
     rolling: np.ndarray
-    n_texts: int = 0
-    n_protected: int = 0
-    n_too_short: int = 0
-    n_wording: int = 0
+    n_texts: int
+    n_protected: int
+    n_too_short: int
+    n_wording: int
+
+
+def kept_windows(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of the windows kept of a bare text, each once, and their rolling hashes."""
+    numbers, first = np.unique(digests(text), return_index=True)
+    kept = is_kept(numbers)
+    return numbers[kept], (rolling(text)[first[kept]] if kept.any() else EMPTY_ROLLING)
+
+
+def telling(windows: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """The windows of several texts, each once, without wording, and how many were wording."""
+    numbers, hashes = zip((np.empty(0, np.uint64), EMPTY_ROLLING), *windows, strict=True)
+    numbers, first, n_texts = np.unique(
+        np.concatenate(numbers), return_index=True, return_counts=True
+    )
+    is_telling = n_texts <= COMMON
+    return (
+        numbers[is_telling],
+        np.concatenate(hashes)[first[is_telling]],
+        int((~is_telling).sum()),
+    )
 
 
 def windows_of(texts: Iterable[str]) -> TextWindows:
     """The windows of texts; a text that comes again counts once."""
-    found = TextWindows(np.empty(0, np.uint64), np.empty(0, np.uint32))
     seen: set[bytes] = set()
-    all_numbers, all_rolling = [found.numbers], [found.rolling]
+    windows, n_too_short = [], 0
     for text in map(bare, texts):
         mark = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=12).digest()
         if not text or mark in seen:
             continue
         seen.add(mark)
-        found.n_texts += 1
-        if len(text) < WINDOW:
-            found.n_too_short += 1
-            continue
-        numbers, first = np.unique(digests(text), return_index=True)
-        kept = is_kept(numbers)
-        all_numbers.append(numbers[kept])
-        all_rolling.append(rolling(text)[first[kept]])
-        found.n_protected += int(kept.sum() >= 2)
-    numbers, first, n_texts = np.unique(
-        np.concatenate(all_numbers), return_index=True, return_counts=True
-    )
-    telling = n_texts <= COMMON
-    found.numbers = numbers[telling]
-    found.rolling = np.concatenate(all_rolling)[first[telling]]
-    found.n_wording = int((~telling).sum())
-    return found
+        n_too_short += len(text) < WINDOW
+        windows.append(kept_windows(text))
+    numbers, hashes, n_wording = telling(windows)
+    n_protected = sum(len(of_text) >= LEAST for of_text, _ in windows)
+    return TextWindows(numbers, hashes, len(windows), n_protected, n_too_short, n_wording)
 
 
 BATCH_BYTES = 1 << 20
 LEAK = "leak"
 
 
-@dataclass(frozen=True)
-class FlagConfig:
-    """What is searched for in the rows of a shard.
-
-    windows: file made by make_windows
-    min_hits: different windows of one list from which a row is a leak
-    """
-
-    windows: Path
-    min_hits: int = 2
-
-
-def flag_shard(source: Path, target: Path, cfg: FlagConfig) -> dict[str, Any]:
+def flag_shard(source: Path, target: Path, windows: Path) -> dict[str, Any]:
     """Write <target>.leaks.jsonl: row, hits and the list with the most, for each row that leaks.
 
     Rows that their publisher holds out ("split": val or test) are what is protected.
+    windows: file made by make_windows
     """
-    windows, n_rows, n_leaks = load_windows(cfg.windows), 0, 0
+    known, n_rows, n_leaks = load_windows(windows), 0, 0
     path = _leaks_path(target)
     with open(path, "w", encoding="utf-8", newline="\n") as out:
-        for first, rows in _batches(source):
-            n_rows += len(rows)
-            found = hits(rows, windows)
-            for number in np.flatnonzero((found >= cfg.min_hits).any(axis=1)).tolist():
+        for rows in _batches(source, lambda row: "" if _is_held_out(row) else _joined(row)):
+            found = hits(rows, known)
+            for number in np.flatnonzero((found >= LEAST).any(axis=1)).tolist():
                 most = int(found[number].argmax())
-                leak = {"row": first + number, "hits": int(found[number, most])}
-                out.write(json.dumps(leak | {"list": windows.names[most]}) + "\n")
+                leak = {"row": n_rows + number, "hits": int(found[number, most])}
+                out.write(json.dumps(leak | {"list": known.names[most]}) + "\n")
                 n_leaks += 1
+            n_rows += len(rows)
     return {"rows": n_rows, "leaks": n_leaks, "files": [path.name]}
 
 
@@ -278,22 +277,26 @@ def _leaks_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.leaks.jsonl")
 
 
+def _is_held_out(row: dict[str, Any]) -> bool:
+    return row.get("split") in HELD_OUT
+
+
 def _joined(row: dict[str, Any]) -> str:
     # No window holds a NUL, so none runs over from a text into the next.
-    return "" if row.get("split") in HELD_OUT else "\0".join(texts(row))
+    return "\0".join(texts(row))
 
 
-def _batches(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(number of the first row, the rows' texts), some rows at a time."""
-    first, size, rows = 0, 0, []
-    for n_bytes, row in each_row(path, _joined):
-        rows.append(row)
+def _batches(path: Path, text_of: Callable[[dict[str, Any]], str]) -> Iterator[list[str]]:
+    """The rows' texts, some rows at a time."""
+    size, rows = 0, []
+    for n_bytes, text in each_row(path, text_of):
+        rows.append(text)
         size += n_bytes
         if size >= BATCH_BYTES:
-            yield first, rows
-            first, size, rows = first + len(rows), 0, []
+            yield rows
+            size, rows = 0, []
     if rows:
-        yield first, rows
+        yield rows
 
 
 def make_windows(
@@ -357,12 +360,8 @@ def _note(found: TextWindows) -> dict[str, int]:
 
 def _held_out_texts(shards: Sequence[Path]) -> Iterator[str]:
     for shard in shards:
-        for _, strings_of_row in each_row(shard, _held_out_strings):
-            yield from strings_of_row
-
-
-def _held_out_strings(row: dict[str, Any]) -> list[str]:
-    return list(texts(row)) if row.get("split") in HELD_OUT else []
+        for _, found in each_row(shard, lambda row: list(texts(row)) if _is_held_out(row) else []):
+            yield from found
 
 
 def strings(path: Path, n_skipped: Counter[str]) -> Iterator[str]:
@@ -399,68 +398,31 @@ class ListConfig:
     out: Path = Path("list.u64")
 
 
-def write_list(cfg: ListConfig) -> None:
+def write_list(files: list[Path], out: Path) -> None:
     """Write the list, then say what each file holds."""
-    if not cfg.files or cfg.out.suffix != ".u64":
-        raise ConfigError(
-            f"wanted evaluation files and --out NAME.u64, found {len(cfg.files)} files and --out "
-            f"{cfg.out}; python -m data_process.decontaminate FILES --out list.u64"
-        )
-    missing = [str(path) for path in cfg.files if not from_repo(path).exists()]
-    if missing:
-        raise ConfigError(f"wanted evaluation files, found no {', '.join(missing[:10])}")
     lists = []
-    for path in map(from_repo, cfg.files):
+    for path in files:
         numbers, _, note = _list_of(path)
         lists.append(numbers)
         print(f"{shown(path)}: " + ", ".join(f"{name} {n:,}" for name, n in note.items()))
     numbers = np.unique(np.concatenate(lists))
-    with atomic_write(cfg.out) as temporary:
+    with atomic_write(out) as temporary:
         numbers.astype("<u8").tofile(temporary)
-    print(f"{cfg.out}: {len(numbers):,} windows, {8 * len(numbers):,} bytes")
+    print(f"{out}: {len(numbers):,} windows, {8 * len(numbers):,} bytes")
 
 
-SHARE, LEAST = 0.5, 2
-
-
-def seen_windows(known: Windows, rows: list[Path]) -> np.ndarray:
-    """The windows, of those known, that stand in the rows; sorted."""
-    found = [np.empty(0, np.uint64)]
-    for path in rows:
-        batch: list[str] = []
-        size = 0
-        for n_bytes, text in each_row(path, lambda row: "\0".join(texts(row))):
-            batch.append(text)
-            size += n_bytes
-            if size >= BATCH_BYTES:
-                found.append(np.unique(occurrences(batch, known)[1]))
-                batch, size = [], 0
-        found.append(np.unique(occurrences(batch, known)[1]))
-    return np.unique(np.concatenate(found))
-
-
-def windows_by_text(texts: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The windows kept of each text, with their rolling hashes; a text that comes again once."""
-    found = {}
-    for text in texts:
-        if text not in found:
-            short = bare(text)
-            numbers, first = np.unique(digests(short), return_index=True)
-            kept = is_kept(numbers)
-            found[text] = numbers[kept], rolling(short)[first[kept]]
-    return found
+SHARE = 0.5  # of a question's windows, from which on it is found
 
 
 def overlap(asked: list[dict], rows: list[Path]) -> dict:
     """{"groups": questions found by group, "asked": all, "short": those that cannot be found}."""
     parts = [question["text"].split("\0") for question in asked]
-    by_text = windows_by_text(text for texts in parts for text in texts)
-    numbers = np.concatenate([numbers for numbers, _ in by_text.values()])
-    hashes = np.concatenate([hashes for _, hashes in by_text.values()])
-    numbers, first, n_texts = np.unique(numbers, return_index=True, return_counts=True)
-    telling = n_texts <= COMMON
-    known = Windows(("asked",), (numbers[telling],), hashes[first[telling]])
-    seen = seen_windows(known, rows)
+    by_text = {text: kept_windows(bare(text)) for texts in parts for text in texts}
+    numbers, hashes, _ = telling(by_text.values())
+    known = Windows(("asked",), (numbers,), hashes)
+    found = [np.unique(occurrences(texts, known)[1])
+             for path in rows for texts in _batches(path, _joined)]  # fmt: skip
+    seen = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
     counts = {"groups": Counter(), "asked": Counter(), "short": Counter()}
     for question, its_texts in zip(asked, parts, strict=True):
         group = question["group"]
@@ -473,24 +435,22 @@ def overlap(asked: list[dict], rows: list[Path]) -> dict:
     return {name: dict(found) for name, found in counts.items()}
 
 
-def write_overlap(cfg: ListConfig) -> None:
-    """Read, count, write."""
-    if len(cfg.files) < 2:
-        raise ConfigError(
-            f"wanted questions, files of rows and --out, found {len(cfg.files)} files and --out "
-            f"{cfg.out}; python -m data_process.decontaminate asked.jsonl rows.jsonl --out x.json"
-        )
-    asked, *rows = map(from_repo, cfg.files)
-    missing = [str(path) for path in (asked, *rows) if not path.is_file()]
-    if missing:
-        raise ConfigError(f"wanted files, found no {', '.join(missing[:10])}")
-    found = overlap([json.loads(line) for _, line in numbered_lines(asked)], rows)
-    write_whole(cfg.out, json.dumps(found, indent=1) + "\n")
-
-
 def main(cfg: ListConfig) -> None:
     """Write a list, or where --out says so the counts of an overlap."""
-    (write_overlap if cfg.out.suffix == ".json" else write_list)(cfg)
+    is_overlap = cfg.out.suffix == ".json"
+    if len(cfg.files) < 1 + is_overlap or cfg.out.suffix not in (".u64", ".json"):
+        raise ConfigError(
+            f"wanted evaluation files and --out NAME.u64, or questions, files of rows and --out "
+            f"NAME.json, found {len(cfg.files)} files and --out {cfg.out}"
+        )
+    files = list(map(from_repo, cfg.files))
+    if missing := [str(path) for path in files if not path.exists()]:
+        raise ConfigError(f"wanted files, found no {', '.join(missing[:10])}")
+    if is_overlap:
+        found = overlap([json.loads(line) for _, line in numbered_lines(files[0])], files[1:])
+        write_whole(cfg.out, json.dumps(found, indent=1) + "\n")
+    else:
+        write_list(files, cfg.out)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from babyllama.config import atomic_dir, from_repo, recover_dir, shown
 from babyllama.errors import ConfigError, DataError
 from data_process import clean, columns, decontaminate, dedup, formats, raw, registry, stages
 from data_process.clean import texts
-from data_process.decontaminate import FlagConfig, flag_shard, load_flags, make_windows
+from data_process.decontaminate import flag_shard, load_flags, make_windows
 from data_process.dedup import DedupConfig, dedup_shards, load_drops, sign_shard
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
 from data_process.registry import DataSet, package_dir
@@ -446,12 +446,11 @@ def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     windows_path = make_windows(cfg.evaluation, held_out, cfg.out / "work" / "windows")
     if not windows_path:
         return
-    settings = FlagConfig(windows_path)
     jobs = []
     for making in all_sets:
         for shard in making.shards:
             key = key_of(_done_key(shard), windows_path.name)
-            jobs.append(Job(shard, making.work / "flags" / shard.stem, key, settings))
+            jobs.append(Job(shard, making.work / "flags" / shard.stem, key, windows_path))
     _run(cfg, flag_shard, jobs, "decontaminate")
     notes = json.loads(windows_path.with_suffix(".json").read_text(encoding="utf-8"))
     for making in all_sets:

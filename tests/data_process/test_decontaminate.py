@@ -20,7 +20,6 @@ from data_process.decontaminate import (
     BATCH_BYTES,
     COMMON,
     WINDOW,
-    FlagConfig,
     ListConfig,
     Windows,
     flag_shard,
@@ -157,7 +156,7 @@ def test_the_rows_that_leak_are_flagged_whatever_shard_they_stand_in(known, tmp_
         for shard in range(n_shards):
             part = rows[300 * shard // n_shards : 300 * (shard + 1) // n_shards]
             source = write_rows(tmp_path / f"{shard}.jsonl", part)
-            counts = flag_shard(source, tmp_path / f"f{shard}", FlagConfig(tmp_path / "w.npz"))
+            counts = flag_shard(source, tmp_path / f"f{shard}", tmp_path / "w.npz")
             flags = load_flags(tmp_path / f"f{shard}")
             assert counts == {"rows": len(part), "leaks": len(flags), "files": [f"f{shard}.leaks.jsonl"]}  # fmt: skip  # noqa: E501
             found |= {300 * shard // n_shards + n: why for n, why in flags.items()}
@@ -170,11 +169,8 @@ def test_two_windows_of_one_list_are_a_leak_and_one_of_each_of_two_is_none(tmp_p
     windows_in([one, two], [other]).save(tmp_path / "w.npz")
     texts = [one, two, f"{one}，{other}", f"{one}，{two}"]
     source = write_rows(tmp_path / "a.jsonl", [{"id": n, "text": t} for n, t in enumerate(texts)])
-    found = {}
-    for least in (1, 2, 3):
-        flag_shard(source, tmp_path / "a", FlagConfig(tmp_path / "w.npz", least))
-        found[least] = list(load_flags(tmp_path / "a"))
-    assert found == {1: [0, 1, 2, 3], 2: [1, 3], 3: [3]}
+    flag_shard(source, tmp_path / "a", tmp_path / "w.npz")
+    assert list(load_flags(tmp_path / "a")) == [1, 3]
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path):
@@ -182,7 +178,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path):
     for line in ("{", '"a"', '{"id": 1, "text": 5}'):
         (tmp_path / "a.jsonl").write_text('{"id": 0, "text": "一"}\n' + line, encoding="utf-8")
         with pytest.raises(DataError, match=r"a\.jsonl:2: wanted a canonical row"):
-            flag_shard(tmp_path / "a.jsonl", tmp_path / "a", FlagConfig(tmp_path / "w.npz"))
+            flag_shard(tmp_path / "a.jsonl", tmp_path / "a", tmp_path / "w.npz")
 
 
 # What must not be trained on.
