@@ -12,12 +12,14 @@ import json
 import multiprocessing
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from tqdm import tqdm
 
 from babyllama.config import REPO, atomic_write
 from babyllama.errors import ConfigError, DataError
@@ -197,16 +199,17 @@ def run_shards(
     jobs: list[Job],
     engine: Engine = "serial",
     workers: int = 1,
-    show: Callable[[Iterable[Job], int], Iterable[Job]] = lambda jobs, n: jobs,
+    title: str = "shards",
 ) -> list[Counts]:
     """Do the jobs that are not done; the counts of all, in order.
 
-    show: wraps the finished jobs and their number, e.g. in a progress bar
+    title: of the progress bar
     """
     todo = [job for job in jobs if job.counts() is None]
     for directory in {job.target.parent for job in todo}:
         directory.mkdir(parents=True, exist_ok=True)
-    for _ in show(ENGINES[engine](function, todo, workers) if todo else (), len(todo)):
+    done = ENGINES[engine](function, todo, workers) if todo else ()
+    for _ in tqdm(done, title, len(todo), unit=" shards", disable=None if todo else True):
         pass
     counts = {job.target: job.counts() for job in jobs}
     missing = [str(target) for target, count in counts.items() if count is None]

@@ -8,19 +8,15 @@
 Several sets of one run go through each stage together: the held-out rows that their publishers
 fixed are protected against all of them. A killed run continues with the shards that are missing;
 a changed setting redoes the stages that it touches. counts.json says what each stage did, with
-reasons and examples, and depends on the input and the settings alone; timing.json how long it took.
+reasons and examples, and depends on the input and the settings alone.
 """
 
 import json
 import shutil
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tqdm import tqdm
 
 from babyllama import rows
 from babyllama.config import atomic_dir, from_repo, recover_dir, shown
@@ -61,27 +57,74 @@ class RawSet:
 
 
 @dataclass(frozen=True)
-class PipelineConfig:
-    """What decides the rows, and how the work is done.
+class SetConfig:
+    """One set of a mixture.
 
-    out: root of clean/ and work/
-    skip: names of fixes and rules that are switched off
-    evaluation: files whose text must not be trained on
-    job_bytes: of raw files, for one job
-    dedup_across: repeats are looked for across the sets of the run, else within each
+    Args:
+        reader: name of the reader, see python -m data_process.tools.list
+        name: what the set is called, if not as its reader
+        raw: directory or file with its raw data, below --raw, else below the repository
+        weight: how often each row is seen in an epoch of the mixture
+        official: keep the publisher's train, validation and test parts; else split by hash
+        columns: which column has which role, where the usual names do not fit (text: body)
+        roles: who speaks under a name that is not known (narrator: user)
     """
 
-    out: Path
-    encoding: str = "utf-8-sig"
-    max_bad: float = 0.01
-    skip: tuple[str, ...] = ()
+    reader: str
+    name: str | None = None
+    raw: Path | None = None
+    weight: float = 1.0
+    official: bool | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProcessConfig:
+    """Settings of data_process.run.
+
+    Args:
+        dataset: name of a set or a group (sample), python -m data_process.tools.list shows all; or
+            of a set that was made before, to be made again
+        name: what the set is called, if not as its reader
+        raw: directory or file with the raw data (default data/raw/<set>)
+        out: root of clean/, tokens/, mixtures/, index/ and work/
+        tokenizer: a SentencePiece .model; with it token files are made too
+        index: make a full-text index of each set too (babyllama/retrieval), for sets of texts
+        official: keep the publisher's train, validation and test parts; else split by hash
+        columns: which column has which role, where the usual names do not fit: --columns.text body
+        roles: who speaks under a name that is not known: --roles.narrator user
+        sets: several sets that are made together and become a mixture
+        mixture: name of the mixture's file in mixtures/
+        evaluation: files whose text must not be trained on: texts of any kind, or .u64 lists
+        dedup: near duplicates; null: off
+        dedup_across: look for repeats across the sets, not only within each
+        skip_rules: names of fixes and rules (see counts.json) to leave out
+        engine: serial, processes for several at once, or ray for a running Ray cluster
+        workers: number of processes
+        max_bad: the share of damaged lines above which the set is refused
+        encoding: of the raw files
+    """
+
+    dataset: str = ""
+    name: str | None = None
+    raw: Path | None = None
+    out: Path = Path("data")
+    tokenizer: Path | None = None
+    index: bool = False
+    official: bool | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=dict)
+    sets: tuple[SetConfig, ...] = ()
+    mixture: str | None = None
     evaluation: tuple[Path, ...] = ()
     dedup: DedupConfig | None = field(default_factory=DedupConfig)
     dedup_across: bool = False
-    keep_work: bool = True
-    job_bytes: int = raw.JOB_BYTES
+    skip_rules: tuple[str, ...] = ()
     engine: Engine = "serial"
-    workers: int = 1
+    workers: int = 2
+    max_bad: float = 0.01
+    encoding: str = "utf-8-sig"
 
 
 @dataclass
@@ -89,10 +132,9 @@ class Making:
     """A set on its way through the stages."""
 
     raw: RawSet
-    cfg: PipelineConfig
+    cfg: ProcessConfig
     raw_key: str
     key: str
-    seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, dict] = field(default_factory=dict)  # what stages say beyond their counts
     read: list[dict] = field(default_factory=list)  # counts of the clean jobs
     shards: list[Path] = field(default_factory=list)  # clean rows
@@ -105,11 +147,11 @@ class Making:
 
     @property
     def work(self) -> Path:
-        return self.cfg.out / "work" / self.name
+        return from_repo(self.cfg.out) / "work" / self.name
 
     @property
     def target(self) -> Path:
-        return self.cfg.out / "clean" / self.name
+        return from_repo(self.cfg.out) / "clean" / self.name
 
     def official(self) -> tuple[str, ...]:
         """The parts that the publisher fixed."""
@@ -134,7 +176,7 @@ def put_together(making: Making, made: list[tuple[Job, dict]]) -> None:
         counts = _counts(making, [count for _, count in made], sizes)
         text = json.dumps(counts, ensure_ascii=False, indent=1) + "\n"
         write_whole(fresh / "counts.json", text)
-    shutil.rmtree(making.work / "rows" if making.cfg.keep_work else making.work, ignore_errors=True)
+    shutil.rmtree(making.work / "rows", ignore_errors=True)
 
 
 def _hold_out(fresh: Path, sizes: dict[str, Counter]) -> None:
@@ -206,21 +248,6 @@ def _counts(making: Making, written: list[dict], sizes: dict[str, Counter]) -> d
     }
 
 
-def timing_of(making: Making) -> dict:
-    """Seconds of each stage (of all sets of the run together), and its rate."""
-    counts = json.loads((making.target / "counts.json").read_text(encoding="utf-8"))
-    rows = {name: counts["stages"][name]["rows_in"] for name in STAGES if name in counts["stages"]}
-    return {
-        "engine": making.cfg.engine,
-        "workers": making.cfg.workers,
-        "stages": {
-            name: {"seconds": seconds, "rows_per_s": round(rows[name] / max(seconds, 1e-3), 1)}
-            for name, seconds in making.seconds.items()
-            if name in rows
-        },
-    }
-
-
 def old_counts(target: Path, key: str) -> dict | None:
     try:
         counts = json.loads((target / "counts.json").read_text(encoding="utf-8"))
@@ -257,10 +284,10 @@ def raw_place(data_set: DataSet, place: Path | None) -> Path:
     return place
 
 
-def make_clean(sets: list[RawSet], cfg: PipelineConfig) -> list[tuple[dict, bool]]:
+def make_clean(sets: list[RawSet], cfg: ProcessConfig) -> list[tuple[dict, bool]]:
     """counts.json of each set once its rows stand; and whether they stood before."""
     raw_keys = [_raw_key(raw_set, cfg) for raw_set in sets]
-    evaluation = [_identity(path) for path in cfg.evaluation]
+    evaluation = [_identity(path) for path in map(from_repo, cfg.evaluation)]
     settings = (cfg.dedup, cfg.dedup_across, cfg.max_bad, evaluation)
     later = key_of(*LATER_CODE, *settings, *raw_keys)
     all_sets = [
@@ -281,12 +308,13 @@ def make_clean(sets: list[RawSet], cfg: PipelineConfig) -> list[tuple[dict, bool
     ]  # fmt: skip
 
 
-def _raw_key(raw_set: RawSet, cfg: PipelineConfig) -> str:
+def _raw_key(raw_set: RawSet, cfg: ProcessConfig) -> str:
     """Changes when the raw files, the reader, or the settings of cleaning do."""
     data_set = raw_set.data_set
     files = [_identity(path) for path in _raw_files(raw_set)[0]]
     settings = (raw_set.official, dict(raw_set.columns), dict(raw_set.roles), cfg.encoding)
-    return key_of(*READ_CODE, *data_set.key(), *settings, cfg.skip, cfg.job_bytes, files)
+    skip = sorted(set(cfg.skip_rules))
+    return key_of(*READ_CODE, *data_set.key(), *settings, skip, raw.JOB_BYTES, files)
 
 
 def _raw_files(raw_set: RawSet) -> tuple[list[Path], list[Path]]:
@@ -303,40 +331,17 @@ def _identity(path: Path) -> tuple[str, int, int]:
 
 def _make(all_sets: list[Making], wanted: set[str]) -> None:
     cfg = all_sets[0].cfg
-    with _timed("clean", all_sets):
-        _clean(all_sets)
+    _clean(all_sets)
     for making in all_sets:
         _refuse_damaged(making)
     drops: Drops = defaultdict(list)
     # Rows about images say the same words of different images.
     of_text = [making for making in all_sets if making.raw.data_set.kind != "vqa"]
     if cfg.dedup and of_text:
-        with _timed("dedup", all_sets):
-            _dedup(of_text, cfg.dedup, drops)
+        _dedup(of_text, cfg.dedup, drops)
     if of_text:
-        with _timed("decontaminate", all_sets):
-            _decontaminate(of_text, drops)
-    fresh = [making for making in all_sets if making.name in wanted]
-    with _timed("write", all_sets):
-        _write(fresh, drops)
-    for making in fresh:
-        timing = json.dumps(timing_of(making), indent=1) + "\n"
-        write_whole(making.target / "timing.json", timing)
-
-
-@contextmanager
-def _timed(stage: str, all_sets: list[Making]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    for making in all_sets:
-        making.seconds[stage] = round(time.perf_counter() - start, 3)
-
-
-def _run(cfg: PipelineConfig, function: Callable, jobs: list[Job], title: str) -> list[dict]:
-    def show(done: Iterable[Job], n: int) -> Iterable[Job]:
-        return tqdm(done, title, n, unit=" shards", disable=None if n else True)
-
-    return run_shards(function, jobs, cfg.engine, cfg.workers, show)
+        _decontaminate(of_text, drops)
+    _write([making for making in all_sets if making.name in wanted], drops)
 
 
 def _clean(all_sets: list[Making]) -> None:
@@ -344,20 +349,16 @@ def _clean(all_sets: list[Making]) -> None:
     cfg, jobs, owners = all_sets[0].cfg, [], []
     for making in all_sets:
         made = making.raw
-        settings = CleanConfig(
-            made.data_set.entry, making.name, cfg.encoding, made.place, made.official is not False,
-            made.columns, made.roles, cfg.skip,
-        )  # fmt: skip
-        plan = making.work / "plan"
-        plan.mkdir(parents=True, exist_ok=True)
         making.left = _raw_files(made)[1]
         for number, parts in enumerate(_jobs(made, cfg)):
-            path = plan / f"{number:05d}.json"
-            path.write_text(raw.to_json(parts), encoding="utf-8")
-            target = making.work / "clean" / path.stem
-            jobs.append(Job(path, target, key_of(making.raw_key, number), settings))
+            settings = CleanConfig(
+                made.data_set.entry, making.name, cfg.encoding, made.place, tuple(parts),
+                made.official is not False, made.columns, made.roles, cfg.skip_rules,
+            )  # fmt: skip
+            target = making.work / "clean" / f"{number:05d}"
+            jobs.append(Job(made.place, target, key_of(making.raw_key, number), settings))
             owners.append(making)
-    counts = _run(cfg, clean_shard, jobs, "read and clean")
+    counts = run_shards(clean_shard, jobs, cfg.engine, cfg.workers, "read and clean")
     next_id: Counter[str] = Counter()
     for making, job, count in zip(owners, jobs, counts, strict=True):
         names = [f"{job.target.name}-{n:03d}.jsonl" for n in range(count["shards"])]
@@ -367,7 +368,7 @@ def _clean(all_sets: list[Making]) -> None:
         next_id[making.name] += count["entries"]
 
 
-def _jobs(made: RawSet, cfg: PipelineConfig) -> list[list[raw.Part]]:
+def _jobs(made: RawSet, cfg: ProcessConfig) -> list[list[raw.Part]]:
     """The raw parts of a set, by job."""
     data_set = made.data_set
     if data_set.reads_dir:
@@ -377,7 +378,7 @@ def _jobs(made: RawSet, cfg: PipelineConfig) -> list[list[raw.Part]]:
         return [files]
     known = columns.KNOWN | {name.lower() for name in made.columns.values()}
     return raw.divide(
-        files, cfg.encoding, data_set.layout, cfg.job_bytes, known, data_set.split_files
+        files, cfg.encoding, data_set.layout, raw.JOB_BYTES, known, data_set.split_files
     )
 
 
@@ -422,7 +423,7 @@ def _dedup(all_sets: list[Making], settings: DedupConfig, drops: Drops) -> None:
         for shard in making.shards:
             key = key_of(_done_key(shard), sign_key)
             jobs.append(Job(shard, making.work / "signatures" / shard.stem, key, settings))
-    _run(cfg, sign_shard, jobs, "sign")
+    run_shards(sign_shard, jobs, cfg.engine, cfg.workers, "sign")
     keys = {job.source: job.key for job in jobs}
     # Sets with held-out rows first: these stay, and their copies elsewhere go.
     ordered = sorted(all_sets, key=lambda making: not making.held_out())
@@ -440,10 +441,9 @@ def _dedup(all_sets: list[Making], settings: DedupConfig, drops: Drops) -> None:
 
 def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     cfg = all_sets[0].cfg
-    held_out = [
-        shard for making in all_sets if making.held_out() for shard in making.shards
-    ]  # fmt: skip
-    windows_path = make_windows(cfg.evaluation, held_out, cfg.out / "work" / "windows")
+    held_out = [shard for making in all_sets if making.held_out() for shard in making.shards]
+    evaluation, place = [*map(from_repo, cfg.evaluation)], from_repo(cfg.out) / "work/windows"
+    windows_path = make_windows(evaluation, held_out, place)
     if not windows_path:
         return
     jobs = []
@@ -451,7 +451,7 @@ def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
         for shard in making.shards:
             key = key_of(_done_key(shard), windows_path.name)
             jobs.append(Job(shard, making.work / "flags" / shard.stem, key, windows_path))
-    _run(cfg, flag_shard, jobs, "decontaminate")
+    run_shards(flag_shard, jobs, cfg.engine, cfg.workers, "decontaminate")
     notes = json.loads(windows_path.with_suffix(".json").read_text(encoding="utf-8"))
     for making in all_sets:
         making.notes["evaluation"] = notes
@@ -480,7 +480,8 @@ def _write(fresh: list[Making], drops: Drops) -> None:
             )
             jobs.append(Job(shard, making.work / "rows" / f"{n:05d}", making.key, settings))
             owners.append(making)
-    counts = _run(fresh[0].cfg, write_shard, jobs, "write")
+    cfg = fresh[0].cfg
+    counts = run_shards(write_shard, jobs, cfg.engine, cfg.workers, "write")
     for making in fresh:
         mine = [
             (job, count)

@@ -14,7 +14,6 @@ import bz2
 import contextlib
 import gzip
 import io
-import json
 import lzma
 import re
 import tarfile
@@ -463,13 +462,3 @@ def _line_end(file: io.BufferedReader) -> int:
         if (at := block.find(b"\n")) >= 0:
             return file.tell() - len(block) + at + 1
     return file.tell()
-
-
-def to_json(parts: list[Part]) -> str:
-    """A job's parts as the text of its plan file."""
-    return json.dumps(parts, ensure_ascii=False, default=str)
-
-
-def from_json(text: str) -> list[Part]:
-    """The parts in a plan file."""
-    return [Part(Path(path), *rest) for path, *rest in json.loads(text)]

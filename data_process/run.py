@@ -17,98 +17,22 @@ again with the same command. A set is replaced only when the new one is whole.
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from babyllama.config import from_repo, lock, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.retrieval.index import build
 from data_process.clean import check_names
 from data_process.columns import role_of
-from data_process.dedup import DedupConfig
-from data_process.executor import Engine, Job, key_of, run_shards, write_whole
-from data_process.pipeline import PipelineConfig, RawSet, make_clean, raw_place
+from data_process.executor import Job, key_of, run_shards, write_whole
+from data_process.pipeline import ProcessConfig, RawSet, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from data_process.registry import GROUPS, DataSet, catalog, check_chosen, data_sets
 from data_process.stages import SPLITS
 from tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class SetConfig:
-    """One set of a mixture.
-
-    Args:
-        reader: name of the reader, see python -m data_process.tools.list
-        name: what the set is called, if not as its reader
-        raw: directory or file with its raw data, below --raw, else below the repository
-        weight: how often each row is seen in an epoch of the mixture
-        official: keep the publisher's train, validation and test parts; else split by hash
-        columns: which column has which role, where the usual names do not fit (text: body)
-        roles: who speaks under a name that is not known (narrator: user)
-    """
-
-    reader: str
-    name: str | None = None
-    raw: Path | None = None
-    weight: float = 1.0
-    official: bool | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ProcessConfig:
-    """Settings of data_process.run.
-
-    Args:
-        dataset: name of a set or a group (sample), python -m data_process.tools.list shows all; or
-            of a set that was made before, to be made again
-        name: what the set is called, if not as its reader
-        raw: directory or file with the raw data (default data/raw/<set>)
-        out: root of clean/, tokens/, mixtures/, index/ and work/
-        tokenizer: a SentencePiece .model; with it token files are made too
-        index: make a full-text index of each set too (babyllama/retrieval), for sets of texts
-        official: keep the publisher's train, validation and test parts; else split by hash
-        columns: which column has which role, where the usual names do not fit: --columns.text body
-        roles: who speaks under a name that is not known: --roles.narrator user
-        sets: several sets that are made together and become a mixture
-        mixture: name of the mixture's file in mixtures/
-        evaluation: files whose text must not be trained on: texts of any kind, or .u64 lists
-        dedup: near duplicates; null: off
-        dedup_across: look for repeats across the sets, not only within each
-        skip_rules: names of fixes and rules (see counts.json) to leave out
-        engine: serial, processes for several at once, or ray for a running Ray cluster
-        workers: number of processes
-        keep_work: keep data/work, so that a changed setting redoes only what it touches
-        max_bad: the share of damaged lines above which the set is refused
-        encoding: of the raw files
-    """
-
-    dataset: str = ""
-    name: str | None = None
-    raw: Path | None = None
-    out: Path = Path("data")
-    tokenizer: Path | None = None
-    index: bool = False
-    official: bool | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
-    sets: tuple[SetConfig, ...] = ()
-    mixture: str | None = None
-    evaluation: tuple[Path, ...] = ()
-    dedup: DedupConfig | None = field(default_factory=DedupConfig)
-    dedup_across: bool = False
-    skip_rules: tuple[str, ...] = ()
-    engine: Engine = "serial"
-    workers: int = 2
-    keep_work: bool = True
-    max_bad: float = 0.01
-    encoding: str = "utf-8-sig"
 
 
 def check(cfg: ProcessConfig) -> None:
@@ -193,10 +117,7 @@ def make_tokens(
             key = key_of(source / "counts.json", path.stat().st_size, tokenizer.fingerprint, code)
             jobs.append(Job(path, target / path.stem, key, settings))
             owners.append(data_set.name)
-    counts = run_shards(
-        pretokenize_shard, jobs, cfg.engine, cfg.workers,
-        lambda done, n: tqdm(done, "turn into ids", n, unit=" shards", disable=None if n else True),
-    )  # fmt: skip
+    counts = run_shards(pretokenize_shard, jobs, cfg.engine, cfg.workers, "turn into ids")
     kept = {job.target for job in jobs}
     for path in (
         path for target in {job.target.parent for job in jobs} for path in target.iterdir()
@@ -282,22 +203,6 @@ def remarks(counts: dict) -> Iterator[str]:
         yield f"left alone: {', '.join(names[:5])}{more}"
 
 
-def settings_of(cfg: ProcessConfig) -> PipelineConfig:
-    """What the stages need to know."""
-    return PipelineConfig(
-        out=from_repo(cfg.out),
-        encoding=cfg.encoding,
-        max_bad=cfg.max_bad,
-        skip=tuple(sorted(set(cfg.skip_rules))),
-        evaluation=tuple(map(from_repo, cfg.evaluation)),
-        dedup=cfg.dedup,
-        dedup_across=cfg.dedup_across,
-        keep_work=cfg.keep_work,
-        engine=cfg.engine,
-        workers=cfg.workers,
-    )
-
-
 def main(cfg: ProcessConfig) -> None:
     """Make every set that is named; one run at a time in each --out."""
     check(cfg)
@@ -315,7 +220,7 @@ def make(cfg: ProcessConfig) -> None:
     sets = [standing[0]] if standing else [raw_set.data_set for raw_set in raw_sets]
     if cfg.index and (others := [one.name for one in sets if one.kind != "text"]):
         raise ConfigError(f"--index wants sets of texts, found {', '.join(others)}; leave them out")
-    made = [(standing[1], True)] if standing else make_clean(raw_sets, settings_of(cfg))
+    made = [(standing[1], True)] if standing else make_clean(raw_sets, cfg)
     for counts, stood in made:
         if stood:
             print(f"{counts['set']}: nothing has changed, the clean rows are used again")

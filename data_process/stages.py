@@ -9,6 +9,7 @@ other rows come or go.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -22,7 +23,7 @@ from babyllama.rows import check_row
 from data_process.clean import fix, reason_to_drop, texts
 from data_process.columns import KNOWN
 from data_process.executor import Counts
-from data_process.raw import Part, Skip, from_json, records
+from data_process.raw import Part, Skip, records
 from data_process.registry import DataSet, data_sets
 
 N_EXAMPLES = 10
@@ -140,6 +141,7 @@ class CleanConfig:
 
     entry: in the catalogue
     place: for readers that open the files themselves
+    parts: of the raw files, for all others
     official: keep the parts that the publisher fixed
     columns, roles: those that the user named
     skip: names of fixes and rules that are switched off
@@ -149,6 +151,7 @@ class CleanConfig:
     name: str
     encoding: str
     place: Path
+    parts: tuple[Part, ...]
     official: bool = True
     columns: Mapping[str, str] = field(default_factory=dict)
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -188,26 +191,15 @@ class RowShards:
             self._file = None
 
 
-class _Counted:
-    """Passes an iterator on and counts."""
-
-    def __init__(self, items: Iterable) -> None:
-        self._items, self.n = items, 0
-
-    def __iter__(self) -> Iterator:
-        for item in self._items:
-            self.n += 1
-            yield item
-
-
 def clean_shard(source: Path, target: Path, cfg: CleanConfig) -> Counts:
-    """Read the parts that a plan file names, clean their rows, write them behind `target`."""
+    """Read the raw parts of a job, clean their rows, write them behind `target`."""
     (data_set,) = data_sets(cfg.entry, cfg.name)
-    parts = from_json(source.read_text(encoding="utf-8"))
     for stale in target.parent.glob(f"{target.name}-*.jsonl"):
         stale.unlink()
     known = KNOWN | {name.lower() for name in cfg.columns.values()}
-    entries = _Counted(records(parts, cfg.encoding, data_set.layout, known))
+    n_entries = itertools.count()
+    found = zip(records(cfg.parts, cfg.encoding, data_set.layout, known), n_entries, strict=False)
+    entries = (entry for entry, _ in found)
     if data_set.reads_dir:
         items = data_set.read(cfg.place, cfg.encoding)
     else:
@@ -217,8 +209,8 @@ def clean_shard(source: Path, target: Path, cfg: CleanConfig) -> Counts:
         for row, n_chars in cleaning.rows(items):
             shards.add(row, n_chars)
     return cleaning.counts() | {
-        "entries": entries.n,
-        "inputs": {f"{p.name}+{p.start}" if p.start else p.name: _digest(p) for p in parts},
+        "entries": next(n_entries),
+        "inputs": {f"{p.name}+{p.start}" if p.start else p.name: _digest(p) for p in cfg.parts},
         "files": shards.names,
         "shards": len(shards.names),
     }

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 
+import data_process.raw
 from babyllama.config import REPO
 from babyllama.errors import DataError
-from data_process.pipeline import PipelineConfig, RawSet, make_clean
+from data_process.pipeline import ProcessConfig, RawSet, make_clean
 from data_process.registry import data_sets
 
 READERS = ("text", "mnbvc", "wiki", "csl", "lcsts", "conversations", "belle", "redgpt", "naturalconv",
@@ -130,7 +131,7 @@ def check(number: int, directory: Path) -> str:
     )
     raw.write_bytes(data)
     data_set = data_sets(chance.choice(READERS), "fuzz")[0]
-    cfg = PipelineConfig(directory / "out", max_bad=1.0, keep_work=False, job_bytes=1000)
+    cfg = ProcessConfig(out=directory / "out", max_bad=1.0)
     try:
         ((counts, _),) = make_clean([RawSet(data_set, raw, official=True)], cfg)
     except DataError as error:
@@ -143,15 +144,21 @@ def check(number: int, directory: Path) -> str:
     return "made"
 
 
+@pytest.fixture
+def small_jobs(monkeypatch):
+    """Files of a few lines are cut too."""
+    monkeypatch.setattr(data_process.raw, "JOB_BYTES", 1000)
+
+
 @pytest.mark.parametrize("start", [0, 75])
-def test_damaged_files_end_in_counted_drops_or_one_clear_line(start, tmp_path):
+def test_damaged_files_end_in_counted_drops_or_one_clear_line(start, tmp_path, small_jobs):
     ends = [check(number, tmp_path) for number in range(start, start + 75)]
     assert ends.count("made") > 10 and ends.count("refused") > 10
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_five_thousand_damaged_files(tmp_path):
+def test_five_thousand_damaged_files(tmp_path, small_jobs):
     ends = [check(number, tmp_path) for number in range(5_000)]
     assert ends.count("made") > 500 and ends.count("refused") > 500
 
@@ -162,10 +169,10 @@ GOOD = as_lines([{"text": "银杏是一种古老的树种，秋天叶子变黄�
 MADE = """
 import sys
 from pathlib import Path
-from data_process.pipeline import PipelineConfig, RawSet, make_clean
+from data_process.pipeline import ProcessConfig, RawSet, make_clean
 from data_process.registry import data_sets
 raw, out = map(Path, sys.argv[1:])
-cfg = PipelineConfig(out, max_bad=1.0)
+cfg = ProcessConfig(out=out, max_bad=1.0)
 ((counts, _),) = make_clean([RawSet(data_sets("text")[0], raw)], cfg)
 peak = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
 print(counts["rows_in"], counts["rows_out"], peak.split()[1])  # ru_maxrss begins with pytest's own

@@ -7,7 +7,8 @@ from reading import EXPECTED, FIXTURES, raw, read, set_of
 
 from data_process.decontaminate import overlap
 from data_process.pipeline import make_clean
-from data_process.run import ProcessConfig, chosen, settings_of
+from data_process.raw import Skip
+from data_process.run import ProcessConfig, chosen
 
 BENCHMARKS = ("gsm8k", "math", "ape210k", "commonsenseqa", "boolq", "nq_open", "triviaqa", "quac")
 
@@ -31,7 +32,7 @@ def test_english_dialogues_with_short_answers_pass_the_rules(tmp_path):
             dataset="gsm8k", raw=FIXTURES / "gsm8k_train.jsonl", out=tmp_path / str(wanted),
             max_bad=1.0, evaluation=names,
         )  # fmt: skip
-        ((counts, _),) = make_clean(chosen(cfg), settings_of(cfg))
+        ((counts, _),) = make_clean(chosen(cfg), cfg)
         assert counts["rows_out"] == wanted, counts["dropped"]
 
 

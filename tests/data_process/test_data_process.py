@@ -20,7 +20,7 @@ from data_process.dedup import fingerprint
 from data_process.pipeline import make_clean
 from data_process.raw import Skip, records
 from data_process.registry import GROUPS, catalog, data_sets
-from data_process.run import ProcessConfig, check, chosen, main, settings_of
+from data_process.run import ProcessConfig, check, chosen, main
 from data_process.stages import Cleaning, Finishing, RowShards, Splitter, WriteConfig, by_hash
 from data_process.vocabulary import train_vocabulary
 from tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def made(reader: str, out: Path, **settings: object) -> dict:
 
 def make(cfg: ProcessConfig) -> tuple[dict, bool]:
     """counts.json of the one set that the settings name, and whether it stood before."""
-    (found,) = make_clean(chosen(cfg), settings_of(cfg))
+    (found,) = make_clean(chosen(cfg), cfg)
     return found
 
 
@@ -61,8 +61,8 @@ def dropped(counts: dict) -> dict[str, int]:
 
 
 def bytes_of(root: Path) -> dict[str, bytes]:
-    """Every file below a directory that a later step reads; how long it took is none."""
-    paths = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name != "timing.json"]
+    """Every file below a directory that a later step reads."""
+    paths = [p for p in sorted(root.rglob("*")) if p.is_file()]
     return {str(path.relative_to(root)): path.read_bytes() for path in paths}
 
 

@@ -19,7 +19,7 @@ from babyllama.rows import plain, read_rows
 from data_process.clean import fix
 from data_process.pipeline import make_clean
 from data_process.raw import Skip, records
-from data_process.run import ProcessConfig, chosen, main, remarks, settings_of
+from data_process.run import ProcessConfig, chosen, main, remarks
 
 N = 12
 QUESTIONS = [f"请介绍一下第{n}种水果的特点和用途是什么？" for n in range(N)]
@@ -41,7 +41,7 @@ def make(reader: str, raw: Path, **settings: object) -> tuple[dict, dict[str, li
     """counts.json of a set of one's own, and its rows by part."""
     out = raw.parent / "out"
     cfg = ProcessConfig(reader, name="mine", raw=raw, out=out, dedup=None, **settings)
-    ((counts, _),) = make_clean(chosen(cfg), settings_of(cfg))
+    ((counts, _),) = make_clean(chosen(cfg), cfg)
     found = {
         part: [r for p in sorted(out.glob(f"clean/mine/{part}-*")) for r in read_rows(p)]
         for part in ("train", "val", "test")
