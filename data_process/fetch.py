@@ -45,9 +45,10 @@ Result = TypeVar("Result")
 PLACES = {"huggingface": "Hugging Face", "modelscope": "ModelScope", "url": "direct address"}
 ENDPOINTS = {"huggingface": "https://huggingface.co", "modelscope": "https://www.modelscope.cn"}
 PAGE = 200  # entries of a ModelScope listing, as its client asks for
-MOST_FILES, MOST_BYTES = 200_000, 64 << 20  # of a listing, of one of its pages
 BLOCK = 1 << 16
-MAX_WAIT_S = 300.0
+TRIES = 6  # failures in a row after which a server is given up
+WAIT_S, MAX_WAIT_S = 1.0, 300.0  # pause after the first failure, which doubles with each; at most
+TIMEOUT_S = 30.0  # silence after which a connection counts as broken
 TERMS = (
     "open its page in a browser: it may be gone, or ask for terms to be accepted; for Hugging Face "
     "then set HF_TOKEN to a token of your account"
@@ -66,22 +67,14 @@ class FetchConfig:
         from_: huggingface, modelscope, url, or auto for the first that the set has; also --from
         files: which files, as names or patterns with commas between (default: what the set needs)
         out: directory that gets <set>/
-        endpoint: another server with the interface of --from, for a mirror
         dry_run: only list files and sizes
-        tries: failures in a row after which a server is given up
-        wait_s: pause after the first failure; doubles with each
-        timeout_s: silence after which a connection counts as broken
     """
 
     dataset: str = ""
     from_: Literal["auto", "huggingface", "modelscope", "url"] = "auto"
     files: str = ""
     out: Path = Path("data/raw")
-    endpoint: str = ""
     dry_run: bool = False
-    tries: int = 6
-    wait_s: float = 1.0
-    timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -109,11 +102,6 @@ class Lost(Exception):
 
 def main(cfg: FetchConfig) -> None:
     """Fetch every set behind the name; those that must be fetched by hand are told at the end."""
-    if cfg.tries < 1 or cfg.wait_s < 0 or cfg.timeout_s <= 0:
-        raise ConfigError(
-            f"wanted --tries of 1 or more, --wait_s of 0 or more and --timeout_s above 0, "
-            f"found {cfg.tries}, {cfg.wait_s} and {cfg.timeout_s}"
-        )
     if not re.fullmatch(r"[\x21-\x7e]*", _token()):
         raise ConfigError("HF_TOKEN: wanted a token of letters and digits, found other characters")
     by_hand = []
@@ -164,7 +152,7 @@ def fetch(data_set: DataSet, cfg: FetchConfig) -> None:
     first, *more = [getattr(data_set.source, place, "")] if place != "url" else data_set.source.urls
     rest = f" and {len(more)} more" if more else ""
     print(f"{data_set.name}: from {PLACES[place]}, {first}{rest}", flush=True)
-    server = Server(place, data_set.source, _endpoint(place, cfg), cfg)
+    server = Server(place, data_set.source)
     target = from_repo(cfg.out) / data_set.name
     with _naming(data_set, place):
         files = _wanted(data_set, cfg, server)
@@ -204,18 +192,14 @@ def _naming(data_set: DataSet, place: str) -> Iterator[None]:
         raise DataError(f"{data_set.name}: {visible(str(error))}{advice}") from None
 
 
-def _endpoint(place: str, cfg: FetchConfig) -> str:
-    if place == "url":
-        if cfg.endpoint:
-            raise ConfigError("--endpoint does not fit --from url: the addresses are complete")
-        return ""
-    variable = os.environ.get("HF_ENDPOINT") if place == "huggingface" else None
-    endpoint = cfg.endpoint or variable or ENDPOINTS[place]
-    if not re.match(r"https?://[^/]", endpoint):
-        raise ConfigError(
-            f"{'--endpoint' if cfg.endpoint else 'HF_ENDPOINT'}: wanted an address such as "
-            f"{ENDPOINTS[place]}, found {endpoint!r}"
-        )
+def _endpoint(place: str) -> str:
+    endpoint = ENDPOINTS.get(place, "")
+    if place == "huggingface":
+        endpoint = os.environ.get("HF_ENDPOINT") or endpoint
+        if not re.match(r"https?://[^/]", endpoint):
+            raise ConfigError(
+                f"HF_ENDPOINT: wanted an address such as {ENDPOINTS[place]}, found {endpoint!r}"
+            )
     return endpoint.rstrip("/")
 
 
@@ -320,33 +304,19 @@ def is_inside(path: str) -> bool:
     return not odd and all(part.rstrip(". ") for part in path.split("/"))
 
 
-class Session(requests.Session):
-    """Follows few redirects, and does not read their bodies, which may be without end."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.max_redirects = 10
-
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        target = super().get_redirect_target(resp)
-        if target is not None:
-            resp.close()
-        return target
-
-
 class Server:
     """A place from which a set is fetched, and how it is asked."""
 
-    def __init__(self, place: str, source: Source, endpoint: str, cfg: FetchConfig) -> None:
-        self.place, self._source, self._endpoint, self._cfg = place, source, endpoint, cfg
+    def __init__(self, place: str, source: Source) -> None:
+        self.place, self._source, self._endpoint = place, source, _endpoint(place)
         self._token = _token() if place == "huggingface" else ""
-        self._session = Session()
+        self._session = requests.Session()
+        self._session.max_redirects = 10
 
     def files(self) -> list[RemoteFile]:
         """Every file that the set has here.
 
-        raises: DataError if the server does not answer as expected, names a path outside the set,
-            or does not come to an end
+        raises: DataError if the server does not answer as expected, or names a path outside the set
         """
         listing = {"huggingface": self._huggingface, "modelscope": self._modelscope,
                    "url": self._urls}[self.place]  # fmt: skip
@@ -360,13 +330,11 @@ class Server:
                     )
                 if file.size is not None and not 0 <= file.size < 1 << 60:
                     raise TypeError(f"a size of {file.size!r}")
-                if len(found) == MOST_FILES:
-                    raise TypeError(f"more than {MOST_FILES:,} files")
                 found.append(file)
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{self._endpoint}: wanted a listing as {PLACES[self.place]} sends it, found "
-                f"another answer ({type(error).__name__}: {error}); see --endpoint and HF_ENDPOINT"
+                f"another answer ({type(error).__name__}: {error}); see HF_ENDPOINT"
             ) from None
         return found
 
@@ -425,8 +393,7 @@ class Server:
         if self._token:
             sent["Authorization"] = f"Bearer {self._token}"
         try:
-            timeout = self._cfg.timeout_s
-            answer = self._session.get(url, headers=sent, stream=True, timeout=timeout)
+            answer = self._session.get(url, headers=sent, stream=True, timeout=TIMEOUT_S)
         except (requests.ConnectionError, requests.Timeout) as error:
             raise Lost(f"no connection ({_root(error)})") from None
         except FAILURES as error:
@@ -456,12 +423,12 @@ class Server:
             except Lost as lost:
                 reached = progress()
                 failures, best = (1, reached) if reached > best else (failures + 1, best)
-                if failures >= self._cfg.tries:
+                if failures >= TRIES:
                     raise DataError(
                         f"{what}: wanted an answer, found {lost}, {failures} times in a row; check "
                         f"the network and start the same command again, it goes on from there"
                     ) from None
-                pause = min(max(self._cfg.wait_s * 2 ** (failures - 1), lost.after_s), MAX_WAIT_S)
+                pause = min(max(WAIT_S * 2 ** (failures - 1), lost.after_s), MAX_WAIT_S)
                 note = f"{what}: {lost}; trying again in {pause:g} s"
                 tqdm.write(visible(note), file=sys.stderr)
                 time.sleep(pause)
@@ -470,21 +437,13 @@ class Server:
         """The JSON value of an answer, and the links of its Link header."""
 
         def attempt() -> tuple[bytes, dict]:
-            body = b""
             with self._ask(url) as answer:
                 try:
-                    for block in answer.iter_content(BLOCK):
-                        body += block
-                        if len(body) > MOST_BYTES:
-                            break
+                    return answer.content, answer.links
                 except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                     raise Lost(f"the connection broke ({_root(error)})") from None
-                return body, answer.links
 
         body, links = self._insist(url, attempt)
-        if len(body) > MOST_BYTES:
-            raise DataError(f"{url}: wanted a page of a listing, found more than {MOST_BYTES:,} "
-                            f"bytes; check --endpoint and HF_ENDPOINT")  # fmt: skip
         try:
             return json.loads(body), links
         except (ValueError, RecursionError):
@@ -527,7 +486,7 @@ class Server:
                 return Path(hf_hub_download(
                     self._source.huggingface, file.path, repo_type="dataset", local_dir=place,
                     endpoint=self._endpoint, token=self._token or False,
-                    etag_timeout=self._cfg.timeout_s,
+                    etag_timeout=TIMEOUT_S,
                 ))  # fmt: skip
             except errors.HfHubHTTPError as error:
                 is_vague = isinstance(error, errors.LocalEntryNotFoundError)
