@@ -1,8 +1,9 @@
 """Records of an uncompressed file: JSON in any arrangement, tables, lines, Markdown.
 
-Each format is a function (name, text) -> Iterator[(place, dict | list | line | Skip)] that streams:
-memory is bounded by the longest line or value (LONGEST), and damage costs the line or value it
-stands in. Which one a file has is read from its first bytes (`format_of`), not from its name.
+Each format is a function (name, text) -> Iterator[(place, dict | list | line | Skip)]. Lines and
+tables stream, memory is bounded by the longest line (LONGEST); a JSON list is read as a whole.
+Damage costs the line or value it stands in. Which one a file has is read from its first bytes
+(`format_of`), not from its name.
 """
 
 import csv
@@ -16,9 +17,9 @@ from typing import IO, Any, NamedTuple
 from babyllama.errors import ConfigError, DataError
 from data_process import office
 
-HEAD = 1 << 20  # bytes from which encoding and format are guessed, and by which values are read
-LONGEST = 1 << 25  # characters of a line or of a value
-LONGEST_FIRST = 1 << 29  # of a whole file that is one value
+HEAD = 1 << 20  # bytes from which encoding and format are guessed
+LONGEST = 1 << 25  # characters of a line
+LARGEST = 1 << 29  # of a file that is one JSON list
 WRAPPERS = ("data", "examples", "rows", "records", "items", "results")  # {"data": [rows]}
 SURROGATE = re.compile("[\ud800-\udfff]")
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -138,86 +139,51 @@ NEXT = {"{": re.compile(r"[}\]]\s*+,?\s*+(?={)"), "[": re.compile(r"\]\s*+,?\s*+
 def _values(
     name: str, text: io.TextIOBase, columns: Collection[str] = ()
 ) -> Iterator[tuple[str, Any]]:
-    """The elements of a JSON list, or one value after another, read piece by piece; an object that
-    only holds rows gives these."""
-    window = _Window(text)
-    window.at = past(BETWEEN, window.text)
-    in_list = window.text[window.at : window.at + 1] == "["
-    window.at += in_list
+    """The elements of a JSON list, or one value after another; an object that only holds rows gives
+    these.
+
+    raises: DataError if the file is too large to be read as a whole
+    """
+    whole = text.read(LARGEST + 1)
+    if len(whole) > LARGEST:
+        raise DataError(f"{name}: wanted a JSON list of at most {LARGEST:,} characters, found a "
+                        f"longer one; write its elements as lines")  # fmt: skip
+    at = BETWEEN.match(whole).end()
+    in_list = whole[at : at + 1] == "["
+    at += in_list
     number, first = 0, ""
     while True:
         place = f"{name}[{number}]"
-        window.at = past(BETWEEN, window.text, window.at)
-        start = window.at
-        if start == len(window.text) and window.grow():
-            continue
-        if start == len(window.text):
+        at = BETWEEN.match(whole, at).end()
+        if at == len(whole):
             if in_list:
                 yield place, Skip("cut_off", place, "the list has no end")
             return
-        if window.text[start] == "]":
-            if not in_list or not window.rest(start + 1):
-                return
-            # The end of a list inside a broken element: reading goes on behind it.
-            yield place, Skip("broken_json", place, window.text[start : start + 200])
-            if not window.find(NEXT["{"]):
-                return
-            continue
-        first = first or window.text[start : start + 1]
+        start, is_end = at, whole[at] == "]"
+        if is_end and not (in_list and BEHIND.search(whole, at + 1)):
+            return
+        first = first or whole[at]
         try:
-            value, window.at = DECODER.raw_decode(window.text, start)
+            # The end of a list inside a broken element is none: reading goes on behind it.
+            value, at = (None, 0) if is_end else DECODER.raw_decode(whole, at)
         except (ValueError, RecursionError):
-            # Cut by the window's end, or broken.
-            if window.size < (LONGEST if number or in_list else LONGEST_FIRST) and window.grow():
-                continue
-            yield place, Skip("broken_json", place, window.text[start : start + 200])
-            if not window.find(NEXT.get(first, NEXT["{"])):
+            at = 0
+        if not at:
+            yield place, Skip("broken_json", place, whole[start : start + 200])
+            follows = NEXT["{"] if is_end else NEXT.get(first, NEXT["{"])
+            found = follows.search(whole, start + 1)
+            if not found:
                 return
+            at = found.end()
         else:
-            element = window.text[start : window.at]
+            element = whole[start:at]
             bad = bool(SURROGATE.search(element))
             value = "bad_bytes" if bad else _usable(value, element)
             if not in_list and isinstance(value, dict):
                 yield from _rows_in(place, value, columns)
             else:
                 yield place, _or_skip(value, place, element)
-        number += 1
-
-
-class _Window:
-    """The part of a long text round the place `at`."""
-
-    def __init__(self, text: io.TextIOBase) -> None:
-        self._source = text
-        self.text, self.at = text.read(HEAD), 0
-
-    @property
-    def size(self) -> int:
-        return len(self.text) - self.at
-
-    def grow(self) -> bool:
-        """Read on, and forget what lies before `at`; False at the end."""
-        if piece := self._source.read(max(HEAD, self.size)):
-            self.text, self.at = self.text[self.at :] + piece, 0
-        return bool(piece)
-
-    def rest(self, start: int) -> bool:
-        """True if anything but space and brackets stands from a place on."""
-        while not BEHIND.search(self.text, start):
-            start -= self.at
-            if not self.grow():
-                return False
-        return True
-
-    def find(self, pattern: re.Pattern[str]) -> bool:
-        """Move behind the pattern's next match; False if there is none to the end."""
-        self.at += 1
-        while not (found := pattern.search(self.text, self.at)):
-            self.at = max(self.at, len(self.text) - 100)
-            if not self.grow():
-                return False
-        self.at = found.end()
-        return True
+        number += not is_end
 
 
 PARTS = {"test": "test", "dev": "val", "val": "val", "valid": "val", "validation": "val",

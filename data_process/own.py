@@ -43,7 +43,7 @@ from data_process.datasets.turns import labelled, split_at_labels
 from data_process.executor import key_of, write_whole
 from data_process.formats import HEAD, format_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.raw import Part, Record, Skip, records, sorted_files, split_of
+from data_process.raw import PACKED, Part, Record, Skip, records, sorted_files, split_of
 from data_process.registry import data_sets
 from data_process.stages import share_of
 from tokenizer import LABELS, Tokenizer
@@ -253,10 +253,7 @@ def _is_prose(path: Path) -> bool:
 def _is_packed(path: Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(512)
-    return (
-        head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK\x03\x04"))
-        or head[257:262] == b"ustar"
-    )
+    return head.startswith(PACKED) or head[257:262] == b"ustar"
 
 
 def _records(files: list[Path]) -> Iterator[Record | Skip]:

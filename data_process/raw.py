@@ -181,7 +181,8 @@ def _open(part: Part, file: io.BufferedReader) -> Iterator[tuple[str, Source]]:
     if part.end is None:
         return _streams(part.name, file)
     name = f"{part.name}+{part.start}" if part.start else part.name
-    return iter([(name, io.BufferedReader(_Slice(file, part.start, part.end)))])
+    file.seek(part.start)
+    return iter([(name, io.BufferedReader(io.BytesIO(file.read(part.end - part.start))))])
 
 
 def _streams(name: str, file: Any, depth: int = DEPTH) -> Iterator[tuple[str, Source]]:
@@ -384,22 +385,6 @@ class _Chain(io.RawIOBase):
         if n_read == 0 and len(self._parts) > 1:
             self._parts.pop(0)
             return self._parts[0].readinto(buffer)
-        return n_read
-
-
-class _Slice(io.RawIOBase):
-    """The bytes of a file from one place to another."""
-
-    def __init__(self, file: io.BufferedReader, start: int, end: int) -> None:
-        file.seek(start)
-        self._file, self._left = file, end - start
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        n_read = self._file.readinto(memoryview(buffer)[: self._left])
-        self._left -= n_read
         return n_read
 
 
