@@ -2,15 +2,19 @@
 
 A fix changes a row (FIXES), a rule says that a row must go (RULES); both tables have one line
 for each way of cleaning, usually named after the kind of the rows. The name of a function is
-the name under which it is counted, and by which --skip_rules switches it off. Duplicates
-belong to dedup.py.
+the name under which it is counted, and by which --skip_rules switches it off. Lists of words
+stand in words.yaml. Duplicates belong to dedup.py.
 """
 
+import functools
 import html
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from html.entities import html5
+from pathlib import Path
+
+import yaml
 
 from babyllama import rows
 from babyllama.errors import ConfigError
@@ -28,6 +32,18 @@ def han_share(text: str) -> float:
 
 
 Row = dict
+WORDS = Path(__file__).with_name("words.yaml")
+
+
+@functools.cache
+def _words(name: str) -> re.Pattern[str]:
+    return re.compile("|".join(yaml.safe_load(WORDS.read_text("utf-8"))[name]))
+
+
+def n_words(name: str, text: str) -> int:
+    """How often words of a list in words.yaml stand in a text."""
+    return len(_words(name).findall(text))
+
 
 # Fixes.
 TITLE_TAILS = (
@@ -68,7 +84,7 @@ def cut_title_tail(row: Row) -> Row:
     The name of a forum stays: the rule `forum` drops the row by it.
     """
     title = row["summary"].replace("\n", " ")
-    if FORUM.search(title):
+    if n_words("forum", title):
         return row | {"summary": title}
     for pattern in (*TITLE_TAILS, TITLE_LABEL, TITLE_LABEL):
         shorter = pattern.sub("", title, count=1).rstrip()
@@ -99,28 +115,6 @@ def cut_repeated_title(row: Row) -> Row:
 
 
 # Rules for articles.
-GAMBLING = re.compile(
-    "博彩|真人娱乐|娱乐城|娱乐平台|娱乐总代|娱乐网|娱乐官|老虎机|时时彩|六合彩|百家乐|棋牌|投注|电子游艺"
-    "|澳门[金银赌]|威尼斯人|千赢|必赢|龙虎和|彩票平台|心水|赌场|注册送|体验金"
-)
-ADVERT = re.compile(
-    "厂家|批发|供应商|生产商|加盟|代理商|采购|报价|价格表|售价|规格|型号|质优价廉|欢迎.{0,6}(?:咨询|订购|来电|选购)"
-    "|咨询热线|免费咨询|诚信经营|产品特点|产品介绍|主营|(?:服务|订购)热线|[qQ]{2}[:：]\\d|1[3-9]\\d{9}|400-\\d{3}"
-    "|包邮|优惠|折扣|下单|团购|月供|首付|开盘|楼盘"
-)
-SHOP_TITLE = re.compile(
-    "厂家|批发|供应商|生产商|经销商|直销|货源|高仿|精仿|哪家好|口碑|报价|专线|加盟"
-)
-PROMOTION = re.compile(
-    "关注我们|点击关注|长按|二维码|扫码|扫一扫|公众号|加微信|微信号|点赞|转发|投稿|粉丝|小程序|下载附件|订阅"
-)
-FORUM = re.compile(
-    "贴吧|签到|百度知道|寻医问药|律师365|华律网|找法网|爱问共享|互动百科|百度推荐|好大夫|博客|论坛|黄页|分类网"
-    "|光波网|建材网|商国互联|沭阳网|盛丰|范文|下载|招聘|前程无忧"
-)
-VULGAR = re.compile(
-    "色情|裸聊|裸照|约炮|援交|强奸|轮奸|性侵|性虐|猥亵|嫖|卖淫|乱伦|情妇|阴道|肛门|小三|出轨|强暴"
-)
 
 
 def short_body(row: Row) -> bool:
@@ -135,34 +129,31 @@ def little_han(row: Row) -> bool:
 
 def gambling(row: Row) -> bool:
     """Betting pages, most of them stitched from other articles to mislead search engines."""
-    return bool(GAMBLING.search(row["summary"])) or len(GAMBLING.findall(row["text"])) > 2
+    return n_words("gambling", row["summary"]) > 0 or n_words("gambling", row["text"]) > 2
 
 
 def advert(row: Row) -> bool:
     """A shop's headline, or a body with more than one selling word in 100 characters."""
-    n_words = len(ADVERT.findall(row["text"]))
-    return bool(SHOP_TITLE.search(row["summary"])) or n_words > max(3, len(row["text"]) / 100)
+    most = max(3, len(row["text"]) / 100)
+    return n_words("shop_title", row["summary"]) > 0 or n_words("advert", row["text"]) > most
 
 
 def promotion(row: Row) -> bool:
     """Three or more calls to follow, scan or share."""
-    return len(PROMOTION.findall(row["text"])) > 2
+    return n_words("promotion", row["text"]) > 2
 
 
 def forum(row: Row) -> bool:
     """The page is a forum, question, download or shop page, as its title says."""
-    return bool(FORUM.search(row["summary"]))
+    return n_words("forum", row["summary"]) > 0
 
 
 def vulgar(row: Row) -> bool:
     """Sexual violence and the like, in the headline or three times in the body."""
-    return bool(VULGAR.search(row["summary"])) or len(VULGAR.findall(row["text"])) > 2
+    return n_words("vulgar", row["summary"]) > 0 or n_words("vulgar", row["text"]) > 2
 
 
 # Rules for pairs of text and headline.
-SHOUTING = re.compile(
-    "速看|99%|想不到|惊呆|必看|赶紧看|快看|转疯|一定要看|你知道吗|太可怕|看完|看哭|扩散"
-)
 CUT_OFF = re.compile(r"^[.…]{2,}|[.…]{2,}$")
 WORD = re.compile(r"[\u4e00-\u9fff0-9a-zA-Z]+")
 
@@ -182,7 +173,7 @@ def clickbait(row: Row) -> bool:
     title = row["summary"]
     shouts = title.count("!") + title.count("！") > 1
     asks = any(mark in title.partition("为什么")[2] for mark in "?？")
-    return shouts or asks or bool(SHOUTING.search(title))
+    return shouts or asks or n_words("shouting", title) > 0
 
 
 def title_not_in_text(row: Row) -> bool:
@@ -431,9 +422,6 @@ IDENTITY = re.compile(
 REFUSAL = re.compile(
     "(?:很抱歉|对不起|抱歉).{0,20}(?:无法|不能|没有能力)|作为(?:一个|一名)?(?:AI|人工智能|语言模型)"
 )
-RUDE = re.compile(
-    "脑残|蠢|瘾君子|酒鬼|骗子|懦夫|交配|屁股|卫生巾|杀人|精神分裂|偏执|希望你死|应该死|驴|枪|婆娘|弯腰|克隆"
-)
 
 
 def _answers(row: Row) -> list[str]:
@@ -462,7 +450,7 @@ def looping_answer(row: Row) -> bool:
 
 def rude(row: Row) -> bool:
     """Insults, weapons, and words of the corpus that translation has spoilt."""
-    return any(map(RUDE.search, texts(row)))
+    return any(n_words("rude", text) for text in texts(row))
 
 
 def echo(row: Row) -> bool:

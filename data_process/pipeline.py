@@ -258,10 +258,12 @@ def old_counts(target: Path, key: str) -> dict | None:
     return counts if whole else None
 
 
-READING = (clean, columns, formats, raw, registry, rows, stages)
-READ_CODE = tuple(Path(m.__file__ or "") for m in READING)
-LATER_CODE = (*(Path(m.__file__ or "") for m in (decontaminate, dedup, stages)), Path(__file__))
-SIGN_CODE = (Path(dedup.__file__ or ""),)
+READ_CODE = (
+    clean.WORDS,
+    *(Path(m.__file__) for m in (clean, columns, formats, raw, registry, rows, stages)),
+)
+LATER_CODE = (*(Path(m.__file__) for m in (decontaminate, dedup, stages)), Path(__file__))
+SIGN_CODE = (Path(dedup.__file__),)
 
 # For each clean shard: stage, the function that loads its list, and the list's place.
 Drops = dict[Path, list[tuple[str, Callable, Path]]]
