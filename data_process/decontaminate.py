@@ -48,7 +48,15 @@ from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import numbered_lines
 from data_process.clean import texts
-from data_process.dedup import HELD_OUT, bare, code_points, each_row, rolling_hash
+from data_process.dedup import (
+    HELD_OUT,
+    bare,
+    code_points,
+    drops_path,
+    each_row,
+    rolling_hash,
+    write_drops,
+)
 from data_process.executor import write_whole
 from data_process.raw import Skip, records
 
@@ -245,36 +253,22 @@ LEAK = "leak"
 
 
 def flag_shard(source: Path, target: Path, windows: Path) -> dict[str, Any]:
-    """Write <target>.leaks.jsonl: row, hits and the list with the most, for each row that leaks.
+    """Write <target>-00000.jsonl: each row that leaks, with the list it hits most.
 
     Rows that their publisher holds out ("split": val or test) are what is protected.
     windows: file made by make_windows
     """
-    known, n_rows, n_leaks = load_windows(windows), 0, 0
-    path = _leaks_path(target)
-    with open(path, "w", encoding="utf-8", newline="\n") as out:
-        for rows in _batches(source, lambda row: "" if _is_held_out(row) else _joined(row)):
-            found = hits(rows, known)
-            for number in np.flatnonzero((found >= LEAST).any(axis=1)).tolist():
-                most = int(found[number].argmax())
-                leak = {"row": n_rows + number, "hits": int(found[number, most])}
-                out.write(json.dumps(leak | {"list": known.names[most]}) + "\n")
-                n_leaks += 1
-            n_rows += len(rows)
-    return {"rows": n_rows, "leaks": n_leaks, "files": [path.name]}
-
-
-def load_flags(target: Path) -> dict[int, tuple[str, str]]:
-    """The rows of a shard that leak: row -> (reason, what was hit)."""
-    with open(_leaks_path(target), encoding="utf-8") as lines:
-        leaks = map(json.loads, lines)
-        return {
-            leak["row"]: (LEAK, f"[{leak['hits']} windows of {leak['list']}]") for leak in leaks
-        }
-
-
-def _leaks_path(target: Path) -> Path:
-    return target.with_name(f"{target.name}.leaks.jsonl")
+    known, n_rows = load_windows(windows), 0
+    path, drops = drops_path(target), []
+    for rows in _batches(source, lambda row: "" if _is_held_out(row) else _joined(row)):
+        found = hits(rows, known)
+        for number in np.flatnonzero((found >= LEAST).any(axis=1)).tolist():
+            most = int(found[number].argmax())
+            remark = f"[{found[number, most]} windows of {known.names[most]}]"
+            drops.append((n_rows + number, LEAK, remark))
+        n_rows += len(rows)
+    write_drops(path, drops)
+    return {"rows": n_rows, "leaks": len(drops), "files": [path.name]}
 
 
 def _is_held_out(row: dict[str, Any]) -> bool:

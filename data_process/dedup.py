@@ -33,7 +33,7 @@ import json
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -42,9 +42,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from babyllama.config import atomic_dir, shown
+from babyllama.config import shown
 from babyllama.errors import ConfigError, DataError
-from data_process.executor import write_whole
 
 NO_WORD = re.compile(r"[\W_]+")
 
@@ -304,72 +303,67 @@ class Corpus:
         return rows, keys[rows]
 
 
-REASONS = ("duplicate", "near_duplicate")
+DUPLICATE, NEAR_DUPLICATE = "duplicate", "near_duplicate"
 N_MARKS = 2  # columns of marks, before those of the bands
 FIRST, LAST = 8, 8  # rows that a place holds
 CACHED = 256  # partners whose pieces are kept ready
-DROP = np.dtype([("row", "<u4"), ("reason", "u1"), ("kept_shard", "<u4"), ("kept_row", "<u4")])
+Drop = tuple[int, str, str]  # row of a shard, reason, remark
 
 
-def dedup_shards(
-    shards: Sequence[Signed], target: Path, cfg: DedupConfig, key: str
-) -> dict[Path, Path]:
-    """`find_duplicates`, if it was not done before with the same key; each shard's list."""
-    done = target / "done.json"
-    try:
-        stands = json.loads(done.read_text(encoding="utf-8"))["key"] == key
-    except (OSError, ValueError, LookupError, TypeError):
-        stands = False
-    if not stands:
-        counts = find_duplicates(shards, target, cfg)
-        write_whole(done, json.dumps({"key": key, "counts": counts}))
-    return {shard: target / f"{number:05d}.npy" for number, (shard, _) in enumerate(shards)}
+def drops_path(target: Path, shard: int = 0) -> Path:
+    """Where a job's list of the rows of a shard that go lies."""
+    return target.with_name(f"{target.name}-{shard:05d}.jsonl")
+
+
+def write_drops(path: Path, drops: Iterable[Drop]) -> None:
+    """The rows of a shard that go, as JSON lines."""
+    with open(path, "w", encoding="utf-8", newline="\n") as out:
+        out.writelines(json.dumps(drop) + "\n" for drop in drops)
 
 
 def load_drops(path: Path) -> dict[int, tuple[str, str]]:
-    """The rows of a shard that go: row -> (reason, which row stays)."""
-    return {
-        int(drop["row"]): (
-            REASONS[drop["reason"]],
-            f"[as row {drop['kept_row']} of shard {drop['kept_shard']}]",
-        )
-        for drop in np.load(path)
-    }
+    """What `write_drops` wrote: row -> (reason, remark)."""
+    with open(path, encoding="utf-8") as lines:
+        return {row: (reason, remark) for row, reason, remark in map(json.loads, lines)}
 
 
-def find_duplicates(shards: Sequence[Signed], target: Path, cfg: DedupConfig) -> dict[str, int]:
-    """Write <target>/00000.npy …, one for each shard in order: its rows that go, as DROP.
+@dataclass(frozen=True)
+class FindConfig:
+    """Whose copies are looked for, and how."""
 
-    The directory is replaced as a whole. Counts: rows, each reason, pairs compared and not.
+    shards: tuple[Signed, ...]
+    dedup: DedupConfig
+
+
+def find_duplicates(source: Path, target: Path, cfg: FindConfig) -> dict[str, Any]:
+    """Write <target>-00000.jsonl …, one for each shard in order: its rows that go.
+
+    Counts: rows, each reason, pairs compared and not.
     """
-    corpus = Corpus(shards)
-    rows, places, n_places, n_marks = _shared_keys(corpus, cfg)
+    corpus = Corpus(cfg.shards)
+    rows, places, n_places, n_marks = _shared_keys(corpus, cfg.dedup)
     stayed = Stayed(np.zeros(max(1, n_places), np.uint32), n_marks)
-    compare = Comparison(corpus, cfg.threshold)
-    gone: list[list[tuple]] = [[] for _ in shards]
-    n_gone, n_left_out = Counter(), 0
+    compare = Comparison(corpus, cfg.dedup.threshold)
+    gone: list[list[Drop]] = [[] for _ in cfg.shards]
+    counts = Counter(dict.fromkeys((DUPLICATE, NEAR_DUPLICATE, "not_compared"), 0))
     for begin, end in pairwise([*np.flatnonzero(_is_new(rows)).tolist(), len(rows)]):
         row, its_places = int(rows[begin]), places[begin:end].tolist()
-        reason, partner = 0, stayed.owner(its_places)
+        reason, partner = DUPLICATE, stayed.owner(its_places)
         if partner is None:
-            candidates, n_more = stayed.candidates(its_places)
-            reason, partner = 1, compare.first_similar(row, candidates)
-            n_left_out += n_more
+            candidates, n_left_out = stayed.candidates(its_places)
+            reason, partner = NEAR_DUPLICATE, compare.first_similar(row, candidates)
+            counts["not_compared"] += n_left_out
         if partner is None:
             stayed.add(row, its_places)
         else:
-            shard, number = corpus.place_of(row)
-            gone[shard].append((number, reason, *corpus.place_of(partner)))
-            n_gone[REASONS[reason]] += 1
-    with atomic_dir(target) as fresh:
-        for number, drops in enumerate(gone):
-            np.save(fresh / f"{number:05d}.npy", np.array(drops, DROP))
-    return {
-        "rows": corpus.starts[-1],
-        **{reason: n_gone[reason] for reason in REASONS},
-        "compared": compare.n_compared,
-        "not_compared": n_left_out,
-    }
+            (shard, number), (its_shard, its_number) = map(corpus.place_of, (row, partner))
+            gone[shard].append((number, reason, f"[as row {its_number} of shard {its_shard}]"))
+            counts[reason] += 1
+    paths = [drops_path(target, number) for number in range(len(gone))]
+    for path, drops in zip(paths, gone, strict=True):
+        write_drops(path, drops)
+    done = {"rows": corpus.starts[-1], **counts, "compared": compare.n_compared}
+    return done | {"files": [path.name for path in paths]}
 
 
 def _shared_keys(corpus: Corpus, cfg: DedupConfig) -> tuple[np.ndarray, np.ndarray, int, int]:

@@ -14,7 +14,7 @@ reasons and examples, and depends on the input and the settings alone.
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +23,8 @@ from babyllama.config import atomic_dir, from_repo, recover_dir, shown
 from babyllama.errors import ConfigError, DataError
 from data_process import clean, columns, decontaminate, dedup, formats, raw, registry, stages
 from data_process.clean import texts
-from data_process.decontaminate import flag_shard, load_flags, make_windows
-from data_process.dedup import DedupConfig, dedup_shards, load_drops, sign_shard
+from data_process.decontaminate import flag_shard, make_windows
+from data_process.dedup import DedupConfig, FindConfig, drops_path, find_duplicates, sign_shard
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
 from data_process.registry import DataSet, package_dir
 from data_process.stages import (
@@ -265,8 +265,8 @@ READ_CODE = (
 LATER_CODE = (*(Path(m.__file__) for m in (decontaminate, dedup, stages)), Path(__file__))
 SIGN_CODE = (Path(dedup.__file__),)
 
-# For each clean shard: stage, the function that loads its list, and the list's place.
-Drops = dict[Path, list[tuple[str, Callable, Path]]]
+# For each clean shard: stage, and the list of its rows that go.
+Drops = dict[Path, list[tuple[str, Path]]]
 
 
 def raw_place(data_set: DataSet, place: Path | None) -> Path:
@@ -432,13 +432,14 @@ def _dedup(all_sets: list[Making], settings: DedupConfig, drops: Drops) -> None:
     groups = [ordered] if cfg.dedup_across else [[making] for making in all_sets]
     for group in groups:
         signed = [(shard, m.work / "signatures" / shard.stem) for m in group for shard in m.shards]
-        directory = group[0].work / ("repeats-across" if cfg.dedup_across else "repeats")
+        target = group[0].work / ("repeats-across" if cfg.dedup_across else "repeats") / "drops"
         key = key_of(settings, *LATER_CODE, *(keys[shard] for shard, _ in signed))
-        for shard, place in dedup_shards(signed, directory, settings, key).items():
-            drops[shard].append(("dedup", load_drops, place))
-        done = json.loads((directory / "done.json").read_text(encoding="utf-8"))
+        job = Job(signed[0][0], target, key, FindConfig(tuple(signed), settings))
+        (counts,) = run_shards(find_duplicates, [job], title="find copies")
+        for number, (shard, _) in enumerate(signed):
+            drops[shard].append(("dedup", drops_path(target, number)))
         for making in group:
-            making.notes["dedup"] = done["counts"]
+            making.notes["dedup"] = counts
 
 
 def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
@@ -458,7 +459,7 @@ def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     for making in all_sets:
         making.notes["evaluation"] = notes
     for job in jobs:
-        drops[job.source].append(("decontaminate", load_flags, job.target))
+        drops[job.source].append(("decontaminate", drops_path(job.target)))
 
 
 def _done_key(shard: Path) -> str:

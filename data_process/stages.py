@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from babyllama.config import flush
 from babyllama.rows import check_row
 from data_process.clean import fix, reason_to_drop, texts
 from data_process.columns import KNOWN
+from data_process.dedup import load_drops
 from data_process.executor import Counts
 from data_process.raw import Part, Skip, records
 from data_process.registry import DataSet, data_sets
@@ -303,14 +304,14 @@ class WriteConfig:
 
     first_id: number of the first entry of the shard's job among all of the set
     official: the parts that the publisher fixed, in the whole set
-    drops: for each stage between, a function (clean shard) -> {line: (reason, remark)}
+    drops: for each stage between, the list of rows that go (dedup.write_drops)
     """
 
     entry: str
     name: str
     first_id: int
     official: tuple[str, ...]
-    drops: tuple[tuple[str, Callable[[Path], Mapping[int, tuple[str, str]]], Path], ...] = ()
+    drops: tuple[tuple[str, Path], ...] = ()
 
 
 def write_shard(source: Path, target: Path, cfg: WriteConfig) -> Counts:
@@ -352,8 +353,8 @@ class Finishing:
     def __init__(self, data_set: DataSet, cfg: WriteConfig) -> None:
         self._data_set, self._first_id = data_set, cfg.first_id
         self._splitter = Splitter(data_set.shares, cfg.official)
-        self._drops = [(stage, load(path)) for stage, load, path in cfg.drops]
-        self.stages = {name: Tally() for name in (*(stage for stage, _, _ in cfg.drops), "write")}
+        self._drops = [(stage, load_drops(path)) for stage, path in cfg.drops]
+        self.stages = {name: Tally() for name in (*(stage for stage, _ in cfg.drops), "write")}
         self.leaks: list[str] = []
 
     def rows(self, clean_rows: Iterable[dict]) -> Iterator[tuple[str, dict]]:

@@ -24,13 +24,13 @@ from data_process.decontaminate import (
     Windows,
     flag_shard,
     hits,
-    load_flags,
     load_windows,
     main,
     make_windows,
     read_list,
     windows_of,
 )
+from data_process.dedup import drops_path, load_drops
 
 HAN = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
 KEPT_OUT = REPO / ".." / "shared" / "data" / "kept_out_ngrams.u64"
@@ -157,8 +157,8 @@ def test_the_rows_that_leak_are_flagged_whatever_shard_they_stand_in(known, tmp_
             part = rows[300 * shard // n_shards : 300 * (shard + 1) // n_shards]
             source = write_rows(tmp_path / f"{shard}.jsonl", part)
             counts = flag_shard(source, tmp_path / f"f{shard}", tmp_path / "w.npz")
-            flags = load_flags(tmp_path / f"f{shard}")
-            assert counts == {"rows": len(part), "leaks": len(flags), "files": [f"f{shard}.leaks.jsonl"]}  # fmt: skip  # noqa: E501
+            flags = load_drops(drops_path(tmp_path / f"f{shard}"))
+            assert counts == {"rows": len(part), "leaks": len(flags), "files": [f"f{shard}-00000.jsonl"]}  # fmt: skip  # noqa: E501
             found |= {300 * shard // n_shards + n: why for n, why in flags.items()}
         assert {n: remark.split(" of ")[1][:-1] for n, (_, remark) in found.items()} == wanted
         assert {reason for reason, _ in found.values()} == {"leak"}
@@ -170,7 +170,7 @@ def test_two_windows_of_one_list_are_a_leak_and_one_of_each_of_two_is_none(tmp_p
     texts = [one, two, f"{one}，{other}", f"{one}，{two}"]
     source = write_rows(tmp_path / "a.jsonl", [{"id": n, "text": t} for n, t in enumerate(texts)])
     flag_shard(source, tmp_path / "a", tmp_path / "w.npz")
-    assert list(load_flags(tmp_path / "a")) == [1, 3]
+    assert list(load_drops(drops_path(tmp_path / "a"))) == [1, 3]
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path):

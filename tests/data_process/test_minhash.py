@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,12 @@ from data_process.dedup import (
     BASE,
     BATCH_BYTES,
     PIECE,
-    REASONS,
     TILE,
     Corpus,
     DedupConfig,
+    FindConfig,
     band_keys,
-    dedup_shards,
+    drops_path,
     find_duplicates,
     fingerprint,
     jaccard,
@@ -71,10 +72,17 @@ def pairs(shards: list, target: Path) -> Iterator[tuple[str, dict, dict]]:
     """(reason, row that goes, row that stays) for all that find_duplicates dropped."""
     corpus = Corpus(shards)
     for number in range(len(shards)):
-        for drop in np.load(target / f"{number:05d}.npy"):
-            gone = corpus.row(corpus.starts[number] + int(drop["row"]))
-            kept = corpus.row(corpus.starts[drop["kept_shard"]] + int(drop["kept_row"]))
-            yield REASONS[drop["reason"]], gone, kept
+        for row, (reason, remark) in load_drops(drops_path(target, number)).items():
+            kept, its_shard = map(int, re.findall(r"\d+", remark))
+            yield (
+                reason,
+                corpus.row(corpus.starts[number] + row),
+                corpus.row(corpus.starts[its_shard] + kept),
+            )
+
+
+def find(shards: list, target: Path, cfg: DedupConfig) -> dict:
+    return find_duplicates(target, target, FindConfig(tuple(shards), cfg))
 
 
 def dropped(
@@ -82,7 +90,7 @@ def dropped(
 ) -> dict[int, str]:
     """number of the row -> reason"""
     shards = signed(directory, rows, cfg, n_shards)
-    find_duplicates(shards, directory / "drops", cfg)
+    find(shards, directory / "drops", cfg)
     return {int(gone["id"][2:]): why for why, gone, _ in pairs(shards, directory / "drops")}
 
 
@@ -262,7 +270,7 @@ def planted() -> list[dict]:
 
 def test_planted_copies_are_found_and_originals_stay(planted, tmp_path):
     shards = signed(tmp_path, planted, DedupConfig())
-    counts = find_duplicates(shards, tmp_path / "drops", DedupConfig())
+    counts = find(shards, tmp_path / "drops", DedupConfig())
     assert counts["rows"] == 1300 and counts["not_compared"] == 0
     assert counts["duplicate"] == 100
     assert counts["near_duplicate"] >= 0.99 * 200
@@ -293,10 +301,10 @@ def test_boilerplate_costs_no_more_than_a_few_comparisons_a_row(tmp_path):
     first, last = replaced(rows[0]["text"], 70), replaced(rows[149]["text"], 70)
     rows += [text_row(150, first), text_row(151, last)]
     shards = signed(tmp_path, rows, SURE)
-    counts = find_duplicates(shards, tmp_path / "drops", SURE)
+    counts = find(shards, tmp_path / "drops", SURE)
     assert counts["near_duplicate"] == 2 and counts["not_compared"] > 0
     assert counts["compared"] < 40 * len(rows), "of the 75 that each shares a key with"
-    assert set(load_drops(tmp_path / "drops" / "00000.npy")) == {150, 151}
+    assert set(load_drops(drops_path(tmp_path / "drops", 0))) == {150, 151}
     assert dropped(tmp_path / "again", rows[:150]) == {}
 
 
@@ -320,7 +328,7 @@ def test_a_repeated_headline_or_short_text_counts_only_if_it_is_exact(tmp_path):
     rows += [text_row(4, "好的啊"), text_row(5, "好的呢"), text_row(6, "好 的啊！")]
     assert dropped(tmp_path, rows) == dict.fromkeys((2, 3, 6), "duplicate")
     shards = signed(tmp_path, rows[4:], SURE)
-    assert find_duplicates(shards, tmp_path / "drops", SURE)["compared"] == 0
+    assert find(shards, tmp_path / "drops", SURE)["compared"] == 0
 
 
 def test_held_out_rows_go_as_exact_copies_only_and_others_are_compared_with_them(tmp_path):
@@ -336,15 +344,3 @@ def test_held_out_rows_go_as_exact_copies_only_and_others_are_compared_with_them
 def test_empty_shards_do_no_harm(tmp_path):
     assert dropped(tmp_path, [text_row(0, "甲")] * 2, n_shards=5) == {0: "duplicate"}
     assert dropped(tmp_path / "none", []) == {}
-
-
-def test_the_lists_are_made_again_only_when_the_key_changes(planted, tmp_path):
-    shards = signed(tmp_path, planted, DedupConfig(), 2)
-    places = dedup_shards(shards, tmp_path / "drops", DedupConfig(), "a")
-    stamps = [path.stat().st_mtime_ns for path in places.values()]
-    assert list(places) == [shard for shard, _ in shards]
-    assert dedup_shards(shards, tmp_path / "drops", DedupConfig(), "a") == places
-    assert [path.stat().st_mtime_ns for path in places.values()] == stamps
-    dedup_shards(shards, tmp_path / "drops", DedupConfig(threshold=1.0), "b")
-    reasons = [why for path in places.values() for why, _ in load_drops(path).values()]
-    assert reasons.count(REASONS[0]) == 100 and reasons.count(REASONS[1]) == 0
