@@ -61,8 +61,6 @@ RULES = {"chat": "reference", "summary": "summary", "text": "text"}  # in clean.
 LABEL = re.compile(
     r"^\s*(问|用户|人类|Q|User|Human|答|助手|A|Assistant)\s*[:：]", re.IGNORECASE | re.MULTILINE
 )
-SPEAKERS = {"问": "user", "用户": "user", "人类": "user", "q": "user", "答": "assistant",
-            "助手": "assistant", "a": "assistant"}  # fmt: skip
 TRIED = 200  # records by which the layout is recognised
 VAL_SHARE, MAX_VAL = 0.05, 500
 
@@ -258,12 +256,9 @@ def _is_packed(path: Path) -> bool:
 
 def _records(files: list[Path]) -> Iterator[Record | Skip]:
     """Every entry of tables, JSON files and archives."""
-    number = count()
     for path in files:
         encoding = "utf-8-sig" if _is_packed(path) else encoding_of(path)
-        for record in records([Part(path, path.name)], encoding, columns=KNOWN):
-            n = next(number)
-            yield record._replace(n=n) if isinstance(record, Record) else record
+        yield from records([Part(path, path.name)], encoding, columns=KNOWN)
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -278,22 +273,20 @@ def _text_lines(path: Path) -> Iterator[str]:
 def _pieces(files: list[Path], size: int) -> Rows:
     """The lines of texts, put together to pieces of at least `size` characters that end with a
     line; a longer line stays whole. No piece crosses files."""
-    number = count()
     for path in files:
         piece, n_chars = [], 0
         for line in _text_lines(path):
             piece.append(line)
             n_chars += len(line)
             if n_chars >= size:
-                yield {"id": next(number), "text": "\n".join(piece), "split": split_of(path.name)}
+                yield {"id": 0, "text": "\n".join(piece), "split": split_of(path.name)}
                 piece, n_chars = [], 0
         if n_chars:
-            yield {"id": next(number), "text": "\n".join(piece), "split": split_of(path.name)}
+            yield {"id": 0, "text": "\n".join(piece), "split": split_of(path.name)}
 
 
 def _labelled(files: list[Path]) -> Rows:
     """Dialogues between blank lines; without blank lines each question with its answer."""
-    number = count()
     for path in files:
         whole = "\n".join(_text_lines(path))
         blocks = [block for block in re.split(r"\n\s*\n", whole) if block.strip()]
@@ -305,8 +298,7 @@ def _labelled(files: list[Path]) -> Rows:
             if before.strip() or not turns:
                 yield Skip("no_label", where, block)
                 continue
-            pairs = [(SPEAKERS.get(label.lower(), label), content) for label, content in turns]
-            yield {"id": next(number), "messages": labelled(pairs), "split": split_of(path.name)}
+            yield {"id": 0, "messages": labelled(turns), "split": split_of(path.name)}
 
 
 def _make(found: _Found, name: str, fresh: Path, target: Path, tokenizer: Tokenizer) -> OwnData:

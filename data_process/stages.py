@@ -109,27 +109,20 @@ def by_hash(row_id: str, shares: Mapping[str, float]) -> str:
     return "train"
 
 
-class Splitter:
-    """Assigns rows to parts.
+def part_of_row(
+    row_id: str, official: str | None, shares: Mapping[str, float], fixed: Collection[str]
+) -> str:
+    """The part of a row: the publisher's, else one drawn by the hash of its id.
 
-    official: the parts that the publisher fixed, in the whole set
+    An official train row serves as validation only if the publisher gives no validation part,
+    and never as test.
+    fixed: the parts that the publisher fixed, in the whole set
     """
-
-    def __init__(self, shares: Mapping[str, float], official: Collection[str]) -> None:
-        self._shares, self._official = shares, official
-
-    def split(self, row_id: str, official: str | None) -> str:
-        """The part of a row.
-
-        An official train row serves as validation only if the publisher gives no validation
-        part, and never as test.
-        """
-        if official in ("val", "test"):
-            return official
-        if official == "train":
-            shares = {"val": self._shares.get("val", 0.0)}
-            return "train" if "val" in self._official else by_hash(row_id, shares)
-        return by_hash(row_id, self._shares)
+    if official in ("val", "test"):
+        return official
+    if official == "train":
+        return "train" if "val" in fixed else by_hash(row_id, {"val": shares.get("val", 0.0)})
+    return by_hash(row_id, shares)
 
 
 SHARD_CHARS = 20_000_000  # about 60 MB of rows
@@ -352,7 +345,7 @@ class Finishing:
 
     def __init__(self, data_set: DataSet, cfg: WriteConfig) -> None:
         self._data_set, self._first_id = data_set, cfg.first_id
-        self._splitter = Splitter(data_set.shares, cfg.official)
+        self._fixed = cfg.official
         self._drops = [(stage, load_drops(path)) for stage, path in cfg.drops]
         self.stages = {name: Tally() for name in (*(stage for stage, _ in cfg.drops), "write")}
         self.leaks: list[str] = []
@@ -375,7 +368,7 @@ class Finishing:
                 continue
             n_chars = sum(map(len, texts(row)))
             tally.rows_out, tally.chars_out = tally.rows_out + 1, tally.chars_out + n_chars
-            yield self._splitter.split(row["id"], official), row
+            yield part_of_row(row["id"], official, self._data_set.shares, self._fixed), row
 
     def _number(self, local: int | str) -> str:
         """An entry's number in the set; rows of one entry, "3-1" or "3.1", keep their ends."""

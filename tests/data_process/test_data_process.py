@@ -21,7 +21,7 @@ from data_process.pipeline import make_clean
 from data_process.raw import Skip, records
 from data_process.registry import GROUPS, catalog, data_sets
 from data_process.run import ProcessConfig, check, chosen, main
-from data_process.stages import Cleaning, Finishing, RowShards, Splitter, WriteConfig, by_hash
+from data_process.stages import Cleaning, Finishing, RowShards, WriteConfig, by_hash, part_of_row
 from data_process.vocabulary import train_vocabulary
 from tokenizer import Tokenizer
 
@@ -320,12 +320,13 @@ def test_the_split_depends_on_the_id_alone_and_has_the_shares_asked_for():
 
 
 def test_official_splits_are_kept_and_validation_comes_from_train_only_if_there_is_none():
-    with_val = Splitter({"val": 0.5}, ("train", "val"))
-    without = Splitter({"val": 0.5, "test": 0.5}, ("train", "test"))
-    assert with_val.split("x/0", "val") == "val"
-    assert {with_val.split(f"x/{n}", "train") for n in range(50)} == {"train"}
-    assert without.split("x/0", "test") == "test"
-    assert {without.split(f"x/{n}", "train") for n in range(50)} == {"train", "val"}
+    half, most = {"val": 0.5}, {"val": 0.5, "test": 0.5}
+    with_val, without = ("train", "val"), ("train", "test")
+    rows = [f"x/{n}" for n in range(50)]
+    assert part_of_row("x/0", "val", half, with_val) == "val"
+    assert {part_of_row(row, "train", half, with_val) for row in rows} == {"train"}
+    assert part_of_row("x/0", "test", most, without) == "test"
+    assert {part_of_row(row, "train", most, without) for row in rows} == {"train", "val"}
 
 
 # The whole run.
