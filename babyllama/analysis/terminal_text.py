@@ -41,37 +41,14 @@ class Painter:
             for token in ids
         ]  # fmt: skip
 
-    def dialogue(self, read: tuple[list[int], list[int]], pieces: bool = False) -> str:
+    def dialogue(self, read: tuple[list[int], list[int]]) -> str:
         """The text of (ids, mask), what is learnt marked."""
-        border, runs = self.ink(DIM, "|") if pieces else "", []
+        runs = []
         for is_learnt, run_of in groupby(zip(*read, strict=True), key=lambda pair: pair[1]):
-            parts = self.parts([token for token, _ in run_of])
-            parts = [_seen(p).replace("↵", "↵\n") for p in parts] if pieces else ["".join(parts)]
-            text = border.join(self.ink(GREEN if is_learnt else "", part) for part in parts)
+            text = "".join(self.parts([token for token, _ in run_of]))
+            text = self.ink(GREEN if is_learnt else "", text)
             runs.append(f"⟦{text}⟧" if is_learnt and not self.colours else text)
-        return border.join(runs)
-
-    def ids(self, ids: Sequence[int], pieces: bool) -> str:
-        """As many ids as fit on a line; or all, each with its token below it."""
-        if not pieces:
-            line = " ".join(map(str, ids))
-            if len(line) > self.width:
-                line = line[: max(20, self.width - 36)].rsplit(" ", 1)[0]
-                line += f" … {len(ids) - line.count(' ') - 1} more, all with --pieces"
-            return self.ink(DIM, line)
-        lines, above, below = [], "", ""
-        for token, part in zip(ids, map(_seen, self.parts(ids)), strict=True):
-            room = max(cell_len(part), len(str(token))) + 2
-            if above and len(above) + room > self.width:
-                lines += [self.ink(DIM, above), below]
-                above = below = ""
-            above += str(token).ljust(room)
-            below += part + " " * (room - cell_len(part))
-        return "\n".join([*lines, self.ink(DIM, above), below])
-
-
-def _seen(part: str) -> str:
-    return part.replace("\n", "↵").replace(" ", "␣") or "·"
+        return "".join(runs)
 
 
 def visible(text: str) -> str:
