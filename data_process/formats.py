@@ -148,13 +148,13 @@ def _values(
     if len(whole) > LARGEST:
         raise DataError(f"{name}: wanted a JSON list of at most {LARGEST:,} characters, found a "
                         f"longer one; write its elements as lines")  # fmt: skip
-    at = BETWEEN.match(whole).end()
+    at = past(BETWEEN, whole)
     in_list = whole[at : at + 1] == "["
     at += in_list
     number, first = 0, ""
     while True:
         place = f"{name}[{number}]"
-        at = BETWEEN.match(whole, at).end()
+        at = past(BETWEEN, whole, at)
         if at == len(whole):
             if in_list:
                 yield place, Skip("cut_off", place, "the list has no end")

@@ -258,12 +258,10 @@ def old_counts(target: Path, key: str) -> dict | None:
     return counts if whole else None
 
 
-READ_CODE = (
-    clean.WORDS,
-    *(Path(m.__file__) for m in (clean, columns, formats, raw, registry, rows, stages)),
-)
-LATER_CODE = (*(Path(m.__file__) for m in (decontaminate, dedup, stages)), Path(__file__))
-SIGN_CODE = (Path(dedup.__file__),)
+READING = (clean, columns, formats, raw, registry, rows, stages)
+READ_CODE = (clean.WORDS, *(Path(m.__file__ or "") for m in READING))
+LATER_CODE = (*(Path(m.__file__ or "") for m in (decontaminate, dedup, stages)), Path(__file__))
+SIGN_CODE = (Path(dedup.__file__ or ""),)
 
 # For each clean shard: stage, and the list of its rows that go.
 Drops = dict[Path, list[tuple[str, Path]]]

@@ -28,7 +28,7 @@ from babyllama.retrieval.index import build
 from data_process.clean import check_names
 from data_process.columns import role_of
 from data_process.executor import Job, key_of, run_shards, write_whole
-from data_process.pipeline import ProcessConfig, RawSet, make_clean, raw_place
+from data_process.pipeline import ProcessConfig, RawSet, SetConfig, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from data_process.registry import GROUPS, DataSet, catalog, check_chosen, data_sets
 from data_process.stages import SPLITS

@@ -63,6 +63,4 @@ def visible(text: str) -> str:
 
 def clipped(text: str, width: int) -> str:
     """As much of a text as fits into so many columns."""
-    if width_of(text) <= width:
-        return text
-    return set_cell_size(text, width - 1).rstrip() + "…"
+    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"
