@@ -14,7 +14,6 @@ reasons and examples, and depends on the input and the settings alone.
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from data_process.stages import (
     SPLITS,
     TAIL,
     CleanConfig,
+    RawSet,
     WriteConfig,
     clean_shard,
     merged,
@@ -39,21 +39,6 @@ from data_process.stages import (
 )
 
 STAGES = ("read", "clean", "dedup", "decontaminate", "write")
-
-
-@dataclass(frozen=True)
-class RawSet:
-    """A set to be made, and where its raw files lie.
-
-    official: whether the publisher's parts count; None: yes, unless nothing is left to train on
-    columns, roles: those that the user named
-    """
-
-    data_set: DataSet
-    place: Path
-    official: bool | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -351,10 +336,7 @@ def _clean(all_sets: list[Making]) -> None:
         made = making.raw
         making.left = _raw_files(made)[1]
         for number, parts in enumerate(_jobs(made, cfg)):
-            settings = CleanConfig(
-                made.data_set.entry, making.name, cfg.encoding, made.place, tuple(parts),
-                made.official is not False, made.columns, made.roles, cfg.skip_rules,
-            )  # fmt: skip
+            settings = CleanConfig(made, tuple(parts), cfg.encoding, cfg.skip_rules)
             target = making.work / "clean" / f"{number:05d}"
             jobs.append(Job(made.place, target, key_of(making.raw_key, number), settings))
             owners.append(making)
@@ -470,15 +452,9 @@ def _write(fresh: list[Making], drops: Drops) -> None:
     jobs, owners = [], []
     for making in fresh:
         shutil.rmtree(making.work / "rows", ignore_errors=True)
-        data_set = making.raw.data_set
         for n, shard in enumerate(making.shards):
-            settings = WriteConfig(
-                data_set.entry,
-                making.name,
-                making.first_ids[n],
-                making.official(),
-                tuple(drops[shard]),
-            )
+            first_id, official = making.first_ids[n], making.official()
+            settings = WriteConfig(making.raw.data_set, first_id, official, tuple(drops[shard]))
             jobs.append(Job(shard, making.work / "rows" / f"{n:05d}", making.key, settings))
             owners.append(making)
     cfg = fresh[0].cfg

@@ -25,7 +25,7 @@ from data_process.columns import KNOWN
 from data_process.dedup import load_drops
 from data_process.executor import Counts
 from data_process.raw import Part, Skip, records
-from data_process.registry import DataSet, data_sets
+from data_process.registry import DataSet
 
 N_EXAMPLES = 10
 SAMPLE_CHARS = 80
@@ -130,27 +130,32 @@ N_BROKEN = 5
 
 
 @dataclass(frozen=True)
-class CleanConfig:
-    """What decides the clean rows of a job, next to its raw parts.
+class RawSet:
+    """A set to be made, and where its raw files lie.
 
-    entry: in the catalogue
-    place: for readers that open the files themselves
-    parts: of the raw files, for all others
-    official: keep the parts that the publisher fixed
+    official: whether the publisher's parts count; None: yes, unless nothing is left to train on
     columns, roles: those that the user named
+    """
+
+    data_set: DataSet
+    place: Path
+    official: bool | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CleanConfig:
+    """What decides the clean rows of a job.
+
+    parts: of the raw files, for readers that do not open these themselves
     skip: names of fixes and rules that are switched off
     """
 
-    entry: str
-    name: str
-    encoding: str
-    place: Path
+    raw: RawSet
     parts: tuple[Part, ...]
-    official: bool = True
-    columns: Mapping[str, str] = field(default_factory=dict)
-    roles: Mapping[str, str] = field(default_factory=dict)
-    skip: tuple[str, ...] = ()
-    shard_chars: int = SHARD_CHARS
+    encoding: str
+    skip: tuple[str, ...]
 
 
 class RowShards:
@@ -187,19 +192,19 @@ class RowShards:
 
 def clean_shard(source: Path, target: Path, cfg: CleanConfig) -> Counts:
     """Read the raw parts of a job, clean their rows, write them behind `target`."""
-    (data_set,) = data_sets(cfg.entry, cfg.name)
+    raw_set, data_set = cfg.raw, cfg.raw.data_set
     for stale in target.parent.glob(f"{target.name}-*.jsonl"):
         stale.unlink()
-    known = KNOWN | {name.lower() for name in cfg.columns.values()}
+    known = KNOWN | {name.lower() for name in raw_set.columns.values()}
     n_entries = itertools.count()
     found = zip(records(cfg.parts, cfg.encoding, data_set.layout, known), n_entries, strict=False)
     entries = (entry for entry, _ in found)
     if data_set.reads_dir:
-        items = data_set.read(cfg.place, cfg.encoding)
+        items = data_set.read(raw_set.place, cfg.encoding)
     else:
-        items = data_set.read(entries, columns=cfg.columns, roles=cfg.roles)
-    cleaning = Cleaning(data_set, cfg.official, cfg.skip)
-    with RowShards(target, cfg.shard_chars) as shards:
+        items = data_set.read(entries, columns=raw_set.columns, roles=raw_set.roles)
+    cleaning = Cleaning(data_set, raw_set.official is not False, cfg.skip)
+    with RowShards(target, SHARD_CHARS) as shards:
         for row, n_chars in cleaning.rows(items):
             shards.add(row, n_chars)
     return cleaning.counts() | {
@@ -300,8 +305,7 @@ class WriteConfig:
     drops: for each stage between, the list of rows that go (dedup.write_drops)
     """
 
-    entry: str
-    name: str
+    data_set: DataSet
     first_id: int
     official: tuple[str, ...]
     drops: tuple[tuple[str, Path], ...] = ()
@@ -309,8 +313,7 @@ class WriteConfig:
 
 def write_shard(source: Path, target: Path, cfg: WriteConfig) -> Counts:
     """Write <target>.train.jsonl, .val.jsonl and .test.jsonl from clean rows; empty ones not."""
-    (data_set,) = data_sets(cfg.entry, cfg.name)
-    finishing = Finishing(data_set, cfg)
+    finishing = Finishing(cfg)
     parts = {split: Counter(rows=0, chars=0) for split in SPLITS}
     with contextlib.ExitStack() as stack:
         out = {
@@ -343,8 +346,8 @@ def _part_path(target: Path, split: str) -> Path:
 class Finishing:
     """Takes out what the stages between drop, gives the rows their ids and their parts."""
 
-    def __init__(self, data_set: DataSet, cfg: WriteConfig) -> None:
-        self._data_set, self._first_id = data_set, cfg.first_id
+    def __init__(self, cfg: WriteConfig) -> None:
+        self._data_set, self._first_id = cfg.data_set, cfg.first_id
         self._fixed = cfg.official
         self._drops = [(stage, load_drops(path)) for stage, path in cfg.drops]
         self.stages = {name: Tally() for name in (*(stage for stage, _ in cfg.drops), "write")}

@@ -222,7 +222,7 @@ def test_rows_of_any_shape_become_canonical_or_are_counted(reader, tmp_path):
     path.write_text('{"text": "头"}\n' + "\n".join(lines) + "\n", encoding="utf-8")
     (data_set,) = data_sets(reader)
     cleaning = Cleaning(data_set)
-    finishing = Finishing(data_set, WriteConfig(reader, reader, 0, ()))
+    finishing = Finishing(WriteConfig(data_set, 0, ()))
     clean = (row for row, _ in cleaning.rows(data_set.read(records(path, "utf-8-sig"))))
     kept = [row for _, row in finishing.rows(clean)]
     assert all(check_row(row) is None for row in kept)
