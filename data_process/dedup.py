@@ -2,7 +2,7 @@
 
 Rows are visited in their global order: shard by shard, line by line. A row goes as "duplicate" if
 a part of it stands in a row that stays, and as "near_duplicate" if one that shares a band key with
-it has a Jaccard similarity of cfg.threshold or more, compared exactly (sides, pieces).
+it has a Jaccard similarity of --dedup or more, compared exactly (sides, pieces).
 So of each family the first row stays, every dropped row has a partner that stays, and a second
 run over what stayed drops nothing. Rows that their publisher holds out ("split": val or test) go
 as exact copies only, and later rows are compared with them.
@@ -43,7 +43,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from babyllama.config import shown
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import DataError
 
 NO_WORD = re.compile(r"[\W_]+")
 
@@ -64,29 +64,8 @@ def parts(row: dict[str, Any]) -> tuple[str, str]:
 
 PIECE = 5  # characters
 BASE = 0x9E3779B97F4A7C15  # of the rolling hash: odd, without a pattern
+BANDS = (16, 6)  # keys of a row, minima of a key
 TILE = 1 << 16  # hashes that stay in the processor's cache while all minima are taken
-
-
-@dataclass(frozen=True)
-class DedupConfig:
-    """Search for near-duplicates.
-
-    Args:
-        threshold: Jaccard similarity of two rows' 5-character pieces from which the later one goes
-        bands: keys per row; more find more of the pairs near the threshold, at 8 bytes each
-        band_rows: minima per key; more save comparisons of unlike rows
-    """
-
-    threshold: float = 0.8
-    bands: int = 16
-    band_rows: int = 6
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold <= 1 or min(self.bands, self.band_rows) < 1:
-            raise ConfigError(
-                f"wanted a dedup threshold above 0 and up to 1, and bands and band_rows of 1 or "
-                f"more; found {self.threshold}, {self.bands} and {self.band_rows}"
-            )
 
 
 def bare(text: str) -> str:
@@ -192,14 +171,15 @@ def _odd_numbers(n: int, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype) | 1
 
 
-def band_keys(texts: list[str], cfg: DedupConfig) -> np.ndarray:
-    """The keys of bare texts, (cfg.bands, len(texts)) uint64; 0 where a text is too short."""
-    keys = np.zeros((cfg.bands, len(texts)), np.uint64)
+def band_keys(texts: list[str], bands: tuple[int, int] = BANDS) -> np.ndarray:
+    """The keys of bare texts, (n_bands, len(texts)) uint64; 0 where a text is too short."""
+    n_bands, n_minima = bands
+    keys = np.zeros((n_bands, len(texts)), np.uint64)
     long = [number for number, text in enumerate(texts) if len(text) >= PIECE]
     if long:
-        smallest = minima([texts[number] for number in long], cfg.bands * cfg.band_rows)
-        bands = smallest.reshape(cfg.bands, cfg.band_rows, len(long)).astype(np.uint64)
-        found = (bands * _odd_numbers(cfg.band_rows, "<u8")[:, None]).sum(axis=1, dtype=np.uint64)
+        smallest = minima([texts[number] for number in long], n_bands * n_minima)
+        of_band = smallest.reshape(n_bands, n_minima, len(long)).astype(np.uint64)
+        found = (of_band * _odd_numbers(n_minima, "<u8")[:, None]).sum(axis=1, dtype=np.uint64)
         found ^= found >> np.uint64(32)
         found *= np.uint64(0xD6E8FEB86659FD93)
         found ^= found >> np.uint64(32)
@@ -240,7 +220,7 @@ def each_row(path: Path, take: Callable[[dict], T]) -> Iterator[tuple[int, T]]:
                 ) from None
 
 
-def sign_shard(source: Path, target: Path, cfg: DedupConfig) -> dict[str, Any]:
+def sign_shard(source: Path, target: Path, bands: tuple[int, int] = BANDS) -> dict[str, Any]:
     """Write the signatures of a shard's rows, and count the rows.
 
     <target>.keys.npy    (2 + bands, N) uint64: the marks and the keys of each row, 0: none
@@ -250,7 +230,7 @@ def sign_shard(source: Path, target: Path, cfg: DedupConfig) -> dict[str, Any]:
 
     def close_batch() -> None:
         columns = np.array(marks, np.uint64).reshape(-1, N_MARKS).T
-        keys.append(np.concatenate((columns, band_keys(texts, cfg))))
+        keys.append(np.concatenate((columns, band_keys(texts, bands))))
         marks.clear()
         texts.clear()
 
@@ -280,6 +260,7 @@ class Corpus:
     def __init__(self, shards: Sequence[Signed]) -> None:
         self.shards = shards
         self._lines = [np.load(signature_paths(stem)[1]) for _, stem in shards]
+        self.n_columns = len(np.load(signature_paths(shards[0][1])[0], mmap_mode="r"))
         self.starts = [0, *accumulate(len(lines) - 1 for lines in self._lines)]
         assert self.starts[-1] < 2**32 - 1
 
@@ -329,10 +310,10 @@ def load_drops(path: Path) -> dict[int, tuple[str, str]]:
 
 @dataclass(frozen=True)
 class FindConfig:
-    """Whose copies are looked for, and how."""
+    """Whose copies are looked for, and the Jaccard similarity from which a row is one."""
 
     shards: tuple[Signed, ...]
-    dedup: DedupConfig
+    threshold: float
 
 
 def find_duplicates(source: Path, target: Path, cfg: FindConfig) -> dict[str, Any]:
@@ -341,9 +322,9 @@ def find_duplicates(source: Path, target: Path, cfg: FindConfig) -> dict[str, An
     Counts: rows, each reason, pairs compared and not.
     """
     corpus = Corpus(cfg.shards)
-    rows, places, n_places, n_marks = _shared_keys(corpus, cfg.dedup)
+    rows, places, n_places, n_marks = _shared_keys(corpus)
     stayed = Stayed(np.zeros(max(1, n_places), np.uint32), n_marks)
-    compare = Comparison(corpus, cfg.dedup.threshold)
+    compare = Comparison(corpus, cfg.threshold)
     gone: list[list[Drop]] = [[] for _ in cfg.shards]
     counts = Counter(dict.fromkeys((DUPLICATE, NEAR_DUPLICATE, "not_compared"), 0))
     for begin, end in pairwise([*np.flatnonzero(_is_new(rows)).tolist(), len(rows)]):
@@ -366,12 +347,12 @@ def find_duplicates(source: Path, target: Path, cfg: FindConfig) -> dict[str, An
     return done | {"files": [path.name for path in paths]}
 
 
-def _shared_keys(corpus: Corpus, cfg: DedupConfig) -> tuple[np.ndarray, np.ndarray, int, int]:
+def _shared_keys(corpus: Corpus) -> tuple[np.ndarray, np.ndarray, int, int]:
     """The rows that share keys, ascending and once for each key; the keys' places; the size of
     all places, and of those for marks. A place is a counter and room for rows; for marks one row.
     """
     found, at, n_marks = [], 0, 0
-    for column in range(N_MARKS + cfg.bands):
+    for column in range(corpus.n_columns):
         room = 1 if column < N_MARKS else FIRST + LAST
         rows, keys = corpus.column(column)
         order = np.argsort(keys)

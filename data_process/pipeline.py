@@ -23,7 +23,7 @@ from babyllama.errors import ConfigError, DataError
 from data_process import clean, columns, decontaminate, dedup, formats, raw, registry, stages
 from data_process.clean import texts
 from data_process.decontaminate import flag_shard, make_windows
-from data_process.dedup import DedupConfig, FindConfig, drops_path, find_duplicates, sign_shard
+from data_process.dedup import BANDS, FindConfig, drops_path, find_duplicates, sign_shard
 from data_process.executor import Engine, Job, key_of, run_shards, write_whole
 from data_process.registry import DataSet, package_dir
 from data_process.stages import (
@@ -51,8 +51,6 @@ class SetConfig:
         raw: directory or file with its raw data, below --raw, else below the repository
         weight: how often each row is seen in an epoch of the mixture
         official: keep the publisher's train, validation and test parts; else split by hash
-        columns: which column has which role, where the usual names do not fit (text: body)
-        roles: who speaks under a name that is not known (narrator: user)
     """
 
     reader: str
@@ -60,8 +58,6 @@ class SetConfig:
     raw: Path | None = None
     weight: float = 1.0
     official: bool | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    roles: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class ProcessConfig:
         sets: several sets that are made together and become a mixture
         mixture: name of the mixture's file in mixtures/
         evaluation: files whose text must not be trained on: texts of any kind, or .u64 lists
-        dedup: near duplicates; null: off
+        dedup: Jaccard similarity of two rows from which the later one goes as a copy; null: off
         dedup_across: look for repeats across the sets, not only within each
         skip_rules: names of fixes and rules (see counts.json) to leave out
         engine: serial, processes for several at once, or ray for a running Ray cluster
@@ -103,7 +99,7 @@ class ProcessConfig:
     sets: tuple[SetConfig, ...] = ()
     mixture: str | None = None
     evaluation: tuple[Path, ...] = ()
-    dedup: DedupConfig | None = field(default_factory=DedupConfig)
+    dedup: float | None = 0.8
     dedup_across: bool = False
     skip_rules: tuple[str, ...] = ()
     engine: Engine = "serial"
@@ -398,13 +394,13 @@ def _refuse_damaged(making: Making) -> None:
         )
 
 
-def _dedup(all_sets: list[Making], settings: DedupConfig, drops: Drops) -> None:
+def _dedup(all_sets: list[Making], threshold: float, drops: Drops) -> None:
     cfg, jobs = all_sets[0].cfg, []
-    sign_key = key_of(*SIGN_CODE, settings.bands, settings.band_rows)
+    sign_key = key_of(*SIGN_CODE)
     for making in all_sets:
         for shard in making.shards:
             key = key_of(_done_key(shard), sign_key)
-            jobs.append(Job(shard, making.work / "signatures" / shard.stem, key, settings))
+            jobs.append(Job(shard, making.work / "signatures" / shard.stem, key, BANDS))
     run_shards(sign_shard, jobs, cfg.engine, cfg.workers, "sign")
     keys = {job.source: job.key for job in jobs}
     # Sets with held-out rows first: these stay, and their copies elsewhere go.
@@ -413,8 +409,8 @@ def _dedup(all_sets: list[Making], settings: DedupConfig, drops: Drops) -> None:
     for group in groups:
         signed = [(shard, m.work / "signatures" / shard.stem) for m in group for shard in m.shards]
         target = group[0].work / ("repeats-across" if cfg.dedup_across else "repeats") / "drops"
-        key = key_of(settings, *LATER_CODE, *(keys[shard] for shard, _ in signed))
-        job = Job(signed[0][0], target, key, FindConfig(tuple(signed), settings))
+        key = key_of(threshold, *LATER_CODE, *(keys[shard] for shard, _ in signed))
+        job = Job(signed[0][0], target, key, FindConfig(tuple(signed), threshold))
         (counts,) = run_shards(find_duplicates, [job], title="find copies")
         for number, (shard, _) in enumerate(signed):
             drops[shard].append(("dedup", drops_path(target, number)))

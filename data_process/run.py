@@ -28,7 +28,7 @@ from babyllama.retrieval.index import build
 from data_process.clean import check_names
 from data_process.columns import role_of
 from data_process.executor import Job, key_of, run_shards, write_whole
-from data_process.pipeline import ProcessConfig, RawSet, SetConfig, make_clean, raw_place
+from data_process.pipeline import ProcessConfig, RawSet, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from data_process.registry import GROUPS, DataSet, catalog, check_chosen, data_sets
 from data_process.stages import SPLITS
@@ -37,10 +37,11 @@ from tokenizer import Tokenizer
 
 def check(cfg: ProcessConfig) -> None:
     """Refuse settings that cannot work, before anything is read."""
-    if cfg.workers < 1 or not 0 <= cfg.max_bad <= 1:
+    odd_dedup = cfg.dedup is not None and not 0 < cfg.dedup <= 1
+    if cfg.workers < 1 or not 0 <= cfg.max_bad <= 1 or odd_dedup:
         raise ConfigError(
-            f"wanted --workers of 1 or more and --max_bad from 0 to 1, found {cfg.workers} and "
-            f"{cfg.max_bad}"
+            f"wanted --workers of 1 or more, --max_bad from 0 to 1 and --dedup above 0 and up to "
+            f"1, or null, found {cfg.workers}, {cfg.max_bad} and {cfg.dedup}"
         )
     if bool(cfg.dataset) == bool(cfg.sets):
         raise ConfigError(
@@ -48,9 +49,7 @@ def check(cfg: ProcessConfig) -> None:
             "python -m data_process.tools.list shows the names"
         )
     check_names(cfg.skip_rules)
-    every: tuple[ProcessConfig | SetConfig, ...] = (cfg, *cfg.sets)
-    for one in every:
-        check_chosen(one.columns, one.roles)
+    check_chosen(cfg.columns, cfg.roles)
     for path in cfg.evaluation:
         if not from_repo(path).exists():
             raise ConfigError(f"--evaluation: wanted a file, found no {path}")
@@ -82,7 +81,7 @@ def chosen(cfg: ProcessConfig) -> list[RawSet]:
         if one.raw and not from_repo(place).exists() and from_repo(one.raw).exists():
             place = one.raw
         place = raw_place(data_set, None if data_set.package else place)
-        found.append(RawSet(data_set, place, one.official, one.columns, one.roles))
+        found.append(RawSet(data_set, place, one.official))
     names = Counter(raw_set.data_set.name for raw_set in found)
     if twice := [name for name, n in names.items() if n > 1]:
         raise ConfigError(f"sets: wanted different names, found {twice} twice; give them a `name`")

@@ -496,7 +496,14 @@ def test_a_missing_directory_says_where_the_data_come_from(tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"workers": 0}, {"max_bad": 1.5}, {"encoding": "utf-9"}, {"encoding": "base64"}],
+    [
+        {"workers": 0},
+        {"max_bad": 1.5},
+        {"dedup": 1.1},
+        {"dedup": -0.5},
+        {"encoding": "utf-9"},
+        {"encoding": "base64"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(settings):
     with pytest.raises(ConfigError):
