@@ -16,7 +16,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,7 +32,6 @@ from data_process.raw import Record, Skip
 
 GROUPS = {"sample": ("inews", "inews_title", "smalltalk")}
 CATALOG = Path(datasets.__path__[0]) / "catalog.yaml"
-IMPORT = re.compile(r"^from data_process\.datasets\.(\w+) import", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -109,14 +107,8 @@ class DataSet:
         return _function(self.finish)(row) if self.finish else row
 
     def key(self) -> list[object]:
-        """What decides the rows: the entry, and the code of the reader and of what it builds on."""
-        found, waiting = [], [self.reader.split(".")[0]]
-        while waiting:
-            path = Path(datasets.__path__[0]) / f"{waiting.pop()}.py"
-            if path not in found:
-                found.append(path)
-                waiting += IMPORT.findall(path.read_text(encoding="utf-8"))
-        return [repr(self), *sorted(found)]
+        """What decides the rows: the entry, and the code of the readers."""
+        return [repr(self), *sorted(CATALOG.parent.glob("*.py"))]
 
 
 def _function(name: str) -> Callable[..., Any]:

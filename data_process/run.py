@@ -162,16 +162,15 @@ def make_index(data_set: DataSet, cfg: ProcessConfig) -> str:
 
 def table(made: list[tuple[dict, dict[str, int] | None]]) -> str:
     """The counts of all sets, as the user sees them at the end."""
-    lines = [f"{'set':<16} {'part':<6} {'rows':>10} {'characters':>13} {'tokens':>13}"]
+    line = "{:<16} {:<6} {:>10} {:>13} {:>13}".format
+    lines = [line("set", "part", "rows", "characters", "tokens")]
     totals: Counter[str] = Counter()
     for counts, tokens in made:
         for part in SPLITS:
             n = counts["parts"][part]
             ids = f"{tokens.get(part, 0):,}" if tokens is not None else "-"
             if n["rows"]:
-                lines.append(
-                    f"{counts['set']:<16} {part:<6} {n['rows']:>10,} {n['chars']:>13,} {ids:>13}"
-                )
+                lines.append(line(counts["set"], part, f"{n['rows']:,}", f"{n['chars']:,}", ids))
         totals.update(counts["parts"]["train"], tokens=(tokens or {}).get("train", 0))
         n_dropped = counts["rows_in"] - counts["rows_out"]
         reasons = ", ".join(f"{name} {n['rows']:,}" for name, n in counts["dropped"].items())
@@ -182,9 +181,7 @@ def table(made: list[tuple[dict, dict[str, int] | None]]) -> str:
         lines += [f"{'':<16} {note}" for note in remarks(counts)]
     if len(made) > 1:
         ids = f"{totals['tokens']:,}" if totals["tokens"] else "-"
-        lines.append(
-            f"{'all':<16} {'train':<6} {totals['rows']:>10,} {totals['chars']:>13,} {ids:>13}"
-        )
+        lines.append(line("all", "train", f"{totals['rows']:,}", f"{totals['chars']:,}", ids))
     return "\n".join(lines)
 
 

@@ -29,9 +29,9 @@ import yaml
 from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.rows import write_rows
 from data_process.decontaminate import Windows, hits, read_list
-from data_process.raw import Skip, records
+from data_process.raw import records
 from data_process.stages import share_of
-from release.recipe.passages import HERE, MOST_COPIES, SENTENCE, questions
+from release.recipe.passages import HERE, MOST_COPIES, SENTENCE, entries, questions
 
 CNKI_DEV, VAL = 0.067, 0.005
 LONGEST = 400  # characters of an abstract that is talked about, so that later turns find room
@@ -103,13 +103,6 @@ class Paper:
     title: str = ""
     known: dict[str, str] = field(default_factory=dict)
     keywords: list[str] = field(default_factory=list)
-
-
-def entries(path: Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a file, numbered."""
-    for record in records(path, "utf-8"):
-        if not isinstance(record, Skip) and isinstance(record.data, dict):
-            yield record.n, record.data
 
 
 def first_of(data: dict, keys: Iterable[str]) -> str:

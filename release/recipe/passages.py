@@ -202,11 +202,16 @@ def lead(text: str) -> tuple[str, str] | None:
     return "".join(sentences[:best] + sentences[best + 1 :]), sentences[best].rstrip("；。")
 
 
-def objects(path: Path) -> Iterator[dict]:
-    """The JSON objects of a file."""
+def entries(path: Path) -> Iterator[tuple[int, dict]]:
+    """The JSON objects of a file, numbered."""
     for record in records(path, "utf-8"):
         if not isinstance(record, Skip) and isinstance(record.data, dict):
-            yield record.data
+            yield record.n, record.data
+
+
+def objects(path: Path) -> Iterator[dict]:
+    """The JSON objects of a file."""
+    return (data for _, data in entries(path))
 
 
 def grounded(reference: str, pairs: Sequence[tuple[str, str]]) -> dict:

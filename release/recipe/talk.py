@@ -28,7 +28,6 @@ from data_process.registry import data_sets
 from release.recipe.papers import filled, turn
 from release.recipe.passages import HERE, grounded, objects
 
-SLOT = re.compile(r"\{([a-z]+)\d?\}")
 SHORT = (
     "sft/alpaca_zh_train.jsonl.xz", "sft/alpaca_zh_carbonz0.jsonl.xz", "sft/chatlm_mini",
     "sft/llama_factory/alpaca_zh_demo.json", "sft/sharegpt_zh_1K.jsonl.xz",
