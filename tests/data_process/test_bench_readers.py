@@ -7,7 +7,6 @@ from reading import EXPECTED, FIXTURES, raw, read, set_of
 
 from data_process.decontaminate import overlap
 from data_process.pipeline import make_clean
-from data_process.raw import Skip
 from data_process.run import ProcessConfig, chosen
 
 BENCHMARKS = ("gsm8k", "math", "ape210k", "commonsenseqa", "boolq", "nq_open", "triviaqa", "quac")
