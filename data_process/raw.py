@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -200,7 +201,7 @@ def _streams(name: str, file: Any, depth: int = DEPTH) -> Iterator[tuple[str, So
         with gzip.GzipFile(fileobj=reader) as inner:
             yield from _streams(name, inner, depth - 1)
     elif unpack:
-        yield from _streams(name, io.BufferedReader(_Unpacked(reader, unpack)), depth - 1)
+        yield from _streams(name, io.BufferedReader(_Pieces(_unpacked(reader, unpack))), depth - 1)
     elif is_zip:
         whole = _seekable(name, reader)
         with zipfile.ZipFile(whole) as archive:
@@ -274,47 +275,49 @@ UNPACK = {
 PIECE = 1 << 16
 
 
-class _Unpacked(io.RawIOBase):
-    """The bytes of a bzip2 or xz file. Python's own readers take what follows a finished stream for
-    padding if it does not look like another one, and a damaged file so ends early; not here."""
+class _Pieces(io.RawIOBase):
+    """The bytes that an iterator gives, as a stream."""
 
-    def __init__(self, packed: io.BufferedReader, new: Callable[[], Any]) -> None:
-        self._packed, self._new, self._stream = packed, new, new()
-        self._n_read = self._start = 0
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self._pieces, self._left = iter(pieces), memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while True:
-            piece = b""
-            if self._stream.eof:
-                if not (piece := self._next_stream()):
-                    return 0
-                self._start = self._n_read - len(piece)
-                self._stream = self._new()
-            elif self._stream.needs_input and not (piece := self._read()):
-                raise EOFError(f"it ends inside the stream that begins at byte {self._start:,}")
-            try:
-                found = self._stream.decompress(piece, len(buffer))
-            except (OSError, lzma.LZMAError) as error:
-                where = f"in the stream that begins at byte {self._start:,}"
-                raise OSError(f"{error}, {where}") from None
-            if found:
-                buffer[: len(found)] = found
-                return len(found)
+        while not self._left and (piece := next(self._pieces, None)) is not None:
+            self._left = memoryview(piece)
+        n_bytes = min(len(buffer), len(self._left))
+        buffer[:n_bytes], self._left = self._left[:n_bytes], self._left[n_bytes:]
+        return n_bytes
 
-    def _read(self) -> bytes:
-        piece = self._packed.read(PIECE)
-        self._n_read += len(piece)
-        return piece
 
-    def _next_stream(self) -> bytes:
-        """What follows a finished stream and its padding of zeros."""
-        piece = self._stream.unused_data.lstrip(b"\0")
-        while not piece and (more := self._read()):
-            piece = more.lstrip(b"\0")
-        return piece
+def _unpacked(packed: io.BufferedReader, new: Callable[[], Any]) -> Iterator[bytes]:
+    """The bytes of a bzip2 or xz file. Python's own readers take what follows a finished stream for
+    padding if it does not look like another one, and a damaged file so ends early; not here."""
+    stream, n_read, start, piece = new(), 0, 0, b""
+    while True:
+        if stream.eof:
+            piece = stream.unused_data.lstrip(b"\0")
+            while not piece and (more := packed.read(PIECE)):
+                n_read += len(more)
+                piece = more.lstrip(b"\0")
+            if not piece:
+                return
+            start, stream = n_read - len(piece), new()
+        elif stream.needs_input:
+            piece = packed.read(PIECE)
+            n_read += len(piece)
+            if not piece:
+                raise EOFError(f"it ends inside the stream that begins at byte {start:,}")
+        try:
+            found = stream.decompress(piece, io.DEFAULT_BUFFER_SIZE)
+        except (OSError, lzma.LZMAError) as error:
+            where = f"in the stream that begins at byte {start:,}"
+            raise OSError(f"{error}, {where}") from None
+        piece = b""
+        if found:
+            yield found
 
 
 class _Checked(tarfile.TarInfo):
@@ -344,7 +347,7 @@ def _entries(
         return
     head = source.read(HEAD)
     _check_encoding(name, head, encoding)
-    whole = io.BufferedReader(_Chain(head, source))
+    whole = io.BufferedReader(_Pieces(chain([head], iter(lambda: source.read(PIECE), b""))))
     text = io.TextIOWrapper(whole, encoding, errors="surrogateescape", newline="\n")
     try:
         what = layout or format_of(head, encoding, name, columns)
@@ -369,23 +372,6 @@ def _check_encoding(name: str, head: bytes, encoding: str) -> None:
             f"{name}: wanted text in {encoding}, found another encoding, likely {likely}; run "
             f"again with --encoding {likely}, or move the file away if it is no text"
         )
-
-
-class _Chain(io.RawIOBase):
-    """A head that was already read, then the rest of its stream."""
-
-    def __init__(self, head: bytes, rest: io.BufferedReader) -> None:
-        self._parts = [io.BytesIO(head), rest]
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        n_read = self._parts[0].readinto(buffer)
-        if n_read == 0 and len(self._parts) > 1:
-            self._parts.pop(0)
-            return self._parts[0].readinto(buffer)
-        return n_read
 
 
 # Jobs: the raw files of a set in portions of about the same size. A long file of lines is cut into
