@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
