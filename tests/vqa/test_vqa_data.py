@@ -4,8 +4,6 @@ import io
 import json
 import lzma
 import re
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from babyllama.config import REPO, parse, plain, to_yaml
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row
 from babyllama.sources import SourceConfig
+from commands import call
 from conftest import small_config
 from data_process.raw import Skip, records, whole_files
 from data_process.registry import data_sets
@@ -239,13 +238,9 @@ def colours(tmp_path_factory, tokenizer) -> Path:
 
 
 def run(module: str, *words: object, code: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)],
-        cwd=REPO, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    found, said = call(module, *map(str, words))
+    assert found == code and "Traceback" not in said, said[-2000:]
+    return said
 
 
 def data_of(root: Path, tokenizer, n_positions: int = 2, **changes: object):
