@@ -33,7 +33,7 @@ def commands(name: str) -> list[list[str]]:
     found = []
     for line in blocks_and_spans((REPO / name).read_text("utf-8")):
         if re.match(r"([A-Z_]+=\w+ )?(python|torchrun|sbatch) ", line):
-            words = shlex.split(line, comments=True)
+            words = shlex.split(line.partition(" < ")[0], comments=True)
             while words[-1] != words[0] and "torchrun" in words[1:]:
                 words = words[words.index("torchrun", 1) :]  # behind the supervisor
             start = next((i for i, w in enumerate(words) if w == "-m" or w.endswith(".py")), None)
