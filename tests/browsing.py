@@ -81,7 +81,12 @@ def until(page: "Page", condition: str, seconds: float = 20) -> None:
 
 
 def ask(page: "Page", text: str, tokens: int = 12) -> str:
-    """Send a message and wait for the whole reply."""
+    """Send a message and wait for the whole reply.
+
+    tokens: of the reply; in one of 100, three alone are bytes of a character or a blank, and a
+        reply without text leaves the page
+    """
+    assert tokens > 5
     page.evaluate(f"state.sampling.max_tokens = {tokens}")
     before = page.locator("#messages li.assistant").count()
     page.fill("#question", text)

@@ -100,7 +100,7 @@ PAYLOADS = [
 def test_text_never_becomes_part_of_the_page(page):
     """S9: as the user's message, as the model's, as 资料, as its source, and out of the store."""
     before = page.evaluate("document.querySelectorAll('*').length")
-    ask(page, "\n".join(PAYLOADS), tokens=2)
+    ask(page, "\n".join(PAYLOADS), tokens=6)
     assert texts(page)[0] == "\n".join(PAYLOADS)
     messages = [
         {"role": role, "content": text, "end": "eos", "sources": [{"citation": text, "text": text}]}
@@ -219,7 +219,7 @@ def test_a_conversation_is_exported_whole(page):
 def test_strange_text_goes_through_the_page_unharmed(page):
     controls = "".join(map(chr, [*range(1, 10), 11, *range(14, 32), 0x7F, 0x80, 0x9F]))
     strange = f"\u202egpj.exe\u202c 👩‍👩‍👧‍👦 𠮷 {controls} " + "x" * 1000 + " a\tb"
-    ask(page, strange, tokens=2)
+    ask(page, strange, tokens=6)
     assert texts(page)[0] == strange
     word = "Llanfair" * 2048
     page.fill("#question", word)

@@ -54,9 +54,9 @@ def fresh(page) -> None:
 
 @on_each_size
 def test_conversations_are_listed_found_renamed_and_opened_again(page):
-    ask(page, "第一个话题", tokens=3)
+    ask(page, "第一个话题", tokens=6)
     fresh(page)
-    ask(page, "第二个 银杏", tokens=3)
+    ask(page, "第二个 银杏", tokens=6)
     open_list(page)
     assert titles(page) == ["第二个 银杏", "第一个话题"]
     page.get_by_role("button", name="改名: 第一个话题").click()
@@ -82,7 +82,7 @@ def test_conversations_are_listed_found_renamed_and_opened_again(page):
 
 
 def test_a_deleted_conversation_can_be_had_back(page):
-    reply = ask(page, "要留下的", tokens=5)
+    reply = ask(page, "要留下的", tokens=6)
     open_list(page)
     page.get_by_role("button", name="删除: 要留下的").click()
     until(page, "document.querySelectorAll('#talks li').length === 0 && !talk.messages.length")
@@ -101,7 +101,7 @@ def test_a_deleted_conversation_can_be_had_back(page):
 
 
 def test_two_tabs_do_not_overwrite_each_other(page):
-    ask(page, "开头", tokens=3)
+    ask(page, "开头", tokens=6)
     other = page.context.new_page()
     other.goto(page.url)
     ready(other)
@@ -109,7 +109,7 @@ def test_two_tabs_do_not_overwrite_each_other(page):
     open_list(other)
     other.locator("#talks .name").click()
     until(other, "talk.messages.length === 2")
-    ask(other, "从另一页", tokens=3)
+    ask(other, "从另一页", tokens=6)
     until(page, "talk.messages.length === 4")  # this one follows
     # Both at once: what the one has not seen yet is not lost to the other.
     other.evaluate("saving")
@@ -120,7 +120,7 @@ def test_two_tabs_do_not_overwrite_each_other(page):
             talk.version -= 1;
         })()"""
     )
-    ask(page, "从这一页", tokens=3)
+    ask(page, "从这一页", tokens=6)
     until(page, "$('toast').textContent.includes('两份都保留了')")
     kept = page.evaluate(
         "(async () => { const all = []; await store.each(t => all.push(t.messages.map(m => "
@@ -137,7 +137,7 @@ def test_a_draft_outlives_a_reload_and_belongs_to_its_conversation(page):
     page.reload()
     ready(page)
     assert page.locator("#question").input_value() == "还没写完"
-    ask(page, "发出去", tokens=3)
+    ask(page, "发出去", tokens=6)
     page.fill("#question", "第二句的草稿")
     fresh(page)
     assert page.locator("#question").input_value() == ""
@@ -151,14 +151,14 @@ def test_a_reference_belongs_to_its_conversation_and_shows_as_a_chip(page):
     page.click("#reference-box summary")
     page.fill("#reference", TEXTS[0])
     with page.expect_request("**/v1/chat/completions") as request:
-        ask(page, "公园里有什么？", tokens=3)
+        ask(page, "公园里有什么？", tokens=6)
     assert json.loads(request.value.post_data)["reference"] == TEXTS[0]
     chip = page.locator("#reference-box.chip summary")
     assert f"{len(TEXTS[0])} 字" in chip.text_content()
     fresh(page)
     assert page.locator("#reference-box.chip").count() == 0
     with page.expect_request("**/v1/chat/completions") as request:
-        ask(page, "你好", tokens=3)
+        ask(page, "你好", tokens=6)
     assert "reference" not in json.loads(request.value.post_data)
     open_list(page)
     page.locator("#talks .name", has_text="公园").click()
@@ -199,7 +199,7 @@ def test_a_title_is_that_of_the_api_with_two_more_and_a_long_text_is_said_to_be_
     # A conversation beside it is sent without what was asked for titles.
     page.click("[data-mode=chat]")
     with page.expect_request("**/v1/chat/completions") as request:
-        ask(page, "你好", tokens=3)
+        ask(page, "你好", tokens=6)
     sent = json.loads(request.value.post_data)
     assert [m["content"] for m in sent["messages"]] == ["你好"] and "task" not in sent
     page.reload()
@@ -341,8 +341,8 @@ def test_the_end_is_a_click_away(page):
 def test_arrow_up_edits_the_last_message(page):
     page.press("#question", "ArrowUp")
     assert page.locator(".editing").count() == 0
-    ask(page, "第一", tokens=3)
-    ask(page, "第二", tokens=3)
+    ask(page, "第一", tokens=6)
+    ask(page, "第二", tokens=6)
     page.press("#question", "ArrowUp")
     field = page.locator(".editing textarea")
     assert field.input_value() == "第二"
@@ -359,7 +359,7 @@ def test_a_system_prompt_goes_before_the_reference(page):
     page.click("#reference-box summary")
     page.fill("#reference", "银杏是树。")
     with page.expect_request("**/v1/chat/completions") as request:
-        ask(page, "银杏是什么？", tokens=3)
+        ask(page, "银杏是什么？", tokens=6)
     assert json.loads(request.value.post_data)["reference"] == "请简短回答\n银杏是树。"
     assert "系统提示" in page.locator("#system-chip").text_content()
     fresh(page)
@@ -380,9 +380,9 @@ def test_the_card_of_the_model_is_shown(page):
 
 
 def test_all_conversations_are_exported_with_model_and_date(page):
-    ask(page, "第一", tokens=3)
+    ask(page, "第一", tokens=6)
     fresh(page)
-    ask(page, "第二", tokens=3)
+    ask(page, "第二", tokens=6)
     page.click("#open-settings")
 
     def exported(kind: str) -> str:
@@ -431,5 +431,5 @@ def test_what_a_model_was_trained_for_is_what_the_page_offers(browser, tokenizer
             assert page.evaluate("mode()") == tasks[0]
             if tasks == ["continue"]:
                 with page.expect_request("**/v1/completions") as request:
-                    reply = ask(page, "从前", tokens=5)
+                    reply = ask(page, "从前", tokens=6)
                 assert json.loads(request.value.post_data)["prompt"] == "从前" and reply
