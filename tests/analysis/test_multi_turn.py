@@ -107,8 +107,6 @@ def test_the_released_model_answers_in_any_turn_what_it_learnt(rows, script):
     found = shares(script(*words, "--turns", "3, 0,0").out)
     assert list(found) == [0, 3]
     assert all(greedy > 80 and drawn > 70 for greedy, drawn in found.values()), found
-    one, *_ = shares(script(SCRIPT, "release/third", *words[2:], "--turns", 2).out).values()
-    assert one[0] < 50, "a model that saw first turns alone loses the thread"
     assert "no dialogue fits into the context" in script(*words, "--turns", 60).err
 
 

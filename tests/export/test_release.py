@@ -170,8 +170,6 @@ def test_the_model_of_this_repository_answers_and_writes_titles(script):
     place = REPO / "release"
     assert sum(path.stat().st_size for path in place.rglob("*")) < 16 * 2**20
     loaded = load_model(place)
-    companions = [load_model(place / name) for name in ("second", "third")]
-    assert {one.tokenizer.fingerprint for one in companions} == {loaded.tokenizer.fingerprint}
     assert loaded.kind == "sft" and loaded.config.tied
     said = script("chat.py", "release", "--prompt", "谢谢！", "--temperature", "0")
     assert "不客气" in said.out

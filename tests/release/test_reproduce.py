@@ -113,8 +113,8 @@ def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
     assert said.count("nothing has changed, the clean rows are used again") >= 2
     assert "release.recipe.papers" not in said and "tokenizer.py train" not in said  # made already
     ends = list((tree / "out").glob(f"*/step-{limits['max_steps']:06d}"))
-    assert {path.parent.name for path in ends} == {"flagship_base", "flagship_decay", "flagship"}
-    assert len(ends) == n_trainings
+    runs = {"flagship_base", "flagship_decay", "flagship", "flagship_mean"}
+    assert {path.parent.name for path in ends} == runs and len(ends) == n_trainings + 1
     rates = [row["lr"] for row in read_metrics(tree / "out/flagship_decay") if "lr" in row]
     assert rates == sorted(rates, reverse=True) and rates[0] == 5e-3 > 6 * rates[-1]
     for name in ("computing", "papers", "cnki"):
@@ -126,7 +126,7 @@ def test_the_chain_runs_to_its_end_and_goes_on_where_it_was_killed(tree, raw):
     assert (tree / "release/recipe/reproduce.sh").is_file()
     assert (tree / "release/parity.json").read_bytes() != report
     released, half, last = (
-        load_model(tree / name) for name in ("release", "out/flagship_float16", "out/flagship")
+        load_model(tree / name) for name in ("release", "out/flagship_float16", "out/flagship_mean")
     )
     assert released.tokenizer.fingerprint == last.tokenizer.fingerprint
     assert released.model.n_parameters() == half.model.n_parameters() == last.model.n_parameters()

@@ -1,5 +1,7 @@
 """Titles of a model's own: which texts are read, which are kept, and that work is not redone."""
 
+import shutil
+
 import pytest
 
 from babyllama.errors import DataError
@@ -83,13 +85,15 @@ def test_the_released_model_titles_abstracts_and_finished_files_are_kept(
 
 def test_several_checkpoints_vote(abstracts, tmp_path, script):
     out = tmp_path / "own"
+    twin = tmp_path / "twin"
+    shutil.copytree("release", twin, ignore=shutil.ignore_patterns("recipe"))
     done = script(
-        "babyllama/tuning/pseudo_labels.py", "release", "release/second",
+        "babyllama/tuning/pseudo_labels.py", "release", twin,
         "--rows", abstracts, "--out", out,
         "--beams", 4, "--n", 4, "--limit", 2,
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "release/second: 100%" in done.err and sorted_files(out)[0]
+    assert f"{twin}: 100%" in done.err and sorted_files(out)[0]
 
 
 @pytest.mark.parametrize(
