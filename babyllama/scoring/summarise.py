@@ -36,8 +36,8 @@ from tokenizer import Tokenizer
 RECALL = 1.25
 
 PROMPTS = Path("configs/prompts/summary_zh.yaml")
-# The search behind every title that people see. On those rows the released model has 57.4 ROUGE-1
-# greedy, 58.3 with the likeliest of 4 beams, 60.5 with this; 32 beams give no more.
+# The search behind every title that people see. On those rows the released model has 59.4 ROUGE-1
+# greedy, 62.8 with this; of the one before it 32 beams gave no more than 16.
 BEST = SamplingConfig(
     max_new_tokens=48, temperature=0.0, no_repeat_ngram=3, beams=16, n=16, length_penalty=0.6
 )
