@@ -491,6 +491,11 @@ class Server:
             except errors.HfHubHTTPError as error:
                 is_vague = isinstance(error, errors.LocalEntryNotFoundError)
                 cause = error.__cause__ if is_vague else error
+                if isinstance(cause, errors.OfflineModeIsEnabled):
+                    raise DataError(
+                        f"{file.path}: wanted to download, found HF_HUB_OFFLINE or "
+                        f"TRANSFORMERS_OFFLINE set; unset them and start the same command again"
+                    ) from None
                 answer = getattr(cause, "response", None)
                 if answer is None:
                     raise Lost(f"no connection ({_root(error)})") from None

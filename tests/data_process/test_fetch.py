@@ -15,6 +15,7 @@ from threading import Thread
 from types import SimpleNamespace
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
+import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from hypothesis import given, settings
@@ -463,6 +464,17 @@ def test_two_downloads_into_one_directory_exclude_each_other(server, tmp_path):
     with lock(tmp_path / "set"), pytest.raises(ConfigError, match=r"in use .*--out"):
         bring(server, tmp_path)
     assert contents(bring(server, tmp_path)) == {"train.jsonl": OLD}
+
+
+def test_a_hub_that_is_set_offline_is_told(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    huggingface_hub.configure_http_backend()  # sessions look once
+    try:
+        with pytest.raises(DataError, match=r"found HF_HUB_OFFLINE .* set; unset them"):
+            bring(server, tmp_path, "huggingface")
+    finally:
+        monkeypatch.undo()
+        huggingface_hub.configure_http_backend()
 
 
 def test_no_network_is_one_clear_message(server, tmp_path):
