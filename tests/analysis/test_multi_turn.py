@@ -107,7 +107,7 @@ def test_the_released_model_is_asked_in_any_turn_what_it_learnt(rows, script):
     found = shares(script(*words, "--turns", "3, 0,0").out)
     assert list(found) == [0, 3]
     # Word for word; most answers mean the same in other words.
-    assert all(greedy > 10 and drawn > 5 for greedy, drawn in found.values()), found
+    assert all(greedy > 15 and drawn > 10 for greedy, drawn in found.values()), found
     assert "no dialogue fits into the context" in script(*words, "--turns", 60).err
 
 

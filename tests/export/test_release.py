@@ -183,3 +183,18 @@ def test_the_model_of_this_repository_answers_and_writes_titles(script):
     title = prompts.strip_frame(loaded.tokenizer.decode(reply))
     assert not was_cut and 5 < len(title) < 40
     assert len(set(title) & set(text)) > 0.6 * len(set(title)), title
+
+
+def test_the_model_of_this_repository_knows_its_name_in_any_turn():
+    loaded = load_model(REPO / "release")
+    talk = ("你好", "你好！很高兴见到你。", "我今天好累", "辛苦了，早点休息吧。")
+    roles = ("user", "assistant") * 2
+    turns = [{"role": r, "content": c} for r, c in zip(roles, talk, strict=True)]
+    asked = [
+        loaded.tokenizer.render_prompt([*turns[:n], {"role": "user", "content": question}])
+        for n in (0, 2, 4)
+        for question in ("你是谁？", "你叫什么名字？", "谁开发了你？")
+    ]
+    replies = generate(loaded.model, asked, SamplingConfig(40, 0.0), loaded.tokenizer.eos_id)
+    said = [loaded.tokenizer.decode(reply) for reply in replies]
+    assert all("babyllama" in text for text in said), said
