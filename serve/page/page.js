@@ -181,7 +181,9 @@ async function freshTalk() {
   $("question").focus();
 }
 
+let listing = 0; // only the list that was asked for last is shown: an older look-up may end after a newer one
 async function showList() {
+  const turn = ++listing;
   const wanted = $("search").value.trim().toLowerCase();
   const rows = [];
   try {
@@ -193,6 +195,7 @@ async function showList() {
   } catch {
     return;
   }
+  if (turn !== listing) return;
   rows.sort((a, b) => b.changed - a.changed);
   $("talks").replaceChildren(...rows.map(talkItem));
   $("no-talks").hidden = rows.length > 0;
