@@ -1,9 +1,9 @@
 """Cleaning of rows between reading and writing: first fixes, then rules.
 
-A fix changes a row (FIXES), a rule says that a row must go (RULES); both tables have one line
-for each way of cleaning, usually named after the kind of the rows. The name of a function is
-the name under which it is counted, and by which --skip_rules switches it off. Lists of words
-stand in words.yaml. Duplicates belong to dedup.py.
+A fix changes a row, a rule (RULE) says that a row must go; FIXES and RULES have one line for each
+way of cleaning, usually named after the kind of the rows. The name of a fix or a rule is the one
+under which it is counted, and by which --skip_rules switches it off. Lists of words stand in
+words.yaml. Duplicates belong to dedup.py.
 """
 
 import functools
@@ -36,8 +36,10 @@ WORDS = Path(__file__).with_name("words.yaml")
 
 
 @functools.cache
-def _words(name: str) -> re.Pattern[str]:
-    return re.compile("|".join(yaml.safe_load(WORDS.read_text("utf-8"))[name]))
+def _words(name: str, within: str = "{}") -> re.Pattern[str]:
+    """Any word of a list in words.yaml, inside a larger pattern."""
+    words = yaml.safe_load(WORDS.read_text("utf-8"))[name]
+    return re.compile(within.replace("{}", "|".join(words)))
 
 
 def n_words(name: str, text: str) -> int:
@@ -57,23 +59,6 @@ TITLE_LABEL = re.compile(
 )
 LEAST_TITLE = 6
 
-HEAD_LINE = re.compile(
-    r"^(?:[^\n。]{0,20}(?:点击?上方|点击?蓝字|点上方|蓝色字)[^\n。，]{0,40}?"
-    r"(?:关注(?:我们|哦|吧)?|订阅(?:本刊)?|阅读)[!！。，]?"
-    r"|[(（]?原标题[:：][^\n]{0,80}(?:\n|$)|内容摘要[:：]|核心提示[:：])\s*"
-)
-TAIL = re.compile(
-    r"\s*(?:返回搜狐|查看更多|特别声明[:：]|免责声明[:：]|声明[:：]|本文来自大风号|本文为一点号"
-    r"|责任编辑|责编|见习编辑|[(（](?:责任编辑|责编|编辑)|此稿由网友上传|视频来自[:：]|图片来源[:：]"
-    r"|阅读全文|我要反馈|举报本文|分享到[:：]|相关阅读[:：]|文章关键词|更多精彩[:：]?|\(admin\)"
-    r"|长按.{0,6}二维码|长按识别|扫.{0,4}二维码|转载请注明|版权归原作者|如有侵权|欢迎转载"
-    r"|新媒体协会|广告合作|原标题[:：]?).*$",
-    re.DOTALL,
-)
-CREDIT = re.compile(
-    r"\s*[(（【]?(?:[^\s，。！？]{0,4}编辑|来源|编审|监制|校对|编译|供稿|运营人员|文/图|图/文|作者)"
-    r"[:：｜|].{0,40}$"
-)
 LOST_SPACES = re.compile(r"(?:\?[ \n]+)+\?|^\?+|\? *$")
 TAIL_REACH = 300  # a tail starts this near the end; further inside it may be part of the story
 
@@ -96,10 +81,10 @@ def cut_title_tail(row: Row) -> Row:
 def cut_site_text(row: Row) -> Row:
     """ "Tap above to follow us", disclaimers, editors and the like go from both ends."""
     text = LOST_SPACES.sub("", row["text"]) if "?" in row["text"] else row["text"]
-    head = HEAD_LINE.match(text)
-    text = text[head.end() :] if head else text
+    text = text[past(_words("site_head", r"(?:{})\s*"), text) :]
     start = max(len(text) - TAIL_REACH, 0)
-    tail = CREDIT.sub("", TAIL.sub("", text[start:]).rstrip())
+    tail = _words("site_tail", r"(?s)\s*(?:{}).*$").sub("", text[start:]).rstrip()
+    tail = _words("credit", r"\s*[(（【]?(?:{})[:：｜|].{0,40}$").sub("", tail)
     return row | {"text": (text[:start] + tail).strip()}
 
 
@@ -112,79 +97,6 @@ def cut_repeated_title(row: Row) -> Row:
     while title and text.startswith(title, at) and len(text) - at > len(title):
         at = past(BEHIND_TITLE, text, at + len(title))
     return row | {"text": text[at:]}
-
-
-# Rules for articles.
-
-
-def short_body(row: Row) -> bool:
-    """Under 80 Han characters: an image, a film or a page that failed to load."""
-    return sum(map(len, HAN.findall(row["text"]))) < 80
-
-
-def little_han(row: Row) -> bool:
-    """Less than six in ten characters are Han: tables, links, code."""
-    return han_share(row["text"]) < 0.6
-
-
-def gambling(row: Row) -> bool:
-    """Betting pages, most of them stitched from other articles to mislead search engines."""
-    return n_words("gambling", row["summary"]) > 0 or n_words("gambling", row["text"]) > 2
-
-
-def advert(row: Row) -> bool:
-    """A shop's headline, or a body with more than one selling word in 100 characters."""
-    most = max(3, len(row["text"]) / 100)
-    return n_words("shop_title", row["summary"]) > 0 or n_words("advert", row["text"]) > most
-
-
-def promotion(row: Row) -> bool:
-    """Three or more calls to follow, scan or share."""
-    return n_words("promotion", row["text"]) > 2
-
-
-def forum(row: Row) -> bool:
-    """The page is a forum, question, download or shop page, as its title says."""
-    return n_words("forum", row["summary"]) > 0
-
-
-def vulgar(row: Row) -> bool:
-    """Sexual violence and the like, in the headline or three times in the body."""
-    return n_words("vulgar", row["summary"]) > 0 or n_words("vulgar", row["text"]) > 2
-
-
-# Rules for pairs of text and headline.
-CUT_OFF = re.compile(r"^[.…]{2,}|[.…]{2,}$")
-WORD = re.compile(r"[\u4e00-\u9fff0-9a-zA-Z]+")
-
-
-def short_title(row: Row) -> bool:
-    """Under six characters, or over 40: a section's name, or half the article."""
-    return not LEAST_TITLE <= len(row["summary"]) <= 40
-
-
-def title_cut_off(row: Row) -> bool:
-    """The headline begins or ends in dots."""
-    return bool(CUT_OFF.search(row["summary"]))
-
-
-def clickbait(row: Row) -> bool:
-    """The headline shouts or teases instead of telling."""
-    title = row["summary"]
-    shouts = title.count("!") + title.count("！") > 1
-    asks = any(mark in title.partition("为什么")[2] for mark in "?？")
-    return shouts or asks or n_words("shouting", title) > 0
-
-
-def title_not_in_text(row: Row) -> bool:
-    """Fewer than three in ten pairs of neighbouring headline characters stand in the text."""
-    title = "".join(WORD.findall(row["summary"])).lower()
-    text = "".join(WORD.findall(row["text"])).lower()
-    pairs = [title[i : i + 2] for i in range(min(len(title) - 1, 100))]
-    return sum(pair in text for pair in pairs) < 0.3 * len(pairs) or not pairs
-
-
-LETTERS = re.compile(r"[^\W\d_]+")
 
 
 def texts(row: Row) -> Iterator[str]:
@@ -299,10 +211,6 @@ LEAST_REFERENCE = 30  # characters
 LEADING_SPACE = re.compile(r"\s*")
 
 
-def _messages(row: Row, messages: list[dict]) -> Row:
-    return row | {"messages": messages}
-
-
 def strip_turns(row: Row) -> Row:
     """Space at both ends of a turn goes."""
     return _each_content(row, str.strip)
@@ -310,21 +218,19 @@ def strip_turns(row: Row) -> Row:
 
 def drop_persona(row: Row) -> Row:
     """A system turn such as "you are a helpful assistant" is not reference text."""
-    kept = [m for m in row["messages"] if m["role"] != "system" or _is_reference(m["content"])]
-    return _messages(row, kept)
-
-
-def _is_reference(text: str) -> bool:
-    return len(text) >= LEAST_REFERENCE and not PERSONA.match(text)
+    return row | {"messages": [
+        m for m in row["messages"]
+        if m["role"] != "system"
+        or (len(m["content"]) >= LEAST_REFERENCE and not PERSONA.match(m["content"]))
+    ]}  # fmt: skip
 
 
 def drop_thinking(row: Row) -> Row:
     """<think>…</think> goes from answers."""
-    changed = [
+    return row | {"messages": [
         m | {"content": _without_thoughts(m["content"])} if m["role"] == "assistant" else m
         for m in row["messages"]
-    ]
-    return _messages(row, changed)
+    ]}  # fmt: skip
 
 
 def _without_thoughts(text: str) -> str:
@@ -337,10 +243,8 @@ def _without_thoughts(text: str) -> str:
 
 def cut_open_turn(row: Row) -> Row:
     """A last user turn that nobody answers goes."""
-    messages = row["messages"]
-    return _messages(
-        row, messages[:-1] if messages and messages[-1]["role"] == "user" else messages
-    )
+    *turns, last = row["messages"] or [{"role": ""}]
+    return row | {"messages": turns} if last["role"] == "user" else row
 
 
 TEXT_FIXES = (strip_html, normalise, tidy_space)
@@ -360,40 +264,41 @@ FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
 }
 
 
-# Rules for all kinds.
-def not_chinese(row: Row) -> bool:
-    """Less than three in ten letters are Han; digits, signs and formulas do not count."""
-    text = "".join(texts(row))
-    n_han = len(text) - len(HAN.sub("", text))
-    # Letters are looked for only where they decide.
-    if n_han == 0:
-        return True
-    return n_han < 0.3 * len(text) and n_han < 0.3 * sum(map(len, LETTERS.findall(text)))
-
-
-def empty(row: Row) -> bool:
-    """A text is missing or blank."""
-    return not all(text.strip() for text in texts(row))
-
-
-# Rules for documents.
-
+# Rules.
+LETTERS = re.compile(r"[^\W\d_]+")
+CUT_OFF = re.compile(r"^[.…]{2,}|[.…]{2,}$")
+WORD = re.compile(r"[\u4e00-\u9fff0-9a-zA-Z]+")
 # At the start of a line, ??? is Markdown: a box to be opened.
 GARBLED = re.compile(r"(?<=.)[?？□]{3,}|\ufffd|锟斤拷")
-
-
-def short_text(row: Row) -> bool:
-    """Under 20 characters: no document."""
-    return len(row["text"]) < 20
-
-
-def garbled(row: Row) -> bool:
-    """Marks of a lost encoding, three or more in the text or one in the headline."""
-    return len(GARBLED.findall(row["text"])) > 2 or bool(GARBLED.search(row.get("summary", "")))
-
-
 PAIR = re.compile(r"(.)\1", re.DOTALL)
 RUN = re.compile(r"([^\s.…·\-—=*_])\1{19}")
+OWN_LABELS = re.compile(
+    "|".join([*(SEPARATOR + label for label in LABELS.values()), "<eos>|</?s>"])
+    + r"|\n(?:Human|Assistant) ?[:：]"
+)
+
+
+def _n_han(text: str) -> int:
+    return len(text) - len(HAN.sub("", text))
+
+
+def _is_foreign(text: str) -> bool:
+    # Letters are looked for only where they decide.
+    least, n_han = 0.3, _n_han(text)
+    return not n_han or (
+        n_han < least * len(text) and n_han < least * sum(map(len, LETTERS.findall(text)))
+    )
+
+
+def _shouts(title: str) -> bool:
+    asks = any(mark in title.partition("为什么")[2] for mark in "?？")
+    return asks or title.count("!") + title.count("！") > 1 or n_words("shouting", title) > 0
+
+
+def _is_strange(title: str, text: str) -> bool:
+    title, text = ("".join(WORD.findall(part)).lower() for part in (title, text))
+    pairs = [title[i : i + 2] for i in range(min(len(title) - 1, 100))]
+    return sum(pair in text for pair in pairs) < 0.3 * len(pairs) or not pairs
 
 
 def _repeats(text: str) -> bool:
@@ -404,90 +309,84 @@ def _repeats(text: str) -> bool:
     return bool(PAIR.search(text[::10])) and bool(RUN.search(text))
 
 
-def repetition(row: Row) -> bool:
-    """Five lines and a tenth of all repeat others, or one character stands 20 times in a row."""
-    return _repeats(row["text"])
-
-
-# Rules for dialogues.
-OWN_LABELS = re.compile(
-    "|".join([*(SEPARATOR + label for label in LABELS.values()), "<eos>|</?s>"])
-    + r"|\n(?:Human|Assistant) ?[:：]"
-)
-IDENTITY = re.compile(
-    "我是.{0,8}(?:moss|belle|chatgpt|文心一言|通义千问|chatglm|deepseek|kimi)"
-    "|由.{0,6}(?:openai|复旦|百度|智谱|阿里).{0,6}(?:开发|训练)",
-    re.IGNORECASE,
-)
-REFUSAL = re.compile(
-    "(?:很抱歉|对不起|抱歉).{0,20}(?:无法|不能|没有能力)|作为(?:一个|一名)?(?:AI|人工智能|语言模型)"
-)
-
-
 def _answers(row: Row) -> list[str]:
     return [m["content"] for m in row["messages"] if m["role"] == "assistant"]
 
 
-def role_label_inside(row: Row) -> bool:
-    """A turn contains a label of the chat format."""
-    return any(OWN_LABELS.search(SEPARATOR + text) for text in texts(row))
+def _says(name: str, row: Row, most: int = 0) -> bool:
+    """Words of a list stand in a headline, or more than `most` times in the body below it."""
+    return n_words(name, row["summary"]) > 0 or n_words(name, row["text"]) > most
 
 
-def other_identity(row: Row) -> bool:
-    """An answer claims to be another model."""
-    return any(IDENTITY.search(answer) for answer in _answers(row))
+RULE: dict[str, Callable[[Row], bool]] = {
+    # A text is missing or blank.
+    "empty": lambda row: not all(text.strip() for text in texts(row)),
+    # Less than three in ten letters are Han; digits, signs and formulas do not count.
+    "not_chinese": lambda row: _is_foreign("".join(texts(row))),
+    # Marks of a lost encoding, three or more in the text or one in the headline.
+    "garbled": lambda row: (
+        len(GARBLED.findall(row["text"])) > 2 or bool(GARBLED.search(row.get("summary", "")))
+    ),
+    # Five lines and a tenth of all repeat others, or one character stands 20 times in a row.
+    "repetition": lambda row: _repeats(row["text"]),
+    "short_text": lambda row: len(row["text"]) < 20,
+    # Under 80 Han characters: an image, a film or a page that failed to load.
+    "short_body": lambda row: _n_han(row["text"]) < 80,
+    # Tables, links, code.
+    "little_han": lambda row: han_share(row["text"]) < 0.6,
+    # Betting pages, most of them stitched from other articles to mislead search engines.
+    "gambling": lambda row: _says("gambling", row, 2),
+    # A shop's headline, or a body with more than one selling word in 100 characters.
+    "advert": lambda row: (
+        n_words("shop_title", row["summary"]) > 0
+        or n_words("advert", row["text"]) > max(3, len(row["text"]) / 100)
+    ),
+    "promotion": lambda row: n_words("promotion", row["text"]) > 2,
+    "forum": lambda row: n_words("forum", row["summary"]) > 0,
+    "vulgar": lambda row: _says("vulgar", row, 2),
+    # A section's name, or half the article.
+    "short_title": lambda row: not LEAST_TITLE <= len(row["summary"]) <= 40,
+    "title_cut_off": lambda row: bool(CUT_OFF.search(row["summary"])),
+    # The headline shouts or teases instead of telling.
+    "clickbait": lambda row: _shouts(row["summary"]),
+    # Fewer than three in ten pairs of neighbouring headline characters stand in the text.
+    "title_not_in_text": lambda row: _is_strange(row["summary"], row["text"]),
+    # A turn contains a label of the chat format.
+    "role_label_inside": lambda row: any(OWN_LABELS.search(SEPARATOR + t) for t in texts(row)),
+    # An answer claims to be another model.
+    "other_identity": lambda row: any(n_words("other_identity", a) for a in _answers(row)),
+    # An answer begins with a refusal.
+    "refusal": lambda row: any(n_words("refusal", a) for a in _answers(row)),
+    "looping_answer": lambda row: any(map(_repeats, _answers(row))),
+    # Insults, weapons, and words of the corpus that translation has spoilt.
+    "rude": lambda row: any(n_words("rude", text) for text in texts(row)),
+    # A turn only repeats the one before it.
+    "echo": lambda row: any(
+        a.strip("。.?？") == b.strip("。.?？") for a, b in itertools.pairwise(texts(row))
+    ),
+    "mixed_languages": lambda row: han_share("".join(texts(row))) < 0.5,
+}
 
-
-def refusal(row: Row) -> bool:
-    """An answer begins with a refusal."""
-    return any(REFUSAL.match(answer) for answer in _answers(row))
-
-
-def looping_answer(row: Row) -> bool:
-    """An answer repeats its lines, or one character 20 times in a row."""
-    return any(map(_repeats, _answers(row)))
-
-
-def rude(row: Row) -> bool:
-    """Insults, weapons, and words of the corpus that translation has spoilt."""
-    return any(n_words("rude", text) for text in texts(row))
-
-
-def echo(row: Row) -> bool:
-    """An answer only repeats the turn before it."""
-    contents = list(texts(row))
-    return any(a.strip("。.?？") == b.strip("。.?？") for a, b in itertools.pairwise(contents))
-
-
-def mixed_languages(row: Row) -> bool:
-    """Less than half of the characters are Han."""
-    return han_share("".join(texts(row))) < 0.5
-
-
-DOCUMENT = (empty, garbled, not_chinese, repetition)
-ARTICLE = (*DOCUMENT, short_body, little_han, gambling, advert, forum,
-           promotion, vulgar)  # fmt: skip
-HEADLINE = (short_title, title_cut_off, clickbait, title_not_in_text)
-DIALOGUE = (empty, role_label_inside, other_identity, refusal, not_chinese, looping_answer)
-
-RULES: dict[str, tuple[Callable[[Row], bool], ...]] = {
-    "text": (*DOCUMENT, short_text),
-    "summary": (empty, not_chinese),
+DOCUMENT = "empty garbled not_chinese repetition"
+ARTICLE = f"{DOCUMENT} short_body little_han gambling advert forum promotion vulgar"
+DIALOGUE = "empty role_label_inside other_identity refusal not_chinese"
+RULES = {
+    "text": f"{DOCUMENT} short_text",
+    "summary": "empty not_chinese",
     "article": ARTICLE,
-    "headline": (*ARTICLE, *HEADLINE),
-    "chat": DIALOGUE,
-    "reference": DIALOGUE,
+    "headline": f"{ARTICLE} short_title title_cut_off clickbait title_not_in_text",
+    "chat": f"{DIALOGUE} looping_answer",
+    "reference": f"{DIALOGUE} looping_answer",
     # Benchmarks' training parts: mostly English, asked in Chinese; short answers are no echo.
-    "exam": (empty, role_label_inside, looping_answer),
-    "vqa": (empty, role_label_inside, other_identity, refusal, not_chinese),
-    "smalltalk": (empty, role_label_inside, mixed_languages, rude, echo),
+    "exam": "empty role_label_inside looping_answer",
+    "vqa": DIALOGUE,
+    "smalltalk": "empty role_label_inside mixed_languages rude echo",
 }
 
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse names that are no fix and no rule."""
-    tables = (*FIXES.values(), *RULES.values())
-    known = {function.__name__ for line in tables for function in line}
+    known = {function.__name__ for fixes in FIXES.values() for function in fixes} | set(RULE)
     unknown = sorted(set(names) - known)
     if unknown:
         raise ConfigError(f"--skip_rules: wanted names of fixes and rules, found {unknown}; known "
@@ -509,4 +408,4 @@ def fix(row: Row, rules: str, skip: Iterable[str] = ()) -> tuple[Row, list[str]]
 
 def reason_to_drop(row: Row, rules: str, skip: Iterable[str] = ()) -> str | None:
     """The name of the first rule, but those to skip, that refuses the row, or None."""
-    return next((r.__name__ for r in RULES[rules] if r.__name__ not in skip and r(row)), None)
+    return next((r for r in RULES[rules].split() if r not in skip and RULE[r](row)), None)

@@ -60,22 +60,24 @@ def rows(text: str) -> Iterator[dict]:
     )
 
 
-def on_rows(function: Callable[[dict], object]) -> Callable[[str], None]:
+def on_rows(name: str) -> Callable[[str], None]:
     def run(text: str) -> None:
         for row in rows(text):
-            if function in (DIALOGUES if "messages" in row else DOCUMENTS):
-                function(row)
+            functions = DIALOGUES if "messages" in row else DOCUMENTS
+            if name in functions:
+                functions[name](row)
 
     return run
 
 
-def of(kinds: tuple[str, ...]) -> set[Callable]:
-    return {f for table in (clean.FIXES, clean.RULES) for kind in kinds for f in table[kind]}
+def of(kinds: tuple[str, ...]) -> dict[str, Callable]:
+    fixes = {f.__name__: f for kind in kinds for f in clean.FIXES[kind]}
+    return fixes | {name: clean.RULE[name] for kind in kinds for name in clean.RULES[kind].split()}
 
 
 DOCUMENTS = of(("text", "summary", "article", "headline"))
 DIALOGUES = of(("chat", "reference", "exam", "vqa", "smalltalk"))
-FUNCTIONS = {f.__name__: on_rows(f) for f in DOCUMENTS | DIALOGUES} | {"plain": plain}
+FUNCTIONS = {name: on_rows(name) for name in DOCUMENTS | DIALOGUES} | {"plain": plain}
 
 
 def reading(name: str, *templates: object) -> Callable[[str], None]:
