@@ -367,20 +367,21 @@ RULE: dict[str, Callable[[Row], bool]] = {
     "mixed_languages": lambda row: han_share("".join(texts(row))) < 0.5,
 }
 
-DOCUMENT = "empty garbled not_chinese repetition"
-ARTICLE = f"{DOCUMENT} short_body little_han gambling advert forum promotion vulgar"
-DIALOGUE = "empty role_label_inside other_identity refusal not_chinese"
-RULES = {
-    "text": f"{DOCUMENT} short_text",
-    "summary": "empty not_chinese",
+DOCUMENT = ("empty", "garbled", "not_chinese", "repetition")
+ARTICLE = (*DOCUMENT, "short_body", "little_han", "gambling", "advert", "forum", "promotion",
+           "vulgar")  # fmt: skip
+PICTURE = ("empty", "role_label_inside", "other_identity", "refusal", "not_chinese")
+RULES: dict[str, tuple[str, ...]] = {
+    "text": (*DOCUMENT, "short_text"),
+    "summary": ("empty", "not_chinese"),
     "article": ARTICLE,
-    "headline": f"{ARTICLE} short_title title_cut_off clickbait title_not_in_text",
-    "chat": f"{DIALOGUE} looping_answer",
-    "reference": f"{DIALOGUE} looping_answer",
+    "headline": (*ARTICLE, "short_title", "title_cut_off", "clickbait", "title_not_in_text"),
+    "chat": (*PICTURE, "looping_answer"),
+    "reference": (*PICTURE, "looping_answer"),
     # Benchmarks' training parts: mostly English, asked in Chinese; short answers are no echo.
-    "exam": "empty role_label_inside looping_answer",
-    "vqa": DIALOGUE,
-    "smalltalk": "empty role_label_inside mixed_languages rude echo",
+    "exam": ("empty", "role_label_inside", "looping_answer"),
+    "vqa": PICTURE,
+    "smalltalk": ("empty", "role_label_inside", "mixed_languages", "rude", "echo"),
 }
 
 
@@ -408,4 +409,4 @@ def fix(row: Row, rules: str, skip: Iterable[str] = ()) -> tuple[Row, list[str]]
 
 def reason_to_drop(row: Row, rules: str, skip: Iterable[str] = ()) -> str | None:
     """The name of the first rule, but those to skip, that refuses the row, or None."""
-    return next((r for r in RULES[rules].split() if r not in skip and RULE[r](row)), None)
+    return next((r for r in RULES[rules] if r not in skip and RULE[r](row)), None)
