@@ -21,8 +21,10 @@ over the whole head, so an order that queries and keys share changes nothing els
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
-from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
@@ -46,8 +47,9 @@ from export.tools import (
     GgufInTransformers,
     LlamaCpp,
     chat_template,
+    ends_of,
+    filled,
     package,
-    piece_of,
     read_proto,
     require_convertible,
 )
@@ -92,20 +94,20 @@ def type_of(weight: Tensor, wanted: GgufType) -> GgufType:
 
 def stored(weight: Tensor, kind: GgufType) -> np.ndarray:
     """The bytes or numbers of a weight in the file."""
-    quants = package("gguf.quants")
-    qtype = package("gguf").GGMLQuantizationType[kind.upper()]
-    return quants.quantize(weight.numpy(), qtype)
+    return package("gguf.quants").quantize(weight.numpy(), quant(kind))
+
+
+def quant(kind: GgufType) -> Any:
+    return package("gguf").GGMLQuantizationType[kind.upper()]
 
 
 def rounded(model: Transformer, wanted: GgufType) -> Transformer:
     """A copy of the model whose weights are what the file can hold of them."""
-    gguf, twin = package("gguf"), copy.deepcopy(model)
+    twin, read = copy.deepcopy(model), package("gguf.quants").dequantize
     with torch.no_grad():
         for weight in twin.parameters():
             kind = type_of(weight, wanted)
-            qtype = gguf.GGMLQuantizationType[kind.upper()]
-            found = package("gguf.quants").dequantize(stored(weight.detach(), kind), qtype)
-            weight.copy_(torch.from_numpy(found))
+            weight.copy_(torch.from_numpy(read(stored(weight.detach(), kind), quant(kind))))
     return twin
 
 
@@ -115,10 +117,8 @@ def write_file(loaded: Loaded, file: Path, wanted: GgufType) -> dict[str, int]:
     config = loaded.config
     writer = gguf.GGUFWriter(file, "llama")
     add_shape(writer, config, loaded.path.parent.name)
-    writer.add_file_type(
-        {"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16,
-         "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}[wanted]
-    )  # fmt: skip
+    mostly = "ALL" if wanted == "f32" else "MOSTLY"
+    writer.add_file_type(gguf.LlamaFileType[f"{mostly}_{wanted.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_vocabulary(writer, loaded)
     counts = add_weights(writer, loaded.model, wanted)
@@ -128,15 +128,12 @@ def write_file(loaded: Loaded, file: Path, wanted: GgufType) -> dict[str, int]:
 
 def add_weights(writer: Any, model: Transformer, wanted: GgufType) -> dict[str, int]:
     """All weights under llama.cpp's names; returns how many tensors have which type."""
-    types = package("gguf").GGMLQuantizationType
-    counts = dict.fromkeys(("f32", "f16", "q8_0"), 0)
     names, weights = gguf_names(model.config), model_weights(model)
-    for name, weight in tqdm(weights.items(), desc="store weights", leave=False, disable=None):
-        kind = type_of(weight, wanted)
-        counts[kind] += 1
-        data = stored(in_their_order(name, weight, model.config).contiguous(), kind)
-        writer.add_tensor(names[name], data, raw_dtype=types[kind.upper()])
-    return {kind: n for kind, n in counts.items() if n}
+    for name in parity.bar(list(weights), "store weights"):
+        kind = type_of(weights[name], wanted)
+        data = stored(in_their_order(name, weights[name], model.config).contiguous(), kind)
+        writer.add_tensor(names[name], data, raw_dtype=quant(kind))
+    return Counter(type_of(weight, wanted) for weight in weights.values())
 
 
 def finish(writer: Any) -> None:
@@ -193,10 +190,8 @@ def vocabulary_in(file: Path) -> tuple[sentencepiece.SentencePieceProcessor, str
     fields = package("gguf").GGUFReader(file).fields
     read = {name: field.contents() for name, field in fields.items() if "tokenizer." in name}
     proto = sentencepiece_model_pb2.ModelProto()
-    for text, score, kind in zip(
-        *(read[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")),
-        strict=True,
-    ):
+    columns = (read[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
+    for text, score, kind in zip(*columns, strict=True):
         proto.pieces.add(piece=text, score=score, type=kind)
     proto.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
     proto.trainer_spec.byte_fallback = True
@@ -220,27 +215,25 @@ class GgufConfig(parity.ExportConfig):
     type: GgufType = "f32"
 
 
-def drift(
-    model: Transformer, twin: Transformer, eos_id: int, finished: list[list[int]],
-    prompts: list[list[int]],
-) -> dict:  # fmt: skip
+def drift(loaded: Loaded, twin: Transformer, material: parity.Material) -> dict:
     """What rounding does: mean Kullback-Leibler divergence of a token, and replies kept.
 
     Counted, not bounded: it is the price of the type that was asked for.
     """
     divergence, n_tokens = 0.0, 0
-    for ids in tqdm(finished, desc="measure the rounding", leave=False, disable=None):
+    for ids in parity.bar(material.finished(loaded), "measure the rounding"):
         with torch.inference_mode():
-            ours, theirs = (net(torch.tensor([ids]))[0].float() for net in (model, twin))
-        gap = F.kl_div(
-            theirs.log_softmax(-1), ours.log_softmax(-1), reduction="sum", log_target=True
-        )
-        divergence, n_tokens = divergence + float(gap), n_tokens + len(ids)
+            ours, theirs = (
+                net(torch.tensor([ids]))[0].float().log_softmax(-1) for net in (loaded.model, twin)
+            )
+        divergence += float(F.kl_div(theirs, ours, reduction="sum", log_target=True))
+        n_tokens += len(ids)
 
     def replies(prompts: list[list[int]], n_new: int) -> list[list[int]]:
         return generate(twin, prompts, SamplingConfig(n_new, temperature=0), eos_id)
 
-    n_kept = parity.compare_replies(model, eos_id, replies, prompts)["equal"]
+    eos_id, prompts = loaded.tokenizer.eos_id, material.prompts(loaded)
+    n_kept = parity.compare_replies(loaded.model, eos_id, replies, prompts)["equal"]
     return {
         "mean_divergence": divergence / n_tokens, "prompts": len(prompts), "equal": n_kept,
         "passed": None,
@@ -249,18 +242,17 @@ def drift(
 
 def prove(loaded: Loaded, file: Path, material: parity.Material, wanted: GgufType) -> dict:
     """Compare the file, as three readers see it, with the checkpoint."""
-    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     twin = loaded.model if wanted == "f32" else rounded(loaded.model, wanted)
     pieces, template = vocabulary_in(file)
+    peer = GgufInTransformers(file, loaded.tokenizer.eos_id)
     report = {
         **parity.origin_of(loaded, material, ["transformers"]),
         "type": wanted,
-        **parity.compare_model(loaded, GgufInTransformers(file, tokenizer.eos_id), material, twin),
+        **parity.compare_model(loaded, peer, material, twin),
         **parity.compare_text(loaded, pieces.encode, renderer(loaded, template), None, material),
     }
     if wanted != "f32":
-        finished, prompts = (of(tokenizer, context) for of in (material.finished, material.prompts))
-        report["rounding"] = drift(loaded.model, twin, tokenizer.eos_id, finished, prompts)
+        report["rounding"] = drift(loaded, twin, material)
     if find_spec("llama_cpp") is None:
         return report | {"llama_cpp": "llama.cpp was not compared: llama-cpp-python is missing"}
     report["versions"]["llama_cpp"] = package("llama_cpp").__version__
@@ -271,10 +263,7 @@ def renderer(loaded: Loaded, template: str) -> Callable[[list[dict], bool], str]
     """A template rendered by Jinja as chat programs do, with the special pieces' names."""
     sandbox = package("jinja2.sandbox")
     engine = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    compiled = engine.from_string(template)
-    bos, eos = (
-        piece_of(loaded.tokenizer, i) for i in (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id)
-    )
+    compiled, (bos, eos) = engine.from_string(template), ends_of(loaded.tokenizer)
     return lambda messages, is_prompt: compiled.render(
         messages=messages, add_generation_prompt=is_prompt, bos_token=bos, eos_token=eos
     )
@@ -285,16 +274,15 @@ def prove_llama_cpp(
 ) -> dict[str, dict]:
     """The same comparisons in llama.cpp; logits and replies are bounded for f32 only."""
     peer = LlamaCpp(file, loaded.config.max_seq_len)
-    render = renderer(loaded, peer.template)
-    found = {
-        **parity.compare_model(loaded, peer, material),
-        **parity.compare_text(loaded, peer.encode, render, peer.encode_rendered, material),
-    }
-    found = {f"llama_cpp_{name}": check for name, check in found.items()}
+    render, encode_rendered = (
+        renderer(loaded, peer.template),
+        partial(peer.encode, is_rendered=True),
+    )
+    model = parity.compare_model(loaded, peer, material)
     if wanted != "f32":
-        for name in ("llama_cpp_logits", "llama_cpp_replies"):
-            found[name]["passed"] = None
-    return found
+        model = {name: check | {"passed": None} for name, check in model.items()}
+    text = parity.compare_text(loaded, peer.encode, render, encode_rendered, material)
+    return {f"llama_cpp_{name}": check for name, check in (model | text).items()}
 
 
 def modelfile(loaded: Loaded, file: str) -> str:
@@ -302,25 +290,18 @@ def modelfile(loaded: Loaded, file: str) -> str:
 
     The template is Go's, and writes <bos> itself, as the GGUF file asks for.
     """
-    bos, eos = (
-        piece_of(loaded.tokenizer, i) for i in (loaded.tokenizer.bos_id, loaded.tokenizer.eos_id)
-    )
+    bos, eos = ends_of(loaded.tokenizer)
     turns = "{{ else }}".join(
-        "{{ if eq .Role \"" + role + "\" }}" + label + "{{ .Content }}"
-        + (eos if role == "assistant" else "")
+        f'{{{{ if eq .Role "{role}" }}}}{label}{{{{ .Content }}}}{eos * (role == "assistant")}'
         for role, label in LABELS.items()
     ) + "{{ end }}" * len(LABELS)  # fmt: skip
-    chosen = SamplingConfig()
-    template = (
-        bos + "{{ range $i, $_ := .Messages }}{{ if $i }}" + SEPARATOR + "{{ end }}" + turns
-        + "{{ end }}" + SEPARATOR + LABELS["assistant"]
-    )  # fmt: skip
-    return (
-        f'FROM ./{file}\nTEMPLATE """{template}"""\nPARAMETER stop "{eos}"\n'
-        f"PARAMETER num_ctx {loaded.config.max_seq_len}\n"
-        f"PARAMETER temperature {chosen.temperature}\nPARAMETER top_p {chosen.top_p}\n"
-        f"PARAMETER top_k {loaded.config.vocab_size}\nPARAMETER repeat_penalty 1.0\n"
-    )
+    values = {
+        "FILE": file, "BOS": bos, "EOS": eos, "SEPARATOR": SEPARATOR, "TURNS": turns,
+        "ASSISTANT": LABELS["assistant"], "CONTEXT": loaded.config.max_seq_len,
+        "TEMPERATURE": SamplingConfig.temperature, "TOP_P": SamplingConfig.top_p,
+        "TOP_K": loaded.config.vocab_size,
+    }  # fmt: skip
+    return filled("Modelfile", {name: str(value) for name, value in values.items()})
 
 
 def main(cfg: GgufConfig) -> None:

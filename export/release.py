@@ -87,11 +87,10 @@ def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def documents_of(loaded: Loaded, material: parity.Material) -> list[Document]:
     """What the model was made to read: dialogues for a chat model, lines for a base model. Every
     token but the first of each is predicted."""
-    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
-    if loaded.kind == "sft":
-        texts = material.finished(tokenizer, context)
-    else:
-        texts = [tokenizer.encode(line, bos=True)[:context] for line in material.lines[:N_TEXTS]]
+    context, texts = loaded.config.max_seq_len, material.finished(loaded)
+    if loaded.kind != "sft":
+        lines = material.lines[:N_TEXTS]
+        texts = [loaded.tokenizer.encode(line, bos=True)[:context] for line in lines]
     return [
         Document(np.array(ids), np.arange(len(ids)) > 0, 0, "") for ids in texts if len(ids) > 1
     ]
@@ -112,21 +111,18 @@ def compare_perplexity(before: float, after: float, weights: str) -> dict:
 
 def prove(cfg: ReleaseConfig, loaded: Loaded, place: Path, material: parity.Material) -> dict:
     """Compare the directory, as any user loads it, with the checkpoint."""
-    twin, eos_id = load_model(place).model, loaded.tokenizer.eos_id
-    finished = material.finished(loaded.tokenizer, loaded.config.max_seq_len)
-    prompts = material.prompts(loaded.tokenizer, loaded.config.max_seq_len)
+    twin = load_model(place).model
+    logits = parity.compare_logits(
+        loaded.model, lambda ids: twin(torch.tensor([ids]))[0].detach(), material.finished(loaded)
+    )
     documents = documents_of(loaded, material)
+    before, after = (perplexity_of(one, documents) for one in (loaded.model, twin))
     report = {
         **parity.origin_of(loaded, material, []),
         "type": cfg.weights,
-        "logits": parity.compare_logits(
-            loaded.model, lambda ids: twin(torch.tensor([ids]))[0].detach(), finished
-        )
-        | {"bound": None, "passed": None},
-        "rounding": drift(loaded.model, twin, eos_id, finished, prompts),
-        "perplexity_of_text": compare_perplexity(
-            perplexity_of(loaded.model, documents), perplexity_of(twin, documents), cfg.weights
-        ),
+        "logits": logits | {"bound": None, "passed": None},
+        "rounding": drift(loaded, twin, material),
+        "perplexity_of_text": compare_perplexity(before, after, cfg.weights),
     }
     if source := cfg.source:
         held_out = open_held_out(

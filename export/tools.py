@@ -1,7 +1,7 @@
 """Tools that exports share: readers of other programs, vocabularies and chat templates for them.
 
 Labels and separator are read from tokenizer.py, which owns the format; this file owns only how
-Jinja says it. The template stands on one line, because engines differ in how they treat line ends.
+Jinja says it.
 
 Each peer, an exported model in the hands of its own tool, offers what parity.py asks for: logits, a
 greedy reply, token ids, a rendered chat. The packages (requirements/export.txt) are imported here
@@ -17,8 +17,9 @@ Richardson 2018); of the results: tokenizers 0.22, GGUF 3.
 import importlib
 import json
 import random
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
 from types import ModuleType
@@ -49,11 +50,10 @@ def package(name: str) -> ModuleType:
 class TransformersModel:
     """A LlamaForCausalLM, whatever file it came from."""
 
-    def __init__(self, model: torch.nn.Module, eos_id: int | None = None) -> None:
-        """eos_id: ends a reply; if absent what generation_config.json says"""
+    def __init__(self, model: torch.nn.Module, eos_id: int) -> None:
+        """eos_id: ends a reply"""
         self.model = model.float().eval()
-        if eos_id is not None:
-            model.generation_config.eos_token_id = model.generation_config.pad_token_id = eos_id
+        model.generation_config.eos_token_id = model.generation_config.pad_token_id = eos_id
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """(T, V) float32."""
@@ -69,8 +69,11 @@ class TransformersModel:
             tokens, attention_mask=seen, max_new_tokens=n_new,
             do_sample=False, temperature=None, top_p=None, top_k=None,
         )[:, longest:].tolist()  # fmt: skip
-        eos = self.model.generation_config.eos_token_id
-        return [reply[: reply.index(eos)] if eos in reply else reply for reply in found]
+        return [_until(self.model.generation_config.eos_token_id, reply) for reply in found]
+
+
+def _until(eos: int, reply: Iterable[int]) -> list[int]:
+    return list(takewhile(lambda token: token != eos, reply))
 
 
 class HuggingFaceFolder(TransformersModel):
@@ -78,43 +81,19 @@ class HuggingFaceFolder(TransformersModel):
 
     def __init__(self, place: Path) -> None:
         transformers = package("transformers")
-        super().__init__(
-            transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+        super().__init__(model, model.generation_config.eos_token_id)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of bare texts; control names inside them stay text."""
-        return self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
-
-    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
-        """Ids of rendered chats, whose control names are control tokens."""
-        return self.tokenizer(texts, split_special_tokens=False, verbose=False)["input_ids"]
+    def encode(self, texts: list[str], is_rendered: bool = False) -> list[list[int]]:
+        """Ids of bare texts, in which control names stay text, or of rendered chats."""
+        split = not is_rendered
+        return self.tokenizer(texts, split_special_tokens=split, verbose=False)["input_ids"]
 
     def render(self, messages: list[dict], is_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=is_prompt
         )
-
-
-def llama_of(config: dict, weights: dict[str, Tensor]) -> torch.nn.Module:
-    """A LlamaForCausalLM of these settings and weights, named as transformers names them."""
-    transformers = package("transformers")
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    missing, _ = model.load_state_dict(weights, strict=False)
-    assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
-    model.tie_weights()
-    return model
-
-
-class PeftFolder(TransformersModel):
-    """An adapter that peft has put on a base."""
-
-    def __init__(self, place: Path, config: dict, weights: dict[str, Tensor]) -> None:
-        """config, weights: of the base, as transformers names them"""
-        base, peft = llama_of(config, weights), package("peft")
-        base.generation_config.pad_token_id = base.generation_config.eos_token_id
-        super().__init__(peft.PeftModel.from_pretrained(base, place))
 
 
 class GgufInTransformers(TransformersModel):
@@ -148,19 +127,15 @@ class LlamaCpp:
         return torch.from_numpy(self.model.scores[: len(ids)].copy())
 
     def replies(self, prompts: Sequence[list[int]], n_new: int) -> list[list[int]]:
-        return [self._reply(ids, n_new) for ids in prompts]
+        found = []
+        for ids in prompts:
+            self.model.reset()
+            tokens = self.model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
+            found.append(_until(self.model.token_eos(), islice(tokens, n_new)))
+        return found
 
-    def _reply(self, ids: list[int], n_new: int) -> list[int]:
-        self.model.reset()
-        tokens = self.model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0)
-        eos = self.model.token_eos()
-        return list(takewhile(lambda token: token != eos, islice(tokens, n_new)))
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [self.model.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
-
-    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
-        return [self.model.tokenize(text.encode(), add_bos=False, special=True) for text in texts]
+    def encode(self, texts: list[str], is_rendered: bool = False) -> list[list[int]]:
+        return [self.model.tokenize(t.encode(), add_bos=False, special=is_rendered) for t in texts]
 
 
 if TYPE_CHECKING:
@@ -195,34 +170,25 @@ def require_convertible(tokenizer: Tokenizer, target: str) -> None:
     """
     proto = read_proto(tokenizer)
     kind = _KINDS[proto.trainer_spec.model_type]
+    kinds, rules = {p.type for p in proto.pieces}, proto.normalizer_spec
     scores = Counter(p.score for p in proto.pieces if p.type == NORMAL and len(p.piece) > 1)
     n_tied = sum(n for n in scores.values() if n > 1)
-    reasons = []
-    if kind == "unigram":
-        reasons.append(
-            "it is a unigram model, whose scores SentencePiece adds up in float32 and other tools "
-            "in float64, so that splits of nearly the same score come out otherwise (222, ......)"
-        )
-    elif kind != "BPE":
-        reasons.append(f"it is a {kind} model, which {target} does not have")
-    if proto.normalizer_spec.precompiled_charsmap:
-        reasons.append(
-            f"it rewrites text before splitting it ({proto.normalizer_spec.name or 'own rules'}), "
-            f"for which {target} has no equal"
-        )
-    if not proto.normalizer_spec.escape_whitespaces:
-        reasons.append("it keeps spaces as they are, where others write U+2581")
-    if kind == "BPE" and target == "transformers" and n_tied:
-        reasons.append(
-            f"{n_tied} of its pieces share a score; SentencePiece then merges from the left, but "
-            f"tokenizer.json only knows one order for all merges"
-        )
-    if target == "llama.cpp":
-        kinds = {p.type for p in proto.pieces}
-        if BYTE not in kinds:
-            reasons.append("it has no byte pieces, which llama.cpp falls back to")
-        if UNUSED in kinds:
-            reasons.append("it has pieces marked unused, which llama.cpp would use")
+    is_llama_cpp = target == "llama.cpp"
+    faults = {
+        "it is a unigram model, whose scores SentencePiece adds up in float32 and other tools "
+        "in float64, so that splits of nearly the same score come out otherwise (222, ......)":
+            kind == "unigram",
+        f"it is a {kind} model, which {target} does not have": kind not in ("unigram", "BPE"),
+        f"it rewrites text before splitting it ({rules.name or 'own rules'}), "
+        f"for which {target} has no equal": rules.precompiled_charsmap,
+        "it keeps spaces as they are, where others write U+2581": not rules.escape_whitespaces,
+        f"{n_tied} of its pieces share a score; SentencePiece then merges from the left, but "
+        f"tokenizer.json only knows one order for all merges":
+            kind == "BPE" and not is_llama_cpp and n_tied,
+        "it has no byte pieces, which llama.cpp falls back to": is_llama_cpp and BYTE not in kinds,
+        "it has pieces marked unused, which llama.cpp would use": is_llama_cpp and UNUSED in kinds,
+    }  # fmt: skip
+    reasons = [reason for reason, holds in faults.items() if holds]
     if reasons:
         raise ConfigError(
             f"tokenizer {tokenizer.path} cannot be carried over to {target}: "
@@ -248,36 +214,27 @@ def fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
         for cut in range(1, len(text))
         if text[:cut] in scores and text[cut:] in scores
     ]
-    fast = Tokenizer(
-        models.BPE(
-            {piece.piece: i for i, piece in enumerate(pieces)},
-            [(text[:cut], text[cut:]) for _, cut, text in sorted(merges)],
-            unk_token=pieces[proto.trainer_spec.unk_id].piece,
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
-    )
+    fast = Tokenizer(models.BPE(
+        {piece.piece: i for i, piece in enumerate(pieces)},
+        [(text[:cut], text[cut:]) for _, cut, text in sorted(merges)],
+        unk_token=pieces[proto.trainer_spec.unk_id].piece, fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    ))  # fmt: skip
     fast.normalizer = normalizers.Replace(" ", "▁")
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    fast.add_special_tokens(
-        [AddedToken(p.piece, normalized=False) for p in pieces if p.type == CONTROL]
-    )
+    control = [piece.piece for piece in pieces if piece.type == CONTROL]
+    fast.add_special_tokens([AddedToken(name, normalized=False) for name in control])
     # Matched in the text whose spaces are U+2581 already, so one with a space never is.
-    fast.add_tokens(
-        [
-            AddedToken(piece.piece, normalized=True)
-            for piece in pieces
-            if piece.type == USER_DEFINED and " " not in piece.piece
-        ]
-    )
+    own = [p.piece for p in pieces if p.type == USER_DEFINED and " " not in p.piece]
+    fast.add_tokens([AddedToken(name, normalized=True) for name in own])
     return fast
 
 
-def piece_of(tokenizer: Tokenizer, token: int) -> str:
-    """The name of a piece: "<s>" for the begin of most models."""
-    return read_proto(tokenizer).pieces[token].piece
+def ends_of(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The names of the pieces that begin and end a text: "<s>" and "</s>" of most models."""
+    return tokenizer.sp.id_to_piece(tokenizer.bos_id), tokenizer.sp.id_to_piece(tokenizer.eos_id)
 
 
 def probes(tokenizer: Tokenizer, n_mixed: int = 20_000) -> list[str]:
@@ -298,39 +255,22 @@ def chat_template() -> str:
     """A template that renders messages as Tokenizer.render_chat and render_prompt do.
 
     It uses bos_token, eos_token, messages and add_generation_prompt. A role that the format does
-    not know is an error; labels inside a content are quoted as `tokenizer.defused` does.
+    not know is an error; labels inside a content are quoted as `tokenizer.defused` does. It stands
+    on one line, because engines differ in how they treat line ends.
     """
-    labels, separator = _quoted(LABELS), _quoted(SEPARATOR)
-    unknown = _quoted(f"a role must be one of {', '.join(LABELS)}; found ")
-    return "".join(
-        (
-            "{%- set labels = " + labels + " -%}",
-            "{{- bos_token -}}",
-            "{%- for message in messages -%}",
-            "{%- if not loop.first -%}{{- " + separator + " -}}{%- endif -%}",
-            "{%- if message['role'] not in labels -%}",
-            "{{- raise_exception(" + unknown + " + message['role']) -}}",
-            "{%- endif -%}",
-            "{%- set said = namespace(text=message['content']) -%}",
-            "{%- for end in " + _quoted([*LINE_ENDS]) + " -%}",
-            "{%- for name in " + _quoted(NAMES) + " -%}",
-            "{%- for colon in " + _quoted([*COLONS]) + " -%}",
-            "{%- set said.text = said.text | replace(end + name + colon, ",
-            "end + '「' + name + '」' + colon) -%}",
-            "{%- endfor -%}{%- endfor -%}{%- endfor -%}",
-            "{{- labels[message['role']] + said.text -}}",
-            "{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}",
-            "{%- endfor -%}",
-            "{%- if add_generation_prompt -%}",
-            "{{- " + separator + " + labels['assistant'] -}}",
-            "{%- endif -%}",
-        )
-    )
-
-
-def _quoted(value: object) -> str:
+    values = {
+        "LABELS": LABELS, "SEPARATOR": SEPARATOR, "ENDS": [*LINE_ENDS], "NAMES": NAMES,
+        "COLONS": [*COLONS], "UNKNOWN": f"a role must be one of {', '.join(LABELS)}; found ",
+    }  # fmt: skip
     # JSON's literals are Jinja's, too.
-    return json.dumps(value, ensure_ascii=False)
+    quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    return filled("chat_template.jinja", quoted).replace("\n", "")
+
+
+def filled(name: str, values: dict[str, str]) -> str:
+    """A text that lies beside this file, with values for its <NAMES>."""
+    text = Path(__file__).with_name(name).read_text("utf-8")
+    return re.sub("<([A-Z_]+)>", lambda found: values[found[1]], text)
 
 
 class TextFormat(Tokenizer):

@@ -187,7 +187,7 @@ def swap_merges(folder: Path) -> None:
 
 
 def logits_of(loaded: Loaded, folder: Path) -> dict:
-    prompts = Material(LINES, "").finished(loaded.tokenizer, 128)[:5]
+    prompts = Material(LINES, "").finished(loaded)[:5]
     return compare_logits(loaded.model, HuggingFaceFolder(folder).logits, prompts)
 
 
@@ -229,7 +229,7 @@ def test_what_is_not_equal_is_not_written_and_the_report_says_why(loaded, tmp_pa
     hf.write_folder(loaded, place)
     add_to_weight(place, 5.0)
     peer = HuggingFaceFolder(place)
-    prompts = Material(LINES, "").prompts(loaded.tokenizer, 128)[:5]
+    prompts = Material(LINES, "").prompts(loaded)[:5]
     report = {
         "source": "out/small",
         "logits": logits_of(loaded, place),
@@ -487,7 +487,7 @@ def test_a_rounded_file_is_the_rounded_model(kind, loaded, tmp_path):
     assert counts == {"f32": 5, kind: 16}
     twin = rounded(loaded.model, kind)
     peer = GgufInTransformers(tmp_path / "x.gguf", loaded.tokenizer.eos_id)
-    prompts = Material(LINES, "").finished(loaded.tokenizer, 128)[:5]
+    prompts = Material(LINES, "").finished(loaded)[:5]
     assert compare_logits(twin, peer.logits, prompts)["passed"]
     assert not compare_logits(loaded.model, peer.logits, prompts)["passed"]
     # float16 keeps 11 bits; q8_0 half a step of 1/127 of the largest of its block.
@@ -505,20 +505,17 @@ def test_rows_that_are_no_whole_blocks_are_kept_in_float16(root, tokenizer, tmp_
     assert counts == {"f32": 5, "f16": 13, "q8_0": 2}  # only w2 reads 128 numbers
     twin = rounded(odd.model, "q8_0")
     peer = GgufInTransformers(tmp_path / "x.gguf", tokenizer.eos_id)
-    prompts = Material(LINES, "").finished(tokenizer, 128)[:5]
+    prompts = Material(LINES, "").finished(odd)[:5]
     assert compare_logits(twin, peer.logits, prompts)["passed"]
 
 
 def test_what_rounding_does_is_measured(loaded):
     """A model beside itself moves nothing; beside its rounded twin a little."""
-    material, eos_id = Material(LINES, ""), loaded.tokenizer.eos_id
-    finished = material.finished(loaded.tokenizer, 128)[:5]
-    prompts = material.prompts(loaded.tokenizer, 128)[:12]
-    same = gguf.drift(loaded.model, loaded.model, eos_id, finished, prompts)
-    assert (same["mean_divergence"], same["equal"], same["prompts"]) == (0, 12, 12)
-    twin = rounded(loaded.model, "q8_0")
-    found = gguf.drift(loaded.model, twin, eos_id, finished, prompts)
-    assert 0 < found["mean_divergence"] < 0.1 and found["equal"] <= 12
+    material = Material(LINES, "")
+    same = gguf.drift(loaded, loaded.model, material)
+    assert (same["mean_divergence"], same["equal"], same["prompts"]) == (0, 50, 50)
+    found = gguf.drift(loaded, rounded(loaded.model, "q8_0"), material)
+    assert 0 < found["mean_divergence"] < 0.1 and found["equal"] <= 50
 
 
 def test_the_file_says_what_llama_cpp_must_know(gguf_folder, tokenizer):
