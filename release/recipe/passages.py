@@ -34,6 +34,8 @@ TEXTS = {
     "prose/lctt.jsonl.xz": (2000, 2000),
 }
 MOST_COPIES = 5  # of a text, each asked about other sentences
+MOST_QUESTIONS, MOST_TEXT = 8, 720  # of a passage, and characters in all: the context holds that
+SMALL = re.compile("(?<=[\u4e00-\u9fff])(?:了|也|则|并|便|均|曾|已经|就|都|亦)(?=[\u4e00-\u9fff])")
 SENTENCE = re.compile(r"[^。！？；!?\n]+[。！？；!?]?")
 CLAUSE = re.compile(r"[^，,：:]+[，,：:]?")
 START = re.compile(
@@ -95,6 +97,9 @@ IN_PLACE = [
          r"以什么为\2"),
     rule(rf"((?<![不从])(?:属于|隶属于?|归属于?)){TO_END}", r"\1什么", r"\2"),
     rule(rf"(用于|应用于|适用于){TO_END}", r"\1什么", r"\2"),
+    rule(rf"((?:获得|取得|赢得|成为|担任|建立|成立|创办|推出|发行|发布|出版|使用|采用|负责|导致|引起"
+         rf"|造成|举办|加入|参加|拥有|具有|提供|产生|形成|反对|击败|接受|连接|提高"
+         rf"|降低|减少|改编自|取自|源于|缺乏|需要)了?){TO_END}", r"\1什么", r"\2"),
     rule(rf"(包括|包含|分为|分成|主要有){TO_END}", r"\1什么", r"\2"),
 ]  # fmt: skip
 SUBJECT = r"^([^，。；（(“：]{2,12})(?:（[^）]*）|\([^)]*\))?是([^，。；？]{4,36})(?=[，。；])"
@@ -120,14 +125,13 @@ WHOLE = [
 
 
 def questions(text: str, chance: random.Random) -> list[tuple[str, str]]:
-    """Questions that a text answers, each with the answer as it stands there; one a sentence."""
+    """Questions that a text answers, each with the answer as it stands there; two a sentence."""
     found = []
     for sentence in SENTENCE.findall(text):
         sentence = sentence.strip()
         if 10 <= len(sentence) <= 150:
             made = [*_in_place(sentence), *_whole(sentence)]
-            if made:
-                found.append(chance.choice(made))
+            found += chance.sample(made, min(2, len(made)))
     chance.shuffle(found)
     return list({question: (question, answer) for question, answer in found}.values())
 
@@ -242,8 +246,22 @@ class Asking:
             turns.insert(place, (other[0], chance.choice(self.words["unanswered"])))
             turns = turns[place : place + 1] if chance.random() < 0.4 else turns
         self._others = [*self._others[-500:], *pairs]
-        asked = [(chance.choice(self.words["ask"]).format(question=q), a) for q, a in turns]
+        asked, left = [], MOST_TEXT - len(reference)
+        for question, answer in turns:
+            left -= len(question) + len(answer)
+            if asked and left < 0:
+                break
+            question = chance.choice(self.words["ask"]).format(question=self._reworded(question))
+            asked.append((question, answer))
         return grounded(reference, asked)
+
+    def _reworded(self, question: str) -> str:
+        """The question, now and then with another question word or without its small words."""
+        for word, others in self.words["question_words"].items():
+            if word in question and self.chance.random() < 0.5:
+                question = question.replace(word, self.chance.choice(others), 1)
+                break
+        return SMALL.sub("", question) if self.chance.random() < 0.3 else question
 
 
 def reading_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
@@ -252,7 +270,10 @@ def reading_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
     for path in sorted((raw / READING).glob("*.xz")):
         for passage in objects(path):
             pairs = [(qa["q"].strip(" ?？") + "？", qa["a"].strip()) for qa in passage["qas"]]
-            yield asking.row(passage["context"].strip(), pairs[:3])
+            made = questions(passage["context"], asking.chance)
+            pairs = [*pairs[:3], *made[: MOST_QUESTIONS - 3]]
+            asking.chance.shuffle(pairs)
+            yield asking.row(passage["context"].strip(), pairs)
 
 
 def asked_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
@@ -260,7 +281,7 @@ def asked_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
     asking = Asking(cfg.unanswered, cfg.seed + 1)
     for text in _texts(cfg, raw, 0, 60):
         text = _part(text, asking.chance)
-        pairs = questions(text, asking.chance)[: asking.chance.randint(1, 3)]
+        pairs = questions(text, asking.chance)[: asking.chance.randint(2, MOST_QUESTIONS)]
         if pairs:
             yield asking.row(text, pairs)
 
