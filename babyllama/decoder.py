@@ -289,6 +289,8 @@ class _Beams:
         n_wanted = 2 * most + (MOST_REFUSED if sampling.reads_text else 0)
         longer, parents = [], []
         for score, parent, token in extend_beams(logits[: len(scores)], scores, n_wanted):
+            if len(longer) == most and token != self.rules.eos_id:
+                continue  # what ends is still looked for, down to the last candidate
             said = self.unfinished[parent][1].ids
             if not self.rules.allow(said, token):
                 continue
