@@ -172,13 +172,15 @@ def strip_html(row: Row) -> Row:
     return _each_text(row, lambda text: _outside_code(text, change).strip())
 
 
-# Behind Chinese text or a full stop; behind a Latin name [12] is an index and () a call.
+# Behind Chinese text or a mark; behind a Latin name [12] is an index and () a call, behind a colon
+# [12] is what was announced.
 REFERENCE = re.compile(
-    r"(?<=[\u4e00-\u9fff。，、；：！？”’）》」』.,;:!?])(?:\[[1-9]\d{0,2}(?:-\d{1,3})?\])+"
+    r"(?<=[\u4e00-\u9fff。，、；！？”’）》」』.,;!?])(?:\[[1-9]\d{0,2}(?:-\d{1,3})?\])+"
 )
 EMPTY_BRACKETS = re.compile(
     r"（\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}）"
-    r"|(?<![A-Za-z0-9_\])>'\"`.\s号])(?:\(\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}\)|（）|\(\))"
+    r"|(?<=[\u4e00-\u9fff，。、；！？”’）》」』])(?<!号)"
+    r"(?:\(\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}\)|（）|\(\))"
 )
 OWNER = re.compile(
     r"^(?:作者[:：]\S{1,40}|链接[:：]\s*https?://\S+|来源[:：]\s*知乎"

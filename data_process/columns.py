@@ -16,23 +16,26 @@ from data_process.raw import Record, Skip
 # For each role the names of its columns, in the order in which they are looked for.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "question": ("instruction", "question", "query", "prompt", "problem", "inputs", "human", "q",
-                 "指令", "问题", "提问", "问", "用户"),
-    "input": ("input", "context", "passage", "材料", "输入"),
+                 "ask", "instruct", "指令", "问题", "问句", "提问", "问", "用户"),
+    "input": ("input", "context", "passage", "background", "材料", "上下文", "段落", "输入"),
     "answer": ("output", "response", "answer", "target", "completion", "reply", "chosen", "answers",
-               "targets", "assistant", "a", "回答", "答案", "答", "回复", "输出", "助手"),
+               "targets", "assistant", "a", "回答", "答案", "答句", "答", "回复", "输出", "助手"),
     "system": ("system", "system_prompt", "meta_instruction", "系统", "系统提示"),
     "reference": ("reference", "knowledge", "document", "资料", "参考资料", "背景"),
     "history": ("history", "历史", "历史对话"),
     "turns": ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "chat",
-              "contents", "对话"),
+              "contents", "utterances", "chat_history", "chat_messages", "对话"),
     "text": BODIES,
     "summary": SUMMARIES,
     "title": ("title", "headline", "prefix", "标题", "题目"),
     "keywords": ("keywords", "keyword", "关键词"),
 }  # fmt: skip
 KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
-NUMBERS = ("id", "idx", "index", "qid")  # name a row, say nothing
+NUMBERS = ("id", "idx", "index", "qid", "unnamed: 0")  # name a row, say nothing
 SAMPLE = 40  # characters of a column that is left over
+EXTRA = ("input", "system", "reference", "history", "title", "keywords")  # may be empty
+FREE = ("question", "input", "reference", "summary", "title")  # a left-over column could be it
+NOTHING = ("nan", "none", "null", "n/a")  # written out, such a cell is empty
 LONGEST_WHY = (200, 800)  # characters at the beginning and at the end
 
 
@@ -91,6 +94,7 @@ class Fields:
         self.where, self._chosen = record.where, chosen or {}
         self._data = {str(key).strip().lower(): value for key, value in record.data.items()}
         self._used: set[str] = set()
+        self._asked: dict[str, bool] = {}  # the roles asked for, and if there was an answer
 
     def __contains__(self, role: str) -> bool:
         """True if a column of that role is there, even an empty one."""
@@ -100,9 +104,14 @@ class Fields:
         return (self._chosen[role].lower(),) if role in self._chosen else COLUMNS[role]
 
     def _filled(self, role: str) -> Iterator[str]:
+        self._asked.setdefault(role, False)
         for name in self._names(role):
+            value = self._data.get(name)
             is_publisher = name == "source" and "target" not in self._data
-            if name in self._data and not _is_empty(self._data[name]) and not is_publisher:
+            said = value.strip().lower() if isinstance(value, str) else ""
+            is_nothing = role in EXTRA and said in NOTHING
+            if not (_is_empty(value) or is_publisher or is_nothing):
+                self._asked[role] = True
                 yield name
 
     def value(self, role: str) -> Any:
@@ -133,13 +142,17 @@ class Fields:
             "unknown_columns", f"columns {found}; known are {known}; choose with {options}"
         )
 
-    def unused(self) -> dict[str, str]:
-        """The filled columns that nobody asked for, each with the beginning of what it holds."""
-        return {
-            name: str(value)[:SAMPLE]
-            for name, value in self._data.items()
-            if name not in self._used and name not in NUMBERS and not _is_empty(value)
-        }
+    def unused(self) -> dict[str, dict[str, str]]:
+        """The filled columns that nobody asked for: the beginning of what each holds, and the role
+        that it could have, by its name or because no other column has it."""
+        free = [role for role, found in self._asked.items() if not found and role in FREE]
+        left = {}
+        for name, value in self._data.items():
+            if name not in self._used and name not in NUMBERS and not _is_empty(value):
+                roles = [role for role in self._asked if name in COLUMNS[role]] + free
+                role = {"role": roles[0]} if roles else {}
+                left[name] = {"example": str(value)[:SAMPLE], **role}
+        return left
 
 
 def _is_empty(value: object) -> bool:
@@ -147,8 +160,3 @@ def _is_empty(value: object) -> bool:
     return value is None or value != value or (isinstance(value, str) and not value.strip()) or (
         isinstance(value, list | dict) and not value
     )  # fmt: skip
-
-
-def role_of(column: str) -> str | None:
-    """The role that a column could have."""
-    return next((role for role, names in COLUMNS.items() if column in names), None)

@@ -186,19 +186,23 @@ def _values(
         number += not is_end
 
 
-PARTS = {"test": "test", "dev": "val", "val": "val", "valid": "val", "validation": "val",
-         "train": "train", "training": "train"}  # fmt: skip
-PARTS_ZH = {"测试": "test", "验证": "val", "开发": "val", "训练": "train"}
-
-
+PARTS = {
+    "test": r"test|tests|testset|testing|heldout|holdout", "train": "train|training|trainset",
+    "val": "dev|devset|val|valid|validation|eval|evaluation",
+}  # fmt: skip
+PARTS_ZH = {
+    "test": "测试|測試|评测|評測",
+    "val": "验证|驗證|校验|校驗|开发|開發",
+    "train": "训练|訓練",
+}
 ORDER = {"test": 0, "val": 1, "train": 2, None: 2}
 
 
 def part_of(name: str) -> str | None:
     """The part of a set that a name states: csl_title_dev.json -> val, 测试集 -> test."""
     words = re.split(r"[^a-z]+", name.lower())
-    found = [PARTS[word] for word in words if word in PARTS]
-    found += [part for word, part in PARTS_ZH.items() if word in name]
+    found = [part for word in words for part, names in PARTS.items() if re.fullmatch(names, word)]
+    found += [part for part, names in PARTS_ZH.items() if re.search(names, name)]
     return found[0] if found else None
 
 
@@ -253,7 +257,9 @@ def _table(name: str, text: io.TextIOBase, delimiter: str) -> Iterator[tuple[str
     """
     csv.field_size_limit(LONGEST)
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    rows = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
+    rows = csv.reader(
+        text, delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=True
+    )
     columns: list[str] = []
     number = 0
     while True:
@@ -266,7 +272,7 @@ def _table(name: str, text: io.TextIOBase, delimiter: str) -> Iterator[tuple[str
                     f"{place}: wanted a row of {len(columns)} cells, found a quotation mark that "
                     f"is nowhere closed; correct the file"
                 ) from None
-            yield place, Skip("broken_csv", place, str(error))
+            yield place, Skip("broken_csv", place, "", why=str(error))
             number += 1
             continue
         if row is None:
@@ -274,7 +280,7 @@ def _table(name: str, text: io.TextIOBase, delimiter: str) -> Iterator[tuple[str
         cells = [cell.strip() for cell in row]
         if delimiter == "\t":
             cells = [c[1:-1].replace('""', '"') if QUOTED.fullmatch(c) else c for c in cells]
-        if not any(cells):
+        if not any(cells) or (not columns and cells[0].startswith("sep=")):  # a line for Excel
             continue
         if columns:
             yield place, _row(place, columns, cells if delimiter == "\t" else row)
@@ -322,6 +328,8 @@ def workbook(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
 def _columns(name: str, cells: list[str]) -> list[str]:
     """The columns that the first row of a table names; [] if it is blank."""
     columns = [cell.strip() for cell in cells]
+    if any(columns):
+        columns[0] = columns[0] or "index"  # as pandas leaves it
     while columns and not columns[-1]:
         columns.pop()
     if len(set(columns)) < len(columns) or not all(columns):
@@ -335,7 +343,8 @@ def _columns(name: str, cells: list[str]) -> list[str]:
 def _row(place: str, columns: list[str], cells: list[str]) -> Any:
     """A row of a table; cells that are missing at its end are empty."""
     if any(cell.strip() for cell in cells[len(columns) :]):
-        return Skip("wrong_columns", place, str(cells))
+        why = f"{len(cells)} cells, wanted {len(columns)} ({', '.join(columns)})"
+        return Skip("wrong_columns", place, str(cells), why=why[:200])
     if SURROGATE.search("".join(cells)):
         return Skip("bad_bytes", place, str(cells))
     return dict(zip(columns, [*cells, *[""] * len(columns)], strict=False))

@@ -43,7 +43,16 @@ from data_process.datasets.turns import labelled, split_at_labels
 from data_process.executor import key_of, write_whole
 from data_process.formats import HEAD, format_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.raw import PACKED, Part, Record, Skip, records, sorted_files, split_of
+from data_process.raw import (
+    PACKED,
+    Part,
+    Record,
+    Skip,
+    likely_encoding,
+    records,
+    sorted_files,
+    split_of,
+)
 from data_process.registry import data_sets
 from data_process.stages import share_of
 from tokenizer import LABELS, Tokenizer
@@ -220,22 +229,21 @@ def _wrong_script(file: Path, purpose: Purpose) -> str:
 
 
 def encoding_of(path: Path) -> str:
-    """UTF-8, UTF-16 with its mark, or GB18030.
+    """UTF-8, UTF-16, GB18030 or Big5.
 
     raises: DataError if the bytes are no text
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    if b"\0" in head:
-        raise DataError(f"{shown(path)}: wanted text, found a file of another kind; save it as "
-                        f".txt, .docx, .csv, .xlsx or JSON lines")  # fmt: skip
     try:
         codecs.getincrementaldecoder("utf-8")().decode(head)
+        found = "utf-8-sig" if b"\0" not in head else likely_encoding(head)
     except UnicodeDecodeError:
-        return "gb18030"
-    return "utf-8-sig"
+        found = likely_encoding(head)
+    if not found:
+        raise DataError(f"{shown(path)}: wanted text, found a file of another kind; save it as "
+                        f".txt, .docx, .csv, .xlsx or JSON lines")  # fmt: skip
+    return found
 
 
 def _is_prose(path: Path) -> bool:

@@ -48,14 +48,19 @@ DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ta
            RuntimeError, NotImplementedError, UnicodeError)  # fmt: skip
 # What describes data instead of being data, on the hubs too: names of files and of folders.
 IGNORED = re.compile(
-    r"(?i)^[._~]|^(readme|license|licence|changelog|使用说明|说明|许可)\b"
-    r"|^(dataset_infos?|dataset_dict|configuration)\.json$|^(thumbs\.db|desktop\.ini|__macosx)$"
-    r"|\.(pdf|md5|sha\d+|lock|part|crc|db|ini|log|py|ipynb|sh|bat|exe|dll|lnk|url|torrent|html?"
+    r"(?i)^[._~]|^(license|licence|changelog|使用说明|说明|许可|版权声明)\b|^readme([\W_]|$)"
+    r"|^(dataset_infos?|dataset_dict|configuration)\.json$|^(thumbs\.db|desktop\.ini|__macosx)"
+    r"|^(icon\r|system volume information|requirements\.txt)$|^(md5|sha\d*|check)sums?\b|~$"
+    r"|\.(pdf|rtf|md5|sha\d+|\w+sum|lock|part|crc|db|ini|ya?ml|log|bak|orig|te?mp|swp|crdownload"
+    r"|py|ipynb|sh|bat|exe|dll|lnk|url|torrent|html?"
     r"|jpe?g|png|gif|webp|bmp|svg|tiff?|mp[34]|wav|flac|m4a|avi|mkv|mov|model|bin|pt|safetensors)$"
 )
 FOREIGN = {
     b"\xd0\xcf\x11\xe0": "an old Office file; save it as CSV UTF-8, JSON lines or plain text",
     b"%PDF": "a PDF; save its text as .txt in UTF-8",
+    b"{\\rtf": "a rich text document; save it as plain text (.txt, UTF-8)",
+    b"<!DOCTYPE html": "a web page; save its text as .txt in UTF-8",
+    b"<html": "a web page; save its text as .txt in UTF-8",
     b"Rar!": "a RAR archive; unpack it first",
     b"7z\xbc\xaf": "a 7z archive; unpack it first",
     b"\x28\xb5\x2f\xfd": "a zstd file; unpack it first (zstd -d)",
@@ -64,6 +69,7 @@ FOREIGN = {
     b"\xff\xd8\xff": "an image; move it away",
 }
 OFFICE = {"ppt/": "a presentation; save it as plain text (.txt, UTF-8)",
+          "META-INF/container.xml": "a book (EPUB); save its text as .txt in UTF-8",
           "content.xml": "an OpenDocument file; save it as CSV UTF-8 or plain text"}  # fmt: skip
 
 
@@ -358,20 +364,34 @@ def _entries(
 
 def _check_encoding(name: str, head: bytes, encoding: str) -> None:
     """Refuse a file that is plainly written in another encoding, or is no text."""
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head.count(b"\0") > len(head) // 10:
-        likely = "utf-16"
+    if head[:2] in WIDE_BOMS or head.count(b"\0") > len(head) // 10:
         wrong = not encoding.lower().replace("_", "-").startswith("utf-16")
     else:
-        likely = "gb18030"
         n_wide = len(head) - len(head.translate(None, WIDE_BYTES))
         # Single bad bytes are damaged lines; another encoding breaks most characters.
         n_bad = len(SURROGATE.findall(head.decode(encoding, "surrogateescape")))
         wrong = n_bad > 0.3 * n_wide
-    if wrong:
+    if wrong and (likely := likely_encoding(head)):
         raise DataError(
             f"{name}: wanted text in {encoding}, found another encoding, likely {likely}; run "
             f"again with --encoding {likely}, or move the file away if it is no text"
         )
+    if wrong:
+        raise DataError(f"{name}: wanted text in {encoding}, found no text; move the file away")
+
+
+WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+FREQUENT = re.compile("[的一是不了有在人我这這\n ]")
+
+
+def likely_encoding(head: bytes) -> str | None:
+    """The encoding but UTF-8 in which a file reads best as Chinese; None: it is no text."""
+    if head[:2] in WIDE_BOMS:
+        return "utf-16"
+    encodings = ("utf-16-le", "utf-16-be") if b"\0" in head else ("gb18030", "big5")
+    found = [(encoding, head.decode(encoding, "replace")) for encoding in encodings]
+    texts = [(len(FREQUENT.findall(text)), name) for name, text in found if "\0" not in text]
+    return max(texts, key=lambda text: text[0])[1] if texts else None
 
 
 # Jobs: the raw files of a set in portions of about the same size. A long file of lines is cut into

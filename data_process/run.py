@@ -15,6 +15,7 @@ again with the same command. A set is replaced only when the new one is whole.
 """  # noqa: E501
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +27,6 @@ from babyllama.config import from_repo, lock, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.retrieval.index import build
 from data_process.clean import check_names
-from data_process.columns import role_of
 from data_process.executor import Job, key_of, run_shards, write_whole
 from data_process.pipeline import ProcessConfig, RawSet, make_clean, raw_place
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
@@ -191,8 +191,8 @@ def remarks(counts: dict) -> Iterator[str]:
         if "why" in found:
             yield f"{name}: {found['why']}"
     for column, seen in counts.get("unused", {}).items():
-        role = role_of(column)
-        choice = f"; to take it instead: --columns.{role} {column}" if role else ""
+        role, name = seen.get("role"), shlex.quote(column)
+        choice = f"; to take it instead: --columns.{role} {name}" if role else ""
         yield f"not used: {column} ({seen['rows']:,} rows, such as {seen['example']!r}{choice})"
     if names := counts.get("left_alone"):
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""

@@ -240,7 +240,7 @@ class Cleaning:
             official = item.pop("split", None) if self._keep_official else None
             item.pop("split", None)
             for column, sample in item.pop("unused", {}).items():
-                seen = self.unused.setdefault(column, {"rows": 0, "example": sample})
+                seen = self.unused.setdefault(column, {"rows": 0} | sample)
                 seen["rows"] += 1
             row, changed = fix(item, self._data_set.rules, self._skip)
             self.clean.fixed.update(changed)

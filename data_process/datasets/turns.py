@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from itertools import cycle
 
@@ -10,10 +11,10 @@ from data_process.columns import COLUMNS, Refused, as_text
 from data_process.raw import Record, as_row
 
 NAMES = {
-    "user": "user human usr speaker1 p1 prompter client customer patient questioner q 用户 人类 问"
-    " 提问者 客户 患者 甲",
-    "assistant": "assistant gpt chatgpt bot model ai agent sys speaker2 p2 counselor doctor claude"
-    " a 助手 助理 模型 机器人 答 客服 医生 乙",
+    "user": "user human usr speaker1 p1 prompter client customer patient student questioner q 用户"
+    " 人类 问 提问 提问者 客户 顾客 买家 患者 学生 甲",
+    "assistant": "assistant gpt chatgpt bot chatbot model ai agent sys speaker2 p2 counselor doctor"
+    " teacher answerer claude bing gemini a 助手 助理 模型 机器人 答 回答 客服 卖家 医生 老师 乙",
     "system": "system developer 系统",
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
@@ -25,6 +26,7 @@ CONTENTS = ("value", "content", "utterance", "message", "text", "parts", "内容
 ASKED = ("user", *COLUMNS["question"], "input")
 ANSWERED = ("bot", "gpt", "moss", *COLUMNS["answer"])
 LABEL = re.compile(r"\s*(\w{1,10})\s?[:：]\s*")
+AROUND = " \t\r\n<|>:：[]【】#*"  # a role: 用户： and <|user|>
 
 
 def dialogue(record: Record, messages: list[dict], **more: object) -> dict:
@@ -38,7 +40,8 @@ def dialogue(record: Record, messages: list[dict], **more: object) -> dict:
     if turns and turns[-1]["role"] == "user":
         turns.pop()
     if reason := check_messages(turns) if turns else "no_answer":
-        raise Refused(reason)
+        said_by = ", ".join(message["role"] for message in messages[:5]) or "nobody"
+        raise Refused(reason, f"turns of {said_by}; wanted user and assistant in turn")
     return as_row(record, messages=messages, **more)
 
 
@@ -52,12 +55,12 @@ def labelled(
     known = ROLES | {name.lower(): role for name, role in (roles or {}).items()}
     messages = []
     for label, content in pairs:
-        name = str(label).strip().lower()
+        name = str(label).strip(AROUND).lower()
         if name not in known:
             raise Refused(
                 "unknown_role",
                 f"role {label!r}; known are {', '.join(ROLES)}; say what it is with "
-                f"--roles.{name} user (or assistant, or system)",
+                f"--roles.{shlex.quote(name)} user (or assistant, or system)",
             )
         messages.append({"role": known[name], "content": as_text(content, f"a turn of {label!r}")})
     return messages

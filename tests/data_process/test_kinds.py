@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import shlex
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def rows(*columns: str) -> list[dict]:
 PAIRS = ["instruction output", "instruction response", "query response", "question answer", "q a",
          "prompt completion", "problem target", "问题 答案", "指令 输出", "Question Answer",
          " 问 答 ", "prompt chosen", "用户 助手", "human assistant", "inputs targets",
-         "question answers"]  # fmt: skip
+         "question answers", "ask reply", "instruct output", "问句 答句"]  # fmt: skip
 
 
 def test_answers_in_a_list_of_one_are_that_answer(tmp_path: Path) -> None:
@@ -90,7 +91,8 @@ def test_question_and_answer_are_known_by_any_usual_name(tmp_path: Path, names: 
 
 
 TRIPLES = ["question input output", "instruction input output", "query context response",
-           "问题 材料 答案", "instruction passage answer"]  # fmt: skip
+           "问题 材料 答案", "instruction passage answer", "question background answer",
+           "提问 上下文 回复"]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", TRIPLES)
@@ -111,8 +113,9 @@ def test_columns_without_a_use_are_named_and_counted_with_an_example(tmp_path: P
     raw = write(tmp_path / "a.jsonl", data)
     counts, found = make("instruction", raw)
     assert counts["unused"] == {
-        "source": {"rows": N, "example": "新浪网"}, "target": {"rows": N, "example": "别的"}
-    }  # fmt: skip
+        "source": {"rows": N, "example": "新浪网", "role": "input"},
+        "target": {"rows": N, "example": "别的", "role": "answer"},
+    }
     told = "\n".join(remarks(counts))
     assert "not used: target (12 rows, such as '别的'; to take it instead: --columns.answer" in told
     _, other = make("instruction", raw, columns={"answer": "target"})
@@ -175,7 +178,19 @@ def test_what_is_not_understood_costs_itself_and_is_named(tmp_path: Path) -> Non
     assert "a.jsonl:13" in counts["dropped"]["unknown_columns"]["why"]
 
 
-@pytest.mark.parametrize("empty", ["NaN", "null", '""', "[]", '"无输入"', '" "'])
+def test_a_question_that_is_not_known_can_be_taken_with_the_option_that_is_told(
+    tmp_path: Path,
+) -> None:
+    raw = write(tmp_path / "a.jsonl", rows("我的 问题", "input", "output"))
+    counts, _ = make("instruction", raw)
+    option = "--columns.question '我的 问题'"
+    assert any(f"to take it instead: {option})" in note for note in remarks(counts))
+    name, value = shlex.split(option)
+    _, found = make("instruction", raw, columns={name.rpartition(".")[2]: value})
+    assert turns_of(found) == dialogues(with_passage=True)
+
+
+@pytest.mark.parametrize("empty", ["NaN", "null", '""', "[]", '"无输入"', '" "', '"nan"', '"None"'])
 def test_an_empty_cell_is_empty_however_it_is_written(tmp_path: Path, empty: str) -> None:
     lines = "".join(
         f'{{"instruction": "{q}", "input": {empty}, "output": "{a}"}}\n'
@@ -195,7 +210,8 @@ def test_a_number_among_texts_is_text(tmp_path: Path) -> None:
 
 ROLES = ["user assistant", "human gpt", "user model", "用户 助手", "用户 模型", "client counselor",
          "usr sys", "speaker1 speaker2", "User Assistant", "p1 p2", "prompter assistant",
-         "user bot", "患者 医生"]  # fmt: skip
+         "user bot", "患者 医生", "用户： 助手：", "<|user|> <|assistant|>", "学生 老师",
+         "提问 回答"]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", ROLES)
@@ -228,6 +244,12 @@ def test_a_speaker_who_is_not_known_is_named_and_can_be_said(tmp_path: Path) -> 
     assert turns_of(found) == dialogues()
     with pytest.raises(ConfigError, match=r"--roles\.旅客: wanted system, user, assistant"):
         main(ProcessConfig("conversations", raw=raw, out=tmp_path, roles={"旅客": "guest"}))
+
+
+def test_turns_that_do_not_alternate_are_told_with_their_speakers(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "说"} for role in ("user", "system")]
+    with pytest.raises(DataError, match=r"no_answer 1: a\.jsonl\[0\]: turns of user, system"):
+        make("conversations", write(tmp_path / "a.jsonl", [{"messages": turns}]))
 
 
 def parts_of(*texts: str) -> list[dict]:
@@ -346,7 +368,10 @@ def table(delimiter: str, quote: str = "", end: str = "\n") -> str:
 
 
 TABLES = {"a.csv": table(","), "b.csv": table(",", '"', "\r\n"), "c.tsv": table("\t"),
-          "d.csv": table(";"), "e.txt": table(","), "f.tsv": table("\t", '"')}  # fmt: skip
+          "d.csv": table(";"), "e.txt": table(","), "f.tsv": table("\t", '"'),
+          "g.csv": "sep=,\n" + table(","), "h.csv": table(", ", '"'),
+          "i.csv": "\n".join(f"{n}," + line for n, line in enumerate(table(",").split("\n")))
+          .removeprefix("0")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -374,6 +399,12 @@ def test_a_table_whose_columns_are_not_known_names_them(tmp_path: Path) -> None:
         make("instruction", raw)
 
 
+def test_a_row_with_too_many_cells_says_how_many_and_which_are_known(tmp_path: Path) -> None:
+    raw = write(tmp_path / "a.csv", "question,answer\n一,二,三\n")
+    with pytest.raises(DataError, match=r"wrong_columns \(3 cells, wanted 2 \(question, answer\)"):
+        make("instruction", raw)
+
+
 def test_a_quotation_mark_that_is_never_closed_is_no_end_of_the_file(tmp_path: Path) -> None:
     raw = write(tmp_path / "a.csv", table(",") + '\n"没有结尾,,答\n一,,二\n')
     with pytest.raises(DataError, match=r"a\.csv\[13\]: .*nowhere closed"):
@@ -395,6 +426,9 @@ FOREIGN = {
     "书.data": (b"%PDF-1.7\n" + b"x" * 600, "a PDF"), "包.data": (b"Rar!\x1a\x07" * 99, "RAR"),
     "a.7z": (b"7z\xbc\xaf\x27\x1c" * 99, "7z"), "a.zst": (b"\x28\xb5\x2f\xfd" * 99, "zstd"),
     "库.data": (b"SQLite format 3\0" * 99, "SQLite"),
+    "文.txt": (rb"{\rtf1\ansi \'bd\'f1}", "rich text"),
+    "页.txt": (b"<!DOCTYPE html>\n<p>", "web page"),
+    "数.npy": (b"\x93NUMPY\x01\0v\0" + bytes(99), "no text; move the file away"),
 }  # fmt: skip
 
 
@@ -419,9 +453,23 @@ def test_an_archive_with_a_password_is_no_damage(tmp_path: Path) -> None:
         list(records(write(tmp_path / "a.zip", bytes(data)), "utf-8-sig"))
 
 
+ENCODINGS = ["gb18030", "big5", "utf-16", "utf-16-le", "utf-16-be"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_the_encoding_that_is_told_is_the_one_that_reads(tmp_path: Path, encoding: str) -> None:
+    text = "".join(f"第{n}天：我的天空一直是很大的，在山上有人不走了。\n" for n in range(20))
+    raw = write(tmp_path / "a.txt", text.encode(encoding))
+    with pytest.raises(DataError, match=f"likely {encoding}; run again with --encoding {encoding}"):
+        make("lines", raw)
+    assert [r.data for r in records(raw, encoding)] == text.splitlines()
+
+
 RUBBISH = ["Thumbs.db", "desktop.ini", ".DS_Store", "__MACOSX/._a.json", "a.md5", "load.py",
            "README.md", "使用说明.txt", "图.jpg", "~$表格.xlsx", "sub/Thumbs.db",
-           "sub/.DS_Store"]  # fmt: skip
+           "sub/.DS_Store", "thumbs.db:encryptable", "Icon\r", "a.json~", "a.json.bak", "a.tmp",
+           "md5sum.txt", "SHA256SUMS", "a.sha256sum", "readme_zh.md", "版权声明.txt", "a.yaml",
+           "System Volume Information/a.dat"]  # fmt: skip
 
 
 def test_what_cannot_be_data_is_left_alone_and_counted(tmp_path: Path) -> None:
@@ -537,7 +585,9 @@ def test_a_broken_element_with_a_list_inside_is_no_end_of_the_list(tmp_path: Pat
 # Parts and small sets.
 
 
-@pytest.mark.parametrize("name", ["测试集.json", "test.json", "test/a.json", "测试/1.json"])
+@pytest.mark.parametrize("name", ["测试集.json", "test.json", "test/a.json", "测试/1.json",
+                                  "測試集.json", "评测.json", "testset.json",
+                                  "tests/a.json"])  # fmt: skip
 def test_a_test_part_is_known_by_its_name_or_folder(tmp_path: Path, name: str) -> None:
     write(tmp_path / "raw/训练集.json", ROWS)
     write(tmp_path / "raw" / name, rows("question", "", "answer"))
@@ -576,6 +626,7 @@ KEPT = [
     "调用 f(x)[1] 与 s.pop() 即可。",
     "网址为 http://a.cn/?a=1&section=2&copy=3&lt=4。", "书名号《》和直角引号「」都是成对的符号。",
     "选择题的空处写作（ ），填空题也一样。", "区间[0,1]上的函数 g[i][j] 是连续的。",
+    "正则表达式写作 ^[a-z]+()$。", "正确答案是：[12]", "程序输出:[5]",
     "向量 v[12] 是第十三个元素。", "泛型写作 Map<String, List<Integer>>，比较写作 a<b。",
 ]  # fmt: skip
 
