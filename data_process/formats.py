@@ -332,6 +332,8 @@ def _columns(name: str, cells: list[str]) -> list[str]:
         columns[0] = columns[0] or "index"  # as pandas leaves it
     while columns and not columns[-1]:
         columns.pop()
+    if columns and not columns[0]:
+        columns[0] = "Unnamed: 0"  # row numbers that pandas wrote, as pandas reads them
     if len(set(columns)) < len(columns) or not all(columns):
         raise DataError(
             f"{name}: wanted a table whose first row names the columns, found {cells!r:.200}; "

@@ -5,6 +5,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import pandas
 import pytest
 import yaml
 
@@ -123,6 +124,13 @@ def test_a_workbook_is_read_as_the_table_that_it_is(tmp_path, made):
     write_xlsx(tmp_path / "问答.xlsx", [("问题", "答案"), *PAIRS])
     found, rows, _ = made(tmp_path / "问答.xlsx")
     assert pairs_of(rows) == sorted(PAIRS) and found.name == "问答"
+
+
+def test_the_row_numbers_of_pandas_are_no_text(tmp_path, made):
+    pandas.DataFrame(PAIRS, columns=["问题", "答案"]).to_csv(tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text("utf-8").startswith(",问题,答案\n0,")
+    found, rows, asked = made(tmp_path / "a.csv")
+    assert pairs_of(rows) == sorted(PAIRS) and not asked and not found.left_out
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030", "utf-16"])
