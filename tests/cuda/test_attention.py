@@ -5,9 +5,11 @@ flex_attention has no backward pass on a CPU, so gradients are compared where th
 
 import functools
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
 from babyllama.cuda.attention import (
@@ -111,6 +113,19 @@ def test_kernels_are_for_wide_heads_on_late_cards_where_they_work(
     assert not suits(card, 64)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
     assert not suits(card, 8)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_kernels_are_tried_with_gradients_wherever_the_first_packed_row_comes(
+    around: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's comes without them, in the validation before its first step."""
+    plain = F.scaled_dot_product_attention  # which attends backwards on a processor, too
+    monkeypatch.setattr(
+        "babyllama.cuda.attention._compiler", lambda: lambda q, k, v, block_mask: plain(q, k, v)
+    )
+    with around():
+        assert works.__wrapped__(CPU, 16)
 
 
 def test_all_kinds_of_batches_take_fewer_graphs_than_are_kept(
