@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.config import from_repo, parse, plain, run, shown
-from babyllama.decoder import Weights
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring import probes, rouge, tables, test_sets
@@ -45,6 +44,8 @@ class EvalConfig(AskConfig):
             csl_title_public, csl_ts, lcsts
         out: file for the titles; if absent in the first checkpoint's run
         limit: only so many rows, the first
+        max_seq_len: longest question with its answer, where it is less than the model's context; a
+            model asks best for what is as long as what it was trained on (data.max_seq_len)
         decoding: ways to decode, each a line of the table: greedy, beam, top_p, best; if absent the
             one that the settings describe
         wordings: also ask in the wordings that training never shows, first system only
@@ -58,10 +59,10 @@ class EvalConfig(AskConfig):
     published: str = "auto"
     out: Path | None = None
     limit: int | None = None
+    max_seq_len: int | None = None
     decoding: str = ""
     wordings: bool = False
     follow_up: bool = False
-    weights: Weights = "float32"
     max_new_tokens: int = 48
     temperature: float = 0.0
     seed: int | None = 0
@@ -110,7 +111,7 @@ def main(cfg: EvalConfig) -> None:
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
     out = test_sets.choose_out(cfg.out, places, found)
     published = test_sets.choose_published(cfg.published, found, tables.published_sets())
-    lines, model = summarise_all(systems, found, ways, cfg)
+    lines, model = summarise_all(systems, found, ways, cfg, cfg.max_seq_len)
     result = {
         "set": found.name,
         "data_sha256": found.sha256,

@@ -91,9 +91,7 @@ def documents_of(loaded: Loaded, material: parity.Material) -> list[Document]:
     if loaded.kind != "sft":
         lines = material.lines[:N_TEXTS]
         texts = [loaded.tokenizer.encode(line, bos=True)[:context] for line in lines]
-    return [
-        Document(np.array(ids), np.arange(len(ids)) > 0, 0, "") for ids in texts if len(ids) > 1
-    ]
+    return [Document(np.array(ids), np.arange(len(ids)) > 0, "") for ids in texts if len(ids) > 1]
 
 
 def perplexity_of(model: Transformer, documents: Sequence[Document]) -> float:

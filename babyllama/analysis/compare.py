@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas
 import yaml
 
 from babyllama.config import from_repo, parse, run, shown
@@ -25,27 +26,16 @@ class CompareConfig:
     runs: tuple[Path, ...] = ()
 
 
-def settings(config: object, at: str = "") -> dict[str, str]:
-    """Every setting by its full name, as text."""
-    if isinstance(config, dict) and config:
-        parts = [
-            settings(value, f"{at}.{key}" if at else str(key)) for key, value in config.items()
-        ]
-        return {name: value for part in parts for name, value in part.items()}
-    return {at: json.dumps(config, ensure_ascii=False)}
-
-
-def compared(runs: dict[str, dict], results: dict[str, dict]) -> str:
+def compared(configs: dict[str, dict], results: dict[str, dict]) -> str:
     """The settings that are not the same in all runs, and the last figures, as a table.
 
-    runs: settings by run; results: figures by run
+    configs: by run; results: figures by run
     """
-    names = dict.fromkeys(name for found in runs.values() for name in found)
-    rows = [(name, [found.get(name, "-") for found in runs.values()]) for name in names]
-    rows = [(name, values) for name, values in rows if len(set(values)) > 1]
-    figures = dict.fromkeys(name for found in results.values() for name in found)
-    rows += [(name, [found.get(name, "-") for found in results.values()]) for name in figures]
-    return table([["", *runs], *([name, *values] for name, values in rows)])
+    flat = {run: pandas.json_normalize(config).T[0] for run, config in configs.items()}
+    settings = pandas.concat(flat, axis=1).map(json.dumps, na_action="ignore", ensure_ascii=False)
+    settings = settings.fillna("-")
+    rows = pandas.concat([settings[settings.nunique(axis=1) > 1], pandas.DataFrame(results)])
+    return table([["", *configs], *rows.fillna("-").reset_index().to_numpy().tolist()])
 
 
 def last_figures(records: list[dict]) -> dict[str, str]:
@@ -81,7 +71,7 @@ def main(cfg: CompareConfig) -> None:
                 f"{shown(path)}: wanted the directory of a run with metrics.jsonl and config.yaml"
             )
         results[name] = last_figures(records)
-        configs[name] = settings(yaml.safe_load((path / "config.yaml").read_text("utf-8")))
+        configs[name] = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
     print(compared(configs, results))
 
 

@@ -16,28 +16,25 @@ from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
-from babyllama.decoder import Reply, Weights
-from babyllama.device import Device, pick_device
+from babyllama.decoder import Reply
+from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.log import table
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
 from babyllama.scoring.rouge import ngrams
-from babyllama.scoring.summarise import ReadyModel, ask_all
+from babyllama.scoring.summarise import AskConfig, ReadyModel, ask_all
 
 
 @dataclass(frozen=True)
-class LoopsConfig(SamplingConfig):
+class LoopsConfig(AskConfig):
     """Checkpoint and questions.
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
         prompts: a text file with a prompt on each line
         out: file for the replies, as JSON lines
-        batch_size: replies written at once
-        device: auto, cpu, cuda or mps
-        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
         loop_guard: what the guarded lines of the table do
         seed: of the drawn replies
     """
@@ -45,19 +42,16 @@ class LoopsConfig(SamplingConfig):
     checkpoint: Path | None = None
     prompts: Path = Path("configs/prompts/questions.txt")
     out: Path | None = None
-    batch_size: int = 32
-    device: Device = "auto"
-    weights: Weights = "float32"
     loop_guard: Literal["end", "redraw"] = "redraw"
     seed: int | None = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loop_guard == "off" or self.batch_size < 1 or self.temperature == 0:
+        if self.loop_guard == "off" or self.temperature == 0:
             raise ConfigError(
-                f"wanted a loop_guard (end, redraw), a batch_size of at least 1, and a temperature "
-                f"above 0 for the drawn replies, found {self.loop_guard}, {self.batch_size}, "
-                f"{self.temperature:g}; leave them out, or correct them"
+                f"wanted a loop_guard (end, redraw) and a temperature above 0 for the drawn "
+                f"replies, found {self.loop_guard}, {self.temperature:g}; leave them out, or "
+                f"correct them"
             )
 
 
@@ -88,8 +82,7 @@ def ask(loaded: Loaded, text: str) -> list[int]:
 
 def ways(cfg: LoopsConfig) -> dict[str, SamplingConfig]:
     """The lines of the table: greedy and drawn, without the guard and with it."""
-    fields = {name: getattr(cfg, name) for name in SamplingConfig.__dataclass_fields__}
-    drawn = SamplingConfig(**fields | {"loop_guard": "off"})
+    drawn = replace(cfg.alone, loop_guard="off")
     free = {"greedy": replace(drawn, temperature=0.0), f"top-p {cfg.top_p:g}": drawn}
     guarded = {
         f"{name}, {cfg.loop_guard}": replace(way, loop_guard=cfg.loop_guard)

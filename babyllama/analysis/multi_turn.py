@@ -1,28 +1,16 @@
-"""Memory of a chat checkpoint some turns later, in two tests.
+"""Memory of a chat checkpoint: is a fact that the user told still known some turns later?
 
     python -m babyllama.analysis.multi_turn out/NAME
     python -m babyllama.analysis.multi_turn release --turns 0,1,4 --out said.jsonl
 
-Facts: dialogues made by template, in which the user tells a fact, asks about other things (as many
-turns as `turns` says; the answers are the model's own, greedy), then asks for the fact. An answer
-is right if it holds the value and no other value of its kind. The same dialogues without the fact
-show what guessing gives.
-
-    python -m babyllama.analysis.multi_turn release --rows data/clean/identity
-
-Memorised answers: rows of a set that the checkpoint was trained on are drawn; each is asked after
-as many other rows of the set, with the set's answers. A reply is right, greedy or drawn, if it is
-to the letter an answer that the set has for that question: small talk is memorised or not at all,
-and a model that only saw first turns may forget it in the second one.
-
-A dialogue that outgrows the context is not shortened: it is counted and left out.
+Dialogues are made by template: the user tells a fact, asks about other things (as many turns as
+`turns` says; the answers are the model's own, greedy), then asks for the fact. An answer is right
+if it holds the value and no other value of its kind. The same dialogues without the fact show what
+guessing gives. A dialogue that outgrows the context is not shortened: it is counted and left out.
 """
 
-import random
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +20,7 @@ from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.log import table
-from babyllama.rows import read_rows, write_rows
+from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.rouge import bootstrap_interval
@@ -63,65 +51,49 @@ class MultiTurnConfig:
 
     Args:
         checkpoint: run directory (its newest step) or step directory; if absent the newest run
-        rows: a set's folder, whose train-*.jsonl are read, or one file; first turns are taken. If
-            absent facts are told
-        turns: how many stand between or before, with commas: 0 to 8 with facts, to 100 with rows
-        n: questions of the rows that are asked, at most
-        max_new_tokens: longest answer; if absent 24 with facts, 64 with rows
+        turns: how many stand between, with commas: 0 to 8
+        max_new_tokens: longest answer
         out: file for the dialogues, as JSON lines
         device: auto, cpu, cuda or mps
     """
 
     checkpoint: Path | None = None
-    rows: Path | None = None
     turns: str = "0,1,2"
-    n: int = 100
-    max_new_tokens: int | None = None
+    max_new_tokens: int = 24
     out: Path | None = None
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        longest = 1 if self.max_new_tokens is None else self.max_new_tokens
-        if min(self.n, longest) < 1:
-            raise ConfigError(
-                f"wanted n and max_new_tokens of 1 or more, found {self.n} and {longest}"
-            )
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"wanted max_new_tokens of 1 or more, found {self.max_new_tokens}")
         self.numbers()
 
     def numbers(self) -> list[int]:
         """The numbers of turns; each once."""
-        words, most = [word.strip() for word in self.turns.split(",")], 100
-        if self.rows is None:
-            most = len(BETWEEN)
+        words, most = [word.strip() for word in self.turns.split(",")], len(BETWEEN)
         if not all(word.isdecimal() and int(word) <= most for word in words):
             raise ConfigError(
                 f"--turns: wanted numbers of 0 to {most}, as in 0,1,2, found {self.turns!r}"
             )
         return sorted({int(word) for word in words})
 
-    def sampling(self, is_drawn: bool) -> SamplingConfig:
-        longest = self.max_new_tokens or (64 if self.rows else 24)
-        return SamplingConfig(longest, temperature=0.8 if is_drawn else 0.0, seed=0)
-
 
 @dataclass
 class Dialogue:
     """One dialogue on its way.
 
-    accepts: whether its last answer is right
     waiting: what the user will still say; messages: what was said
-    about: what it is, for the file of dialogues
     """
 
-    accepts: Callable[[str], bool]
+    fact: str
+    value: str
     waiting: list[str]
     messages: list[dict] = field(default_factory=list)
-    about: dict = field(default_factory=dict)
     fits: bool = True
 
     @property
     def is_right(self) -> bool:
-        return self.accepts(self.messages[-1]["content"])
+        return recalls(self.messages[-1]["content"], self.value, FACTS[self.fact][2])
 
 
 def recalls(reply: str, value: str, values: Sequence[str]) -> bool:
@@ -132,48 +104,11 @@ def recalls(reply: str, value: str, values: Sequence[str]) -> bool:
 def about_facts(n: int) -> dict[str, list[Dialogue]]:
     """Every value of every fact, told and not told; what stands between differs from row to row."""
     found: dict[str, list[Dialogue]] = {"told": [], "not told": []}
-    for kind, (told, question, values) in FACTS.items():
+    for fact, (told, question, values) in FACTS.items():
         for number, value in enumerate(values):
             between = [BETWEEN[(number + turn) % len(BETWEEN)] for turn in range(n)]
-            accepts = partial(recalls, value=value, values=values)
             for name, first in (("told", told.format(value)), ("not told", UNTOLD)):
-                about = {"fact": kind, "value": value}
-                found[name].append(Dialogue(accepts, [first, *between, question], about=about))
-    return found
-
-
-def read_turns(place: Path) -> list[tuple[str, str]]:
-    """Question and answer of each dialogue's first turn, without those that have a system message.
-
-    raises: DataError if there is none
-    """
-    files = sorted(place.glob("train-*.jsonl")) if place.is_dir() else [place]
-    rows = [row for path in files for row in read_rows(path)]
-    talks = [row["messages"] for row in rows if "messages" in row]
-    found = [(m[0]["content"], m[1]["content"]) for m in talks if m[0]["role"] == "user"]
-    if not found:
-        raise DataError(
-            f"{shown(place)}: wanted train-*.jsonl with dialogues, found none; name a file, or "
-            f"make the set: python -m data_process.run {place.name}"
-        )
-    return found
-
-
-def about_rows(turns: Sequence[tuple[str, str]], n: int, most: int) -> list[Dialogue]:
-    """At most so many questions of a set, each after `n` other turns."""
-    answers: dict[str, set[str]] = defaultdict(set)
-    for question, answer in turns:
-        answers[question].add(answer.strip())
-    asked = random.Random(0).sample(sorted(answers), min(most, len(answers)))
-    chance, found = random.Random(f"0 {n}"), []
-    for question in asked:
-        others = [turn for turn in turns if turn[0] != question]
-        before = [
-            {"role": role, "content": text}
-            for turn in chance.sample(others, min(n, len(others)))
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-        found.append(Dialogue(answers[question].__contains__, [question], before))
+                found[name].append(Dialogue(fact, value, [first, *between, question]))
     return found
 
 
@@ -206,23 +141,19 @@ def share(asked: Sequence[Dialogue]) -> str:
 
 def main(cfg: MultiTurnConfig) -> None:
     """Talk, count, print a line for each number of turns."""
-    turns = read_turns(from_repo(cfg.rows)) if cfg.rows else []
     loaded = load_answering(chosen_run(cfg.checkpoint, kind="sft"), pick_device(cfg.device))
     model = ReadyModel.of(loaded, "auto")._replace(name="")
-    lines, saved = [], []
+    greedy = SamplingConfig(cfg.max_new_tokens, temperature=0.0)
+    lines, saved = [["turns", "told", "not told"]], []
     for n in cfg.numbers():
-        if cfg.rows:
-            groups = {way: about_rows(turns, n, cfg.n) for way in ("greedy", "drawn")}
-        else:
-            groups = about_facts(n)
+        groups = about_facts(n)
         for name, asked in groups.items():
-            talk(loaded, model, asked, cfg.sampling(name == "drawn"))
+            talk(loaded, model, asked, greedy)
             saved += [
-                {"turns": n, "group": name, **one.about, "right": one.is_right,
-                 "messages": one.messages}
+                {"turns": n, "group": name, "fact": one.fact, "value": one.value,
+                 "right": one.is_right, "messages": one.messages}
                 for one in asked if one.fits
             ]  # fmt: skip
-        lines = lines or [["turns", *groups]]
         lines.append([n, *map(share, groups.values())])
     print(f"{shown(loaded.path)}\n{table(lines)}")
     if not saved:

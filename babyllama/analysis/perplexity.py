@@ -17,9 +17,7 @@ with accuracy).
 
 A document of text is predicted whole, its <eos> included, after the <eos> that stands before it in
 training. Of a dialogue the assistant's tokens are targets, of a summary row the summary, after the
-one question that scoring asks (prompts.py). Bytes are those of the targets' text: of the original
-for rows, of what the ids stand for in token files, which is the same for a tokenizer that changes
-nothing.
+one question that scoring asks (prompts.py). Bytes are those of the targets' text.
 """
 
 import hashlib
@@ -27,8 +25,9 @@ import json
 import lzma
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import Literal, NamedTuple
@@ -40,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import atomic_write, from_repo, parse, require_writable, run, shown
+from babyllama.config import atomic_write, from_repo, parse, plain, require_writable, run, shown
 from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
@@ -51,14 +50,12 @@ from babyllama.rows import read_rows, row_kind
 from babyllama.run_dir import beside, checksums, find_checkpoint, list_checkpoints, read_info
 from babyllama.scoring import rouge
 from babyllama.sources import Row
-from babyllama.token_file import TokenFile
 from model import IGNORED, Transformer, token_losses
 from tokenizer import Tokenizer
 
 # A summary row whose text would keep less than this is left out.
 _LEAST_TEXT = 16
-
-Pieces = list[tuple[str, Sequence[int]]]
+_TARGETS = {"text": ("text",), "chat": ("assistant",), "summary": ("summary",)}
 
 
 class Document(NamedTuple):
@@ -70,8 +67,11 @@ class Document(NamedTuple):
 
     ids: np.ndarray
     is_target: np.ndarray
-    n_bytes: int
     text: str
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.text.encode())
 
 
 @dataclass
@@ -89,28 +89,22 @@ class HeldOut:
     counts: dict[str, int]
 
 
-def find_files(item: str, split: str, tokenizer: Tokenizer) -> list[Path]:
-    """The files of one set: rows where there are some, for their bytes are the original's.
+def find_files(item: str, split: str) -> list[Path]:
+    """The rows of one set.
 
-    item: a file of rows, one of a pair of token files, a folder with either, or a set's name
+    item: a file, a folder, or a set's name; for a folder of token files the rows they were made of
     raises: DataError if there is nothing
     """
     path = from_repo(item)
     if path.is_file():
-        return [path.with_suffix(".idx") if path.suffix == ".bin" else path]
-    folders = [path] if path.is_dir() else []
-    if "/" not in item and "\\" not in item:
-        tokens = Path("data/tokens") / tokenizer.name
-        folders += [from_repo(root / item) for root in (Path("data/clean"), tokens)]
+        return [path]
+    folders = [path, from_repo(Path("data/clean") / path.name)]
     for folder in folders:
-        for ending in ("jsonl", "idx"):
-            files = sorted(folder.glob(f"{split}-*.{ending}"))
-            if files:
-                return files
+        if files := sorted(folder.glob(f"{split}-*.jsonl")):
+            return files
     raise DataError(
-        f"wanted {split}-*.jsonl or {split}-*.idx of {item!r}, found none in "
-        f"{', '.join(map(shown, folders)) or shown(path)}; name a file or folder, or make the set: "
-        f"python -m data_process.run {Path(item).name}"
+        f"wanted {split}-*.jsonl of {item!r}, found none in {', '.join(map(shown, folders))}; name "
+        f"a file or folder, or make the set: python -m data_process.run {path.name}"
     )
 
 
@@ -124,11 +118,12 @@ def open_held_out(
 ) -> HeldOut:
     """The first rows of a set as documents.
 
-    raises: DataError if it is missing, damaged or of another tokenizer, or holds no target
+    raises: DataError if it is missing or damaged, or holds no target
     """
-    files = find_files(item, split, tokenizer)
+    files = find_files(item, split)
     reader = _Reader(tokenizer, prompts, max_seq_len)
-    documents = list(reader.documents(files, max_rows))
+    rows = islice((row for path in files for row in read_rows(path)), max_rows)
+    documents = [document for row in rows if (document := reader.document(row))]
     if not documents:
         raise DataError(
             f"{item}: no row of {split} can be scored in {max_seq_len} tokens {reader.counts}; "
@@ -143,57 +138,41 @@ def open_held_out(
 
 
 class _Reader:
-    """Turns rows and the contents of token files into documents, and counts what it changes."""
+    """Turns rows into documents, and counts what it changes."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Path, max_seq_len: int) -> None:
         self.tokenizer, self._path, self._length = tokenizer, prompts, max_seq_len
         self.counts = {"text_cut": 0, "summary_does_not_fit": 0, "changed_by_tokenizer": 0}
-        self._lossy = False
 
-    def documents(self, files: Sequence[Path], max_rows: int | None) -> Iterator[Document]:
-        n_rows = 0
-        for path in files:
-            rows = self._token_rows(path) if path.suffix == ".idx" else self._text_rows(path)
-            for kind, pieces, text, n_bytes in rows:
-                if n_rows == max_rows:
-                    return
-                n_rows += 1
-                ids, mask = self._laid_out(kind, pieces)
-                if ids is None:
-                    self.counts["summary_does_not_fit"] += 1
-                    continue
-                self.counts["changed_by_tokenizer"] += self._lossy
-                yield Document(np.array(ids, np.int64), np.array(mask, bool), n_bytes, text)
+    def document(self, row: dict) -> Document | None:
+        """None if a row cannot fit.
 
-    def _text_rows(self, path: Path) -> Iterator[tuple[str, Pieces, str, int]]:
-        for row in read_rows(path):
-            kind = row_kind(row)
-            if kind == "chat":
-                contents = [(m["role"], m["content"]) for m in row["messages"]]
-            else:
-                contents = [(key, row[key]) for key in ("text", "summary") if key in row]
-            pieces: Pieces = [(role, self.tokenizer.encode(content)) for role, content in contents]
-            targets = [i for i, (role, _) in enumerate(contents) if role in _TARGETS[kind]]
-            self._lossy = any(
-                self.tokenizer.decode(pieces[i][1]) != contents[i][1] for i in targets
+        raises: DataError if it is of a kind without targets
+        """
+        kind = row_kind(row)
+        if kind not in _TARGETS:
+            raise DataError(
+                f"wanted rows of {', '.join(_TARGETS)}, found {kind} in {row['id']!r}; name "
+                f"another set"
             )
-            text = "".join(contents[i][1] for i in targets)
-            yield kind, pieces, text, len(text.encode())
+        parts = [(message["role"], message["content"]) for message in row.get("messages", ())]
+        parts = parts or [(key, row[key]) for key in ("text", "summary") if key in row]
+        pieces = [(role, self.tokenizer.encode(text)) for role, text in parts]
+        ids, mask = self._laid_out(kind, pieces)
+        if ids is None:
+            self.counts["summary_does_not_fit"] += 1
+            return None
+        both = zip(parts, pieces, strict=True)
+        said = [(text, own) for (role, text), (_, own) in both if role in _TARGETS[kind]]
+        self.counts["changed_by_tokenizer"] += any(
+            self.tokenizer.decode(own) != text for text, own in said
+        )
+        text = "".join(text for text, _ in said)
+        return Document(np.array(ids, np.int64), np.array(mask, bool), text)
 
-    def _token_rows(self, path: Path) -> Iterator[tuple[str, Pieces, str, int]]:
-        file, self._lossy = TokenFile(path, self.tokenizer.fingerprint), False
-        for number in range(file.n_docs):
-            if file.kind == "text":
-                ids = file.doc(number).tolist()
-                # The document's own <eos> is added again.
-                pieces = [("text", ids[:-1] if ids[-1:] == [self.tokenizer.eos_id] else ids)]
-            else:
-                pieces = [(role, ids.tolist()) for role, ids in file.pieces(number)]
-            said = [ids for role, ids in pieces if role in _TARGETS[file.kind]]
-            text = "".join(map(self.tokenizer.decode, said))
-            yield file.kind, pieces, text, sum(map(self.tokenizer.n_bytes, said))
-
-    def _laid_out(self, kind: str, pieces: Pieces) -> tuple[list[int] | None, list[int]]:
+    def _laid_out(
+        self, kind: str, pieces: list[tuple[str, list[int]]]
+    ) -> tuple[list[int] | None, list[int]]:
         """The ids of a document, and which of them are targets; no ids if it cannot fit."""
         if kind == "text":
             ids = [self.tokenizer.eos_id, *pieces[0][1], self.tokenizer.eos_id]
@@ -221,9 +200,6 @@ class _Reader:
         return self.tokenizer.render_chat([*question, answer])
 
 
-_TARGETS = {"text": ("text",), "chat": ("assistant",), "summary": ("summary",)}
-
-
 def fingerprint(documents: Sequence[Document]) -> str:
     """SHA-256 of the targets' texts: the same documents for any tokenizer have the same."""
     texts = json.dumps([document.text for document in documents], ensure_ascii=False)
@@ -236,8 +212,8 @@ class EvaluateConfig:
 
     Args:
         checkpoints: runs (their newest steps) or steps
-        data: sets, separated by commas: files of rows, token files, folders with either, or names
-            of sets; if absent the sets that the first checkpoint's run was trained on
+        data: sets, separated by commas: files of rows, folders with them, or names of sets; if
+            absent the sets that the first checkpoint's run was trained on
         steps: of each run all steps, after the checkpoint that it began with
         split: the part of a folder or set
         max_rows: the first rows of each set, at most this many; if absent all
@@ -459,8 +435,8 @@ def require_same_documents(seen: dict[str, dict], held_out: HeldOut) -> None:
     if before["texts_sha256"] != about["texts_sha256"]:
         raise ConfigError(
             f"{held_out.name}: the checkpoints do not score the same texts "
-            f"({before['n_documents']} and {about['n_documents']} documents); their contexts or "
-            f"their token files differ; name rows (.jsonl), or measure them one by one"
+            f"({before['n_documents']} and {about['n_documents']} documents); their contexts "
+            f"differ; measure them one by one"
         )
 
 
@@ -475,8 +451,7 @@ def main(cfg: EvaluateConfig) -> None:
     names = chosen_sets(cfg.data, first)
     out = from_repo(cfg.out) if cfg.out else beside(first) / "evaluate.json"
     require_writable(out)
-    settings = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(cfg).items()}
-    settings["checkpoints"] = [shown(step) for step in steps]
+    settings = plain(cfg) | {"checkpoints": [shown(step) for step in steps]}
     found: dict = {"settings": settings, "sets": {}, "checkpoints": {}}
     opened: dict[tuple[str, int], list[HeldOut]] = {}
     with start(pick_device(cfg.device)) as world:

@@ -1,4 +1,4 @@
-"""Titles of abstracts, for scoring, the terminal, the page, the API and pseudo-labels alike.
+"""Titles of abstracts, for scoring, the terminal, the page and the API alike.
 
 A model is asked with the evaluation prompt. Of several replies (the n best of a beam search, or
 drawn ones; of several models all together) the one most like the others is the title: minimum Bayes
@@ -52,15 +52,12 @@ class AskConfig(SamplingConfig):
         device: auto, cpu, cuda or mps
         weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
         prompts: prompt templates; the `eval` question asks for a title
-        max_seq_len: longest question with its answer, where it is less than the model's context; a
-            model asks best for what is as long as what it was trained on (data.max_seq_len)
     """
 
     batch_size: int = 32
     device: Device = "auto"
-    weights: Weights = "auto"
+    weights: Weights = "float32"
     prompts: Path = PROMPTS
-    max_seq_len: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,6 +224,7 @@ def summarise_all(
     found: SummarySet,
     ways: Mapping[str, SamplingConfig],
     cfg: AskConfig,
+    max_seq_len: int | None = None,
 ) -> tuple[list[System], ReadyModel | None]:
     """The titles of each file and of each checkpoint in each way to decode; the first model."""
     lines, first, texts = [], None, found.column("text")
@@ -240,7 +238,7 @@ def summarise_all(
         for way, sampling in ways.items():
             began = perf_counter()
             made = summarise(
-                models, texts, sampling, cfg.batch_size, cfg.prompts, None, cfg.max_seq_len
+                models, texts, sampling, cfg.batch_size, cfg.prompts, None, max_seq_len
             )
             line = System(f"{name} {way}".rstrip(), [each.title for each in made])
             line.seconds = perf_counter() - began

@@ -1,1 +1,1 @@
-"""Other ways to a better model: preferences, regularisation, mean weights, pseudo-labels."""
+"""Other ways to a better model: preferences, regularisation, mean weights."""

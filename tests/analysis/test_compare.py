@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from babyllama.analysis.compare import CompareConfig, main, settings
+from babyllama.analysis.compare import CompareConfig, main
 from babyllama.config import parse
 from babyllama.errors import ConfigError
 
@@ -52,4 +52,3 @@ def test_one_run_or_none_cannot_be_compared(tmp_path: Path) -> None:
 def test_runs_are_named_without_a_flag() -> None:
     cfg = parse(CompareConfig, "", ["out/a", "out/b"], positional=("runs",))
     assert cfg.runs == (Path("out/a"), Path("out/b"))
-    assert settings({"a": {"b": None, "c": {}}}) == {"a.b": "null", "a.c": "{}"}

@@ -8,9 +8,7 @@ import pytest
 
 from babyllama.analysis import multi_turn
 from babyllama.analysis.multi_turn import Dialogue, MultiTurnConfig
-from babyllama.config import REPO
 from babyllama.errors import ConfigError
-from babyllama.rows import write_rows
 from conftest import save_model
 
 SCRIPT = "babyllama/analysis/multi_turn.py"
@@ -41,20 +39,20 @@ def test_each_value_is_told_once_and_left_untold_once(n):
         assert len(asked) == sum(len(values) for _, _, values in multi_turn.FACTS.values())
         for one in asked:
             assert len(one.waiting) == n + 2 and len(set(one.waiting)) == n + 2
-            assert (one.about["value"] in one.waiting[0]) == (name == "told")
-            assert one.about["value"] not in "".join(one.waiting[1:])
+            assert (one.value in one.waiting[0]) == (name == "told")
+            assert one.value not in "".join(one.waiting[1:])
 
 
-def said(value: str, reply: str, fits: bool = True) -> Dialogue:
-    return Dialogue(value.__eq__, [], [{"role": "assistant", "content": reply}], fits=fits)
+def said(fact: str, value: str, reply: str, fits: bool = True) -> Dialogue:
+    return Dialogue(fact, value, [], [{"role": "assistant", "content": reply}], fits)
 
 
 def test_figures_are_shares_of_what_fits():
     asked = [
-        said("小明", "小明"),
-        said("王芳", "小明"),
-        said("上海", "上海"),
-        said("猫", "", False),
+        said("name", "小明", "小明"),
+        said("name", "王芳", "小明"),
+        said("city", "上海", "上海"),
+        said("pet", "小猫", "", False),
     ]
     found = multi_turn.share(asked)
     share, low, high = map(float, re.findall(r"[\d.]+", found)[:3])
@@ -80,48 +78,15 @@ def test_a_checkpoint_is_asked_with_its_own_answers_between(checkpoint, tmp_path
         assert (row["value"] in row["messages"][0]["content"]) == (row["group"] == "told")
 
 
-@pytest.fixture
-def rows(tmp_path):
-    """Small talk of the released model, as data_process.run leaves it."""
-    lines = (REPO / "release/recipe/identity.jsonl").read_text("utf-8").splitlines()[:40]
-    talks = [
-        [{"role": "user", "content": row["instruction"]},
-         {"role": "assistant", "content": row["output"]}]
-        for row in map(json.loads, lines)
-    ]  # fmt: skip
-    with_system = [{"role": "system", "content": "资料"}, *talks[0]]
-    path = tmp_path / "talk/train-00000.jsonl"
-    write_rows(path, [{"id": str(i), "messages": t} for i, t in enumerate([*talks, with_system])])
-    return path.parent
-
-
-def shares(said: str) -> dict[int, list[float]]:
-    lines = [line for line in said.splitlines() if line[:1].isdecimal()]
-    return {int(line.split()[0]): [float(x) for x in re.findall(r"([\d.]+) %", line)]
-            for line in lines}  # fmt: skip
-
-
-def test_the_released_model_is_asked_in_any_turn_what_it_learnt(rows, script):
-    assert len(multi_turn.read_turns(rows)) == 40
-    words = (SCRIPT, "release", "--rows", rows, "--n", 30)
-    found = shares(script(*words, "--turns", "3, 0,0").out)
-    assert list(found) == [0, 3]
-    # Word for word; most answers mean the same in other words.
-    assert all(greedy > 15 and drawn > 10 for greedy, drawn in found.values()), found
-    assert "no dialogue fits into the context" in script(*words, "--turns", 60).err
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--rows", "none"), "wanted train-*.jsonl with dialogues, found none"),
-        (("--rows", "none", "--turns", "a"), "--turns: wanted numbers of 0 to 100"),
+        (("--turns", "a"), "--turns: wanted numbers of 0 to 8"),
         (("--turns", "9"), "wanted numbers of 0 to 8"),
-        (("--n", 0), "wanted n and max_new_tokens of 1 or more, found 0"),
+        (("--max_new_tokens", 0), "wanted max_new_tokens of 1 or more, found 0"),
     ],
 )
-def test_wrong_settings_are_one_line(flags, message, script, tmp_path):
-    flags = [tmp_path if flag == "none" else flag for flag in flags]
+def test_wrong_settings_are_one_line(flags, message, script):
     assert message in script(SCRIPT, "release", *flags).error
 
 

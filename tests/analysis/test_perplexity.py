@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,7 @@ from babyllama.distributed import World
 from babyllama.errors import DataError
 from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.rows import write_rows
-from babyllama.token_file import TokenFileWriter
-from conftest import TEXTS, save_model, small_config, write_token_files
+from conftest import TEXTS, save_model, small_config
 from model import IGNORED, Transformer
 from tokenizer import Tokenizer
 
@@ -59,21 +57,6 @@ def rows_root(tmp_path: Path) -> Path:
     for kind, rows in ROWS.items():
         write_rows(tmp_path / "rows" / kind / "val-00000.jsonl", rows)
     return tmp_path / "rows"
-
-
-@pytest.fixture
-def token_twins(tmp_path: Path, tokenizer: Tokenizer) -> Path:
-    """Token files of the same rows."""
-    for kind, rows in ROWS.items():
-        with TokenFileWriter(tmp_path / "twins" / kind / "val-00000", kind, tokenizer) as file:
-            for row in rows:
-                if kind == "text":
-                    file.add_text(tokenizer.encode(row["text"], eos=True))
-                    continue
-                named = [(m["role"], m["content"]) for m in row.get("messages", [])]
-                named = named or [(key, row[key]) for key in ("text", "summary")]
-                file.add_row([(role, tokenizer.encode(text)) for role, text in named])
-    return tmp_path / "twins"
 
 
 def evaluated(script, checkpoint: Path, data: object, *flags: object) -> dict:
@@ -138,18 +121,6 @@ def test_figures_do_not_depend_on_batch_size(checkpoint, rows_root, script):
                 assert other[kind][key] == pytest.approx(row[key], rel=1e-6), (kind, key)
 
 
-def test_rows_and_token_files_of_the_same_rows_agree(checkpoint, rows_root, token_twins, script):
-    rows, tokens = (evaluated(script, checkpoint, all_sets(r)) for r in (rows_root, token_twins))
-    for kind, row in sets_of(rows).items():
-        twin = sets_of(tokens)[kind]
-        assert {k: v for k, v in row.items() if k != "seconds"} == {
-            k: v for k, v in twin.items() if k != "seconds"
-        }
-        texts = [[f["sets"][n]["texts_sha256"] for n in f["sets"] if Path(n).name == kind]
-                 for f in (rows, tokens)]  # fmt: skip
-        assert texts[0] == texts[1]
-
-
 def test_bytes_are_those_of_what_is_predicted(checkpoint, rows_root, script):
     found = sets_of(evaluated(script, checkpoint, all_sets(rows_root)))
     assert found["text"]["n_bytes"] == sum(len(row["text"].encode()) for row in ROWS["text"])
@@ -176,7 +147,7 @@ def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary(tmp_path, tokeni
 
 @pytest.mark.parametrize("n, length, stride", [(10, 4, 2), (5, 4, 4), (4, 4, 1), (23, 8, 3)])
 def test_windows_predict_each_target_once_and_with_context(n, length, stride):
-    document = Document(np.arange(n), np.arange(n) > 0, 0, "")
+    document = Document(np.arange(n), np.arange(n) > 0, "")
     seen = []
     for tokens, targets in windows(document, length, stride):
         assert len(tokens) == len(targets) <= length
@@ -190,7 +161,7 @@ def test_windows_predict_each_target_once_and_with_context(n, length, stride):
 def test_windows_without_a_target_are_not_computed():
     is_target = np.zeros(40, bool)
     is_target[38] = True
-    assert len(list(windows(Document(np.arange(40), is_target, 0, ""), 8, 4))) == 1
+    assert len(list(windows(Document(np.arange(40), is_target, ""), 8, 4))) == 1
 
 
 def test_the_fixed_set_is_named_by_its_hash_and_by_its_texts(checkpoint, rows_root, script):
@@ -217,10 +188,10 @@ def test_a_summary_that_cannot_fit_is_counted(tmp_path, script, checkpoint):
 
 
 def test_the_compressor_sees_the_same_text():
-    dull = [Document(np.zeros(2), np.ones(2, bool), 0, "好" * 3000)]
+    dull = [Document(np.zeros(2), np.ones(2, bool), "好" * 3000)]
     rich = "".join(map(chr, np.random.default_rng(0).integers(0x4E00, 0x9FFF, 3000)))
     assert xz_bits_per_byte(dull) < 0.2
-    assert 4 < xz_bits_per_byte([Document(np.zeros(2), np.ones(2, bool), 0, rich)]) < 8
+    assert 4 < xz_bits_per_byte([Document(np.zeros(2), np.ones(2, bool), rich)]) < 8
 
 
 def test_checkpoints_stand_in_one_table(checkpoint, tmp_path, tokenizer, rows_root, script):
@@ -275,15 +246,12 @@ def test_forgotten_is_since_the_best_before_the_last():
 def test_checkpoints_of_other_tokenizers_are_compared_by_bytes(
     tmp_path, tokenizer, script, monkeypatch
 ):
-    """The same pieces under another fingerprint have token files of their own."""
     path = tmp_path / "other.model"
     path.write_bytes(tokenizer.bytes + b"\x22\x00")  # an empty field more
     other = Tokenizer(path)
     assert other.fingerprint != tokenizer.fingerprint
     monkeypatch.chdir(tmp_path)
-    for each in (tokenizer, other):
-        tokens = write_token_files(tmp_path / f"made-{each.path.stem}", each)
-        shutil.copytree(tokens / "chat", f"data/tokens/{each.path.stem}/chat")
+    write_rows(tmp_path / "data/clean/chat/val-00000.jsonl", ROWS["chat"])
     runs = [save(tmp_path / "run", 5, tokenizer), save(tmp_path / "later", 1, other)]
     done = script(SCRIPT, *runs, "--data", "chat", "--device", "cpu")
     assert done.code == 0, done.err
@@ -304,7 +272,7 @@ def test_the_shares_of_two_processes_make_up_the_whole(rows_root, model, tokeniz
     assert np.allclose(sum(parts), whole, rtol=1e-12) and all(part.any() for part in parts)
 
 
-def test_mistakes_are_one_line(checkpoint, rows_root, token_twins, tmp_path, script):
+def test_mistakes_are_one_line(checkpoint, tmp_path, script):
     def mistake(*argv: object) -> str:
         return script(SCRIPT, *argv).error
 
@@ -314,8 +282,10 @@ def test_mistakes_are_one_line(checkpoint, rows_root, token_twins, tmp_path, scr
     assert "wanted sets to measure, found none" in mistake(checkpoint, "--data", " , ")
     assert "no such checkpoint" in mistake(tmp_path / "none")
     assert "--batch_size wants 1" in mistake(checkpoint, "--batch_size", 0)
-    (token_twins / "chat/val-00000.bin").write_bytes(b"1")
-    assert "damaged" in mistake(checkpoint, "--data", token_twins / "chat")
+    asked = {"role": "user", "content": "？"}, {"role": "assistant", "content": "。"}
+    row = {"id": "v/1", "image": "a.jpg", "messages": asked}
+    write_rows(tmp_path / "seen.jsonl", [row])
+    assert "found vqa in 'v/1'" in mistake(checkpoint, "--data", tmp_path / "seen.jsonl")
 
 
 def test_a_set_without_a_fitting_row_is_refused(tmp_path, tokenizer):

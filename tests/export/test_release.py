@@ -16,6 +16,7 @@ from babyllama.cpu.decoder import make_decoder
 from babyllama.errors import CheckpointError
 from babyllama.generate import generate
 from babyllama.prompts import SummaryPrompts
+from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS, save_model, small_config
 from export import release
@@ -126,9 +127,15 @@ def test_the_report_tells_what_rounding_does(released, source):
     assert under and not over
 
 
-def test_perplexity_of_a_source_is_measured_too(source, root, token_root, tmp_path):
+def test_perplexity_of_a_source_is_measured_too(source, root, tmp_path):
+    rows = [
+        {"id": f"a/{n}", "messages": [{"role": "user", "content": "写一句。"},
+                                      {"role": "assistant", "content": line}]}
+        for n, line in enumerate(LINES[:8])
+    ]  # fmt: skip
+    write_rows(tmp_path / "chat/val-00000.jsonl", rows)
     cfg = ReleaseConfig(
-        source, tmp_path / "r", source=str(token_root / "chat"), text=root / "lines.txt"
+        source, tmp_path / "r", source=str(tmp_path / "chat"), text=root / "lines.txt"
     )
     release.main(cfg)
     report = json.loads((tmp_path / "r/parity.json").read_text("utf-8"))
