@@ -4,7 +4,7 @@
     python eval_rouge.py out/csl out/wiki --dataset csl --split dev
     python eval_rouge.py out/csl --data data/raw/csl/ts/test.tsv --limit 100
     python eval_rouge.py out/csl --dataset csl --decoding greedy,beam,top_p,best
-    python eval_rouge.py out/csl --dataset csl --wordings --follow-up
+    python eval_rouge.py out/csl --dataset csl --wordings
     python eval_rouge.py out/chat out/csl_titles.jsonl --dataset csl
     python eval_rouge.py out/a+out/b+out/c --decoding best   three checkpoints that decide together
 
@@ -23,8 +23,14 @@ from typing import Literal
 from babyllama.config import from_repo, parse, plain, run, shown
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
-from babyllama.scoring import probes, rouge, tables, test_sets
-from babyllama.scoring.summarise import AskConfig, ReadyModel, decodings, summarise_all
+from babyllama.scoring import rouge, tables, test_sets
+from babyllama.scoring.summarise import (
+    AskConfig,
+    ReadyModel,
+    by_wording,
+    decodings,
+    summarise_all,
+)
 from babyllama.scoring.tables import System
 from babyllama.scoring.test_sets import SummarySet
 
@@ -49,7 +55,6 @@ class EvalConfig(AskConfig):
         decoding: ways to decode, each a line of the table: greedy, beam, top_p, best; if absent the
             one that the settings describe
         wordings: also ask in the wordings that training never shows, first system only
-        follow_up: also ask about keywords, discipline and category, where the rows know them
     """
 
     systems: tuple[Path, ...] = ()
@@ -62,7 +67,6 @@ class EvalConfig(AskConfig):
     max_seq_len: int | None = None
     decoding: str = ""
     wordings: bool = False
-    follow_up: bool = False
     max_new_tokens: int = 48
     temperature: float = 0.0
     seed: int | None = 0
@@ -93,20 +97,15 @@ def evaluate(
     if cfg.wordings:
         assert model
         sampling = next(iter(cfg.ways().values()))
-        result["by_wording"] = probes.by_wording(model, texts, references, sampling, cfg, lines[0])
-        yield probes.wording_table(result["by_wording"])
-    if cfg.follow_up:
-        assert model
-        asked = probes.ask_follow_ups(model, found.rows, lines[0].titles, cfg)
-        result["follow_up"] = {each.name: probes.scores(each, found.rows) for each in asked}
-        yield probes.follow_up_table(result["follow_up"])
+        result["by_wording"] = by_wording(model, texts, references, sampling, cfg, lines[0])
+        yield tables.wording_table(result["by_wording"])
     yield test_sets.samples(found, lines)
 
 
 def main(cfg: EvalConfig) -> None:
     """Read, summarise, score, compare, print, write."""
     systems, ways = test_sets.choose_systems(cfg.systems), cfg.ways()
-    test_sets.require_sense(systems, cfg.wordings or cfg.follow_up)
+    test_sets.require_sense(systems, cfg.wordings)
     places = [path for paths in systems.values() for path in paths]
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
     out = test_sets.choose_out(cfg.out, places, found)

@@ -143,7 +143,7 @@ class SummaryPrompts:
                 faults.append(f"eval.unseen {question!r} is a wording of training; write another")
             if question in self.unseen[:number]:
                 faults.append(f"eval.unseen holds {question!r} twice; write another")
-        for (lead, end), (same, other) in product(self._frames["summary"], repeat=2):
+        for (lead, end), (same, other) in product(self._frames, repeat=2):
             if lead == same and end != other and end.endswith(other):
                 faults.append(
                     f"answers that begin {lead!r} end in {end!r} or {other!r}, so it is open what "
@@ -261,11 +261,6 @@ class SummaryPrompts:
         """The question that scoring asks, or another one; it wants the summary alone."""
         return [_message("user", self._lay(question or self.eval_question, text[:max_text]))]
 
-    def first_question(self, name: str) -> str:
-        """The first question of the second turn about a thing, with the first word of each slot."""
-        words = {slot: words[0] for slot, words in self.slots.items()}
-        return _fill(self.turns[name].questions[0], words)
-
     def eval_prompt(
         self, text: str, max_ids: int, question: str | None = None
     ) -> tuple[list[int], int]:
@@ -290,32 +285,23 @@ class SummaryPrompts:
         """The ids of a text that somebody has titled, as those of a summary row."""
         return self.tokenizer.encode(defused(plain(text), "\n"))
 
-    def strip_frame(self, reply: str, name: str = "summary") -> str:
+    def strip_frame(self, reply: str) -> str:
         """A reply without what an answer template adds to a summary; any other reply as it is.
 
         Beginning and end must be those of one template with one choice of words, letter by
         letter; where several fit, the one that adds most.
-
-        name: of what was asked for; one of `turns`, else the summary
         """
-        for lead, end in self._frames[name]:
+        for lead, end in self._frames:
             if reply.startswith(lead) and reply.endswith(end) and len(reply) >= len(lead + end):
                 return reply[len(lead) : len(reply) - len(end)]
         return reply
 
     @cached_property
-    def _frames(self) -> dict[str, list[tuple[str, str]]]:
-        """Texts of answers before and after a summary or a thing in a row's meta, longest first."""
-        answers = {"summary": [a for _, of_family in self.families for a in of_family]}
-        answers |= {name: turn.answers for name, turn in self.turns.items()}
-        frames = {
-            name: {f.partition(f"{{{name}}}")[::2] for t in own for f in self._fillings(t)}
-            for name, own in answers.items()
-        }
-        return {
-            name: sorted(own, key=lambda frame: (-len("".join(frame)), frame))
-            for name, own in frames.items()
-        }
+    def _frames(self) -> list[tuple[str, str]]:
+        """Texts of answers before and after a summary, longest first."""
+        answers = [answer for _, own in self.families for answer in own]
+        frames = {f.partition("{summary}")[::2] for a in answers for f in self._fillings(a)}
+        return sorted(frames, key=lambda frame: (-len("".join(frame)), frame))
 
     def echoes(self, title: str, text: str) -> bool:
         """True if a title repeats words of a template that do not stand in the text."""

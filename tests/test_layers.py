@@ -126,8 +126,8 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_600, "core": 5_580, "product": 32_143}
-MOST_FILES = 153
+MOST_LINES = {"evening": 2_600, "core": 5_580, "product": 31_770}
+MOST_FILES = 151
 
 
 def n_lines(paths: Iterable[Path]) -> int:

@@ -1,1 +1,1 @@
-"""Summaries of a test set and what they are worth: test sets, ROUGE, tables, probes, a page."""
+"""Summaries of a test set and what they are worth: test sets, ROUGE, titles, tables."""

@@ -2,7 +2,8 @@
 
 A model is asked with the evaluation prompt. Of several replies (the n best of a beam search, or
 drawn ones; of several models all together) the one most like the others is the title: minimum Bayes
-risk (Kumar and Byrne 2004; Eikema and Aziz 2020, arXiv:2005.10283) under ROUGE.
+risk (Kumar and Byrne 2004; Eikema and Aziz 2020, arXiv:2005.10283) under ROUGE. `by_wording` tells
+how much hangs on the phrase: ROUGE under prompt templates that training never uses.
 """
 
 from collections import Counter
@@ -26,8 +27,8 @@ from babyllama.errors import CheckpointError, ConfigError
 from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
-from babyllama.scoring.rouge import clipped_f_of_all, is_blank
-from babyllama.scoring.tables import System
+from babyllama.scoring import rouge
+from babyllama.scoring.tables import USUAL, System
 from babyllama.scoring.test_sets import SummarySet, predictions_for
 from tokenizer import Tokenizer
 
@@ -213,10 +214,43 @@ def ranked(replies: Sequence[str]) -> list[str]:
     """
     counts = Counter(replies)
     texts = list(counts)
-    said = np.array([not is_blank(text) for text in texts])  # "..." is like nothing
-    alike = sum(clipped_f_of_all(texts, n, RECALL) for n in (1, 2))
+    said = np.array([not rouge.is_blank(text) for text in texts])  # "..." is like nothing
+    alike = sum(rouge.clipped_f_of_all(texts, n, RECALL) for n in (1, 2))
     scores = (alike * said @ list(counts.values())) * said
     return [texts[i] for i in np.argsort(-scores, kind="stable")]
+
+
+def by_wording(
+    model: ReadyModel,
+    texts: Sequence[str],
+    references: Sequence[str],
+    sampling: SamplingConfig,
+    cfg: AskConfig,
+    usual: System,
+) -> dict:
+    """ROUGE of the usual question and of every unseen one, times 100, and how the unseen differ.
+
+    raises: ConfigError if the prompt file has no unseen wordings
+    """
+    unseen = templates(cfg.prompts, model.tokenizer).unseen
+    if not unseen:
+        raise ConfigError(f"{cfg.prompts}: wanted eval.unseen for --wordings, found none; add some")
+    rows = {USUAL: _means(usual.titles, references) | {"n_lead_ins": usual.n_lead_ins}}
+    for question in unseen:
+        made = summarise([model], texts, sampling, cfg.batch_size, cfg.prompts, question)
+        rows[question] = _means([each.title for each in made], references)
+        rows[question]["n_lead_ins"] = sum(each.had_lead_in for each in made)
+    ways = {"mean": np.mean, "deviation": np.std, "lowest": np.min, "highest": np.max}
+    spread = {
+        name: {way: float(of([rows[q][name] for q in unseen])) for way, of in ways.items()}
+        for name in rouge.ROUGE
+    }
+    return {"wordings": rows, "spread": spread}
+
+
+def _means(titles: Sequence[str], references: Sequence[str]) -> dict:
+    found = rouge.rouge_published(titles, references).f
+    return {name: 100 * float(f.mean()) for name, f in found.items()}
 
 
 def summarise_all(

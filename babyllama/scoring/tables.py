@@ -30,6 +30,9 @@ _NATURE = {
 }  # fmt: skip
 
 
+USUAL = "the usual question"
+
+
 class Published(NamedTuple):
     """One row of published.yaml; what its source does not state is None."""
 
@@ -201,6 +204,19 @@ def nature_table(systems: Sequence[System], references: dict) -> str:
         "loops: some run of 4 characters stands in the title twice; new: not in the text",
         "wrong numbers: of the titles that state a number, those with one the text does not hold",
     ])  # fmt: skip
+
+
+def wording_table(found: dict) -> str:
+    """One line a wording, the best first, and what the unseen are together."""
+    lines = [["wording", *rouge.ROUGE, "lead-ins"]]
+    rows = sorted(found["wordings"].items(), key=lambda pair: -pair[1]["rouge-1"])
+    for question, row in rows:
+        figures = [f"{row[name]:.1f}" for name in rouge.ROUGE]
+        lines.append([question.replace("\n", "⏎"), *figures, row["n_lead_ins"]])
+    for way in ("mean", "deviation", "lowest", "highest"):
+        figures = [f"{found['spread'][name][way]:.1f}" for name in rouge.ROUGE]
+        lines.append([f"unseen: {way}", *figures, ""])
+    return table(lines)
 
 
 def difference_table(found: dict, first: str, second: str) -> str:

@@ -260,16 +260,14 @@ def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
     return {" + ".join(map(name_of.__getitem__, paths)): paths for paths in groups}
 
 
-def require_sense(systems: Mapping[str, Sequence[Path]], asks_more: bool) -> None:
+def require_sense(systems: Mapping[str, Sequence[Path]], has_wordings: bool) -> None:
     """Refuse at the start what has nobody to ask.
 
     raises: ConfigError
     """
     first, *_ = systems.values()
-    if asks_more and (first[0].is_file() or len(first) > 1):
-        raise ConfigError(
-            "--wordings and --follow-up ask one checkpoint, the first system; name it first"
-        )
+    if has_wordings and (first[0].is_file() or len(first) > 1):
+        raise ConfigError("--wordings asks one checkpoint, the first system; name it first")
 
 
 def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> Path:

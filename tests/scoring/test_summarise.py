@@ -1,4 +1,4 @@
-"""Titles by a checkpoint: order, room, ways to decode, the choice among replies, second turns."""
+"""Titles by a checkpoint: order, room, ways to decode, the choice among replies."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +15,19 @@ from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
 from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
-from babyllama.scoring import probes
 from babyllama.scoring.summarise import (
     BEST,
     AskConfig,
     ReadyModel,
     ask_all,
+    by_wording,
     decodings,
     ranked,
     suggest,
     summarise,
     templates,
 )
-from babyllama.scoring.tables import System
+from babyllama.scoring.tables import USUAL, System
 from serving import endless_model, save
 
 PROMPTS = REPO / "tests/small_prompts.yaml"
@@ -183,56 +183,5 @@ def test_another_wording_asks_another_question(checkpoint):
     usual = summarise([model], TEXTS, GREEDY, 8, PROMPTS)
     assert usual != summarise([model], TEXTS, GREEDY, 8, PROMPTS, unseen[0])
     line = System("usual", [each.title for each in usual])
-    found = probes.by_wording(model, TEXTS, TEXTS, GREEDY, ASK, line)
-    assert list(found["wordings"]) == [probes.USUAL, *unseen]
-
-
-def test_the_second_question_follows_the_models_own_summary(checkpoint):
-    model = wide_awake(checkpoint)
-    metas = ({"discipline": "生物"}, {"discipline": "文学"}, {})
-    rows = [
-        {"id": f"a/{i}", "text": text, "summary": "题", "meta": meta}
-        for i, (text, meta) in enumerate(zip(TEXTS[:3], metas, strict=True))
-    ]
-    (found,) = probes.ask_follow_ups(model, rows, ["一", "二", "三"], ASK)
-    assert found.name == "discipline" and found.rows == [0, 1] and len(found.answers) == 2
-    for i in (0, 1):  # the second text is too long and loses its end, not the question
-        ids = probes.second_turn(model, rows[i]["text"], "一二", found.question, ASK)
-        text = model.tokenizer.decode(ids)
-        assert text.count("助手：") == 2 and "一二" in text and found.question in text
-        assert len(ids) <= 128 - 8
-    assert len(ids) == 128 - 8
-
-
-def test_what_surrounds_an_answer_comes_off(tokenizer):
-    own = SummaryPrompts.load(REPO / "configs/prompts/summary_zh.yaml", tokenizer)
-    for said in ("银杏、树种", "关键词有：银杏、树种。", "这段摘要的关键词是：银杏、树种"):
-        assert probes.keywords_of(own.strip_frame(said, "keywords")) == ["银杏", "树种"]
-    assert own.strip_frame("属于生物学。", "discipline") == "生物学"
-    assert own.strip_frame("生物学", "discipline") == "生物学"
-
-
-def test_keywords_match_whole_and_in_any_order():
-    assert probes.keywords_of("AB模型、图像，去噪; 图像\nＡＢ") == ["ab模型", "图像", "去噪", "ab"]
-    same = probes.keyword_scores(["乙、甲"], [["甲", "乙"]])
-    assert (same["f1"], same["precision"], same["recall"]) == (100, 100, 100)
-    half = probes.keyword_scores(["甲、丙、丁、戊"], [["甲", "乙"]])
-    assert (half["precision"], half["recall"]) == (25, 50)
-    assert half["f1"] == pytest.approx(100 / 3)
-    assert probes.keyword_scores([""], [["甲"]])["f1"] == 0
-
-
-def test_labels_must_be_the_whole_answer():
-    found = probes.label_scores(["生物学。", "生物学和文学", "文学"], ["生物学"] * 3)
-    assert found["accuracy"] == pytest.approx(100 / 3)
-
-
-def test_baselines_need_no_model():
-    meta = {"keywords": ["银杏"], "discipline": "生物"}
-    rows = [{"text": "银杏叶子变黄，银杏树种", "meta": meta}]
-    words = probes.FollowUp("keywords", "？", [0], ["银杏"])
-    found = probes.scores(words, rows)
-    assert found["answers"]["f1"] == 100 and found["words the text repeats most"]["recall"] == 100
-    label = probes.FollowUp("discipline", "？", [0], ["文学"])
-    found = probes.scores(label, rows)
-    assert found["answers"]["accuracy"] == 0 and found["always 生物"]["accuracy"] == 100
+    found = by_wording(model, TEXTS, TEXTS, GREEDY, ASK, line)
+    assert list(found["wordings"]) == [USUAL, *unseen]
