@@ -1,6 +1,7 @@
 """Set babyllama up and walk through it: from raw Chinese text to models that talk and are scored.
 
-    python quickstart.py                              makes .venv, installs, runs the steps below
+    python quickstart.py                              makes .venv, installs, runs the steps of
+                                                      configs/quickstart.toml
     python quickstart.py --tests [--slow] [-- ARGS]   makes .venv, installs, runs ruff, mypy, pytest
 
 Standard library only; Linux, macOS and Windows. Each command is printed as you would type it. A
@@ -23,71 +24,27 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+PLAN = Path(__file__).resolve().with_name("configs") / "quickstart.toml"
+
 
 class Step(NamedTuple):
+    """A step of configs/quickstart.toml, where its fields are explained."""
+
     name: str
     title: str
     command: str
-    makes: str = ""  # what must exist afterwards; a step that makes nothing runs every time
-    depends: tuple = ()  # files that make the step run again when they change
-    is_run: bool = False  # continues the run in `makes`; an outdated one is moved out of the way
-    is_quiet: bool = False  # its output is shown only if it fails
+    makes: str = ""
+    depends: tuple = ()
+    is_run: bool = False
+    is_quiet: bool = False
 
 
-STEPS = (
-    Step("data", "第一幕：从零开始。收集并清洗文本 / act 1, from scratch: texts",
-         "python -m data_process.run sample", makes="data/clean/inews"),
-    Step("vocabulary", "训练词表：模型读写的是常见的字和词（token） / train a vocabulary",
-         "python tokenizer.py train --rows data/clean/inews --vocab_size 6000"
-         " --out data/tokenizers/sample.model", makes="data/tokenizers/sample.model"),
-    Step("tokens", "文本转为 token / turn the texts into tokens",
-         "python -m data_process.run sample --tokenizer data/tokenizers/sample.model",
-         makes="data/tokens/sample", is_quiet=True),
-    Step("pretrain", "预训练：学着猜下一个 token。困惑度（ppl）是它平均在几个候选里犹豫，准确率"
-         "（accuracy）是一次猜中的比例；→ 后面是它这时续写的文字 / pretrain",
-         "python pretrain.py --config configs/pretrain/sample.yaml", makes="out/sample",
-         depends=("configs/pretrain/sample.yaml", "configs/model/tiny.yaml"), is_run=True),
-    Step("sft", "微调：照着问答学会回答，这里是拟标题和闲聊 / fine-tune on headlines and talk",
-         "python sft.py --dataset sample", makes="out/sample_sft",
-         depends=("configs/sft/sample.yaml", "configs/prompts/summary_zh.yaml"), is_run=True),
-    Step("score", "评测：给 194 篇没见过的新闻拟标题，与原标题比重合多少（ROUGE） / score",
-         "python eval_rouge.py out/sample_sft --out out/sample_sft/predictions.jsonl",
-         makes="out/sample_sft/predictions.jsonl", is_quiet=True),
-    Step("tokens_release", "第二幕：从发布的模型 release/ 开始，用它的词表 / act 2, from release/",
-         "python -m data_process.run sample --tokenizer release/tokenizer.model",
-         makes="data/tokens", depends=("release/model.yaml",), is_quiet=True),
-    Step("headlines", "微调 release/，学写新闻标题 / fine-tune it on the headlines",
-         "python sft.py --config configs/sft/headlines.yaml", makes="out/headlines",
-         depends=("configs/sft/headlines.yaml", "configs/prompts/title_zh.yaml"), is_run=True),
-    Step("compare", "在同样 194 篇新闻上评测两个 release/ / score both on the same news",
-         "python eval_rouge.py out/headlines release --decoding best --max_seq_len 176"
-         " --weights auto --out out/headlines/predictions.jsonl",
-         makes="out/headlines/predictions.jsonl", is_quiet=True),
-    Step("persona", "用 62 段对话教它做一只叫石榴的书店橘猫 / a character by 62 dialogues",
-         "python sft.py --rows configs/persona.jsonl --name persona", makes="out/persona",
-         depends=("configs/persona.jsonl",), is_run=True),
-)  # fmt: skip
-ASKED = ("你叫什么？", "你住在哪里？", "你害怕什么东西？", "给我推荐一本书吧", "晚安")
+def plan() -> dict:
+    """What configs/quickstart.toml holds, its steps as such."""
+    import tomllib  # which a Python that is too old does not have
 
-# What the lines of the scores are called; all others keep their names.
-NAMES = {
-    "sample_sft": "第一幕：从零三分钟 / act 1: from scratch",
-    "release": "release/，没学过这些新闻 / as it is released",
-    "headlines": "第二幕：release/ 学过新闻标题 / act 2: fine-tuned on headlines",
-    "first sentence": "照抄第一句 / the first sentence",
-    "first clause": "照抄第一个分句 / the first clause",
-    "first 25 characters": "照抄前 25 字 / the first 25 characters",
-    "best sentence (knows the reference)": "对着答案挑最好的一句 / the best sentence, by an oracle",
-}
-
-NEXT = """
-换成你自己的数据，各一条命令 / your own data, one command each（先激活 / activate first: {activate}）
-  一个自己的机器人 / a bot of your own     python sft.py --rows my.jsonl        （问答或对话 / JSON, CSV, xlsx）
-  学你的文风 / writing as you do           python pretrain.py --text diary.txt  （.txt .md .docx / a folder）
-  对话 / talk                              python chat.py out/my
-真正的训练 / the real training             python pretrain.py --dry-run         （43M：每一步的命令、显存、时间）
-"""  # noqa: E501
-ACTIVATE = r".venv\Scripts\activate" if os.name == "nt" else "source .venv/bin/activate"
+    found = tomllib.loads(read(PLAN))
+    return found | {"steps": tuple(Step(**step) for step in found["steps"])}
 
 
 def main() -> int:
@@ -110,9 +67,9 @@ def main() -> int:
     code = prepare(root, python, "requirements/dev.txt" if options.tests else "requirements.txt")
     if code == 0 and options.tests:
         return run_tests(root, python, options.slow, options.pytest_args)
-    code = code or run_steps(STEPS, root, python)
+    code = code or run_steps(plan()["steps"], root, python)
     if code == 0:
-        say(NEXT.format(activate=ACTIVATE))
+        say(plan()["next"])
     return code
 
 
@@ -243,7 +200,7 @@ def environment() -> dict:
 
 def show_scores(root: Path, _: Path) -> int:
     """The titles of all models that were scored beside what copying scores, in one table."""
-    rows = {}
+    rows, names = {}, plan()["names"]
     for made in ("sample_sft", "headlines"):
         scores = read(root / "out" / made / "predictions.scores.json")
         for name, found in json.loads(scores or '{"scores_x100": {}}')["scores_x100"].items():
@@ -252,24 +209,24 @@ def show_scores(root: Path, _: Path) -> int:
     say("194 篇没见过的新闻，拟的标题与原标题的重合（ROUGE-1，满分 100）"
         " / titles of 194 unseen news, ROUGE-1 of 100")  # fmt: skip
     for name, score in sorted(rows.items(), key=lambda row: row[1]):
-        say(f"  {score:5.1f}  {'█' * round(score / 2):<22} {NAMES.get(name, name)}")
+        say(f"  {score:5.1f}  {'█' * round(score / 2):<22} {names.get(name, name)}")
     return 0
 
 
 def show_answers(root: Path, python: Path) -> int:
     """Answers of the released model and of the character to the same questions, side by side."""
     say("\n同样的问题，问微调前和微调后的模型 / the same questions before and after")
-    said, asked = [], "\n".join(ASKED)
+    said, questions = [], plan()["questions"]
     for checkpoint in ("release", "out/persona"):
         words = ["chat.py", checkpoint, "--json", "--temperature", "0"]
         say(f"$ python {' '.join(words)} < questions.txt")
         done = subprocess.run([python, *words], cwd=root, env=environment(), encoding="utf-8",
-                              input=asked, capture_output=True)  # fmt: skip
+                              input="\n".join(questions), capture_output=True)  # fmt: skip
         if done.returncode:
             say(done.stderr)
             return done.returncode
         said.append([json.loads(line)["reply"] for line in done.stdout.splitlines()])
-    for question, before, after in zip(ASKED, *said, strict=True):
+    for question, before, after in zip(questions, *said, strict=True):
         say(f"  问：{question}\n    前：{before}\n    后：{after}")
     return 0
 

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import quickstart
-from quickstart import STEPS, Step, run_steps
+from quickstart import Step, plan, run_steps
 
 REPO = Path(quickstart.__file__).parent
 PYTHON = Path(sys.executable)
@@ -174,7 +174,7 @@ def test_a_fresh_clone_goes_both_acts_and_ends_with_the_commands_for_own_data(tm
     (clone / "go.py").write_text(
         "import sys; from pathlib import Path; import quickstart as q\n"
         "python, root = Path(sys.executable), Path(q.__file__).parent\n"
-        "sys.exit(q.run_steps(q.STEPS, root, python))"
+        "sys.exit(q.run_steps(q.plan()['steps'], root, python))"
     )
     done = subprocess.run([PYTHON, "go.py"], cwd=clone, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -187,8 +187,9 @@ def test_a_fresh_clone_goes_both_acts_and_ends_with_the_commands_for_own_data(tm
 
 
 def test_the_steps_are_commands_of_this_repository():
-    assert len({each.name for each in STEPS}) == len(STEPS)
-    for each in STEPS:
+    steps = plan()["steps"]
+    assert len({each.name for each in steps}) == len(steps)
+    for each in steps:
         first, second, *rest = each.command.split()
         assert first == "python"
         path = rest[0].replace(".", "/") + ".py" if second == "-m" else second
