@@ -55,7 +55,7 @@ class TalkConfig:
     raw: Path
     out: Path = Path("data/raw/recipe")
     most: int = 36
-    turns: int = 4000
+    turns: int = 6000
     smile: int = 2500
     seed: int = 0
 
