@@ -52,6 +52,8 @@ class DataConfig:
         max_seq_len: longest sequence in tokens, where it is less than the model's context
         weight_by: what counts alike in the loss: every target token, or every row, so that a
             title weighs as much as an essay
+        least_copied: leave out summaries of which less than this share of tokens stands in the text
+            as it is cut: what cannot be known from it teaches a small model to invent
         supervise: what of dialogues and summary rows is a target: the assistant's answers, or all
             tokens, as in a text; for pretraining on dialogues in their final form
     """
@@ -63,11 +65,15 @@ class DataConfig:
     max_val_rows: int = 256
     max_seq_len: int | None = None
     weight_by: Literal["token", "row"] = "token"
+    least_copied: float = 0.0
     supervise: Literal["answers", "all"] = "answers"
 
     def __post_init__(self) -> None:
         fits = self.max_seq_len is None or self.max_seq_len >= 2
-        wanted = {"max_val_rows": ("1 or more", self.max_val_rows >= 1)}
+        wanted = {
+            "max_val_rows": ("1 or more", self.max_val_rows >= 1),
+            "least_copied": ("0 to 1", 0 <= self.least_copied <= 1),
+        }
         require("data", self, {**wanted, "max_seq_len": ("2 or more", fits)})
         for source in self.sources:
             if not 0 < source.weight < math.inf:
@@ -207,16 +213,20 @@ class Summaries(Source):
             [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
         )[0]
         self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
-        fitting, n_cut, n_without_turn = [], 0, 0
+        fitting, n_cut, n_without_turn, n_invented = [], 0, 0, 0
         for file in self.files:
             text, summary = file.sizes[file.first], file.sizes[file.first + 1]
             fits = np.minimum(text, _LEAST_TEXT) + summary <= self._room
+            for place in np.flatnonzero(fits) if self._config.least_copied else ():
+                if self._copied(file, place) < self._config.least_copied:
+                    fits[place], n_invented = False, n_invented + 1
             spare = self._room - text - summary
             n_cut += int((fits & (spare < 0)).sum())
             n_without_turn += prompts.n_without_turn(file, spare)
             fitting.append(fits)
         self.dropped = {
-            "summary_does_not_fit": sum(int((~fits).sum()) for fits in fitting),
+            "summary_does_not_fit": sum(int((~fits).sum()) for fits in fitting) - n_invented,
+            "summary_not_in_text": n_invented,
             "text_cut": n_cut,
             "no_room_for_second_turn": n_without_turn,
         }
@@ -224,6 +234,11 @@ class Summaries(Source):
         asks = "keywords" in prompts.turns and prompts.share > 0
         self.teaches = ("title", "keywords") if asks and has_keywords else ("title",)
         return fitting
+
+    def _copied(self, file: TokenFile, place: int) -> float:
+        """The share of a summary's tokens that its text holds where it is cut."""
+        (_, text), (_, summary), *_ = file.pieces(place)
+        return float(np.isin(summary, text[: self._room - len(summary)]).mean())
 
     def row(self, number: int, rng: np.random.Generator) -> Row:
         file, place, _ = self._rows[number].tolist()

@@ -383,6 +383,7 @@ def test_a_summary_row_fits_in_every_wording_and_only_its_texts_end_is_cut(tmp_p
     n_cut = sum(sum(sizes[place]) > room for place in kept)
     assert source.dropped == {
         "summary_does_not_fit": 200 - len(kept),
+        "summary_not_in_text": 0,
         "text_cut": n_cut,
         "no_room_for_second_turn": 0,
     }
@@ -395,6 +396,23 @@ def test_a_summary_row_fits_in_every_wording_and_only_its_texts_end_is_cut(tmp_p
             answer = targets[targets != IGNORED].tolist()
             assert answer[-len(summary) - 1 :] == [*summary, tokenizer.eos_id]
             assert contains(tokens.tolist(), text[: room - len(summary)])
+
+
+def test_summaries_that_are_not_copied_from_what_is_kept_of_the_text_can_be_left_out(
+    tmp_path, tokenizer
+):
+    with TokenFileWriter(tmp_path / "train-00000", "summary", tokenizer) as writer:
+        for n_copied in range(11):
+            for start in (0, 200):  # the second text is cut before what its summary holds
+                text = [3] * start + list(range(10, 20)) + [4] * 200
+                summary = list(range(10, 10 + n_copied)) + [5] * (10 - n_copied)
+                writer.add_row([("text", text), ("summary", summary)])
+    config = DataConfig((SourceConfig(str(tmp_path)),), least_copied=0.6)
+    source = open_source(config.sources[0], "train", tokenizer, config, 128)
+    said = [source.row(number, np.random.default_rng(0))[1] for number in range(len(source))]
+    copied = [int(np.isin(targets, range(10, 20)).sum()) for targets in said]
+    assert copied == [6, 7, 8, 9, 10]
+    assert source.dropped["summary_not_in_text"] == 22 - 5
 
 
 def contains(ids: list[int], part: list[int]) -> bool:
