@@ -52,7 +52,7 @@ class TransformersModel:
 
     def __init__(self, model: torch.nn.Module, eos_id: int) -> None:
         """eos_id: ends a reply"""
-        self.model = model.float().eval()
+        self.model = model.eval()
         model.generation_config.eos_token_id = model.generation_config.pad_token_id = eos_id
 
     def logits(self, ids: Sequence[int]) -> Tensor:
@@ -101,8 +101,9 @@ class GgufInTransformers(TransformersModel):
 
     def __init__(self, file: Path, eos_id: int) -> None:
         model, info = package("transformers").AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True, output_loading_info=True
-        )
+            file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
         if info["missing_keys"]:
             raise ConfigError(
                 f"{file}: transformers finds no {', '.join(info['missing_keys'])} in it"

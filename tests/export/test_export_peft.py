@@ -22,6 +22,8 @@ from export.peft import (
 )
 from test_lora import ALL, LAYERS, TOKENS, adapted, make
 
+# peft still asks for it, and transformers 5 warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 PEFT_TARGETS = [("wq", "wv"), LAYERS, ALL, ("layers.1.attention.wo", "w2")]
 
 
