@@ -4,7 +4,9 @@ On stand-in tensors (stand_in.py); benchmarks/card.py shows the rest where there
 """
 
 import contextlib
+import copy
 import functools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from babyllama.device import Scaler, ahead, summed, to_device
 from babyllama.distributed import GRAPHS, World
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig, averaged, make_optimizer, move_averages
-from babyllama.trainer import Objective, forward_backward, next_token
+from babyllama.trainer import Objective, forward_backward, next_token, samples
 from babyllama.tuning.preference import dpo
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from conftest import small_config
@@ -172,6 +174,23 @@ def test_sums_are_those_of_adding_one_after_the_other():
         wanted += torch.stack([part.float() for part in loss]).double()
     assert torch.equal(summed(losses, 7, World(0, 1, CPU))[:3], wanted)
     assert summed([], 7, World(0, 1, CPU)).tolist() == [0, 0, 0, 7]
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_samples_are_drawn_in_a_deterministic_run_too(deterministic, tokenizer, monkeypatch):
+    torch.manual_seed(0)
+    model, found = Transformer(small_config(tokenizer.vocab_size)), []
+    for made in (model, to_card(copy.deepcopy(model))):
+        with card(monkeypatch):
+            found.append(samples(made, tokenizer, ["今天"], "pretrain", 8))
+        monkeypatch.undo()
+    assert found[0] == found[1] and torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
