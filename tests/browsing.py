@@ -72,6 +72,13 @@ def ready(page: "Page") -> None:
     until(page, "document.querySelector('#model').options.length > 0")
 
 
+def reload(page: "Page") -> None:
+    """Load the page again, once what was being saved is saved."""
+    page.evaluate("saving")
+    page.reload()
+    ready(page)
+
+
 def until(page: "Page", condition: str, seconds: float = 20) -> None:
     """Wait for an expression to hold; playwright's own way needs eval, which the page forbids."""
     limit = time.monotonic() + seconds
@@ -81,12 +88,8 @@ def until(page: "Page", condition: str, seconds: float = 20) -> None:
 
 
 def ask(page: "Page", text: str, tokens: int = 12) -> str:
-    """Send a message and wait for the whole reply.
-
-    tokens: of the reply; in one of 100, three alone are bytes of a character or a blank, and a
-        reply without text leaves the page
-    """
-    assert tokens > 5
+    """Send a message and wait for the whole reply, which leaves the page if it has no text
+    (serving.talkative_model)."""
     page.evaluate(f"state.sampling.max_tokens = {tokens}")
     before = page.locator("#messages li.assistant").count()
     page.fill("#question", text)

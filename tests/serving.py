@@ -31,6 +31,15 @@ def endless_model(tokenizer: Tokenizer, context: int = CONTEXT) -> Transformer:
     return model
 
 
+def talkative_model(tokenizer: Tokenizer, context: int = CONTEXT) -> Transformer:
+    """The same, and every token is text that shows: neither a blank nor bytes of a character."""
+    model = endless_model(tokenizer, context)
+    for token in range(tokenizer.vocab_size):
+        if "\ufffd" in tokenizer.decode([token]) or not tokenizer.decode([token]).strip():
+            model.output.weight.data[token] = 0
+    return model
+
+
 def seeing_model(tokenizer: Tokenizer, fusion: str = "cross", context: int = 256) -> VqaModel:
     """The same behind an encoder with random weights: its replies depend on the image."""
     language = endless_model(tokenizer, context)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import ask, needs_browser, put_talk, ready, texts, until, visitor
+from browsing import ask, needs_browser, put_talk, ready, reload, texts, until, visitor
 from conftest import TEXTS
-from serving import Running, endless_model, save, serving
+from serving import Running, save, serving, talkative_model
 
 pytestmark = needs_browser
 
@@ -17,11 +17,7 @@ pytestmark = needs_browser
 @pytest.fixture(scope="module")
 def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
     place = tmp_path_factory.mktemp("page")
-    # Long replies of whole characters, so that there is time to stop one: byte pieces never win.
-    model = endless_model(tokenizer)
-    for token in range(tokenizer.vocab_size):
-        if "\ufffd" in tokenizer.decode([token]) or not tokenizer.decode([token]).strip():
-            model.output.weight.data[token] = 0
+    model = talkative_model(tokenizer)
     with serving(save(model, tokenizer, place / "small"), place / "log") as server:
         yield server
 
@@ -75,8 +71,7 @@ def test_a_reload_keeps_the_conversation_and_the_settings(page):
     page.select_option("#theme", "dark")
     page.select_option("#loop_guard", "end")
     before = texts(page)
-    page.reload()
-    ready(page)
+    reload(page)
     assert texts(page) == before
     assert page.locator("#reference").input_value() == TEXTS[0]
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
@@ -108,8 +103,7 @@ def test_text_never_becomes_part_of_the_page(page):
         for role in ("user", "assistant")
     ]
     put_talk(page, {"messages": messages, "reference": PAYLOADS[0], "title": PAYLOADS[1]})
-    page.reload()
-    ready(page)
+    reload(page)
     assert texts(page) == [message["content"] for message in messages]
     assert (
         page.locator("#messages :is(script, img, svg, iframe, a, b, style, form, link)").count()
@@ -153,16 +147,14 @@ def test_a_damaged_store_loses_what_is_damaged_and_nothing_else(page):
     ):  # fmt: skip
         text = kept if isinstance(kept, str) else json.dumps(kept)
         page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", text)
-        page.reload()
-        ready(page)
+        reload(page)
         assert page.evaluate("[state.sampling.temperature, state.sampling.loop_guard]") == [
             0.8, "redraw",
         ]  # fmt: skip
         assert ask(page, "你好")
     for messages, wanted in (([*bad, good], ["还在"] * 2), ("x", []), ({}, []), (None, [])):
         put_talk(page, {"messages": messages, "title": 7, "created": "x"})
-        page.reload()
-        ready(page)
+        reload(page)
         assert texts(page) == wanted
 
 
@@ -170,8 +162,7 @@ def test_the_conversation_of_an_older_page_is_kept(page):
     older = {"messages": [{"role": "user", "content": "以前的"}], "reference": "旧资料"}
     page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", json.dumps(older))
     for _ in range(2):
-        page.reload()
-        ready(page)
+        reload(page)
         assert texts(page) == ["以前的"]
         assert page.locator("#reference").input_value() == "旧资料"
     assert page.locator("#talks li").count() == 1

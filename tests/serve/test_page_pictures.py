@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import needs_browser, put_talk, ready, until, visitor
+from browsing import needs_browser, put_talk, ready, reload, until, visitor
 from serving import Running, as_url, endless_model, save, seeing_model, serving
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -76,8 +76,7 @@ def test_a_picture_is_shown_sent_and_answered(page, server):
     assert shown.evaluate("e => e.naturalWidth") == 32
     assert page.locator("#picture").is_hidden()  # it went with the message
     # The next question is about the same image, also after a reload.
-    page.reload()
-    ready(page)
+    reload(page)
     messages, _ = ask(page, "这是动物吗？")
     assert pictures_in(messages) == [as_url(data)] and len(messages) == 3
 
@@ -145,8 +144,7 @@ def test_what_is_kept_is_shown_only_if_it_is_a_picture(page):
            "data:image/svg+xml;base64,PHN2Zy8+"]  # fmt: skip
     messages = [{"role": "user", "content": "x", "picture": url} for url in bad]
     put_talk(page, {"messages": messages})
-    page.reload()
-    ready(page)
+    reload(page)
     assert page.locator("#messages li").count() == len(bad)
     assert page.locator("#messages img").count() == 0
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from browsing import ask, needs_browser, put_talk, ready, texts, until, visitor
+from browsing import ask, needs_browser, put_talk, ready, reload, texts, until, visitor
 from conftest import TEXTS
-from serving import Running, endless_model, save, serving
+from serving import Running, save, serving, talkative_model
 
 pytestmark = needs_browser
 SIZES = {"wide": {"width": 1280, "height": 800}, "phone": {"width": 390, "height": 844}}
@@ -19,7 +19,7 @@ SIZES = {"wide": {"width": 1280, "height": 800}, "phone": {"width": 390, "height
 @pytest.fixture(scope="module")
 def server(tokenizer, tmp_path_factory) -> Iterator[Running]:
     place = tmp_path_factory.mktemp("talks")
-    run = save(endless_model(tokenizer, 512), tokenizer, place / "small")
+    run = save(talkative_model(tokenizer, 512), tokenizer, place / "small")
     card = "# 模型卡\n\n会*写标题*，<script>alert(1)</script>不会别的。\n"
     (run / "README.md").write_text(card, "utf-8")
     with serving(run, place / "log") as server:
@@ -56,17 +56,17 @@ def fresh(page) -> None:
 def test_conversations_are_listed_found_renamed_and_opened_again(page):
     ask(page, "第一个话题", tokens=6)
     fresh(page)
-    ask(page, "第二个 银杏", tokens=6)
+    ask(page, "第二个 鸵鸟", tokens=6)
     open_list(page)
-    assert titles(page) == ["第二个 银杏", "第一个话题"]
+    assert titles(page) == ["第二个 鸵鸟", "第一个话题"]
     page.get_by_role("button", name="改名: 第一个话题").click()
     page.locator("#talks input").fill("改过的名字")
     page.locator("#talks input").press("Enter")
     page.wait_for_selector("#talks .name:text-is('改过的名字')")
-    page.fill("#search", "银杏")
+    page.fill("#search", "鸵鸟")  # of no token, so that no reply says it
     until(page, "document.querySelectorAll('#talks li').length === 1")
     page.locator("#talks .name").click()
-    until(page, "talk.messages[0]?.content === '第二个 银杏'")
+    until(page, "talk.messages[0]?.content === '第二个 鸵鸟'")
     until(page, "!narrow() || document.documentElement.dataset.list === 'closed'")
     open_list(page)
     page.fill("#search", "没有的话")
@@ -74,11 +74,10 @@ def test_conversations_are_listed_found_renamed_and_opened_again(page):
     assert page.locator("#no-talks").text_content() == "没有找到"
     page.fill("#search", "")
     until(page, "document.querySelectorAll('#talks li').length === 2")
-    page.reload()
-    ready(page)
-    assert texts(page)[0] == "第二个 银杏"
+    reload(page)
+    assert texts(page)[0] == "第二个 鸵鸟"
     open_list(page)
-    assert sorted(titles(page)) == ["改过的名字", "第二个 银杏"]
+    assert sorted(titles(page)) == ["改过的名字", "第二个 鸵鸟"]
 
 
 def test_a_deleted_conversation_can_be_had_back(page):
@@ -89,14 +88,12 @@ def test_a_deleted_conversation_can_be_had_back(page):
     page.click("#toast button")
     until(page, "document.querySelectorAll('#talks li').length === 1")
     assert texts(page) == ["要留下的", reply]
-    page.reload()
-    ready(page)
+    reload(page)
     assert texts(page) == ["要留下的", reply]
     open_list(page)
     page.get_by_role("button", name="删除: 要留下的").click()
     until(page, "document.querySelectorAll('#talks li').length === 0")
-    page.reload()
-    ready(page)
+    reload(page)
     assert texts(page) == [] and titles(page) == []
 
 
@@ -134,8 +131,7 @@ def test_two_tabs_do_not_overwrite_each_other(page):
 
 def test_a_draft_outlives_a_reload_and_belongs_to_its_conversation(page):
     page.fill("#question", "还没写完")
-    page.reload()
-    ready(page)
+    reload(page)
     assert page.locator("#question").input_value() == "还没写完"
     ask(page, "发出去", tokens=6)
     page.fill("#question", "第二句的草稿")
@@ -202,8 +198,7 @@ def test_a_title_is_that_of_the_api_with_two_more_and_a_long_text_is_said_to_be_
         ask(page, "你好", tokens=6)
     sent = json.loads(request.value.post_data)
     assert [m["content"] for m in sent["messages"]] == ["你好"] and "task" not in sent
-    page.reload()
-    ready(page)
+    reload(page)
     assert page.locator(".titles").first.locator(".text").all_text_contents() == shown
 
 
@@ -415,7 +410,7 @@ def test_faults_are_told_in_the_language_of_the_page(page):
 
 
 def test_what_a_model_was_trained_for_is_what_the_page_offers(browser, tokenizer, tmp_path):
-    model = endless_model(tokenizer, 256)
+    model = talkative_model(tokenizer, 256)
     for tasks, modes, has_reference in (
         (["title", "chat"], ["写标题", "聊天"], False), (["chat", "reference"], [], True),
         (["continue"], [], False),

@@ -10,7 +10,7 @@ import torch
 from babyllama import lora
 from babyllama.lora import LoraConfig
 from babyllama.retrieval.index import build
-from browsing import ask, needs_browser, ready, until, visitor
+from browsing import ask, needs_browser, reload, until, visitor
 from conftest import save_adapter
 from serving import Running, endless_model, save, serving
 from test_index import write_articles
@@ -79,8 +79,7 @@ def test_the_model_that_is_chosen_answers_and_stays_chosen(page):
         assert sent_with(page, "你好")["model"] == name
         replies[name] = page.locator("#messages li.assistant .text").text_content()
     assert replies["small"] != replies["other"]
-    page.reload()
-    ready(page)
+    reload(page)
     assert page.locator("#model").input_value() == "other"
 
 
