@@ -27,13 +27,19 @@ static inline __attribute__((always_inline)) __m256 eight(const void *x, int64_t
 }
 #endif
 
+/* Ask for the line that number i lies in, some time before it is needed. */
+static inline void fetch(const void *x, int64_t i, int is_half) {
+    __builtin_prefetch((const char *)x + i * (is_half ? 2 : 4), 0, 2);
+}
+
 /* scores (S) = k (S, C) times q. */
 static inline __attribute__((always_inline)) void compare(
-    const float *q, const void *k, float *scores, int S, int C, int is_half) {
+    const float *q, const void *k, float *scores, int S, int C, int64_t ahead, int is_half) {
     int s = 0;
 #ifdef HAS_AVX2
     /* Eight sums at a time, as adding up one register takes as long as adding up eight. */
     for (; s + 8 <= S && C % 8 == 0; s += 8) {
+        for (int i = s * C; i < (s + 8) * C; i += 32) fetch(k, i + ahead, is_half);
         __m256 p[8];
 #pragma GCC unroll 8
         for (int j = 0; j < 8; j++) p[j] = _mm256_setzero_ps();
@@ -59,7 +65,8 @@ static inline __attribute__((always_inline)) void compare(
 
 /* out (C) = shares (S) times v (S, C), over `total`. */
 static inline __attribute__((always_inline)) void mix(
-    const float *shares, float total, const void *v, float *out, int S, int C, int is_half) {
+    const float *shares, float total, const void *v, float *out, int S, int C, int64_t ahead,
+    int is_half) {
     int c = 0;
 #ifdef HAS_AVX2
     for (; c + BLOCK <= C; c += BLOCK) {
@@ -68,6 +75,7 @@ static inline __attribute__((always_inline)) void mix(
         for (int s = 0; s < S; s++) {
             const __m256 share = _mm256_set1_ps(shares[s]);
             const int64_t at = (int64_t)s * C + c;
+            fetch(v, at + ahead, is_half);
 #pragma GCC unroll 4
             for (int j = 0; j < BLOCK / 8; j++)
                 sums[j] = _mm256_fmadd_ps(share, eight(v, at + 8 * j, is_half), sums[j]);
@@ -82,18 +90,19 @@ static inline __attribute__((always_inline)) void mix(
     for (; c < C; c++) out[c] /= total;
 }
 
-/* One head's mixture of the values seen: k, v (S, C); scores is room for S numbers. */
+/* One head's mixture of the values seen: k, v (S, C); scores is room for S numbers; those of the next
+   head are `ahead` numbers on. */
 static inline __attribute__((always_inline)) void attend(
     const float *q, const void *k, const void *v, float *out, float *scores, int S, int C,
-    int is_half) {
+    int64_t ahead, int is_half) {
     float largest = -INFINITY, total = 0;
     const float scale = 1 / sqrtf(C);
-    compare(q, k, scores, S, C, is_half);
+    compare(q, k, scores, S, C, ahead, is_half);
 #pragma omp simd reduction(max : largest)
     for (int s = 0; s < S; s++) largest = fmaxf(largest, scores[s]);
 #pragma omp simd reduction(+ : total)
     for (int s = 0; s < S; s++) total += scores[s] = power_of_e((scores[s] - largest) * scale);
-    mix(scores, total, v, out, S, C, is_half);
+    mix(scores, total, v, out, S, C, ahead, is_half);
 }
 
 /* Put x (C) among keys or values. */

@@ -22,9 +22,13 @@
 #include <omp.h>
 #endif
 
-/* Outputs of a matrix that are computed together, and rows of a batch: what fits 16 registers. */
+/* Outputs of a matrix that are computed together, and rows of a batch: what fits the registers. */
 #define WIDE 16
+#ifdef __AVX512VNNI__
+#define TILE 8
+#else
 #define TILE 4
+#endif
 /* Bytes of a batch that are multiplied together: what stays next to the processor. */
 #define NEAR 16384
 
@@ -141,6 +145,25 @@ static inline void store(const int32_t *sums, const float *scales, float unit, f
 /* sums (B, WIDE) of WIDE outputs, times B rows of q (d). B is a constant where it is called. */
 static inline __attribute__((always_inline)) void multiply_tile(
     const int8_t *w, const int16_t *q, int d, int B, int32_t sums[TILE][WIDE]) {
+#ifdef __AVX512VNNI__
+    if (B == TILE) { /* fewer wait for their own sums */
+        __m512i all[TILE];
+#pragma GCC unroll 8
+        for (int b = 0; b < TILE; b++) all[b] = _mm512_setzero_si512();
+        for (int i = 0; i < d; i += 2, w += 2 * WIDE) {
+            const __m512i own = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)w));
+#pragma GCC unroll 8
+            for (int b = 0; b < TILE; b++) {
+                int32_t pair;
+                memcpy(&pair, q + b * d + i, sizeof pair);
+                all[b] = _mm512_dpwssd_epi32(all[b], own, _mm512_set1_epi32(pair));
+            }
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < TILE; b++) _mm512_storeu_si512(sums[b], all[b]);
+        return;
+    }
+#endif
 #ifdef HAS_AVX2
     __m256i low[TILE], high[TILE];
     for (int b = 0; b < B; b++) low[b] = high[b] = _mm256_setzero_si256();
@@ -182,8 +205,9 @@ static void multiply(Team *t, const Matrix *m, const int16_t *q, const float *un
                 for (int b = near, B; b < near + n_near && b < N; b += B) {
                     const int8_t *w = m->values + (int64_t)r * d;
                     int32_t sums[TILE][WIDE];
-                    B = N - b < TILE ? 1 : TILE;
+                    B = N - b < 4 ? 1 : N - b < TILE ? 4 : TILE;
                     if (B == 1) multiply_tile(w, q + (int64_t)b * d, d, 1, sums);
+                    else if (B < TILE) multiply_tile(w, q + (int64_t)b * d, d, 4, sums);
                     else multiply_tile(w, q + (int64_t)b * d, d, TILE, sums);
                     for (int i = 0; i < B; i++) {
                         float *out = y + (int64_t)(b + i) * n + r;
@@ -257,8 +281,10 @@ static void look(const Model *m, const Rows *rows, int layer, int row, int h, fl
     float *out = rows->a + ((int64_t)row * H + h) * C;
     const int16_t *halves = rows->cache;
     const float *whole = rows->cache;
-    if (rows->is_half) attend(q, halves + k, halves + v, out, room, S, C, 1);
-    else attend(q, whole + k, whole + v, out, room, S, C, 0);
+    /* After a head of a sequence comes that of the next, unless a prompt's rows share them. */
+    const int64_t ahead = rows->n_rows > rows->n_sequences ? 0 : (int64_t)K * rows->size * C;
+    if (rows->is_half) attend(q, halves + k, halves + v, out, room, S, C, ahead, 1);
+    else attend(q, whole + k, whole + v, out, room, S, C, ahead, 0);
 }
 
 /* The gate, from w1 and w3 (2 F) to (F). */
