@@ -84,6 +84,19 @@ def test_every_script_and_folder_stands_in_the_layout(name):
     assert not [path for path in (*at_root, *folders) if path not in layout]
 
 
+def test_the_container_is_made_of_what_is_there():
+    text = (REPO / "Dockerfile").read_text("utf-8")
+    named = [word for line in re.findall(r"^COPY (.+) \S+$", text, re.M) for word in line.split()]
+    named += re.findall(r" -[rc] ([\w./-]+\.txt)", text) + re.findall(
+        r"python ([\w./-]+\.py)", text
+    )
+    assert len(named) > 7 and not [name for name in named if not (REPO / name).exists()]
+    assert not set(named) & set((REPO / ".dockerignore").read_text("utf-8").split())
+    server = re.search(r"python -m (serve.server) (.*)", text)
+    assert server and not refused(server[1], *shlex.split(server[2]))
+    assert "--api-key-file" in server[2]  # without one it serves its own machine alone
+
+
 def test_the_words_for_a_launcher_are_taken_off():
     assert ("pretrain.py",) in ALL
     assert ("pretrain.py", "--config", "configs/pretrain/wiki.yaml") in ALL
