@@ -15,7 +15,6 @@ knowledge, grammar, code, cloze (options scored by their own text), all.
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
+from babyllama.config import atomic_write, commit, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.run_dir import beside, checksums, chosen_run
@@ -143,13 +142,6 @@ def about(cfg: BenchConfig, loaded: Loaded) -> dict:
         "shots": cfg.shots,
         "device": str(loaded.model.rope.device),
     }
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True
-    )
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
 
 
 def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:

@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,9 +37,9 @@ from torch import Tensor, nn
 
 from babyllama.analysis.estimate import available_gb, largest_batch, memory_by_part
 from babyllama.checkpoint import load_model
-from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
+from babyllama.config import REPO, atomic_write, commit, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
-from babyllama.cuda.attention import on_card
+from babyllama.cpu.fused import fuse
 from babyllama.data import collate, open_data, pack
 from babyllama.decoder import plain_decoder
 from babyllama.device import (
@@ -176,7 +175,8 @@ def one_step(
 
 def wrap(world: World, model: nn.Module, blocks: bool = True, **how: bool) -> nn.Module:
     """The model as scripts prepare it and the trainer wraps it."""
-    return world.wrap(on_card(model, blocks) if world.device.type == "cuda" else model, **how)
+    fuse(getattr(model, "language", model), blocks)
+    return world.wrap(model, **how)
 
 
 def stepper(
@@ -321,7 +321,7 @@ def profile(lab: Lab) -> dict:
     tokens = sum(batch["tokens"].numel() for batch in batches)
     step_ms = 1e3 * tokens / lab.rate(lambda: step(batches), tokens)
     found: dict[str, Any] = {"step_ms": step_ms}
-    model = lab.model()
+    model = fuse(lab.model())
     hidden = torch.randn(lab.rows, lab.shape.max_seq_len, lab.shape.dim, device=lab.device)
     targets = batches[0]["targets"].to(lab.device)
     scaler = Scaler(lab.device, lab.best)
@@ -398,15 +398,15 @@ def resumed(lab: Lab) -> dict:
     """A run of six steps beside one that stopped after three and went on: the weights' largest
     difference, with and without device.deterministic."""
     found: dict[str, Any] = {}
-    for is_exact in (False, True) if lab.is_card else (False,):
-        set_deterministic(lab.device, is_exact)
+    for name in ("default", "deterministic") if lab.is_card else ("default",):
+        device = DeviceConfig(deterministic=name == "deterministic")
         with tempfile.TemporaryDirectory() as place:
-            found["deterministic" if is_exact else "default"] = _resumed(lab, Path(place))
+            found[name] = _resumed(lab, Path(place), device)
     set_deterministic(lab.device, False)
     return found | {"passed": found.get("deterministic", found["default"]) == 0}
 
 
-def _resumed(lab: Lab, place: Path) -> float:
+def _resumed(lab: Lab, place: Path, device: DeviceConfig) -> float:
     tokenizer = Tokenizer(REPO / "release/tokenizer.model")
     rng = np.random.default_rng(0)
     for split, n in (("train", 60), ("val", 2)):
@@ -415,9 +415,7 @@ def _resumed(lab: Lab, place: Path) -> float:
                 file.add_text(rng.integers(3, tokenizer.vocab_size, 4 * lab.shape.max_seq_len))
     loop = TrainConfig(max_steps=6, batch_size=8, micro_batch_size=4, eval_every=6, save_every=3,
                        keep=9, keep_best=False)  # fmt: skip
-    cfg = SimpleNamespace(
-        train=loop, device=DeviceConfig(), optim=OptimConfig(warmup_steps=2), base=None
-    )
+    cfg = SimpleNamespace(train=loop, device=device, optim=OptimConfig(warmup_steps=2), base=None)
     sources = DataConfig(sources=(SourceConfig(str(place / "text")),))
     data = open_data(sources, tokenizer, lab.shape.max_seq_len, loop)
     weights = []
@@ -425,7 +423,7 @@ def _resumed(lab: Lab, place: Path) -> float:
         (place / name).mkdir()
         if weights:
             shutil.copytree(place / "whole/step-000003", place / "again/step-000003")
-        model = lab.model(vocab_size=tokenizer.vocab_size)
+        model = fuse(lab.model(vocab_size=tokenizer.vocab_size))
         train(model, data, tokenizer, cfg, lab.world, place / name, "pretrain")
         weights.append([w.detach().cpu() for w in model.parameters()])
     return max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
@@ -676,9 +674,7 @@ def _number(value: object) -> str:
 def main(cfg: CardConfig) -> int:
     """Measure, print, write; the exit code is 1 where a part failed."""
     found: dict[str, object] = {"settings": {"short": cfg.short, "tiny": cfg.tiny}}
-    found["commit"] = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=REPO, capture_output=True, text=True
-    ).stdout.strip()
+    found["commit"] = commit()
     out = from_repo(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
