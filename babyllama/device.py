@@ -104,6 +104,17 @@ def set_deterministic(device: torch.device, wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted and device.type == "cuda")
 
 
+@contextlib.contextmanager
+def for_replies() -> Iterator[None]:
+    """A run's samples: nothing is compiled, as each length would be anew, and kernels may add in
+    any order, as drawing has no others on a card."""
+    is_exact = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    torch.use_deterministic_algorithms(is_exact)
+
+
 def safe_precision(device: str, card: str = "", capability: tuple[int, int] = (0, 0)) -> str:
     """The fastest format that trains safely.
 

@@ -26,6 +26,7 @@ from babyllama.device import (
     DeviceConfig,
     Scaler,
     ahead,
+    for_replies,
     memory_gb,
     mfu_per_rate,
     open_scaler,
@@ -134,11 +135,8 @@ def samples(
         return []
     plain.eval()
     choice = SamplingConfig(max_new_tokens=n_tokens, seed=0)
-    is_exact = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)  # drawing has no such kernel on a card
-    with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+    with for_replies():
         replies = generate(plain, list(asked.values()), choice, tokenizer.eos_id)
-    torch.use_deterministic_algorithms(is_exact)
     plain.train()
     return [(text, tokenizer.decode(reply)) for text, reply in zip(asked, replies, strict=True)]
 
