@@ -168,6 +168,13 @@ def test_humaneval_runs_what_the_toy_model_writes(taught, tmp_path):
     assert report["programs"] == {"passed": 1, "AssertionError": 1}
 
 
+def test_without_the_passage_the_same_questions_are_guessed(taught, tmp_path):
+    task = load("cmrc2018_closed")
+    shown, given = rows_of(task, FIXTURES, FEW), rows_of(load("cmrc2018"), FIXTURES, FEW)
+    assert shown == given and "context" not in task.harness["doc_to_text"]
+    assert report_of(load_model(taught), "cmrc2018_closed", tmp_path)["score"] < TAUGHT["cmrc2018"]
+
+
 @pytest.mark.parametrize("name", LIKELIHOOD)
 def test_the_scores_of_likelihood_tasks_are_those_of_a_slow_reader(name, random_model, tmp_path):
     report = report_of(random_model, name, tmp_path, limit=None)
@@ -198,7 +205,7 @@ def slow_likelihood(loaded: Loaded, context: str, continuation: str) -> float:
 
 
 def test_every_task_is_pinned_and_every_group_holds_tasks():
-    assert set(names()) == {*TAUGHT, *LIKELIHOOD, "humaneval"}
+    assert set(names()) == {*TAUGHT, *LIKELIHOOD, "humaneval", "cmrc2018_closed"}
     for group in ("math", "reading", "reasoning", "knowledge", "grammar", "code", "cloze"):
         assert choose([group])
     assert choose(["math", "gsm8k"]) == choose(["math"])
