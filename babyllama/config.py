@@ -17,7 +17,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
@@ -63,15 +62,6 @@ def shown(path: Path | str) -> str:
     """A path as the user would type it: from the repository's root where it lies inside."""
     path = Path(path)
     return str(path.relative_to(REPO)) if path.is_relative_to(REPO) else str(path)
-
-
-def commit() -> str:
-    """The commit of this copy of the project, for reports; a copy without git has none."""
-    if not shutil.which("git"):
-        return "no commit"
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
 
 
 # What a file system answers that has no such call (SMB, 9p, some FUSE mounts).

@@ -5,8 +5,12 @@ how many questions there were, and how many of them stood in the training rows.
 """
 
 import json
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+
+from babyllama.config import REPO
 
 HEAD = ("任务 task", "分数 score", "95 %", "随机 chance", "常答 constant", "题数 n", "例 shots",
         "语言 rows / prompt", "污染 leaked", "结论 verdict")  # fmt: skip
@@ -25,6 +29,15 @@ def markdown(card: dict) -> str:
     is_whole = not card["training"]["missing"]
     lines += [_row(cells(report, is_whole)) for report in card["tasks"]]
     return "\n".join([*lines, "", *notes(card), ""])
+
+
+def commit() -> str:
+    """The commit of this copy of the project, for reports; a copy without git has none."""
+    if not shutil.which("git"):
+        return "no commit"
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
 
 
 def _row(cells: Sequence[str]) -> str:

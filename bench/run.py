@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import atomic_write, commit, from_repo, parse, run, shown
+from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.run_dir import beside, checksums, chosen_run
@@ -166,7 +166,8 @@ def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
         "checkpoint": shown(loaded.path),
         "model": {"step": loaded.step, "kind": loaded.kind, "context": loaded.config.max_seq_len,
                   "n_parameters": loaded.model.n_parameters()},
-        "about": settings | {"commit": commit(), "limit": cfg.limit, "batch_size": cfg.batch_size},
+        "about": settings | {"commit": cards.commit(), "limit": cfg.limit,
+                             "batch_size": cfg.batch_size},
         "training": {"files": [shown(p) for p in training.files],
                      "missing": list(training.missing)},
         "skipped": skipped,

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from babyllama.analysis.estimate import available_gb, largest_batch, memory_by_part
 from babyllama.checkpoint import load_model
-from babyllama.config import REPO, atomic_write, commit, from_repo, parse, run, shown
+from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.cpu.fused import fuse
 from babyllama.data import collate, open_data, pack
@@ -61,6 +61,7 @@ from babyllama.sampling import SamplingConfig
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig, forward_backward, next_token, train
+from bench.report import commit
 from benchmarks.peers import SHAPE_43M, hf_model, usual_step
 from model import IGNORED, ModelConfig, Transformer
 from tokenizer import Tokenizer
