@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
@@ -304,6 +305,14 @@ def test_alone_there_is_one_process_and_nothing_to_exchange(monkeypatch):
     assert (world.any(True), world.any(False)) == (True, False)
     with no_sync(model, is_last=False):
         pass
+
+
+def test_what_the_main_process_does_for_all_is_waited_for_by_the_patient_group(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dist, "all_reduce", lambda _, group=None: asked.append(group))
+    world = replace(WORLD, size=2, patient="patient")
+    world.on_main(lambda: None)
+    assert not world.any(False) and asked == ["patient", None]
 
 
 def test_every_process_has_a_card_of_its_own():

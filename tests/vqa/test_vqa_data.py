@@ -302,14 +302,16 @@ def flat(batches: list[dict]) -> list:
     return sorted(found)
 
 
-@pytest.mark.parametrize("ranks, micro", [(1, 6), (1, 4), (2, 2), (4, 3)])
+@pytest.mark.parametrize("ranks, micro", [(1, 6), (1, 4), (2, 2), (4, 3), (5, 1)])
 def test_the_global_batch_does_not_depend_on_the_split(ranks, micro, colours, tokenizer):
     data, _ = data_of(colours, tokenizer)
     wanted = flat(data.train.batches(3, 6))
     assert len(wanted) == 6
     parts = [data.train.batches(3, micro, rank, ranks) for rank in range(ranks)]
     assert flat([batch for part in parts for batch in part]) == wanted
-    assert len({len(part) for part in parts}) == 1
+    # Shares of a model are put together in each forward pass, in validation, too.
+    judged = [data.val.batches(*data.val.names, micro, rank, ranks) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == len({len(part) for part in judged}) == 1
 
 
 def test_each_picture_of_a_batch_is_its_rows_own(colours, tokenizer):
