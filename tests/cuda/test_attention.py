@@ -108,11 +108,18 @@ def test_kernels_are_for_wide_heads_on_late_cards_where_they_work(
     assert not suits(CPU, 64)
     with pytest.warns(RuntimeWarning, match="by a mask, which is slower: .*needs a C compiler"):
         assert not works(CPU, 16)  # no processor attends backwards
-    card = torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert not suits(card, 64)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    assert not suits(card, 8)
+    card, late, tried = torch.device("cuda"), (8, 6), []
+    monkeypatch.setattr("babyllama.cuda.attention.works", lambda *given: not tried.append(given))
+    for capability, head_dim, triton in (
+        (late, 16, 1),
+        (late, 8, 1),
+        ((7, 5), 16, 1),
+        (late, 16, 0),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr("importlib.util.find_spec", lambda _, found=triton: found or None)
+        assert suits(card, head_dim) == (capability == late and head_dim == 16 and bool(triton))
+    assert tried == [(card, 16)]
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, torch.enable_grad])
