@@ -22,8 +22,9 @@ from typing import Literal
 
 from babyllama.config import from_repo, parse, plain, run, shown
 from babyllama.rows import write_rows
-from babyllama.sampling import SamplingConfig
+from babyllama.sampling import alone
 from babyllama.scoring import rouge, tables, test_sets
+from babyllama.scoring.beams import BeamConfig
 from babyllama.scoring.summarise import (
     AskConfig,
     ReadyModel,
@@ -71,9 +72,9 @@ class EvalConfig(AskConfig):
     temperature: float = 0.0
     seed: int | None = 0
 
-    def ways(self) -> dict[str, SamplingConfig]:
+    def ways(self) -> dict[str, BeamConfig]:
         """The ways to decode, by name; "" for the one that the settings describe."""
-        return decodings(self.decoding, self.alone)
+        return decodings(self.decoding, alone(self, BeamConfig))
 
 
 def evaluate(

@@ -11,6 +11,7 @@ fit (data_process/own.py). Any setting below can be given as a flag or in a YAML
 command, started again, continues a stopped run. Ctrl-C saves first.
 """
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,8 +22,9 @@ import torch
 
 from babyllama.analysis.estimate import dry_run
 from babyllama.analysis.plan import missing, plan
+from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model
-from babyllama.config import confirm, from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
@@ -30,6 +32,7 @@ from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import open_run, read_base, require_same
+from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig
 from babyllama.trainer import TrainConfig, next_token, train
 from babyllama.tuning.regularise import RegulariseConfig, regularise
@@ -111,13 +114,15 @@ def main(cfg: PretrainConfig) -> int:
     tokenizer = Tokenizer(from_repo(cfg.tokenizer))
     model = make_model(cfg, tokenizer)
     cfg = replace(cfg, model=model.config)
-    data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train)
+    data = open_data(cfg.data, tokenizer, model.config.max_seq_len, cfg.train, READERS)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         regularise(fuse(model.to(world.device), cfg.train.blocks), cfg.regularise)
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
-            return train(model, data, tokenizer, cfg, world, directory, "pretrain", objective)
+            return train(
+                model, data, tokenizer, cfg, world, directory, "pretrain", objective, WATCH
+            )
 
 
 def start_run() -> int:
@@ -125,8 +130,8 @@ def start_run() -> int:
     cfg = parse(PretrainConfig, __doc__, default_config=Path("configs/pretrain/wiki.yaml"))
     if cfg.text:
         name = cfg.name if cfg.name != "wiki" else None
-        first = own.settings_for(cfg.text, "text", cfg.base, name, read_base, confirm)
-        cfg = parse(PretrainConfig, __doc__, first=first)
+        first = own.settings_for(cfg.text, "text", cfg.base, name, read_base)
+        cfg = parse(PretrainConfig, __doc__, ["--config", str(first), *sys.argv[1:]])
     return main(cfg)
 
 

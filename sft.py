@@ -23,20 +23,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from babyllama.analysis.estimate import dry_run
+from babyllama.analysis.estimate import adapter_line, dry_run
 from babyllama.analysis.inspect_batch import shown_batch
 from babyllama.analysis.terminal_text import painter_of
+from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model
-from babyllama.config import confirm, parse, run, shown
+from babyllama.config import parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
 from babyllama.device import DeviceConfig, pick_device
 from babyllama.distributed import ParallelConfig, start
 from babyllama.errors import ConfigError
-from babyllama.lora import LoraConfig, apply_lora, describe
+from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import chosen_run, open_run, read_base, read_info
-from babyllama.sources import READERS, DataConfig, SourceConfig
+from babyllama.scoring.prompts import READERS
+from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, next_token, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
@@ -133,14 +135,16 @@ def main(cfg: SftConfig) -> int:
         if cfg.lora:
             apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
             if world.is_main:
-                print(describe(model), file=sys.stderr)
+                print(adapter_line(model), file=sys.stderr)
         regularise(fuse(model, cfg.train.blocks), cfg.regularise)
         earlier = read_info(base.path).get("tasks", [])
         model.more_info = {"tasks": list(dict.fromkeys([*data.train.teaches, *earlier]))}
         if cfg.dry_run:
             return dry_run(model, data.train, cfg, world, objective)
         with open_run(cfg.name, cfg, world) as directory:
-            return train(model, data, base.tokenizer, cfg, world, directory, "sft", objective)
+            return train(
+                model, data, base.tokenizer, cfg, world, directory, "sft", objective, WATCH
+            )
 
 
 def start_run() -> int:
@@ -150,8 +154,8 @@ def start_run() -> int:
         return main(cfg)
     if cfg.dataset:
         raise ConfigError(f"--rows or --dataset, not both; found {cfg.rows} and {cfg.dataset}")
-    first = own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base, confirm)
-    return main(parse(SftConfig, __doc__, first=first))
+    first = own.settings_for(cfg.rows, "dialogue", cfg.base, cfg.name, read_base)
+    return main(parse(SftConfig, __doc__, ["--config", str(first), *sys.argv[1:]]))
 
 
 if __name__ == "__main__":

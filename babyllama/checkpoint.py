@@ -1,11 +1,12 @@
 """Checkpoints: what a run leaves behind and what everything else starts from.
 
 Saves a model with its training state, and loads it again: strictly, and only where shape, weights,
-tokenizer and state belong together. `load_model` is the only way in. How
-checkpoints are found and checked: run_dir.py.
+tokenizer and state belong together. `load_model` is the only way in. How checkpoints are found and
+checked: run_dir.py.
 
     out/<run>/config.yaml                 the resolved config
-              step-000500/model.safetensors       full weights
+              step-000500/model.safetensors       full weights; in their place, where an adapter
+                                                  trains, adapter.safetensors and adapter.yaml
                           model.yaml              shape, step, tokenizer name and fingerprint
                           tokenizer.model         a copy
                           train_state.safetensors optimizer and random state, to resume only
@@ -13,21 +14,13 @@ checkpoints are found and checked: run_dir.py.
                           checksums.json          SHA-256 of the files above, checked on load
               best/                 the step of the lowest validation loss, without training state
 
-A released model (export.release) has int8 matrices in model.safetensors and no training state.
-A run that trains an adapter stores it alone, adapter.safetensors and adapter.yaml in place of
-model.safetensors.
-
-Checkpoints are written atomically: each is written under a temporary name, flushed to the disk and
-renamed. No pickle is read or written. Format of the weights: safetensors 0.4 and later.
-
-An adapter alone:
-
     adapter.safetensors   "layers.0.attention.wq.a" (rank, in) and ".b" (out, rank) of each layer
-    adapter.yaml          rank, alpha, dropout, targets, rslora; base and its fingerprint
-    checksums.json        SHA-256 of the files above, checked on load
+    adapter.yaml          rank, alpha, dropout, targets, rslora; name and fingerprint of the base
 
-A checkpoint of a fine-tuning run holds these in place of model.safetensors; load_model finds the
-base by its name and knows it by its fingerprint. The layout of peft: export/peft.py.
+A released model (export.release) has int8 matrices in model.safetensors and no training state.
+Checkpoints are written atomically: under a temporary name, flushed to the disk and renamed. No
+pickle is read or written. Format of the weights: safetensors 0.4 and later; the layout of peft:
+export/peft.py.
 """
 
 import json
@@ -189,11 +182,12 @@ def model_weights(model: Transformer, keep: bool = True) -> dict[str, Tensor]:
 
 def _optimizer_tensors(run: Snapshot, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state by parameter name, and torch's random state."""
-    names = {id(weight): name for name, weight in run.model.named_parameters()}
-    tensors = {"rng": torch.get_rng_state()}
-    for weight, state in optimizer.state.items():
-        tensors |= {f"{names[id(weight)]}:{key}": tensor for key, tensor in state.items()}
-    return gathered(tensors, run.world.is_main)
+    state = {
+        f"{name}:{key}": tensor
+        for name, weight in run.model.named_parameters()
+        for key, tensor in optimizer.state.get(weight, {}).items()
+    }
+    return gathered({"rng": torch.get_rng_state(), **state}, run.world.is_main)
 
 
 def load_model(

@@ -21,7 +21,7 @@ import sys
 import time
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_origin, get_type_hints
 
@@ -41,6 +41,7 @@ class Settings(Protocol):
 
 
 Config = TypeVar("Config", bound=Settings)
+Said = TypeVar("Said")
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -227,20 +228,12 @@ def similar(path: Path) -> str:
     return nearest(path.name, there)
 
 
-def confirm(question: str) -> bool:
-    """The user's answer; where nobody can be asked it is yes, and that is said."""
-    asks = sys.stdin.isatty() and sys.stderr.isatty()
-    print(question, "[Y/n] " if asks else "(no terminal to ask: yes)", file=sys.stderr)
-    return not asks or input().strip().lower() not in ("n", "no", "否", "不")
-
-
 def parse(
     config_class: type[Config],
     doc: str,
     argv: Sequence[str] | None = None,
     default_config: Path | None = None,
     positional: Sequence[str] = (),
-    first: Path | None = None,
 ) -> Config:
     """Read the command line into `config_class`.
 
@@ -248,7 +241,6 @@ def parse(
     default_config: the YAML that is read when the user names none with --config
     positional: optional leading arguments, names of fields of `config_class`; one whose field is
         a tuple takes all words before the first flag
-    first: a YAML that is read before all that the user names
 
     A flag for yes may stand alone (--dry-run), and "-" may stand for "_" in names of flags.
     """
@@ -272,13 +264,8 @@ def parse(
         )
     parser.add_class_arguments(config_class, skip=set(positional))
     argv = _spelled(argv, config_class, positional)
-    argv = [part for word in argv for part in _split_config(word)]
-    if first or (default_config and "--config" not in argv):
-        argv = ["--config", str(first or default_config), *argv]
-    argv = [
-        str(from_repo(word)) if before == "--config" else word
-        for before, word in zip(["", *argv], argv, strict=False)
-    ]
+    if default_config and "--config" not in argv:
+        argv = ["--config", str(from_repo(default_config)), *argv]
     try:
         try:
             found = parser.parse_args(argv)
@@ -304,8 +291,8 @@ def parse(
 
 
 def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> list[str]:
-    """The words as jsonargparse wants them: names with "_", flags with values, lists as JSON; a
-    flag for a list of words may come several times."""
+    """The words as jsonargparse wants them: names with "_", flags with values, lists as JSON,
+    configs where they are; a flag for a list of words may come several times."""
     kinds = _kinds(config_class)
     lists: dict[str, list[str]] = {}
     if positional and get_origin(kinds[positional[0]]) is tuple:
@@ -315,7 +302,9 @@ def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> 
     words = iter(zip(argv, [*argv[1:], "--"], strict=False))
     for word, following in words:
         name, equals, value = word.partition("=")
-        if name.startswith("--"):
+        if name == "--config" and (equals or following != "--"):
+            word = f"--config={from_repo(value if equals else next(words)[0])}"
+        elif name.startswith("--"):
             field = name[2:].replace("-", "_")
             field += "_" if f"{field}_" in kinds else ""  # --from: a keyword of Python
             if kinds.get(field) == tuple[str, ...]:
@@ -341,10 +330,6 @@ def _kinds(config_class: type, prefix: str = "") -> dict[str, object]:
         if isinstance(kind, type) and is_dataclass(kind):
             found |= _kinds(kind, f"{prefix}{name}.")
     return found
-
-
-def _split_config(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 class Parser(ArgumentParser):
@@ -397,14 +382,12 @@ def to_yaml(config: Settings) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A config as dicts, lists and strings."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return shown(value) if isinstance(value, Path) else value
+    """A config, or a part of one, as dicts, lists and strings."""
+
+    def known(part: Any) -> Any:
+        return asdict(part) if hasattr(part, "__dataclass_fields__") else shown(part)
+
+    return json.loads(json.dumps(value, default=known))
 
 
 def run(main: Callable[..., int | None], *args: object) -> None:
@@ -424,9 +407,11 @@ def run(main: Callable[..., int | None], *args: object) -> None:
         code = UNHEARD
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
+        is_denied = error.errno in (errno.EACCES, errno.EPERM)
+        remedy = "get the right to do so" if is_denied else "free some space"
         code = _complain(
             f"error: the system refused to read or write{where}: {error.strerror or error}; "
-            f"{_remedy(error)}, then start the same command again",
+            f"{remedy} or choose another place, then start the same command again",
             BAD_INPUT,
         )
     sys.exit(code or 0)
@@ -438,20 +423,13 @@ def _complain(text: str, code: int) -> int:
     return code
 
 
-def aloud(speak: Callable[[], object]) -> None:
+def aloud(speak: Callable[[], Said]) -> Said | None:
     """Say something, if anybody listens: pipes lose their readers, terminals are closed."""
     try:
-        speak()
+        return speak()
     except OSError:
         silence()
-
-
-def _remedy(error: OSError) -> str:
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return "get the right to do so, or choose another place"
-    if error.errno == errno.EROFS:
-        return "choose another place"
-    return "free some space or choose another place"
+        return None
 
 
 def silence() -> None:
@@ -462,18 +440,10 @@ def silence() -> None:
             os.dup2(nowhere, stream.fileno())
 
 
-def stop_signals() -> list[signal.Signals]:
-    """Signals to stop: Ctrl-C, SIGTERM, and a closed terminal unless nohup says no."""
-    kinds = [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        kinds.append(hangup)
-    return kinds
-
-
 @contextlib.contextmanager
 def stop_requests(act: Callable[[int], object] | None = None) -> Iterator[list[int]]:
-    """A list that is not empty once a signal to stop has arrived.
+    """A list that is not empty once a signal to stop has arrived: Ctrl-C, SIGTERM, or that the
+    terminal is closed, unless nohup says no.
 
     act: gets each signal; without it the second Ctrl-C or SIGTERM ends at once (a terminal that
         closes may say so twice)
@@ -487,7 +457,10 @@ def stop_requests(act: Callable[[int], object] | None = None) -> Iterator[list[i
             raise KeyboardInterrupt
         asked.append(number)
 
-    kinds = stop_signals()
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    kinds = [signal.SIGINT, signal.SIGTERM]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        kinds.append(hangup)
     before = [signal.signal(kind, ask) for kind in kinds]
     try:
         yield asked

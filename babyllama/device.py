@@ -1,15 +1,12 @@
-"""Device, number format, memory, and the share of the device's speed that is used.
+"""Device, number format and memory.
 
 Master weights and optimizer state are float32 always; the format is that of the matrix products.
-MFU (Chowdhery et al. 2022, arXiv:2204.02311, appendix B) is the share of the device's greatest
-rate of multiplications that training uses. Recomputed activations do not count as work.
 """
 
 import contextlib
 import math
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from torch import Tensor
 
 from babyllama.distributed import World, whole
 from babyllama.errors import ConfigError
-from model import Loss, Transformer
+from model import Loss
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -140,11 +136,9 @@ def checked_precision(
 ) -> tuple[str, str]:
     """The format to use and a warning, empty where there is none; arguments as safe_precision."""
     safe = safe_precision(device, card, capability)
-    is_bad = device == "cuda" and (
-        (wanted == "float16" and safe == "float32") or (wanted == "bfloat16" and safe != "bfloat16")
-    )
-    is_bad |= device == "cpu" and wanted == "bfloat16"
-    if not is_bad:
+    unsafe = {"float16": ("float32",), "bfloat16": ("float32", "float16")}.get(wanted, ())
+    is_bad = device == "cuda" and safe in unsafe
+    if not is_bad and (device, wanted) != ("cpu", "bfloat16"):
         return (safe if wanted == "auto" else wanted), ""
     why = "gives NaN or is slow" if wanted == "float16" else "is emulated, and slow,"
     if force:
@@ -152,21 +146,17 @@ def checked_precision(
     return "float32", f"{wanted} {why} on {card or device}; float32 instead (--device.force true)"
 
 
-def _kind(device: torch.device) -> tuple[str, str, tuple[int, int]]:
-    """A device as safe_precision wants it."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return "cuda", name, torch.cuda.get_device_capability(device)
-    has_bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "cpu-bf16" if has_bf16 else device.type, "", (0, 0)
-
-
 def open_scaler(device: torch.device, config: DeviceConfig) -> "Scaler":
     """Scaler of a device, as the settings say; its `warning` says what is done otherwise."""
     set_deterministic(device, config.deterministic)
-    kind = _kind(device)
-    precision, warning = checked_precision(*kind, wanted=config.precision, force=config.force)
-    return Scaler(device, precision, warning)
+    kind, card, capability = device.type, "", (0, 0)
+    if kind == "cuda":
+        card = torch.cuda.get_device_name(device)
+        capability = torch.cuda.get_device_capability(device)
+    elif kind == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        kind = "cpu-bf16"
+    found = checked_precision(kind, card, capability, config.precision, config.force)
+    return Scaler(device, *found)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -294,62 +284,3 @@ def memory_gb(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
-
-
-# Words behind a name that make another card of it.
-_OTHERS = r"(?! (?:Ti|SUPER|D|NVL|PCIe|Laptop|with|Max-Q|Mobile)\b)"
-
-
-def flops_per_token(model: Transformer) -> int:
-    """Operations of a training step for one token: six for each weight of a matrix product, and
-    those of causal attention over a full context. The embedding only looks up."""
-    config = model.config
-    weights = sum(w.numel() for w in model.layers.parameters() if w.dim() == 2)
-    weights += model.output.weight.numel()
-    return 6 * weights + 6 * config.n_layers * config.dim * config.max_seq_len
-
-
-def mfu_per_rate(model: Transformer, world: World, precision: str) -> float:
-    """The share of all devices' rate that one token a second uses."""
-    return flops_per_token(model) / (peak_flops(world.device, precision)[0] * world.size)
-
-
-def tabulated_peak(card: str, precision: str) -> float:
-    """Operations a second of a card as its maker states them; 0 where cards.yaml does not know."""
-    known = yaml.safe_load(Path(__file__).with_name("cards.yaml").read_text("utf-8"))
-    column = ("float32", "float16", "bfloat16").index(precision)
-    found = (row for name, row in known.items() if re.search(rf"\b{name}\b{_OTHERS}", card))
-    return next((row[column] * 1e12 for row in found), 0.0)
-
-
-def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
-    """Operations a second that the device can do, and whether that is stated or measured."""
-    if device.type == "cuda":
-        stated = tabulated_peak(torch.cuda.get_device_name(device), precision)
-        if stated:
-            return stated, "stated"
-    return measured_peak(device, precision), "measured"
-
-
-def measured_peak(device: torch.device, precision: str) -> float:
-    """Operations a second of a square product, the best of three. Random state stays untouched."""
-    size = 4096 if device.type == "cuda" else 768
-    matrix = torch.ones(size, size, dtype=getattr(torch, precision), device=device)
-    best = 0.0
-    for _ in range(4):  # the first one warms up
-        synchronize(device)
-        started = time.perf_counter()
-        matrix @ matrix
-        synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # these matrices are not the run's
-    return best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

@@ -100,12 +100,7 @@ class World:
         if self.any(error is not None, patient=True):
             raise error or SystemExit(BAD_INPUT)  # the main process alone says what it was
 
-    def wrap(
-        self,
-        model: nn.Module,
-        compiled: bool = False,
-        recompute: bool = False,
-    ) -> nn.Module:
+    def wrap(self, model: nn.Module, compiled: bool = False, recompute: bool = False) -> nn.Module:
         """The model as the loop calls it; the names of its parameters stay the model's own.
 
         With fsdp2 its parameters become shares: the optimizer is made afterwards.
@@ -115,12 +110,13 @@ class World:
         """
         if compiled or self.device.type == "cuda":
             torch._dynamo.config.recompile_limit = GRAPHS
-        for layer in model.layers if compiled else ():
-            _require_compiler(self.device)
-            layer.forward = torch.compile(layer.forward)
-        # Outside of the compiled function: torch.compile leaves one alone that checkpoints.
-        for layer in model.layers if recompute else ():
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        for layer in model.layers:
+            if compiled:
+                _require_compiler(self.device)
+                layer.forward = torch.compile(layer.forward)
+            # Outside of the compiled function: torch.compile leaves one alone that checkpoints.
+            if recompute:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         return model if self.size == 1 else self.distribute(model)
 
     def distribute(self, model: nn.Module) -> nn.Module:
@@ -142,8 +138,8 @@ class World:
 
 def _require_compiler(device: torch.device) -> None:
     """raises: ConfigError where torch.compile would find no C++ compiler"""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(shutil.which(name) for name in names if name):
+    names = (os.environ.get("CXX", ""), "g++", "clang++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, filter(None, names))):
         raise ConfigError(
             "train.compile needs a C++ compiler on a CPU, found neither g++, clang++ nor cl; "
             "install one, or leave the setting out"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from babyllama.decoder import Batch, Decoder, Reply, Rules, random_numbers, redraw, search_beams
+from babyllama.decoder import Batch, Decoder, Reply, Rules, random_numbers, redraw
 from babyllama.sampling import SamplingConfig, n_showable, until_stop
 from model import Transformer
 from tokenizer import Tokenizer
@@ -25,18 +25,13 @@ def stream(
     tokenizer: Tokenizer | None = None,
     reply: Reply | None = None,
 ) -> Iterator[int]:
-    """The tokens of one reply as they are chosen, without <eos>; with beams, when all are.
+    """The tokens of one reply as they are chosen, without <eos>.
 
     tokenizer: needed by the settings that look at characters (stop, no_repeat_ngram, loop_guard)
     reply: filled on the way, for who wants to know how it ended
     raises: ConfigError if the prompt leaves no room in the context
     """
     reply = Reply() if reply is None else reply
-    if sampling.beams > 1:
-        ((best, *_),) = search_beams(model, [prompt], sampling, eos_id, tokenizer)
-        reply.__dict__.update(best.__dict__)
-        yield from reply.ids
-        return
     n_given = 0
     for _ in _write(model, [prompt], sampling, eos_id, tokenizer, [reply]):
         yield from reply.ids[n_given:]
@@ -93,9 +88,6 @@ def generate_replies(
     tokenizer: needed by the settings that look at characters
     raises: ConfigError if a prompt leaves no room in the context
     """
-    if sampling.beams > 1:
-        found = search_beams(model, prompts, sampling, eos_id, tokenizer)
-        return [reply for replies in found for reply in replies[: sampling.n]]
     replies = [Reply() for _ in range(len(prompts) * sampling.n)]
     for _ in _write(model, prompts, sampling, eos_id, tokenizer, replies):
         pass

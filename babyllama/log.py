@@ -1,8 +1,7 @@
-"""Output of a run, by its main process only: the figures of its steps, where they go, and a font
-that can write Chinese in its plot.
+"""Output of a run, by its main process only: the figures of its steps, and where they go.
 
-A progress bar or plain lines, metrics.jsonl, samples.jsonl, curves.png, and, where it is asked
-for, TensorBoard or SwanLab.
+A progress bar or plain lines, metrics.jsonl and samples.jsonl; more where the script hands in a
+Watch: curves.png, TensorBoard and the like.
 """
 
 import gc
@@ -11,19 +10,31 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rich.cells import cell_len
 from tqdm import tqdm
 
 from babyllama.config import BAD_NUMBERS, aloud, atomic_write, shown
-from babyllama.errors import ConfigError, DataError
-from babyllama.language import catalogue, say
+from babyllama.errors import DataError
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+@dataclass(frozen=True)
+class Watch:
+    """Ways to look at a run from outside; those of analysis/watch.py, or none.
+
+    draw: draws the records of a run into a file, under a title
+    track: function that sends each record (kind, step, figures) of a run to a named service
+    mfu: share of the devices' rate that one token a second uses, of a model, a World, a format
+    """
+
+    draw: Callable[[list[dict], Path, str], object] = lambda *_: None
+    track: Callable[[str, Path], Callable[[str, int, dict], object]] = lambda *_: lambda *_: None
+    mfu: Callable[..., float] = lambda *_: 0.0
+
+
+UNWATCHED = Watch()
 
 # Order of the figures in a line; all others stay in metrics.jsonl.
 _SHOWN = ("loss", "ppl", "accuracy", "bpb", "grad_norm", "lr", "tokens_per_s", "mfu", "mem_gb")
@@ -94,39 +105,32 @@ class Log:
         total_steps: int,
         is_main: bool = True,
         track: str = "none",
+        watch: Watch = UNWATCHED,
     ) -> None:
         """done_steps: the run continues there; later lines of metrics.jsonl and samples.jsonl are
         dropped, and all of them where nothing was saved
         track: "none", "tensorboard", "swanlab" or "wandb" """
-        self.run, self.is_main, self.total = run, is_main, total_steps
+        self.run, self.is_main, self.total, self._watch = run, is_main, total_steps, watch
         self._start, self._first = time.perf_counter(), done_steps
         self._bar: Any = None  # a tqdm where there is a terminal
         self._drawn = self._start
         self.records = []
         if not is_main:
             return
-        self._track = open_tracker(track, run)
+        self._track = watch.track(track, run)
         for name in ("samples.jsonl", "metrics.jsonl"):
             self.records = read_records(run / name, done_steps) if done_steps else []
             if (run / name).exists() or name == "metrics.jsonl":
                 with atomic_write(run / name) as path:
                     path.write_text("".join(map(_line, self.records)), encoding="utf-8")
         if sys.stderr.isatty():
-            aloud(self._open_bar)
-
-    def _open_bar(self) -> None:
-        name, first = self.run.name, self._first
-        self._bar = tqdm(total=self.total, initial=first, desc=name, unit="step", ncols=100)
+            about = {"desc": run.name, "unit": "step", "ncols": 100}
+            self._bar = aloud(lambda: tqdm(total=total_steps, initial=done_steps, **about))
 
     def say(self, text: str) -> None:
         """One line for the user; where nobody reads it any more, the run goes on in silence."""
         if self.is_main:
             aloud(lambda: tqdm.write(text, file=sys.stderr))
-
-    def warn(self, text: str) -> None:
-        """One line that begins with "warning", if there is something to say."""
-        if text:
-            self.say(f"warning: {text}")
 
     def step(self, step: int) -> None:
         """Move the bar."""
@@ -170,7 +174,7 @@ class Log:
         """Redraw curves.png from all records."""
         self._drawn = time.perf_counter()
         if self.is_main and self.records:
-            draw_curves(self.records, self.run / "curves.png", self.run.name)
+            self._watch.draw(self.records, self.run / "curves.png", self.run.name)
 
     def close(self, code: int, text: str) -> int:
         """Draw the curves, end the bar and say how the run ended; returns the code."""
@@ -238,21 +242,6 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(lines: Sequence[Sequence[object]]) -> str:
-    """Cells in columns as a terminal shows them, where a Chinese character takes two places.
-
-    The first column is aligned to the left, the others to the right.
-    """
-    cells = [list(map(str, line)) for line in lines]
-    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
-    rows = []
-    for line in cells:
-        space = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
-        rest = [before + cell for before, cell in zip(space[1:], line[1:], strict=True)]
-        rows.append("  ".join([line[0] + space[0], *rest]).rstrip())
-    return "\n".join(rows)
-
-
 def read_metrics(run: Path, last_step: int | None = None) -> list[dict]:
     """The figures of a run up to a step."""
     return read_records(run / "metrics.jsonl", last_step)
@@ -269,140 +258,3 @@ def read_records(path: Path, last_step: int | None = None) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             continue
     return records
-
-
-def open_tracker(name: str, run: Path) -> Callable[[str, int, dict], None]:
-    """Function that sends each record (kind, step, figures) to a service beside the files.
-
-    raises: ConfigError if its package is not installed
-    """
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(run / "tensorboard"))
-
-            def send(values: dict[str, float], step: int) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
-
-        elif name == "swanlab":
-            import swanlab as service
-
-            service.init(project="babyllama", experiment_name=run.name, logdir=str(run / name))
-        elif name == "wandb":
-            import wandb as service
-
-            service.init(project="babyllama", name=run.name, dir=str(run))
-        else:
-            return lambda *_: None
-    except ImportError as error:
-        raise ConfigError(
-            f"train.track {name} wants a package that is not there ({error}); install it: "
-            f"pip install -r requirements/track.txt"
-        ) from None
-    if name != "tensorboard":
-
-        def send(values: dict[str, float], step: int) -> None:
-            service.log(values, step=step)
-
-    return lambda kind, step, figures: send(_flat(kind, figures), step)
-
-
-def _flat(kind: str, figures: dict) -> dict[str, float]:
-    """Figures by one name each; those of sources as val/loss/<source>."""
-    flat = {f"{kind}/{k}": v for k, v in figures.items() if isinstance(v, int | float)}
-    sources = figures.get("sources", {})
-    return flat | {f"{kind}/loss/{name}": loss for name, loss in sources.items()}
-
-
-def _draw_sources(axis: "Axes", records: list[dict], font: str | None) -> None:
-    """The validation loss of each source, where there are several."""
-    validated = [record for record in records if record["kind"] == "val"]
-    names = dict.fromkeys(name for record in validated for name in record.get("sources", {}))
-    for name in names if len(names) > 1 else ():
-        points = [(r["step"], r["sources"][name]) for r in validated if name in r["sources"]]
-        words = f"{label(LABELS['val'], font)}: {writable(Path(name).name, font)}"
-        axis.plot(*zip(*points, strict=True), label=words, lw=1, ls="--")
-
-
-def draw_curves(records: list[dict], path: Path, title: str) -> None:
-    """Loss, perplexity and accuracy over the steps, train and validation, in one plot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    font = plot_font(title, *(name for record in records for name in record.get("sources", {})))
-    families = [*([font] if font else []), "DejaVu Sans"]
-    with pyplot.rc_context({"font.family": families}), atomic_write(path) as temporary:
-        try:
-            _draw(records, writable(title, font), font).savefig(temporary, dpi=110)
-        finally:
-            pyplot.close()
-
-
-def _draw(records: list[dict], title: str, font: str | None) -> "Figure":
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8))
-    # A layout that is worked out takes a quarter of the time of a drawing.
-    figure.subplots_adjust(left=0.045, right=0.99, bottom=0.13, top=0.84, wspace=0.17)
-    for axis, key in zip(axes, ("loss", "ppl", "accuracy"), strict=True):
-        for kind, style in (("train", {"lw": 1, "alpha": 0.7}), ("val", {"lw": 2, "marker": "."})):
-            points = [(r["step"], r[key]) for r in records if r["kind"] == kind]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=label(LABELS[kind], font), **style)
-        if key == "loss":
-            _draw_sources(axis, records, font)
-        axis.set(xlabel=label("training step", font), title=label(LABELS[key], font))
-        axis.grid(alpha=0.3)
-        if key == "ppl":
-            axis.set_yscale("log")
-    axes[0].legend()
-    figure.suptitle(title)
-    return figure
-
-
-# What curves are called; in the user's language where the plot has a font for it.
-LABELS = {"train": "of training", "val": "of validation", "loss": "loss a token",
-          "ppl": "perplexity a token", "accuracy": "accuracy of the next token"}  # fmt: skip
-
-
-def label(text: str, font: str | None) -> str:
-    """A label of ours, in the user's language where it can be written."""
-    return say(text) if font else text
-
-
-def plot_font(*names: str) -> str | None:
-    """The font of a plot that shows these names: None where all is English."""
-    return cjk_font() if catalogue() or not all(map(str.isascii, names)) else None
-
-
-# Families with simplified Chinese, the more legible ones first; a part of the name is enough.
-FONTS = ("Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans", "Microsoft YaHei", "PingFang SC",
-         "Hiragino Sans GB", "Heiti SC", "STHeiti", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
-         "SimHei", "Noto Sans CJK", "Droid Sans Fallback", "Arial Unicode MS")  # fmt: skip
-FONT_FILES = ("notosanscjk", "notosanssc", "sourcehansans", "msyh", "pingfang", "wqy", "simhei")
-
-
-def cjk_font() -> str | None:
-    """The name of an installed font that can write Chinese, or None."""
-    from matplotlib import font_manager
-
-    names = {font.name for font in font_manager.fontManager.ttflist if Path(font.fname).is_file()}
-    for wanted in FONTS:
-        if found := sorted(name for name in names if wanted in name):
-            return found[0]
-    # matplotlib remembers its list of fonts; one that came later is only on the disk.
-    for path in sorted(font_manager.findSystemFonts()):
-        if any(part in Path(path).name.lower().replace("-", "") for part in FONT_FILES):
-            font_manager.fontManager.addfont(path)
-            return font_manager.FontProperties(fname=path).get_name()
-    return None
-
-
-def writable(text: str, font: str | None) -> str:
-    """A name of the user's; without a Chinese font its other characters are spelled out."""
-    return text if font else text.encode("ascii", "backslashreplace").decode()

@@ -13,7 +13,6 @@ arXiv:2312.03732).
 import hashlib
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,26 +26,54 @@ from torch import Tensor, nn
 from babyllama.errors import CheckpointError, ConfigError, require
 from model import Transformer
 
+ADAPTER_FILES = ("adapter.safetensors", "adapter.yaml")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Train small matrices beside the weights instead of the weights.
+
+    Args:
+        rank: width of the two matrices
+        alpha: what they add is multiplied by alpha / rank
+        dropout: share of their inputs that is dropped in training
+        targets: linear layers by name: wq wk wv wo w1 w2 w3 output, or some of these alone, as in
+            layers.0.attention.wq
+        rslora: multiply by alpha / root of rank instead, for high ranks
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("wq", "wv")
+    rslora: bool = False
+
+    def __post_init__(self) -> None:
+        wanted = {
+            "rank": ("1 or more", self.rank >= 1),
+            "alpha": ("a number above 0", 0 < self.alpha < math.inf),
+            "dropout": ("0 to below 1", 0 <= self.dropout < 1),
+            "targets": ("at least one name", len(self.targets) > 0),
+        }
+        require("lora", self, wanted)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
 
 class Adapter(nn.Module):
     """The two matrices beside one linear layer."""
 
-    def __init__(
-        self,
-        linear: nn.Linear,
-        rank: int,
-        scale: float,
-        dropout: float,
-        generator: torch.Generator,
-    ) -> None:
+    def __init__(self, linear: nn.Linear, cfg: LoraConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout = cfg.scale, cfg.dropout
         weight = linear.weight
         bound = 1 / math.sqrt(linear.in_features)
         # Drawn on the CPU, so that every device and every process begins with the same.
-        a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+        a = torch.empty(cfg.rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         self.a = nn.Parameter(a.to(weight.device, weight.dtype))
-        self.b = nn.Parameter(weight.new_zeros(linear.out_features, rank))
+        self.b = nn.Parameter(weight.new_zeros(linear.out_features, cfg.rank))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
@@ -107,42 +134,6 @@ class LoraLinear(nn.Linear):
         return linear
 
 
-ADAPTER_FILES = ("adapter.safetensors", "adapter.yaml")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """Train small matrices beside the weights instead of the weights.
-
-    Args:
-        rank: width of the two matrices
-        alpha: what they add is multiplied by alpha / rank
-        dropout: share of their inputs that is dropped in training
-        targets: linear layers by name: wq wk wv wo w1 w2 w3 output, or some of these alone, as in
-            layers.0.attention.wq
-        rslora: multiply by alpha / root of rank instead, for high ranks
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("wq", "wv")
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        wanted = {
-            "rank": ("1 or more", self.rank >= 1),
-            "alpha": ("a number above 0", 0 < self.alpha < math.inf),
-            "dropout": ("0 to below 1", 0 <= self.dropout < 1),
-            "targets": ("at least one name", len(self.targets) > 0),
-        }
-        require("lora", self, wanted)
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
 @dataclass
 class Adapters:
     """Adapters of a model: its attribute `lora`.
@@ -161,7 +152,7 @@ class Adapters:
 def fingerprint(model: Transformer) -> str:
     """SHA-256 of the base's weights as float32, with names and shapes, adapters aside."""
     digest = hashlib.sha256()
-    for name, weight in sorted(_base_weights(model).items()):
+    for name, weight in sorted(base_weights(model).items()):
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
@@ -193,8 +184,7 @@ def apply_lora(
         if not isinstance(linear, LoraLinear):
             linear = LoraLinear(linear)
             _put(model, path, linear)
-        adapter = Adapter(linear, cfg.rank, cfg.scale, cfg.dropout, generator)
-        linear.lora[name] = adapter.train(linear.training)
+        linear.lora[name] = Adapter(linear, cfg, generator).train(linear.training)
     state.configs[name] = cfg
     model.lora = state
     return switch(model, name)
@@ -280,7 +270,7 @@ def bake(model: Transformer) -> Transformer:
     return model.requires_grad_(True)
 
 
-def _base_weights(model: Transformer) -> dict[str, nn.Parameter]:
+def base_weights(model: Transformer) -> dict[str, nn.Parameter]:
     return {name: w for name, w in model.named_parameters() if ".lora." not in name}
 
 
@@ -288,7 +278,7 @@ def stored(model: Transformer) -> dict[str, nn.Parameter]:
     """The parameters that a checkpoint holds: of an adapted model the active adapter, whose own
     name is left out ("layers.0.attention.wq.a"), else all; a tied head once."""
     if not is_adapted(model):
-        return _base_weights(model)
+        return base_weights(model)
     inside = f".lora.{model.lora.active}."
     parameters = dict(model.named_parameters())
     return {name.replace(inside, "."): w for name, w in parameters.items() if inside in name}
@@ -332,27 +322,3 @@ def require_base(model: Transformer, found: dict, where: str) -> None:
             f"{found['fingerprint'][:12]}…, found a base with weights {here[:12]}…; name the base "
             f"that it was trained on"
         )
-
-
-def describe(model: Transformer) -> str:
-    """The adapted layers with their shapes, and what trains, for people."""
-    state = model.lora
-    cfg = state.configs[state.active]
-    shapes = Counter(
-        (re.sub(r"^layers\.\d+\.", "", path), layer.out_features, layer.in_features)
-        for path, layer in layers(model)
-        if layer.active
-    )
-    n_trained = sum(w.numel() for w in stored(model).values())
-    n_base = sum(w.numel() for w in _base_weights(model).values())
-    lines = [
-        f"LoRA {state.active}: rank {cfg.rank}, scale {cfg.scale:g}, dropout {cfg.dropout:g}; "
-        f"{n_trained:,} parameters train beside {n_base:,} frozen ones "
-        f"({n_trained / n_base:.2%})"
-    ]
-    for (name, n_out, n_in), count in shapes.items():
-        lines.append(
-            f"  {count:>3} x {name:<18} ({n_out}, {n_in}) + ({n_out}, {cfg.rank}) ({cfg.rank}, "
-            f"{n_in})"
-        )
-    return "\n".join(lines)

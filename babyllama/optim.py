@@ -70,20 +70,18 @@ class OptimConfig:
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """The optimizer of the parameters that train: decayed matrices and the rest in groups."""
-    trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    by_muon = {
-        name: w
-        for name, w in trained.items()
-        if config.name == "muon" and name.startswith("layers.") and w.dim() == 2
-    }
-    rest = [w for name, w in trained.items() if name not in by_muon]
+    by_muon, rest = [], []
+    for name, weight in model.named_parameters():
+        is_inner = name.startswith("layers.") and weight.dim() == 2
+        if weight.requires_grad:
+            (by_muon if config.name == "muon" and is_inner else rest).append(weight)
     groups = [
         {"params": [w for w in rest if w.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [w for w in rest if w.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [part for group in groups for part in by_rate(group, model)]
     if by_muon:
-        muon = {"params": list(by_muon.values()), "weight_decay": config.weight_decay}
+        muon = {"params": by_muon, "weight_decay": config.weight_decay}
         groups.append({**muon, "momentum": config.momentum})
     kind = MuonAdamW if by_muon else torch.optim.AdamW
     groups = [group | ({"ema": config.ema} if config.ema else {}) for group in groups]

@@ -42,17 +42,6 @@ FREE = (
 )  # fmt: skip
 
 
-def beside(checkpoint: Path) -> Path:
-    """Directory of reports on a checkpoint: its run; for one without a run (release/) out/."""
-    run = checkpoint.resolve().parent
-    return REPO / "out" if run == REPO.resolve() else run
-
-
-def checksums(checkpoint: Path) -> dict[str, str]:
-    """SHA-256 of each file of a checkpoint: says in a report which one was measured."""
-    return json.loads((checkpoint / "checksums.json").read_text("utf-8"))
-
-
 @contextlib.contextmanager
 def open_run(name: str, config: Settings, world: World) -> Iterator[Path]:
     """The directory of a run, new or to be continued with the same config, for this run alone.
@@ -157,11 +146,7 @@ def sha256(path: Path) -> str:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [
-        path
-        for path in run.glob("step-*")
-        if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()
-    ]
+    found = (p for p in run.glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir())
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
@@ -257,10 +242,7 @@ def read_info(path: Path) -> dict:
         config = ModelConfig(**info["model"])
         wanted: dict[str, Any] = {"kind": str, "tokenizer": str, "fingerprint": str, "step": int}
         typed = [(key, info[key], kind) for key, kind in wanted.items()]
-        typed += [
-            (f"model.{field.name}", getattr(config, field.name), field.type)
-            for field in fields(config)
-        ]
+        typed += [(f"model.{f.name}", getattr(config, f.name), f.type) for f in fields(config)]
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(f"{type(error).__name__} {error}".split())
         raise CheckpointError(
@@ -274,18 +256,8 @@ def read_info(path: Path) -> dict:
     tasks = info.get("tasks", [])
     if not isinstance(tasks, list) or not all(task in TASKS for task in tasks):
         wrong.append(f"tasks {tasks!r} (some of {', '.join(TASKS)})")
-    if wrong or config.max_seq_len * config.head_dim > _LARGEST_TABLE:
-        table = f"model.max_seq_len {config.max_seq_len} with heads {config.head_dim} wide"
-        found = ", ".join(wrong) or table
-        raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {found}")
+    if not wrong and config.max_seq_len * config.head_dim > _LARGEST_TABLE:
+        wrong.append(f"model.max_seq_len {config.max_seq_len} with heads {config.head_dim} wide")
+    if wrong:
+        raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {', '.join(wrong)}")
     return {**info, "model": config}
-
-
-def tasks_of(path: Path) -> tuple[str, ...]:
-    """Tasks that a checkpoint was trained for, the best first, as its model.yaml states it.
-
-    One that states nothing may be asked all that others of its kind learn.
-    """
-    info = read_info(path)
-    usual: dict[str, tuple[str, ...]] = {"pretrain": ("continue",), "vqa": ("chat",)}
-    return tuple(info.get("tasks") or usual.get(info["kind"], ("chat", "reference", "title")))

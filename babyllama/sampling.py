@@ -10,7 +10,7 @@ Axes: B rows of a batch, V vocabulary, S tokens said.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +45,6 @@ class SamplingConfig:
         loop_guard: what to do when 10 characters in a row come for the third time in a reply:
             nothing (off), end the reply there (end), or take another token (redraw)
         n: replies to each prompt
-        beams: above 1: keep so many beginnings at once and return the likeliest replies; nothing
-            is drawn then, so temperature, top_p, top_k, min_p and seed have no effect
-        length_penalty: of beams: log-probabilities are divided by the length to this power
         seed: of the choice; null: a new one each time
     """
 
@@ -62,8 +59,6 @@ class SamplingConfig:
     stop: list[str] = field(default_factory=list)
     loop_guard: Literal["off", "end", "redraw"] = "off"
     n: int = 1
-    beams: int = 1
-    length_penalty: float = 1.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -78,9 +73,7 @@ class SamplingConfig:
             "no_repeat_ngram": (self.no_repeat_ngram >= 0, "0 or more"),
             "stop": (all(self.stop), "no empty text"),
             "loop_guard": (self.loop_guard in ("off", "end", "redraw"), "off, end or redraw"),
-            "n": (self.n >= 1 and (self.beams == 1 or self.n <= self.beams), "1 to beams"),
-            "beams": (self.beams >= 1, "at least 1"),
-            "length_penalty": (-10 <= self.length_penalty <= 10, "-10 to 10"),
+            "n": (self.n >= 1, "at least 1"),
         }
         faults = [
             f"{name} {getattr(self, name)} ({wanted})"
@@ -89,13 +82,6 @@ class SamplingConfig:
         ]
         if faults:
             raise ConfigError("sampling cannot use " + ", ".join(faults))
-
-    @property
-    def alone(self) -> "SamplingConfig":
-        """These settings without those that a larger config adds to them."""
-        return SamplingConfig(
-            **{each.name: getattr(self, each.name) for each in fields(SamplingConfig)}
-        )
 
     @property
     def reads_text(self) -> bool:
@@ -107,7 +93,15 @@ class SamplingConfig:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0
 
 
-# What chooses: `choose`, or a faster one with the same arguments (cpu/draw.py).
+Kind = TypeVar("Kind", bound=SamplingConfig)
+
+
+def alone(config: SamplingConfig, kind: type[Kind]) -> Kind:
+    """The settings of choosing in a larger config."""
+    return kind(**{each.name: getattr(config, each.name) for each in fields(kind)})
+
+
+# What chooses: `choose`, or a faster one with the same arguments (cpu/decoder.py).
 Chooser = Callable[[Tensor, SamplingConfig, Tensor], Tensor]
 
 

@@ -1,9 +1,9 @@
 """The sources of a mixture: token files as rows of (tokens, targets).
 
-A row is a window of a text stream, a dialogue, or a summary row in a freshly drawn wording; other
-kinds come with what learns from them (tuning/preference.py). What does not fit the context is cut
-by whole turns (dialogues) or at the text's end (summaries), or left out; each is counted by reason.
-The config names the sets and their weights; their token files lie in data/tokens.
+A row is a window of a text stream or a dialogue; readers of other kinds are handed in: summary
+rows in a freshly drawn wording (scoring/prompts.py), pairs of answers (tuning/preference.py). What
+does not fit the context is cut by whole turns, or left out; each is counted by reason. The config
+names the sets and their weights; their token files lie in data/tokens.
 """
 
 import math
@@ -14,9 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from babyllama.config import from_repo, shown
+from babyllama.config import shown
 from babyllama.errors import ConfigError, DataError, require
-from babyllama.prompts import SummaryPrompts
 from babyllama.token_file import (
     CHOICES,
     ROLES,
@@ -84,9 +83,6 @@ class DataConfig:
 
 
 Row = tuple[np.ndarray, np.ndarray]  # tokens (n,), targets (n,), int64, n <= max_seq_len
-
-# A summary row whose text would keep less than this is dropped.
-_LEAST_TEXT = 16
 
 
 class Source:
@@ -203,54 +199,6 @@ def message_sizes(file: TokenFile, tokenizer: Tokenizer) -> np.ndarray:
     return sizes
 
 
-class Summaries(Source):
-    """A summary source: each row in a wording drawn anew, its text cut to fit."""
-
-    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
-        templates = from_repo(self._config.prompts)
-        prompts = self._prompts = SummaryPrompts.load(templates, self._tokenizer)
-        frame = self._tokenizer.render_chat(
-            [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
-        )[0]
-        self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
-        fitting, n_cut, n_without_turn, n_invented = [], 0, 0, 0
-        for file in self.files:
-            text, summary = file.sizes[file.first], file.sizes[file.first + 1]
-            fits = np.minimum(text, _LEAST_TEXT) + summary <= self._room
-            for place in np.flatnonzero(fits) if self._config.least_copied else ():
-                if self._copied(file, place) < self._config.least_copied:
-                    fits[place], n_invented = False, n_invented + 1
-            spare = self._room - text - summary
-            n_cut += int((fits & (spare < 0)).sum())
-            n_without_turn += prompts.n_without_turn(file, spare)
-            fitting.append(fits)
-        self.dropped = {
-            "summary_does_not_fit": sum(int((~fits).sum()) for fits in fitting) - n_invented,
-            "summary_not_in_text": n_invented,
-            "text_cut": n_cut,
-            "no_room_for_second_turn": n_without_turn,
-        }
-        has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in self.files)
-        asks = "keywords" in prompts.turns and prompts.share > 0
-        self.teaches = ("title", "keywords") if asks and has_keywords else ("title",)
-        return fitting
-
-    def _copied(self, file: TokenFile, place: int) -> float:
-        """The share of a summary's tokens that its text holds where it is cut."""
-        (_, text), (_, summary), *_ = file.pieces(place)
-        return float(np.isin(summary, text[: self._room - len(summary)]).mean())
-
-    def row(self, number: int, rng: np.random.Generator) -> Row:
-        file, place, _ = self._rows[number].tolist()
-        (_, text), (_, summary), *more = self.files[file].pieces(place)
-        meta: dict[str, list[np.ndarray]] = {}
-        for role, ids in more:
-            meta.setdefault(role, []).append(ids)
-        room = self._room - len(summary)
-        messages = self._prompts.messages(text, summary, rng, room, meta)
-        return supervised(self._tokenizer, messages, self._config.supervise)
-
-
 def supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str = "answers") -> Row:
     """A dialogue as inputs and shifted targets; see DataConfig.supervise."""
     ids, mask = (np.array(part, dtype=np.int64) for part in tokenizer.render_chat(messages))
@@ -260,7 +208,7 @@ def supervised(tokenizer: Tokenizer, messages: Sequence[dict], supervise: str = 
 
 
 Reader = Callable[[str, list[TokenFile], Tokenizer, int, DataConfig], Source]
-READERS: dict[str, Reader] = {"text": Windows, "chat": Dialogues, "summary": Summaries}
+READERS: dict[str, Reader] = {"text": Windows, "chat": Dialogues}
 
 
 def open_source(

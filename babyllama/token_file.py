@@ -20,7 +20,6 @@ import struct
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -31,15 +30,12 @@ from tokenizer import Tokenizer
 MAGIC = b"BABYLTOK"
 VERSION = 1
 HEADER = struct.Struct("<8sIIIIQQQ32s32s8x")
-KINDS = ("text", "chat", "summary", "preference", "vqa")
 # What a summary row's meta may hold for a second turn: one piece each, or one a keyword.
 META = ("keywords", "discipline", "category")
 # The two answers that end a preference row, the better one first.
 CHOICES = ("chosen", "rejected")
-ROLES = ("system", "user", "assistant", "text", "summary", *META, *CHOICES, "image")
-
-
 _TALK = ("system", "user", "assistant")
+ROLES = (*_TALK, "text", "summary", *META, *CHOICES, "image")
 _ROLES = {
     "text": (),
     "chat": _TALK,
@@ -47,13 +43,8 @@ _ROLES = {
     "preference": (*_TALK, *CHOICES),
     "vqa": ("image", *_TALK),
 }
-
-
-class Vocabulary(Protocol):
-    """Properties of the tokenizer that a token file is made with."""
-
-    vocab_size: int
-    fingerprint: str
+KINDS = tuple(_ROLES)
+AGAIN = "python -m data_process.run <set> --tokenizer <file>"
 
 
 def id_dtype(vocab_size: int) -> np.dtype:
@@ -101,10 +92,9 @@ class TokenFileWriter:
     Memory: 8 bytes a document (and 9 a piece); ids go straight to the disk.
     """
 
-    def __init__(self, stem: Path, kind: str, tokenizer: Vocabulary) -> None:
+    def __init__(self, stem: Path, kind: str, tokenizer: Tokenizer) -> None:
         self.bin_path, self.idx_path = pair(stem)
-        self.kind = kind
-        self._tokenizer = tokenizer
+        self.kind, self._tokenizer = kind, tokenizer
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._ends, self._piece_ends, self._roles = array("Q"), array("Q"), bytearray()
         self._n_tokens = 0
@@ -193,27 +183,26 @@ class TokenFile:
         for path in (self.bin_path, self.idx_path):
             if not path.is_file():
                 raise DataError(
-                    f"{path}: no such file; a token file is a .bin with its .idx, made by "
-                    f"python -m data_process.run <set> --tokenizer <file>"
+                    f"{path}: no such file; a token file is a .bin with its .idx, made by {AGAIN}"
                 )
         index = self.idx_path.read_bytes()
         self.digest = index[-32:]
-        self._read_index(index[:-32], index[-32:])
+        self._read_index(index[:-32])
         if fingerprint is not None and fingerprint != self.fingerprint:
             raise DataError(
                 f"{self.bin_path}: made with tokenizer {self.fingerprint[:12]}… "
                 f"(vocabulary size {self.vocab_size}), wanted {fingerprint[:12]}…; pre-tokenize "
-                f"again: python -m data_process.run <set> --tokenizer <file>"
+                f"again: {AGAIN}"
             )
         self._map_ids(verify)
 
-    def _read_index(self, index: bytes, digest: bytes) -> None:
+    def _read_index(self, index: bytes) -> None:
         if index[:8] != MAGIC:
             raise DataError(
                 f"{self.idx_path}: wanted a babyllama index, found bytes {index[:8]!r}; "
                 f"a .bin of another project must be pre-tokenized again"
             )
-        if hashlib.sha256(index).digest() != digest or len(index) < HEADER.size:
+        if hashlib.sha256(index).digest() != self.digest or len(index) < HEADER.size:
             raise self._damaged(self.idx_path, "its checksum does not match")
         (_, version, kind, width, self.vocab_size, self.n_tokens, self.n_docs, n_pieces,
          fingerprint, self._bin_sha256) = HEADER.unpack_from(index)  # fmt: skip
@@ -233,23 +222,18 @@ class TokenFile:
 
     def _is_in_order(self, n_pieces: int) -> bool:
         """True if documents and pieces follow each other to the end, and are those of the kind."""
-        if self.kind == "text":
-            levels = [(self.ends, self.n_tokens), (self.piece_ends, 0)]
-        else:
-            levels = [(self.ends, n_pieces), (self.piece_ends, self.n_tokens)]
-        for ends, last in levels:
+        is_text = self.kind == "text"
+        lasts = (self.n_tokens, 0) if is_text else (n_pieces, self.n_tokens)
+        for ends, last in zip((self.ends, self.piece_ends), lasts, strict=True):
             if np.any(ends[1:] < ends[:-1]) or (ends[-1] if len(ends) else 0) != last:
                 return False
-        allowed = [ROLES.index(role) for role in _ROLES[self.kind]]
-        if not np.isin(self.roles, allowed).all():
-            return False
+        opening = ("text", "summary") if self.kind == "summary" else ()
         first = np.concatenate(([0], self.ends)).astype(np.int64)[:-1]
-        is_summary = self.kind == "summary"
-        n_least = 0 if self.kind == "text" else 1 + is_summary
-        if np.any(self.ends < first + n_least):
-            return False
-        return not is_summary or all(
-            np.all(self.roles[first + n] == ROLES.index(("text", "summary")[n])) for n in (0, 1)
+        has_pieces = not np.any(self.ends < first + (len(opening) or not is_text))
+        return (
+            has_pieces
+            and np.isin(self.roles, [ROLES.index(role) for role in _ROLES[self.kind]]).all()
+            and all(np.all(self.roles[first + n] == ROLES.index(r)) for n, r in enumerate(opening))
         )
 
     def _map_ids(self, verify: bool) -> None:
@@ -277,8 +261,7 @@ class TokenFile:
     @staticmethod
     def _damaged(path: Path, what: str) -> DataError:
         return DataError(
-            f"{path}: damaged or cut, {what}; delete it and pre-tokenize again: "
-            f"python -m data_process.run <set> --tokenizer <file>"
+            f"{path}: damaged or cut, {what}; delete it and pre-tokenize again: {AGAIN}"
         )
 
     @property
@@ -304,10 +287,8 @@ class TokenFile:
     def pieces(self, number: int) -> list[tuple[str, np.ndarray]]:
         """One row of a chat or summary file as (role, ids) pieces."""
         first = self.ends[number - 1] if number else 0
+        starts = (self.piece_ends[i - 1] if i else 0 for i in range(first, self.ends[number]))
         return [
-            (
-                ROLES[self.roles[i]],
-                self.ids[self.piece_ends[i - 1] if i else 0 : self.piece_ends[i]],
-            )
-            for i in range(first, self.ends[number])
+            (ROLES[self.roles[i]], self.ids[start : self.piece_ends[i]])
+            for i, start in enumerate(starts, first)
         ]

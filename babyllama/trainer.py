@@ -28,7 +28,6 @@ from babyllama.device import (
     ahead,
     for_replies,
     memory_gb,
-    mfu_per_rate,
     open_scaler,
     summed,
     to_device,
@@ -36,7 +35,7 @@ from babyllama.device import (
 from babyllama.distributed import World, inner, no_sync, whole_model
 from babyllama.errors import ConfigError, DataError, require
 from babyllama.generate import generate
-from babyllama.log import Log, Window, means
+from babyllama.log import UNWATCHED, Log, Watch, Window, means
 from babyllama.run_dir import find_checkpoint, list_checkpoints
 from babyllama.sampling import SamplingConfig
 from model import IGNORED, Loss, Transformer
@@ -229,7 +228,7 @@ class Run(checkpoint.Snapshot):
 
     def __init__(
         self, model: Transformer, data: Data, tokenizer: Tokenizer, cfg: RunConfig, world: World,
-        directory: Path, kind: str, objective: Objective,
+        directory: Path, kind: str, objective: Objective, watch: Watch,
     ) -> None:  # fmt: skip
         config = cfg.train
         # torch's random state is part of a checkpoint, so it has to begin somewhere of ours.
@@ -242,8 +241,8 @@ class Run(checkpoint.Snapshot):
         )  # fmt: skip
         self.data, self.cfg, self.objective = data, cfg, objective
         self.seen, self.last = self._resumed(), total_steps(config, data.train)
-        self.log = Log(directory, self.seen.step, self.last, world.is_main, config.track)
-        self.window = Window(mfu_per_rate(model, world, self.scaler.precision), self.seen.window)
+        self.log = Log(directory, self.seen.step, self.last, world.is_main, config.track, watch)
+        self.window = Window(watch.mfu(model, world, self.scaler.precision), self.seen.window)
         self.val_loss = 0.0  # of the last validation
         self.bad_steps = 0  # the last ones in a row whose numbers were not finite
 
@@ -370,13 +369,15 @@ def train(
     directory: Path,
     kind: str,
     objective: Objective = Objective(),
+    watch: Watch = UNWATCHED,
 ) -> int:
     """Train, or go on training, until the last step; returns the exit code.
 
     model: on its device; continues from the newest checkpoint in `directory` where there is one
     kind: "pretrain" or "sft", kept in the checkpoints
+    watch: looks on; draws curves.png
     """
-    run = Run(model, data, tokenizer, cfg, world, directory, kind, objective)
+    run = Run(model, data, tokenizer, cfg, world, directory, kind, objective, watch)
     config, seen, last = cfg.train, run.seen, run.last
     if seen.step >= last:  # nothing is left to do but what a kill after the last checkpoint left
         world.on_main(lambda: checkpoint.tidy(directory))
@@ -385,7 +386,8 @@ def train(
         )
     world.on_main(lambda: checkpoint.require_space(run))
     run.log.say(run.opening())
-    run.log.warn(run.scaler.warning)
+    if run.scaler.warning:
+        run.log.say(f"warning: {run.scaler.warning}")
     with stop_requests() as asked:
         model.train()
         if seen.step == 0:

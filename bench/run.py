@@ -25,7 +25,8 @@ from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.run_dir import beside, checksums, chosen_run
+from babyllama.run_dir import chosen_run
+from babyllama.scoring.test_sets import beside, checksums
 from bench import contamination
 from bench import report as cards
 from bench.harness import Store, for_harness

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from babyllama.analysis.estimate import available_gb, largest_batch, memory_by_part
+from babyllama.analysis.watch import mfu_per_rate, synchronize
 from babyllama.checkpoint import load_model
 from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
@@ -46,11 +47,9 @@ from babyllama.device import (
     DeviceConfig,
     Scaler,
     memory_gb,
-    mfu_per_rate,
     open_scaler,
     pick_device,
     set_deterministic,
-    synchronize,
 )
 from babyllama.distributed import World
 from babyllama.errors import ConfigError

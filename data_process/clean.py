@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from babyllama import rows
 from babyllama.errors import ConfigError
+from babyllama.language import letters
 from data_process.formats import past
 from tokenizer import LABELS, SEPARATOR
 
@@ -139,9 +139,9 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
 
 
 def normalise(row: Row) -> Row:
-    """Every text takes the form that prompts have too (babyllama/rows.py)."""
+    """Every text takes the form that prompts have too (language/letters.py)."""
     change = _each_content if "messages" in row else _each_text
-    return change(row, rows.plain)
+    return change(row, letters.plain)
 
 
 def tidy_space(row: Row) -> Row:

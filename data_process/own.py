@@ -426,13 +426,19 @@ def beginning(row: dict) -> str:
     return row["text"][: 8 if "summary" not in row else 100]
 
 
+def confirm(question: str) -> bool:
+    """The user's answer; where nobody can be asked it is yes, and that is said."""
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    print(question, "[Y/n] " if asks else "(no terminal to ask: yes)", file=sys.stderr)
+    return not asks or input().strip().lower() not in ("n", "no", "否", "不")
+
+
 def settings_for(
     place: Path,
     purpose: Purpose,
     base: Path | None,
     name: str | None,
     read_base: Callable[[Path | None], tuple[Path, Path, Any]],
-    ask: Callable[[str], bool],
 ) -> Path:
     """Prepare one's own files for a base, say what was found, and write the settings.
 
@@ -442,7 +448,7 @@ def settings_for(
     base, checkpoint, shape = read_base(base)
     print(f"base: {shown(base)}, {shape.n_parameters:,} parameters", file=sys.stderr)
     tokenizer = Tokenizer(checkpoint / "tokenizer.model")
-    found = prepare(from_repo(place), purpose, tokenizer, ask)
+    found = prepare(from_repo(place), purpose, tokenizer, confirm)
     print(*found.lines(), sep="\n", file=sys.stderr)
     return write_settings(found, base, shape, tokenizer.path, name)
 

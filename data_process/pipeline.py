@@ -20,6 +20,7 @@ from pathlib import Path
 from babyllama import rows
 from babyllama.config import atomic_dir, from_repo, recover_dir, shown
 from babyllama.errors import ConfigError, DataError
+from babyllama.language import letters
 from data_process import clean, columns, decontaminate, dedup, formats, raw, registry, stages
 from data_process.clean import texts
 from data_process.decontaminate import flag_shard, make_windows
@@ -239,7 +240,7 @@ def old_counts(target: Path, key: str) -> dict | None:
     return counts if whole else None
 
 
-READING = (clean, columns, formats, raw, registry, rows, stages)
+READING = (clean, columns, formats, letters, raw, registry, rows, stages)
 READ_CODE = (clean.WORDS, *(Path(m.__file__ or "") for m in READING))
 LATER_CODE = (*(Path(m.__file__ or "") for m in (decontaminate, dedup, stages)), Path(__file__))
 SIGN_CODE = (Path(dedup.__file__ or ""),)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from babyllama import lora
-from babyllama.chat.session import named
+from babyllama.chat.session import named, tasks_of
 from babyllama.checkpoint import load_adapter, load_model
 from babyllama.config import shown
 from babyllama.cpu.decoder import make_decoder
@@ -20,7 +20,7 @@ from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError
 from babyllama.retrieval.retriever import API_URL
-from babyllama.run_dir import find_checkpoint, read_info, tasks_of
+from babyllama.run_dir import find_checkpoint, read_info
 from serve.engine import Engine
 from serve.pictures import Eyes, PictureEngine, picture_tools
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
-from babyllama.prompts import as_trained
+from babyllama.language.letters import as_trained
 from babyllama.retrieval.retriever import Retriever
 from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest, Refused
 from tokenizer import Tokenizer

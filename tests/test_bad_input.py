@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from babyllama.data import open_data
+from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import TrainConfig
@@ -222,7 +223,11 @@ def test_every_row_that_is_kept_has_a_target(place):
         SourceConfig(str(place.root / "tokens" / kind)) for kind in ("chat", "summary", "text")
     )
     data = open_data(
-        DataConfig(sources, SMALL_PROMPTS), place.tokenizer, 128, TrainConfig(batch_size=4)
+        DataConfig(sources, SMALL_PROMPTS),
+        place.tokenizer,
+        128,
+        TrainConfig(batch_size=4),
+        READERS,
     )
     for source in data.train.mixture.sources:
         rows = [source.row(n, np.random.default_rng(n)) for n in range(len(source))]

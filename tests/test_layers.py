@@ -12,7 +12,9 @@ import pytest
 
 REPO = Path(__file__).parent.parent
 TOP = ("pretrain", "sft", "chat", "eval_rouge", "quickstart")
-FLOOR_0 = ("model", "tokenizer", "babyllama.errors", "babyllama.language")
+FLOOR_0 = (
+    "model", "tokenizer", "babyllama.errors", "babyllama.language", "babyllama.language.letters"
+)  # fmt: skip
 # Folders of babyllama/ that can be deleted, and the other ones that each may import.
 EXTRAS = {
     "cuda": (),
@@ -30,9 +32,9 @@ TORCH_FREE = (
     "tokenizer",
     "babyllama.errors",
     "babyllama.language",
+    "babyllama.language.letters",
     "babyllama.rows",
     "babyllama.token_file",
-    "babyllama.prompts",
     "babyllama.scoring.rouge",
     "data_process",
 )
@@ -115,7 +117,7 @@ def test_the_server_reaches_pictures_through_one_function():
 
 def test_the_core_is_flat_and_short():
     core = {name for name in MODULES if room_of(name) == "core"} - {"babyllama"}
-    assert len(core) <= 17, sorted(core)  # and errors, floor 0
+    assert len(core) <= 16, sorted(core)  # and errors, floor 0
 
 
 # The files of the main path, in the order in which they are read.
@@ -126,7 +128,7 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_600, "core": 5_580, "product": 31_770}
+MOST_LINES = {"evening": 2_560, "core": 4_672, "product": 31_712}
 MOST_FILES = 151
 
 

@@ -13,6 +13,7 @@ from babyllama.config import REPO, parse, to_yaml
 from babyllama.data import open_data
 from babyllama.errors import ConfigError
 from babyllama.run_dir import list_checkpoints
+from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig
 from conftest import SMALL_PROMPTS, write_run
@@ -121,7 +122,7 @@ def data(token_root: Path, tokenizer: Tokenizer) -> Callable:
         sources = tuple(SourceConfig(str(token_root / n)) for n in ("text", "chat", "summary"))
         order = TrainConfig(batch_size=12)
         return open_data(
-            DataConfig(sources, SMALL_PROMPTS, **changes), tokenizer, length, order
+            DataConfig(sources, SMALL_PROMPTS, **changes), tokenizer, length, order, READERS
         ).train
 
     return call

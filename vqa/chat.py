@@ -28,7 +28,7 @@ from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import stream_text
 from babyllama.language import verbatim
-from babyllama.prompts import as_trained
+from babyllama.language.letters import as_trained
 from babyllama.rows import check_messages
 from babyllama.sampling import SamplingConfig
 from vqa import images
@@ -90,8 +90,8 @@ def stream_answer(
 
     seen: what `look` gave, for as many questions as wanted
     """
-    if sampling.n > 1 or sampling.beams > 1:
-        raise ConfigError("answers about images want n 1 and beams 1; leave these settings out")
+    if sampling.n > 1:
+        raise ConfigError("answers about images want n 1; leave the setting out")
     ids = prompt_of(loaded, messages, seen)
     with loaded.model.looking_at(seen):
         yield from stream_text(loaded.model.decoder(seen), ids, sampling, loaded.tokenizer, reply)

@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from babyllama.analysis.watch import cjk_font, writable
 from babyllama.config import atomic_write, from_repo, parse, run, shown
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError
-from babyllama.log import cjk_font, table, writable
 from babyllama.scoring.rouge import bootstrap_interval, rouge_clipped
+from babyllama.scoring.tables import table
 from vqa import images
 from vqa.chat import greedy
 from vqa.data import BATCH, PictureRows, key_of, prepared

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from babyllama.checkpoint import Loaded, load_weights, read_checkpoint
 from babyllama.config import shown
-from babyllama.cpu import draw
+from babyllama.cpu.decoder import choose
 from babyllama.decoder import Decoder
 from babyllama.errors import CheckpointError, ConfigError, require
 from babyllama.run_dir import find_checkpoint
@@ -319,7 +319,7 @@ class VqaModel(nn.Module):
         def step(tokens: Tensor, cache: KVCache) -> Tensor:
             return read(tokens[:, None], cache)
 
-        return Decoder(net, step, str(net.output.weight.dtype)[6:], reader=read, choose=draw.choose)
+        return Decoder(net, step, str(net.output.weight.dtype)[6:], reader=read, choose=choose)
 
 
 def _plain(settings: dict) -> dict:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model, read_checkpoint
 from babyllama.config import from_repo, parse, run
 from babyllama.device import DeviceConfig, pick_device
@@ -145,7 +146,7 @@ def main(cfg: VqaConfig) -> int:
         with open_run(cfg.name, cfg, world) as directory:
             if world.is_main:
                 print(describe(model), file=sys.stderr)
-            return train(model, data, tokenizer, cfg, world, directory, "vqa")
+            return train(model, data, tokenizer, cfg, world, directory, "vqa", watch=WATCH)
 
 
 def describe(model: VqaModel) -> str:

@@ -12,7 +12,8 @@ import yaml
 
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.log import read_metrics, table
+from babyllama.log import read_metrics
+from babyllama.scoring.tables import table
 
 
 @dataclass(frozen=True)

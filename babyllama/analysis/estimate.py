@@ -4,17 +4,21 @@ python pretrain.py --dry-run         of a run, with ten probing steps
 python -m babyllama.analysis.estimate         a table: the largest batches on usual cards, computed
 """
 
+import re
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
 import yaml
 
+from babyllama import lora
+from babyllama.analysis.watch import mfu_per_rate, synchronize
 from babyllama.checkpoint import checkpoint_bytes
 from babyllama.config import REPO, parse, run
 from babyllama.data import TrainData
-from babyllama.device import Scaler, memory_gb, mfu_per_rate, open_scaler, synchronize
+from babyllama.device import Scaler, memory_gb, open_scaler
 from babyllama.distributed import World
 from babyllama.optim import make_optimizer, move_averages, n_kept
 from babyllama.trainer import Objective, RunConfig, forward_backward, total_steps
@@ -40,6 +44,23 @@ def parameters_by_part(model: Transformer) -> dict[str, int]:
         "head": 0 if model.config.tied else table,
         "norm": model.norm.weight.numel(),
     }
+
+
+def adapter_line(model: Transformer) -> str:
+    """What trains, beside what and in which layers, for people."""
+    state = model.lora
+    cfg = state.configs[state.active]
+    names = (
+        re.sub(r"^layers\.\d+\.", "", path) for path, layer in lora.layers(model) if layer.active
+    )
+    where = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+    n_trained = sum(w.numel() for w in lora.stored(model).values())
+    n_base = sum(w.numel() for w in lora.base_weights(model).values())
+    return (
+        f"LoRA {state.active}: rank {cfg.rank}, scale {cfg.scale:g}, dropout {cfg.dropout:g} in "
+        f"{where}; {n_trained:,} parameters train beside {n_base:,} frozen ones "
+        f"({n_trained / n_base:.2%})"
+    )
 
 
 def memory_by_part(

@@ -19,12 +19,13 @@ from babyllama.config import from_repo, parse, run, shown
 from babyllama.decoder import Reply
 from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.log import table
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
-from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, loops, squeeze
+from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, alone, loops, squeeze
+from babyllama.scoring.beams import BeamConfig
 from babyllama.scoring.rouge import ngrams
 from babyllama.scoring.summarise import AskConfig, ReadyModel, ask_all
+from babyllama.scoring.tables import table
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def ask(loaded: Loaded, text: str) -> list[int]:
 
 def ways(cfg: LoopsConfig) -> dict[str, SamplingConfig]:
     """The lines of the table: greedy and drawn, without the guard and with it."""
-    drawn = replace(cfg.alone, loop_guard="off")
+    drawn = replace(alone(cfg, BeamConfig), loop_guard="off")
     free = {"greedy": replace(drawn, temperature=0.0), f"top-p {cfg.top_p:g}": drawn}
     guarded = {
         f"{name}, {cfg.loop_guard}": replace(way, loop_guard=cfg.loop_guard)

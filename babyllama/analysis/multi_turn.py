@@ -19,12 +19,12 @@ from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
-from babyllama.log import table
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.rouge import bootstrap_interval
 from babyllama.scoring.summarise import ReadyModel, ask_all, load_answering
+from babyllama.scoring.tables import table
 
 # What is told, how it is asked for, and the values that it may have: none is part of another.
 FACTS = {

@@ -44,11 +44,13 @@ from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
 from babyllama.errors import CheckpointError, ConfigError, DataError
-from babyllama.log import perplexity, table
-from babyllama.prompts import SummaryPrompts
+from babyllama.log import perplexity
 from babyllama.rows import read_rows, row_kind
-from babyllama.run_dir import beside, checksums, find_checkpoint, list_checkpoints, read_info
+from babyllama.run_dir import find_checkpoint, list_checkpoints, read_info
 from babyllama.scoring import rouge
+from babyllama.scoring.prompts import SummaryPrompts
+from babyllama.scoring.tables import table
+from babyllama.scoring.test_sets import beside, checksums
 from babyllama.sources import Row
 from model import IGNORED, Transformer, token_losses
 from tokenizer import Tokenizer

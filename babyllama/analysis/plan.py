@@ -23,10 +23,11 @@ from babyllama.analysis.estimate import (
     largest_batch,
     memory_by_part,
 )
+from babyllama.analysis.watch import flops_per_token, tabulated_peak
 from babyllama.config import from_repo, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import Mixture, TrainData
-from babyllama.device import flops_per_token, open_scaler, pick_device, tabulated_peak
+from babyllama.device import open_scaler, pick_device
 from babyllama.distributed import start
 from babyllama.language import verbatim
 from babyllama.sources import Row, Source

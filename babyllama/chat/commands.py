@@ -122,9 +122,7 @@ def do_lora(session: Session, value: str, user: User) -> str:
     return f"当前：{session.adapter or '基座'}；可用：{'、'.join(names) or '无'}"
 
 
-SETTINGS = {
-    field.name: field for field in fields(SamplingConfig) if field.name not in ("n", "beams")
-}
+SETTINGS = {field.name: field for field in fields(SamplingConfig) if field.name != "n"}
 
 
 def do_set(session: Session, value: str, user: User) -> str:

@@ -19,11 +19,11 @@ from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Decoder, Reply, Weights
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies, stream_text
+from babyllama.language.letters import as_trained
 from babyllama.lora import switch
-from babyllama.prompts import as_trained
 from babyllama.retrieval.index import trim
 from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
-from babyllama.run_dir import TASKS, newest_run, tasks_of
+from babyllama.run_dir import TASKS, newest_run, read_info
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import Suggested, suggest
 from tokenizer import Tokenizer
@@ -309,3 +309,13 @@ def named(word: str) -> tuple[str, Path]:
         path = Path(word)
         name, place = re.sub(r"\W", "_", path.name), word
     return name, from_repo(place)
+
+
+def tasks_of(path: Path) -> tuple[str, ...]:
+    """Tasks that a checkpoint was trained for, the best first, as its model.yaml states it.
+
+    One that states nothing may be asked all that others of its kind learn.
+    """
+    info = read_info(path)
+    usual: dict[str, tuple[str, ...]] = {"pretrain": ("continue",), "vqa": ("chat",)}
+    return tuple(info.get("tasks") or usual.get(info["kind"], ("chat", "reference", "title")))

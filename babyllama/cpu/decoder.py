@@ -8,6 +8,7 @@ quarter of the bytes (int8.py).
 """
 
 import warnings
+from ctypes import c_float, c_void_p
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,11 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.cpu import compile, draw, int8
+from babyllama.cpu import compile, int8
 from babyllama.cuda.decoder import card_decoder
 from babyllama.decoder import Decoder, Weights, plain_decoder
 from babyllama.errors import ConfigError
+from babyllama.sampling import COLDEST, SamplingConfig
+from babyllama.sampling import choose as choose_in_torch
 from model import KVCache, Transformer, rotate
+
+# Of choose.c: numbers that are summed together.
+_RUN = 256
 
 
 def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
@@ -32,16 +38,16 @@ def make_decoder(model: Transformer, weights: Weights = "auto") -> Decoder:
     kind, reason = choose_weights(model, weights)
     if kind == "int8":
         step = int8.Int8Step(model)
-        return Decoder(model, step, kind, reason, step.read, step.cache_dtype, draw.choose)
+        return Decoder(model, step, kind, reason, step.read, step.cache_dtype, choose)
     if kind == "float32":
-        return Decoder(model, Float32Step(model), kind, reason, choose=draw.choose)
+        return Decoder(model, Float32Step(model), kind, reason, choose=choose)
     if model.rope.is_cuda:
         dtype = model.output.weight.dtype
         is_late = torch.cuda.get_device_capability(model.rope.device) >= (8, 0)
         if weights == "auto" and dtype == torch.float32 and is_late:
             dtype, reason = torch.bfloat16, "half the bytes, and the card has it"
         return replace(card_decoder(model, dtype), reason=reason)
-    return replace(plain_decoder(model), reason=reason, choose=draw.choose)
+    return replace(plain_decoder(model), reason=reason, choose=choose)
 
 
 def choose_weights(model: Transformer, weights: Weights) -> tuple[str, str]:
@@ -137,3 +143,29 @@ class Float32Step:
         positions = cache.length - cache.start
         bias = bias.repeat_interleave(self.config.kv_heads, dim=0)[:, None]
         return rope[:, positions][:, :, None, None], bias
+
+
+def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
+    """As sampling.choose in a sixth of the time, by C where that helps."""
+    if logits.device.type == "cpu" and compile.library() and not sampling.top_k:
+        return _choose_in_c(logits, sampling, chances)
+    return choose_in_torch(logits, sampling, chances)
+
+
+def _choose_in_c(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
+    logits, chances = logits.float().contiguous(), chances.float().contiguous()
+    (B, V), n = logits.shape, chances.shape[1]
+    n_threads = min(B, torch.get_num_threads())
+    room = torch.empty(n_threads, V + V // _RUN + 1)
+    tokens = torch.empty(B, dtype=torch.int64)
+    temperature = 0 if sampling.temperature < COLDEST else sampling.temperature
+    compile.compiled().choose(
+        c_void_p(logits.data_ptr()), B, V,
+        *map(c_float, (temperature, sampling.top_p, sampling.min_p)),
+        c_void_p(chances.data_ptr()), n, c_void_p(room.data_ptr()), c_void_p(tokens.data_ptr()),
+        n_threads,
+    )  # fmt: skip
+    if int(tokens.min()) < 0:
+        rows = (tokens < 0).nonzero().squeeze(1)
+        tokens[rows] = choose_in_torch(logits[rows], sampling, chances[rows, -1:])
+    return tokens

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from babyllama.config import atomic_dir
 from babyllama.errors import DataError
-from babyllama.rows import read_rows, row_kind, simplify
+from babyllama.language.letters import simplify
+from babyllama.rows import read_rows, row_kind
 
 # A sentence with the quotes and brackets that close it, or a line.
 _SENTENCE = re.compile(r".+?(?:[。！？!?…；]+[”’」』）)\"]*|\.(?=\s)|\n+|$)", re.DOTALL)

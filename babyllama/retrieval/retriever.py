@@ -27,6 +27,7 @@ from pathlib import Path
 
 from babyllama.config import REPO, from_repo, shown
 from babyllama.errors import DataError
+from babyllama.language.letters import plain
 from babyllama.retrieval.index import (
     MOST_TERMS,
     Passage,
@@ -40,7 +41,6 @@ from babyllama.retrieval.index import (
     terms,
     trim,
 )
-from babyllama.rows import plain
 
 INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
 

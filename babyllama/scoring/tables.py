@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 import yaml
+from rich.cells import cell_len
 
-from babyllama.log import table
 from babyllama.sampling import repeats, squeeze
 from babyllama.scoring import rouge
 from babyllama.scoring.rouge import bootstrap_interval, is_blank, ngrams, paired_difference
@@ -31,6 +31,21 @@ _NATURE = {
 
 
 USUAL = "the usual question"
+
+
+def table(lines: Sequence[Sequence[object]]) -> str:
+    """Cells in columns as a terminal shows them, where a Chinese character takes two places.
+
+    The first column is aligned to the left, the others to the right.
+    """
+    cells = [list(map(str, line)) for line in lines]
+    widths = [max(map(cell_len, column)) for column in zip(*cells, strict=True)]
+    rows = []
+    for line in cells:
+        space = [" " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)]
+        rest = [before + cell for before, cell in zip(space[1:], line[1:], strict=True)]
+        rows.append("  ".join([line[0] + space[0], *rest]).rstrip())
+    return "\n".join(rows)
 
 
 class Published(NamedTuple):

@@ -27,13 +27,24 @@ from babyllama.rows import (
     row_kind,
     write_rows,
 )
-from babyllama.run_dir import beside, checksums, chosen_run, find_checkpoint, sha256
+from babyllama.run_dir import chosen_run, find_checkpoint, sha256
 from babyllama.scoring.tables import System
 
 PREDICTION_KEYS = ("id", "text", "reference", "prediction")
 # As the publishers name the parts of their sets.
 PARTS = {"test": ("test", "part_iii"), "dev": ("dev", "val", "valid", "part_ii")}
 ENDINGS = (".tsv", ".json", ".jsonl")
+
+
+def beside(checkpoint: Path) -> Path:
+    """Directory of reports on a checkpoint: its run; for one without a run (release/) out/."""
+    run = checkpoint.resolve().parent
+    return REPO / "out" if run == REPO.resolve() else run
+
+
+def checksums(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint: says in a report which one was measured."""
+    return json.loads((checkpoint / "checksums.json").read_text("utf-8"))
 
 
 @dataclass

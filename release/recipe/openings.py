@@ -27,7 +27,7 @@ from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies
 from babyllama.rows import numbered_lines, read_rows, write_rows
-from babyllama.sampling import SamplingConfig, loops, squeeze
+from babyllama.sampling import SamplingConfig, alone, loops, squeeze
 from babyllama.scoring.summarise import load_answering
 
 OPENINGS = Path(__file__).parent / "openings.jsonl"
@@ -150,7 +150,7 @@ def main(cfg: OpeningsConfig) -> None:
         print(f"none of {len(openings)} openings stands in {len(cfg.rows)} sets")
         return
     loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
-    drawn = cfg.alone
+    drawn = alone(cfg, SamplingConfig)
     rows = []
     print(f"{shown(loaded.path)}: {len(openings)} openings with their follow-ups")
     for name, way in {

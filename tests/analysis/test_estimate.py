@@ -16,16 +16,16 @@ from babyllama.analysis.estimate import (
     parameters_by_part,
     table,
 )
-from babyllama.config import REPO
-from babyllama.cuda.attention import CARD_SLICE
-from babyllama.device import (
-    Scaler,
+from babyllama.analysis.watch import (
     flops_per_token,
     measured_peak,
     mfu_per_rate,
     peak_flops,
     tabulated_peak,
 )
+from babyllama.config import REPO
+from babyllama.cuda.attention import CARD_SLICE
+from babyllama.device import Scaler
 from babyllama.distributed import World
 from babyllama.log import read_metrics
 from commands import refused

@@ -24,6 +24,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from babyllama import run_dir
+from babyllama.chat.session import tasks_of
 from babyllama.checkpoint import (
     Snapshot,
     checkpoint_bytes,
@@ -45,7 +46,6 @@ from babyllama.run_dir import (
     find_checkpoint,
     list_checkpoints,
     newest_run,
-    tasks_of,
     verify,
 )
 from conftest import TEXTS, contents, small_config, write_run

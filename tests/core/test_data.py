@@ -25,8 +25,8 @@ from babyllama.data import (
     permuted,
     share,
 )
-from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
+from babyllama.scoring.prompts import READERS, SummaryPrompts
 from babyllama.sources import DataConfig, Dialogues, SourceConfig, Windows, open_source
 from babyllama.token_file import TokenFile, TokenFileWriter
 from conftest import SMALL_PROMPTS, TEXTS
@@ -76,7 +76,7 @@ def config_of(token_root: Path, **weights: float) -> DataConfig:
 @pytest.fixture
 def data(token_root, tokenizer) -> Data:
     config = config_of(token_root, text=1.0, chat=1.0, summary=1.0)
-    return open_data(config, tokenizer, MAX_SEQ_LEN, Order())
+    return open_data(config, tokenizer, MAX_SEQ_LEN, Order(), READERS)
 
 
 Sequence = tuple[tuple[int, int, int], ...]  # (token, target, segment) of each position
@@ -120,7 +120,7 @@ def equal(first: list[dict[str, Tensor]], second: list[dict[str, Tensor]]) -> bo
 )
 def test_a_mixture_knows_what_it_teaches(token_root, tokenizer, name, teaches):
     config = config_of(token_root, **{name: 1.0})
-    found = open_data(config, tokenizer, MAX_SEQ_LEN, Order())
+    found = open_data(config, tokenizer, MAX_SEQ_LEN, Order(), READERS)
     assert found.train.teaches == teaches
 
 
@@ -129,7 +129,7 @@ def test_the_batches_of_a_step_do_not_depend_on_earlier_calls(token_root, tokeni
     assert data.train.steps_per_epoch < 60
     forwards = {step: data.train.batches(step, 4) for step in steps}
     config = config_of(token_root, text=1.0, chat=1.0, summary=1.0)
-    again = open_data(config, tokenizer, MAX_SEQ_LEN, Order()).train
+    again = open_data(config, tokenizer, MAX_SEQ_LEN, Order(), READERS).train
     for step in reversed(steps):
         assert equal(again.batches(step, 4), forwards[step])
     assert not equal(forwards[0], forwards[1])
@@ -137,7 +137,7 @@ def test_the_batches_of_a_step_do_not_depend_on_earlier_calls(token_root, tokeni
 
 def test_another_seed_gives_another_order(token_root, tokenizer, data):
     config = config_of(token_root, text=1.0, chat=1.0, summary=1.0)
-    other = open_data(config, tokenizer, MAX_SEQ_LEN, Order(seed=4)).train
+    other = open_data(config, tokenizer, MAX_SEQ_LEN, Order(seed=4), READERS).train
     assert not equal(other.batches(0, 8), data.train.batches(0, 8))
 
 
@@ -350,7 +350,8 @@ def test_where_all_tokens_are_supervised_a_row_is_read_as_a_text(token_root, tok
     answers = config_of(token_root, **{name: 1.0})
     everything = replace(answers, supervise="all")
     rows = [
-        open_data(c, tokenizer, MAX_SEQ_LEN, Order()).train.rows(0) for c in (answers, everything)
+        open_data(c, tokenizer, MAX_SEQ_LEN, Order(), READERS).train.rows(0)
+        for c in (answers, everything)
     ]
     for (tokens, some), (same, targets) in zip(*rows, strict=True):
         assert tokens.tolist() == same.tolist()
@@ -373,7 +374,7 @@ def test_a_summary_row_fits_in_every_wording_and_only_its_texts_end_is_cut(tmp_p
     sizes = [(int(rng.integers(1, 120)), int(rng.integers(1, 60))) for _ in range(200)]
     write_summaries(tmp_path / "train-00000", tokenizer, sizes)
     where = SourceConfig(str(tmp_path))
-    source = open_source(where, "train", tokenizer, DataConfig(), max_seq_len)
+    source = open_source(where, "train", tokenizer, DataConfig(), max_seq_len, READERS)
     file = TokenFile(tmp_path / "train-00000")
     longest = SummaryPrompts.load(REPO / DataConfig().prompts, tokenizer).longest
     frame = len(render(tokenizer, [("user", []), ("assistant", [])])[0])
@@ -421,7 +422,7 @@ def contains(ids: list[int], part: list[int]) -> bool:
 
 def test_a_summary_row_is_worded_anew_each_epoch(token_root, tokenizer):
     config = replace(config_of(token_root, summary=1.0), prompts=DataConfig().prompts)
-    mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order()).train.mixture
+    mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order(), READERS).train.mixture
     wordings = []
     for epoch in range(4):
         rows = range(epoch * len(mixture), (epoch + 1) * len(mixture))
@@ -436,7 +437,7 @@ def test_a_summary_row_is_worded_anew_each_epoch(token_root, tokenizer):
 @pytest.mark.parametrize("weight", [2.0, 2.5])
 def test_the_copies_of_a_row_have_wordings_of_their_own(token_root, tokenizer, weight):
     config = replace(config_of(token_root, summary=weight), prompts=DataConfig().prompts)
-    mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order()).train.mixture
+    mixture = open_data(config, tokenizer, MAX_SEQ_LEN, Order(), READERS).train.mixture
     seen = {}
     for position in range(len(mixture)):
         _, _, row, copy = mixture.place(position)
@@ -467,7 +468,9 @@ def test_what_a_row_knows_besides_becomes_a_second_turn(tmp_path, tokenizer):
         ("keywords", "花"), ("keywords", "公园"), ("discipline", "园艺"), ("category", "农学"),
     ]  # fmt: skip
     assert len(said[3]) == 2
-    source = open_source(SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), 260)
+    source = open_source(
+        SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), 260, READERS
+    )
     assert source.dropped["no_room_for_second_turn"] == 1
     turns = {n: 0 for n in range(4)}
     for seed in range(60):
@@ -483,7 +486,7 @@ def test_what_a_row_knows_besides_becomes_a_second_turn(tmp_path, tokenizer):
 
 def test_validation_is_the_same_in_each_run(token_root, tokenizer, data):
     config = config_of(token_root, chat=1.0, summary=1.0, text=1.0)
-    again = open_data(config, tokenizer, MAX_SEQ_LEN, Order(seed=9, batch_size=3)).val
+    again = open_data(config, tokenizer, MAX_SEQ_LEN, Order(seed=9, batch_size=3), READERS).val
     assert sorted(again.names) == sorted(data.val.names)
     for name in again.names:
         assert equal(again.batches(name, 4), data.val.batches(name, 4))
@@ -518,10 +521,10 @@ def no_rows(stem: Path, tokenizer, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["text", "chat", "summary"])
 def test_a_file_without_rows_beside_others_does_no_harm(tmp_path, token_root, tokenizer, kind):
     where = SourceConfig(str(token_root / kind))
-    before = open_source(where, "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
+    before = open_source(where, "train", tokenizer, DataConfig(), MAX_SEQ_LEN, READERS)
     wanted = [before.row(i, np.random.default_rng(i)) for i in range(len(before))]
     for name in ("train-0", "train-00001"):  # one stands first, one last
         no_rows(token_root / kind / name, tokenizer, kind)
-    after = open_source(where, "train", tokenizer, DataConfig(), MAX_SEQ_LEN)
+    after = open_source(where, "train", tokenizer, DataConfig(), MAX_SEQ_LEN, READERS)
     found = [after.row(i, np.random.default_rng(i)) for i in range(len(after))]
     assert [[x.tolist() for x in row] for row in found] == [[x.tolist() for x in r] for r in wanted]

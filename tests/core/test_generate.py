@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import Reply, search_beams
+from babyllama.decoder import Reply
 from babyllama.errors import CheckpointError, ConfigError
 from babyllama.generate import generate, generate_replies, stream, stream_text
 from babyllama.sampling import SamplingConfig, loops, repeats, squeeze, until_stop
+from babyllama.scoring.beams import BeamConfig, extend_beams, search_beams
 from conftest import small_config
 from model import Transformer
 from tokenizer import Tokenizer
@@ -375,12 +376,11 @@ def test_beams_enough_for_all_find_the_likeliest_replies(power):
     model, eos_id = lively_model(vocab_size=8), 2
     with torch.no_grad():
         model.output.weight /= 6
-    sampling = SamplingConfig(beams=64, n=5, max_new_tokens=3, length_penalty=power)
+    sampling = BeamConfig(beams=64, n=5, max_new_tokens=3, length_penalty=power)
     for prompt in ([1, 4], [5]):
         wanted = likeliest(model, prompt, 3, eos_id, power)
-        replies = generate(model, [prompt], sampling, eos_id)
-        assert replies == wanted[:5]
-        assert list(stream(model, prompt, sampling, eos_id)) == wanted[0]
+        (replies,) = search_beams(model, [prompt], sampling, eos_id)
+        assert [reply.ids for reply in replies][:5] == wanted[:5]
 
 
 def slow_beams(
@@ -410,20 +410,43 @@ def test_few_beams_find_what_a_slow_search_finds(k):
     with torch.no_grad():
         model.output.weight /= 10
     prompts = [[token % 12 for token in prompt] for prompt in PROMPTS]
-    sampling = SamplingConfig(beams=k, n=k, max_new_tokens=12)
+    sampling = BeamConfig(beams=k, n=k, max_new_tokens=12)
     wanted = [slow_beams(model, prompt, k, 12, eos_id) for prompt in prompts]
     assert len({len(reply) for replies in wanted for reply in replies}) > 3
     for prompt, replies in zip(prompts, wanted, strict=True):
-        assert generate(model, [prompt], sampling, eos_id) == replies
+        (found,) = search_beams(model, [prompt], sampling, eos_id)
+        assert [reply.ids for reply in found] == replies
     # Side by side, though the prompts differ in length and their searches end one after another.
     found = search_beams(model, prompts, sampling, eos_id)
     assert [[reply.ids for reply in replies] for replies in found] == wanted
 
 
 def test_the_rules_hold_for_beams(parrot, tokenizer):
-    sampling = SamplingConfig(beams=3, max_new_tokens=60, loop_guard="redraw")
-    (reply,) = generate_replies(parrot, [tokenizer.encode("今")], sampling, NEVER, tokenizer)
+    sampling = BeamConfig(beams=3, max_new_tokens=60, loop_guard="redraw")
+    ((reply, *_),) = search_beams(parrot, [tokenizer.encode("今")], sampling, NEVER, tokenizer)
     assert len(reply.ids) == 60 and not loops(reply.text)
-    stopped = SamplingConfig(beams=3, max_new_tokens=60, stop=["公园"])
-    (reply,) = generate_replies(parrot, [tokenizer.encode("今")], stopped, NEVER, tokenizer)
+    stopped = BeamConfig(beams=3, max_new_tokens=60, stop=["公园"])
+    ((reply, *_),) = search_beams(parrot, [tokenizer.encode("今")], stopped, NEVER, tokenizer)
     assert reply.reason == "stop" and reply.text.endswith("我们去")
+
+
+def test_beams_are_extended_by_the_best_of_all_pairs():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    scores = torch.tensor([-1.0, -3.0, -1.5])
+    every = [
+        (scores[beam] + logits[beam].log_softmax(0)[token], beam, token)
+        for beam in range(3)
+        for token in range(50)
+    ]
+    wanted = sorted(every, key=lambda triple: -triple[0])[:7]
+    found = extend_beams(logits, scores, 7)
+    assert [triple[1:] for triple in found] == [triple[1:] for triple in wanted]
+    assert [triple[0] for triple in found] == pytest.approx([float(t[0]) for t in wanted])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n": 3, "beams": 2}, {"beams": 0}, {"length_penalty": float("inf")}], ids=str
+)
+def test_beams_that_cannot_work_are_refused(changes):
+    with pytest.raises(ConfigError, match="cannot use n"):
+        BeamConfig(**changes)

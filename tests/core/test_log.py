@@ -1,5 +1,6 @@
 """What a run leaves to read: lines or a bar, metrics.jsonl without holes, a real image."""
 
+import functools
 import io
 import json
 import os
@@ -12,24 +13,24 @@ import pytest
 from matplotlib import font_manager
 from PIL import Image
 
-from babyllama import language
-from babyllama.errors import ConfigError
-from babyllama.log import (
+from babyllama import language, log
+from babyllama.analysis.watch import (
     FONTS,
     LABELS,
-    Log,
+    WATCH,
     cjk_font,
     draw_curves,
     label,
     plot_font,
-    read_metrics,
-    read_records,
 )
+from babyllama.errors import ConfigError
+from babyllama.log import read_metrics, read_records
 
+Log = functools.partial(log.Log, watch=WATCH)
 FIGURES = {"loss": 2.5, "ppl": 12.18, "accuracy": 0.25, "n_targets": 640, "tokens_per_s": 12345.6}
 
 
-def write(run: Path, log: Log, first: int, last: int) -> None:
+def write(run: Path, log: "log.Log", first: int, last: int) -> None:
     for step in range(first, last + 1):
         log.step(step)
         log.record("train", step, FIGURES | {"loss": 5.0 / step, "lr": 1e-3})

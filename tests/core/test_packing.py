@@ -9,6 +9,7 @@ import torch
 from babyllama.data import TrainData, best_fit, collate, open_data, pack, share, targets_per_row
 from babyllama.device import Scaler
 from babyllama.distributed import World
+from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, forward_backward
 from babyllama.tuning.preference import Pair
@@ -22,9 +23,8 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 def opened(token_root: Path, tokenizer: Tokenizer, **changes: object) -> TrainData:
     sources = tuple(SourceConfig(str(token_root / name)) for name in ("chat", "summary"))
-    return open_data(
-        DataConfig(sources, SMALL_PROMPTS, **changes), tokenizer, LENGTH, TrainConfig(batch_size=16)
-    ).train
+    config, order = DataConfig(sources, SMALL_PROMPTS, **changes), TrainConfig(batch_size=16)
+    return open_data(config, tokenizer, LENGTH, order, READERS).train
 
 
 def lengths(rows: list) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from babyllama.errors import ConfigError
-from babyllama.prompts import SummaryPrompts
+from babyllama.scoring.prompts import SummaryPrompts
 from conftest import TEXTS
 from data_process.pretokenize import as_content
 

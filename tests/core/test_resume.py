@@ -26,6 +26,7 @@ from babyllama.log import read_metrics
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import list_checkpoints
+from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
 from babyllama.trainer import Objective, TrainConfig, train
@@ -67,7 +68,7 @@ class Case(NamedTuple):
         """What the run reads."""
         sources = tuple(SourceConfig(str(tokens / name)) for name in SOURCES[self.kind])
         order = TrainConfig(batch_size=self.rows)
-        return open_data(DataConfig(sources, SMALL_PROMPTS), tokenizer, 128, order)
+        return open_data(DataConfig(sources, SMALL_PROMPTS), tokenizer, 128, order, READERS)
 
     def go(
         self, run: Path, tokens: Path, tokenizer: Tokenizer, save_every: int

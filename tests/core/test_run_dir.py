@@ -14,7 +14,8 @@ from babyllama.config import REPO
 from babyllama.distributed import World
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
-from babyllama.run_dir import beside, lock, open_run
+from babyllama.run_dir import lock, open_run
+from babyllama.scoring.test_sets import beside
 from conftest import contents, write_run
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from babyllama.cpu.draw import choose
-from babyllama.decoder import extend_beams
+from babyllama.cpu.decoder import choose
 from babyllama.errors import ConfigError
 from babyllama.sampling import (
     LOOP_LENGTH,
@@ -148,20 +147,6 @@ def test_the_frequency_penalty_counts_the_reply(n_prompt, counts):
     assert torch.allclose(found, LOGITS - 0.5 * torch.tensor([counts]))
 
 
-def test_beams_are_extended_by_the_best_of_all_pairs():
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
-    scores = torch.tensor([-1.0, -3.0, -1.5])
-    every = [
-        (scores[beam] + logits[beam].log_softmax(0)[token], beam, token)
-        for beam in range(3)
-        for token in range(50)
-    ]
-    wanted = sorted(every, key=lambda triple: -triple[0])[:7]
-    found = extend_beams(logits, scores, 7)
-    assert [triple[1:] for triple in found] == [triple[1:] for triple in wanted]
-    assert [triple[0] for triple in found] == pytest.approx([float(t[0]) for t in wanted])
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.text("ab", max_size=20), st.integers(1, 4), st.integers(2, 3))
 def test_a_repeat_is_a_run_that_stands_there_so_often(text, n, times):
@@ -237,9 +222,6 @@ def test_what_was_shown_is_never_taken_back(text, stop):
         ({"stop": ["。", ""]}, "stop .*no empty text"),
         ({"loop_guard": "on"}, "loop_guard on .*redraw"),
         ({"n": 0}, "n 0"),
-        ({"n": 3, "beams": 2}, r"n 3 \(1 to beams\)"),
-        ({"beams": 0}, "beams 0"),
-        ({"length_penalty": math.inf}, "length_penalty inf"),
         ({"top_k": -1, "top_p": 2, "max_new_tokens": -5}, "max_new_tokens .*top_p .*top_k"),
     ],
     ids=str,

@@ -28,6 +28,7 @@ import yaml
 from safetensors.torch import load_file
 
 from babyllama import log
+from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model
 from babyllama.config import BAD_NUMBERS, REPO, STOPPED, stop_requests
 from babyllama.data import Data, Mixture, TrainData, ValData, collate, open_data
@@ -447,6 +448,7 @@ def test_two_thousand_steps_take_no_more_memory_than_two_hundred(tmp_path, token
         tmp_path,
         "pretrain",
         Objective(loss_function),
+        watch=WATCH,
     )
     per_step = len(used) // 2000
     print({step: used[step * per_step - 1] for step in (1, 100, 200, 500, 1000, 1500, 2000)})

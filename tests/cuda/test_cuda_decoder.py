@@ -10,6 +10,7 @@ from babyllama.cuda.decoder import card_decoder
 from babyllama.decoder import plain_decoder
 from babyllama.generate import generate
 from babyllama.sampling import SamplingConfig
+from babyllama.scoring.beams import BeamConfig, search_beams
 from conftest import small_config
 from model import Transformer
 from serve.engine import Engine, Job
@@ -31,10 +32,11 @@ def large_weights(kv_heads: int | None = None) -> Transformer:
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"beams": 3}, {"temperature": 0.0}])
 def test_replies_are_those_of_the_model(kv_heads, settings):
     model = large_weights(kv_heads)
-    sampling = SamplingConfig(max_new_tokens=30, seed=0, **settings)
-    wanted = generate(plain_decoder(model), PROMPTS, sampling, 2)
-    assert generate(card_decoder(model, torch.float32, False), PROMPTS, sampling, 2) == wanted
-    assert max(map(len, wanted)) > 9
+    sampling = BeamConfig(max_new_tokens=30, seed=0, **settings)
+    write = search_beams if "beams" in settings else generate
+    wanted = write(plain_decoder(model), PROMPTS, sampling, 2)
+    assert write(card_decoder(model, torch.float32, False), PROMPTS, sampling, 2) == wanted
+    assert "beams" in settings or max(map(len, wanted)) > 9
 
 
 def test_narrow_weights_are_a_copy_whose_rotary_table_stays_exact():

@@ -12,7 +12,7 @@ from time import process_time
 import pytest
 from reading import read, set_of
 
-from babyllama.rows import plain
+from babyllama.language.letters import plain
 from data_process import clean
 from data_process.raw import Record
 

@@ -16,7 +16,8 @@ from test_own import write_docx, write_xlsx
 
 from babyllama.config import lock
 from babyllama.errors import ConfigError, DataError
-from babyllama.rows import plain, read_rows
+from babyllama.language.letters import plain
+from babyllama.rows import read_rows
 from data_process.clean import fix
 from data_process.pipeline import make_clean
 from data_process.raw import Skip, records

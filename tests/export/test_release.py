@@ -15,9 +15,9 @@ from babyllama.cpu import compile
 from babyllama.cpu.decoder import make_decoder
 from babyllama.errors import CheckpointError
 from babyllama.generate import generate
-from babyllama.prompts import SummaryPrompts
 from babyllama.rows import write_rows
 from babyllama.sampling import SamplingConfig
+from babyllama.scoring.prompts import SummaryPrompts
 from conftest import TEXTS, save_model, small_config
 from export import release
 from export.release import ReleaseConfig, compare_perplexity

@@ -8,9 +8,9 @@ import pytest
 
 import eval_rouge
 from babyllama.errors import ConfigError, DataError
-from babyllama.prompts import SummaryPrompts
 from babyllama.rows import numbered_lines, write_rows
 from babyllama.scoring import rouge, test_sets
+from babyllama.scoring.prompts import SummaryPrompts
 from conftest import save_model
 from model import Transformer
 

@@ -10,11 +10,11 @@ import yaml
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import REPO
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import search_beams
 from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
-from babyllama.prompts import SummaryPrompts
 from babyllama.sampling import SamplingConfig
+from babyllama.scoring.beams import BeamConfig, search_beams
+from babyllama.scoring.prompts import SummaryPrompts
 from babyllama.scoring.summarise import (
     BEST,
     AskConfig,
@@ -31,7 +31,7 @@ from babyllama.scoring.tables import USUAL, System
 from serving import endless_model, save
 
 PROMPTS = REPO / "tests/small_prompts.yaml"
-GREEDY = SamplingConfig(max_new_tokens=8, temperature=0.0)
+GREEDY = BeamConfig(max_new_tokens=8, temperature=0.0)
 DRAWN = SamplingConfig(max_new_tokens=8, temperature=1.0, top_p=1.0, n=4, seed=3)
 ASK = AskConfig(max_new_tokens=8, batch_size=2, prompts=PROMPTS)
 TEXTS = [
@@ -152,7 +152,7 @@ def test_a_reply_with_template_words_loses_to_any_other(checkpoint, tmp_path):
 
 
 def test_ways_to_decode_keep_what_the_settings_say_of_them():
-    given = SamplingConfig(max_new_tokens=8, temperature=0.0, top_p=0.7, n=3, beams=5, seed=2)
+    given = BeamConfig(max_new_tokens=8, temperature=0.0, top_p=0.7, n=3, beams=5, seed=2)
     ways = decodings("best, greedy,beam,top_p,greedy", given)
     assert list(ways) == ["best", "greedy", "beam", "top_p"]
     assert ways["best"] == replace(BEST, max_new_tokens=8)

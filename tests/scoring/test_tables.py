@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from babyllama.log import table
 from babyllama.scoring import rouge, tables
-from babyllama.scoring.tables import Published, System
+from babyllama.scoring.tables import Published, System, table
 
 REFERENCES = ["图像去噪的方法", "银杏", "2018年的研究"]
 TITLES = ["一种图像去噪方法", "银杏树", "2019年研究研究研究"]

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from babyllama.decoder import Decoder
-from babyllama.rows import plain
+from babyllama.language.letters import plain
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
 from serve.engine import Engine, Job

@@ -23,6 +23,7 @@ from babyllama.optim import (
     state_shapes,
 )
 from babyllama.run_dir import list_checkpoints
+from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.trainer import TrainConfig, evaluate
 from babyllama.tuning.average import mean_weights, newest_steps
@@ -209,7 +210,7 @@ def test_the_average_is_what_is_evaluated_saved_and_loaded(
     losses = [json.loads(line) for line in
               (tmp_path / "run/metrics.jsonl").read_text("utf-8").splitlines()]  # fmt: skip
     sources = tuple(SourceConfig(str(token_root / name)) for name in ("chat", "summary"))
-    data = open_data(DataConfig(sources, SMALL_PROMPTS), tokenizer, 128, TrainConfig())
+    data = open_data(DataConfig(sources, SMALL_PROMPTS), tokenizer, 128, TrainConfig(), READERS)
     world = World(0, 1, torch.device("cpu"))
     figures = evaluate(loaded, data.val, 2, Scaler(world.device, "float32"), world)
     assert losses[-1]["kind"] == "val" and losses[-1]["step"] == 10

@@ -1,4 +1,4 @@
-"""Summary rows as dialogues: prompt templates around already tokenized pieces. No torch.
+"""Summary rows as dialogues: prompt templates around already tokenized pieces.
 
 A template file (configs/prompts/summary_zh.yaml) has `slots` (words that may stand for each
 other), `families` (questions that fit with answers), `following` (second turns about a row's
@@ -15,19 +15,22 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Self, TypeAlias, TypeVar
 
 import numpy as np
 import yaml
 
+from babyllama import sources
+from babyllama.config import from_repo
 from babyllama.errors import ConfigError
-from babyllama.rows import plain
+from babyllama.language.letters import plain
+from babyllama.sources import Reader, Row, Source, supervised
 from babyllama.token_file import META, ROLES, TokenFile
 from tokenizer import Tokenizer, defused
 
 _SLOT = re.compile(r"\{(\w+)\}")
-_STORED = ("text", "summary", *META)
 _TELLING = 4  # characters: so many of a template in a title are no accident
+_STORED = ("text", "summary", *META)
 
 Ids = Sequence[int]
 Numbers: TypeAlias = int | np.ndarray
@@ -50,10 +53,10 @@ class Turn:
 class SummaryPrompts:
     """The wordings of one template file for one tokenizer.
 
-    longest: the most ids that any wording adds to a text and its summary
     unseen: questions that no training wording equals, the twenty of the report on how much a score
         hangs on the phrase; a row is asked with the k-th by eval_prompt(text, max_ids, unseen[k]),
         and strip_frame takes off what a reply adds, whatever the question was
+    share: of the rows that could have a second turn
     """
 
     tokenizer: Tokenizer
@@ -62,13 +65,11 @@ class SummaryPrompts:
     eval_question: str
     unseen: list[str] = field(default_factory=list)
     turns: dict[str, Turn] = field(default_factory=dict)
-    share: float = 0.0  # of the rows that could have a second turn
-    longest: int = 0
+    share: float = 0.0
     _ids: dict[str, list[int]] = field(default_factory=dict)
-    _turn_longest: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path, tokenizer: Tokenizer) -> "SummaryPrompts":
+    def load(cls, path: Path, tokenizer: Tokenizer) -> Self:
         """Read and check a template file.
 
         raises: ConfigError with every fault of the file
@@ -93,8 +94,6 @@ class SummaryPrompts:
             ) from None
         if faults:
             raise ConfigError(f"{path}: " + "; ".join(faults[:10]))
-        prompts.longest = max(prompts._lengths())
-        prompts._turn_longest = prompts._turn_lengths()
         return prompts
 
     def _faults(self) -> list[str]:
@@ -151,14 +150,13 @@ class SummaryPrompts:
                 )
         return faults
 
-    def _lengths(self) -> list[int]:
-        """Template ids of every filling, question and answer of a family together."""
-        return [
-            self._longest(questions) + self._longest(answers)
-            for questions, answers in self.families
-        ]
+    @cached_property
+    def longest(self) -> int:
+        """The most ids that any wording adds to a text and its summary."""
+        return max(self._longest(asked) + self._longest(said) for asked, said in self.families)
 
-    def _turn_lengths(self) -> dict[str, int]:
+    @cached_property
+    def _turn_longest(self) -> dict[str, int]:
         """The most ids that a second turn adds to its pieces, dialogue format included."""
         pair = [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
         first, both = (len(self.tokenizer.render_chat(m)[0]) for m in (pair, pair + pair))
@@ -168,7 +166,8 @@ class SummaryPrompts:
         }
 
     def _longest(self, templates: list[str]) -> int:
-        return max(self._n_ids(filled) for t in templates for filled in self._fillings(t))
+        filled = (_SLOT.split(one)[::2] for t in templates for one in self._fillings(t))
+        return max(sum(len(self._encode(part)) for part in parts) for parts in filled)
 
     def _fillings(self, template: str) -> list[str]:
         """Every text that a template can become, stored slots left standing."""
@@ -183,9 +182,6 @@ class SummaryPrompts:
             words = self.slots.get(name, [f"{{{name}}}"]) if number % 2 else [name]
             parts[number] = f"(?:{'|'.join(map(re.escape, words))})"
         return re.compile("".join(parts))
-
-    def _n_ids(self, filled: str) -> int:
-        return sum(len(self._encode(part)) for part in _SLOT.split(filled)[::2])
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -322,11 +318,59 @@ class SummaryPrompts:
         ]
 
 
-def as_trained(messages: Sequence[dict]) -> list[dict]:
-    """Messages whose texts of people, not of the model, are in the letters that it has learnt."""
-    return [
-        m if m["role"] == "assistant" else m | {"content": plain(m["content"])} for m in messages
-    ]
+# A summary row whose text would keep less than this is dropped.
+_LEAST_TEXT = 16
+
+
+class Summaries(Source):
+    """A summary source: each row in a wording drawn anew, its text cut to fit."""
+
+    def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
+        templates = from_repo(self._config.prompts)
+        prompts = self._prompts = SummaryPrompts.load(templates, self._tokenizer)
+        frame = self._tokenizer.render_chat(
+            [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
+        )[0]
+        self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
+        fitting, n_cut, n_without_turn, n_invented = [], 0, 0, 0
+        for file in self.files:
+            text, summary = file.sizes[file.first], file.sizes[file.first + 1]
+            fits = np.minimum(text, _LEAST_TEXT) + summary <= self._room
+            for place in np.flatnonzero(fits) if self._config.least_copied else ():
+                if self._copied(file, place) < self._config.least_copied:
+                    fits[place], n_invented = False, n_invented + 1
+            spare = self._room - text - summary
+            n_cut += int((fits & (spare < 0)).sum())
+            n_without_turn += prompts.n_without_turn(file, spare)
+            fitting.append(fits)
+        self.dropped = {
+            "summary_does_not_fit": sum(int((~fits).sum()) for fits in fitting) - n_invented,
+            "summary_not_in_text": n_invented,
+            "text_cut": n_cut,
+            "no_room_for_second_turn": n_without_turn,
+        }
+        has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in self.files)
+        asks = "keywords" in prompts.turns and prompts.share > 0
+        self.teaches = ("title", "keywords") if asks and has_keywords else ("title",)
+        return fitting
+
+    def _copied(self, file: TokenFile, place: int) -> float:
+        """The share of a summary's tokens that its text holds where it is cut."""
+        (_, text), (_, summary), *_ = file.pieces(place)
+        return float(np.isin(summary, text[: self._room - len(summary)]).mean())
+
+    def row(self, number: int, rng: np.random.Generator) -> Row:
+        file, place, _ = self._rows[number].tolist()
+        (_, text), (_, summary), *more = self.files[file].pieces(place)
+        meta: dict[str, list[np.ndarray]] = {}
+        for role, ids in more:
+            meta.setdefault(role, []).append(ids)
+        room = self._room - len(summary)
+        messages = self._prompts.messages(text, summary, rng, room, meta)
+        return supervised(self._tokenizer, messages, self._config.supervise)
+
+
+READERS: dict[str, Reader] = {**sources.READERS, "summary": Summaries}
 
 
 def _is_word(word: object) -> bool:

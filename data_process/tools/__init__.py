@@ -1,1 +1,0 @@
-"""Tools that look at sets of rows and make none: a list, a viewer, statistics."""
