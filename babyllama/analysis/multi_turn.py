@@ -154,7 +154,7 @@ def main(cfg: MultiTurnConfig) -> None:
                  "right": one.is_right, "messages": one.messages}
                 for one in asked if one.fits
             ]  # fmt: skip
-        lines.append([n, *map(share, groups.values())])
+        lines.append([str(n), *map(share, groups.values())])
     print(f"{shown(loaded.path)}\n{table(lines)}")
     if not saved:
         raise DataError(
