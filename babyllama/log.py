@@ -124,8 +124,9 @@ class Log:
                 with atomic_write(run / name) as path:
                     path.write_text("".join(map(_line, self.records)), encoding="utf-8")
         if sys.stderr.isatty():
-            about = {"desc": run.name, "unit": "step", "ncols": 100}
-            self._bar = aloud(lambda: tqdm(total=total_steps, initial=done_steps, **about))
+            self._bar = aloud(lambda: tqdm(
+                total=total_steps, initial=done_steps, desc=run.name, unit="step", ncols=100
+            ))  # fmt: skip
 
     def say(self, text: str) -> None:
         """One line for the user; where nobody reads it any more, the run goes on in silence."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from babyllama.errors import ConfigError
+from babyllama.errors import require
 
 # Random numbers for one choice; nearly always the first or the second is enough.
 N_CHANCES = 6
@@ -62,26 +62,20 @@ class SamplingConfig:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        allowed = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature <= 10, "0 to 10"),
-            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty <= 10, "above 0, at most 10"),
-            "frequency_penalty": (-10 <= self.frequency_penalty <= 10, "-10 to 10"),
-            "no_repeat_ngram": (self.no_repeat_ngram >= 0, "0 or more"),
-            "stop": (all(self.stop), "no empty text"),
-            "loop_guard": (self.loop_guard in ("off", "end", "redraw"), "off, end or redraw"),
-            "n": (self.n >= 1, "at least 1"),
+        wanted = {
+            "max_new_tokens": ("1 or more", self.max_new_tokens >= 1),
+            "temperature": ("0 to 10", 0 <= self.temperature <= 10),
+            "top_p": ("above 0, at most 1", 0 < self.top_p <= 1),
+            "top_k": ("0 or more", self.top_k >= 0),
+            "min_p": ("0 to 1", 0 <= self.min_p <= 1),
+            "repetition_penalty": ("above 0, at most 10", 0 < self.repetition_penalty <= 10),
+            "frequency_penalty": ("-10 to 10", -10 <= self.frequency_penalty <= 10),
+            "no_repeat_ngram": ("0 or more", self.no_repeat_ngram >= 0),
+            "stop": ("no empty text", all(self.stop)),
+            "loop_guard": ("off, end or redraw", self.loop_guard in ("off", "end", "redraw")),
+            "n": ("1 or more", self.n >= 1),
         }
-        faults = [
-            f"{name} {getattr(self, name)} ({wanted})"
-            for name, (is_good, wanted) in allowed.items()
-            if not is_good
-        ]
-        if faults:
-            raise ConfigError("sampling cannot use " + ", ".join(faults))
+        require("sampling", self, wanted)
 
     @property
     def reads_text(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from babyllama.decoder import MOST_REFUSED, Batch, Decoder, Reply, Rules
-from babyllama.errors import ConfigError
+from babyllama.errors import require
 from babyllama.sampling import SamplingConfig
 from model import Transformer
 from tokenizer import Tokenizer
@@ -31,11 +31,12 @@ class BeamConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beams < 1 or 1 < self.beams < self.n or not -10 <= self.length_penalty <= 10:
-            raise ConfigError(
-                f"sampling cannot use n {self.n} with beams {self.beams} and length_penalty "
-                f"{self.length_penalty}; wanted beams of 1, or of n or more, and -10 to 10"
-            )
+        wanted = {
+            "n": ("1 to beams", self.beams <= 1 or self.n <= self.beams),
+            "beams": ("1 or more", self.beams >= 1),
+            "length_penalty": ("-10 to 10", -10 <= self.length_penalty <= 10),
+        }
+        require("sampling", self, wanted)
 
 
 def extend_beams(logits: Tensor, scores: Tensor, k: int) -> list[tuple[float, int, int]]:
