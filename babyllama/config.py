@@ -264,8 +264,8 @@ def parse(
         )
     parser.add_class_arguments(config_class, skip=set(positional))
     argv = _spelled(argv, config_class, positional)
-    if default_config and "--config" not in argv:
-        argv = ["--config", str(from_repo(default_config)), *argv]
+    if default_config and not any(word.startswith("--config") for word in argv):
+        argv = [f"--config={from_repo(default_config)}", *argv]
     try:
         try:
             found = parser.parse_args(argv)
