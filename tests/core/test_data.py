@@ -409,7 +409,7 @@ def test_summaries_that_are_not_copied_from_what_is_kept_of_the_text_can_be_left
                 summary = list(range(10, 10 + n_copied)) + [5] * (10 - n_copied)
                 writer.add_row([("text", text), ("summary", summary)])
     config = DataConfig((SourceConfig(str(tmp_path)),), least_copied=0.6)
-    source = open_source(config.sources[0], "train", tokenizer, config, 128)
+    source = open_source(config.sources[0], "train", tokenizer, config, 128, READERS)
     said = [source.row(number, np.random.default_rng(0))[1] for number in range(len(source))]
     copied = [int(np.isin(targets, range(10, 20)).sum()) for targets in said]
     assert copied == [6, 7, 8, 9, 10]
