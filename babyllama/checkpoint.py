@@ -207,30 +207,14 @@ def load_model(
             f"{shown(path)}: wanted a language model, found one that answers about images; use "
             f"python -m vqa.chat {shown(path)} --image FILE"
         )
-    _require_fit(info["model"], weights, path)
+    wanted, found = info["model"].n_parameters, sum(weight.numel() for weight in weights.values())
+    if wanted != found:  # before memory is taken for it; names and shapes are compared below
+        raise CheckpointError(
+            f"{shown(path)} does not fit the model: wanted {wanted:,} parameters, found {found:,}"
+        )
     model = Transformer(info["model"])
     load_weights(model, weights, path)
     return Loaded(model.to(device, dtype).eval(), tokenizer, info["step"], path, info["kind"])
-
-
-def _require_fit(config: ModelConfig, weights: dict[str, Tensor], where: Path) -> None:
-    """Compare a shape with stored weights before memory is taken for it.
-
-    raises: CheckpointError as load_weights
-    """
-    if config.n_layers > len(weights):
-        raise CheckpointError(
-            f"{shown(where)} does not fit the model: wanted {config.n_layers} layers, found "
-            f"{len(weights)} tensors"
-        )
-    if config.n_parameters == sum(tensor.numel() for tensor in weights.values()):
-        return  # it takes what the weights take; load_weights compares names and shapes
-    try:
-        with torch.device("meta"):  # to name the faults; loads torch's compiler, 1.4 s
-            model = Transformer(config)
-    except RuntimeError as error:
-        raise CheckpointError(f"{shown(where)}: no model has this shape, {error}") from None
-    require_shapes(_stored_shapes(model), weights, where)
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) -> None:

@@ -33,13 +33,6 @@ SUMMARIES = ("summary", "title", "target", "summarization", "headline", "tldr", 
              "概要", "摘要")  # fmt: skip
 
 
-def first_column(row: dict, names: Iterable[str]) -> str | None:
-    """The first of the names under which a row has something. A `source` is a text only beside a
-    `target`; elsewhere it names the publisher."""
-    filled = (name for name in names if row.get(name) not in (None, "", []))
-    return next((name for name in filled if name != "source" or "target" in row), None)
-
-
 def row_kind(row: dict) -> str:
     """The kind of a row, read from its keys.
 

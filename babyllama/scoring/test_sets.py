@@ -11,7 +11,7 @@ A file of titles has the keys id, text, reference and prediction.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from babyllama.rows import (
     BODIES,
     SUMMARIES,
     check_row,
-    first_column,
     numbered_lines,
     row_kind,
     write_rows,
@@ -34,6 +33,13 @@ PREDICTION_KEYS = ("id", "text", "reference", "prediction")
 # As the publishers name the parts of their sets.
 PARTS = {"test": ("test", "part_iii"), "dev": ("dev", "val", "valid", "part_ii")}
 ENDINGS = (".tsv", ".json", ".jsonl")
+
+
+def first_column(row: dict, names: Iterable[str]) -> str | None:
+    """The first of the names under which a row has something. A `source` is a text only beside a
+    `target`; elsewhere it names the publisher."""
+    filled = (name for name in names if row.get(name) not in (None, "", []))
+    return next((name for name in filled if name != "source" or "target" in row), None)
 
 
 def beside(checkpoint: Path) -> Path:
