@@ -21,7 +21,7 @@ from babyllama.device import pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
-from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, SamplingConfig, alone, loops, squeeze
+from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, alone, loops, squeeze
 from babyllama.scoring.beams import BeamConfig
 from babyllama.scoring.rouge import ngrams
 from babyllama.scoring.summarise import AskConfig, ReadyModel, ask_all
@@ -81,7 +81,7 @@ def ask(loaded: Loaded, text: str) -> list[int]:
     return loaded.tokenizer.render_prompt([{"role": "user", "content": text}])
 
 
-def ways(cfg: LoopsConfig) -> dict[str, SamplingConfig]:
+def ways(cfg: LoopsConfig) -> dict[str, BeamConfig]:
     """The lines of the table: greedy and drawn, without the guard and with it."""
     drawn = replace(alone(cfg, BeamConfig), loop_guard="off")
     free = {"greedy": replace(drawn, temperature=0.0), f"top-p {cfg.top_p:g}": drawn}
