@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -28,10 +28,10 @@ from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_origin, get_t
 import filelock
 import yaml
 from docstring_parser import parse as docstring
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from babyllama.errors import CheckpointError, ConfigError, DataError, nearest
-from babyllama.language import LANGUAGES, catalogue, say, speak, wrapped
+from babyllama.language import LANGUAGES, Help, catalogue, speak
 
 
 class Settings(Protocol):
@@ -266,28 +266,25 @@ def parse(
     argv = _spelled(argv, config_class, positional)
     if default_config and not any(word.startswith("--config") for word in argv):
         argv = [f"--config={from_repo(default_config)}", *argv]
+    read: Namespace | None = None
     try:
-        try:
-            found = parser.parse_args(argv)
-        # YAML raises these for numbers of too many digits, tags that do not fit, depth.
-        except (ValueError, AttributeError, RecursionError) as error:
-            if isinstance(error, UnicodeDecodeError) or isinstance(error.__cause__, ConfigError):
-                raise
-            parser.error(f"a config file cannot be read: {type(error).__name__} {error}")
+        read = parser.parse_args(argv)
         for name, hint in hints.items():
-            if is_dataclass(hint.type) and not isinstance(found[name], Namespace):
-                raise ConfigError(f"{name}: wanted settings (key: value), found {found[name]!r}")
-        found = parser.instantiate(found)
-        return config_class(**{name: found[name] for name in hints})
-    except ConfigError as error:
-        parser.error(str(error))
+            if is_dataclass(hint.type) and not isinstance(read[name], Namespace):
+                raise ConfigError(f"{name}: wanted settings (key: value), found {read[name]!r}")
+        made = parser.instantiate(read)
+        return config_class(**{name: made[name] for name in hints})
     except UnicodeDecodeError as error:
         parser.error(f"a config file is not UTF-8 text ({error}); save it as UTF-8")
-    except ValueError as error:
-        # Where settings may be null, jsonargparse puts its own words round theirs.
-        if not isinstance(error.__cause__, ConfigError):
+    # YAML raises these for numbers of too many digits, tags that do not fit, depth.
+    except (ValueError, AttributeError, RecursionError) as error:
+        # Where settings may be null, jsonargparse puts its own words round ours.
+        ours = error if isinstance(error, ConfigError) else error.__cause__
+        if isinstance(ours, ConfigError):
+            parser.error(str(ours))
+        if read is not None:
             raise
-        parser.error(str(error.__cause__))
+        parser.error(f"a config file cannot be read: {type(error).__name__} {error}")
 
 
 def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> list[str]:
@@ -355,25 +352,6 @@ class Parser(ArgumentParser):
             path = Path(found[2])
             return f"--{found[1]}: no such file {shown(path)}{similar(path)}"
         return reason
-
-
-class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Shows the script's docstring as it is written, and all in the user's language."""
-
-    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
-        super().add_usage(usage, actions, groups, say("usage: ") if prefix is None else prefix)
-
-    def start_section(self, heading: str | None) -> None:
-        super().start_section(heading and say(heading))
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return super()._fill_text(say(text), width, indent)
-
-    def _expand_help(self, action: Action) -> str:
-        return say(" ".join(super()._expand_help(action).split()))
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return wrapped(text, width) if catalogue() else super()._split_lines(text, width)
 
 
 def to_yaml(config: Settings) -> str:

@@ -18,7 +18,6 @@ from jsonargparse import auto_cli
 from tqdm import tqdm
 
 from babyllama.config import (
-    Help,
     Parser,
     atomic_write,
     from_repo,
@@ -27,7 +26,7 @@ from babyllama.config import (
     similar,
 )  # fmt: skip
 from babyllama.errors import ConfigError, DataError
-from babyllama.language import speak
+from babyllama.language import Help, speak
 from babyllama.rows import read_rows, texts_of
 from tokenizer import Tokenizer
 

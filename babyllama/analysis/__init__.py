@@ -1,1 +1,1 @@
-"""Measurements of a model: perplexity, memory over turns, loops, what a run takes; a supervisor."""
+"""Measurements of a model, what a run takes and how it is watched; a supervisor."""

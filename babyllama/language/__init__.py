@@ -14,13 +14,15 @@ import locale
 import os
 import re
 import sys
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import TextIO
+from typing import Any, TextIO
 
+from jsonargparse import DefaultHelpFormatter
 from rich.cells import cell_len
 
 LANGUAGES = ("en", "zh")
@@ -217,3 +219,22 @@ def wrapped(text: str, width: int) -> list[str]:
             lines.append("")
         lines[-1] += unit
     return [line.rstrip() for line in lines]
+
+
+class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Shows the script's docstring as it is written, and all in the user's language."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, say("usage: ") if prefix is None else prefix)
+
+    def start_section(self, heading: str | None) -> None:
+        super().start_section(heading and say(heading))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(say(text), width, indent)
+
+    def _expand_help(self, action: Action) -> str:
+        return say(" ".join(super()._expand_help(action).split()))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(text, width) if catalogue() else super()._split_lines(text, width)

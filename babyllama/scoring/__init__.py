@@ -1,1 +1,1 @@
-"""Summaries of a test set and what they are worth: test sets, ROUGE, titles, tables."""
+"""Summaries: their rows in training, titles by beam search, test sets, ROUGE, tables, a page."""
