@@ -222,8 +222,9 @@ def _not_understood(file: Path, first: list, keys: list[str], purpose: Purpose) 
 
 
 def _wrong_script(file: Path, purpose: Purpose) -> str:
+    what = "plain texts" if purpose == "text" else "questions and answers"
     return (
-        f"{shown(file)}: these are {READERS[purpose][0][0]}; train on them with: "
+        f"{shown(file)}: these are {what}; train on them with: "
         f"python {COMMANDS[purpose]} {shown(file)}"
     )
 
