@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from babyllama.analysis.estimate import available_gb, largest_batch, memory_by_part
 from babyllama.analysis.watch import mfu_per_rate, synchronize
-from babyllama.checkpoint import load_model
+from babyllama.checkpoint import load_model, load_weights, model_weights
 from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.cpu.fused import fuse
@@ -495,7 +495,8 @@ def optimizers(lab: Lab) -> dict:
 
 
 def engines(lab: Lab) -> dict:
-    """DDP and FSDP2 by themselves in a group of one: three steps each, and the losses of none."""
+    """DDP and FSDP2 by themselves in a group of one: three steps each, from weights that were put
+    together as for a checkpoint, and the losses of none."""
     import torch.distributed as dist
 
     batch, losses = lab.windows(2), {}
@@ -513,6 +514,7 @@ def engines(lab: Lab) -> dict:
                 optimizer = make_optimizer(model, OptimConfig())
                 scaler = Scaler(lab.device, "float32")
                 for _ in range(3):
+                    load_weights(model, model_weights(model), Path(name))
                     sums = one_step(wrapped, [batch], world, scaler)
                     scaler.step(optimizer, list(model.parameters()), 1.0, float(sums[0]))
                 losses[name] = float(sums[0] / sums[1])
