@@ -383,6 +383,15 @@ def run(main: Callable[..., int | None], *args: object) -> None:
         # there, so this is no success.
         silence()
         code = UNHEARD
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which not every script loads
+            raise
+        said = ". ".join(str(error).split(". ")[:3])
+        code = _complain(
+            f"error: the card's memory is too small: {said}; take fewer sequences at a time "
+            f"(--train.micro_batch_size), --train.recompute true, or --device cpu",
+            BAD_INPUT,
+        )
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         is_denied = error.errno in (errno.EACCES, errno.EPERM)

@@ -67,7 +67,6 @@ from tokenizer import Tokenizer
 
 TINY = ModelConfig(dim=64, n_layers=2, n_heads=4, multiple_of=32, max_seq_len=64, vocab_size=97)
 START_S = 60  # of a worker: imports, and the card's context
-NO_EOS = -1
 
 
 @dataclass(frozen=True)
@@ -169,8 +168,7 @@ def one_step(
     smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """The gradients of a step, by the trainer; its sums."""
-    objective = next_token(smoothing)
-    return forward_backward(model, batches, world, scaler, objective)
+    return forward_backward(model, batches, world, scaler, next_token(smoothing))
 
 
 def wrap(world: World, model: nn.Module, blocks: bool = True, **how: bool) -> nn.Module:
@@ -260,8 +258,7 @@ def gradients(
         apply_lora(model, LoraConfig(rank=4), base="")
     model.to(device)
     world, scaler = World(0, 1, device), Scaler(device, precision)
-    wrapped = wrap(world, model, blocks)
-    sums = one_step(wrapped, [batch], world, scaler, smoothing)
+    sums = one_step(wrap(world, model, blocks), [batch], world, scaler, smoothing)
     parameters = [w for w in model.parameters() if w.requires_grad]
     unscale = scaler.state().get("scale", 1.0)
     return float(sums[0]), [w.grad.cpu().float() / unscale for w in parameters]
@@ -273,7 +270,7 @@ def training(lab: Lab) -> dict:
     ways[f"{lab.best} recompute"] = (lab.best, {"recompute": True})
     if not lab.tiny:  # a compiler takes its minute whatever the shape
         ways[f"{lab.best} compile"] = (lab.best, {"compiled": True})
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"rows": lab.rows}
     batches = [lab.windows(lab.rows, seed=n) for n in range(2)]
     tokens = sum(batch["tokens"].numel() for batch in batches)
     for name, (precision, how) in ways.items():
@@ -292,7 +289,6 @@ def training(lab: Lab) -> dict:
         }  # fmt: skip
         lab.tell(found)
         del model, step
-    found["rows"] = lab.rows
     return found
 
 
@@ -319,8 +315,7 @@ def profile(lab: Lab) -> dict:
     batches = [lab.windows(lab.rows, seed=n) for n in range(4)]
     step = stepper(lab, lab.best)
     tokens = sum(batch["tokens"].numel() for batch in batches)
-    step_ms = 1e3 * tokens / lab.rate(lambda: step(batches), tokens)
-    found: dict[str, Any] = {"step_ms": step_ms}
+    found: dict[str, Any] = {"step_ms": 1e3 * tokens / lab.rate(lambda: step(batches), tokens)}
     model = fuse(lab.model())
     hidden = torch.randn(lab.rows, lab.shape.max_seq_len, lab.shape.dim, device=lab.device)
     targets = batches[0]["targets"].to(lab.device)
@@ -448,7 +443,7 @@ def decoding(lab: Lab) -> dict:
     for name, decoder in decoders.items():
         for n in (1, 16):
             ids = lab.windows(n, n_new // 2)["tokens"].tolist()
-            rate = lab.rate(partial(generate, decoder, ids, drawn, NO_EOS), n * n_new)
+            rate = lab.rate(partial(generate, decoder, ids, drawn, eos_id=-1), n * n_new)
             found[f"{name} x {n}"] = {"tokens_per_s": rate, "kind": decoder.kind}
         lab.tell(found)
     return found
@@ -675,8 +670,7 @@ def _number(value: object) -> str:
 
 def main(cfg: CardConfig) -> int:
     """Measure, print, write; the exit code is 1 where a part failed."""
-    found: dict[str, object] = {"settings": {"short": cfg.short, "tiny": cfg.tiny}}
-    found["commit"] = commit()
+    found: dict[str, object] = {"commit": commit(), "short": cfg.short, "tiny": cfg.tiny}
     out = from_repo(cfg.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:

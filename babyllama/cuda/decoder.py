@@ -37,11 +37,9 @@ def card_decoder(model: Transformer, dtype: torch.dtype, captures: bool = True) 
 
 @dataclass
 class _Graph:
-    """A captured step; its tensors are where it reads and writes."""
+    """A captured step; its tensors are where it reads (tokens, start, length) and writes."""
 
-    tokens: Tensor
-    start: Tensor
-    length: Tensor
+    given: tuple[Tensor, Tensor, Tensor]
     replay: torch.cuda.CUDAGraph
     logits: Tensor
 
@@ -98,9 +96,8 @@ class CardStep:
             while len(self._graphs) > MOST_GRAPHS:
                 self._graphs.popitem(last=False)
         self._graphs.move_to_end(key)
-        graph.tokens.copy_(tokens)
-        graph.start.copy_(cache.start)
-        graph.length.copy_(length)
+        for place, value in zip(graph.given, (tokens, cache.start, length), strict=True):
+            place.copy_(value)
         graph.replay.replay()
         return graph.logits.clone()
 
@@ -116,4 +113,4 @@ class CardStep:
         replay = torch.cuda.CUDAGraph()
         with torch.cuda.graph(replay, capture_error_mode="thread_local"):
             logits = self.run(*given, cache.buffer)
-        return _Graph(*given, replay, logits)
+        return _Graph(given, replay, logits)

@@ -224,6 +224,12 @@ def test_a_path_is_looked_for_here_then_in_the_project(tmp_path, monkeypatch):
     assert (shown(REPO / "a/b"), shown(Path("/a/b"))) == ("a/b", "/a/b")
 
 
+OUT_OF_MEMORY = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 5.80 GiB of "
+    "which 9.00 MiB is free. Including non-PyTorch memory, this process has 5.00 GiB in use."
+)
+
+
 @pytest.mark.parametrize(
     "error, code, words",
     [
@@ -233,6 +239,7 @@ def test_a_path_is_looked_for_here_then_in_the_project(tmp_path, monkeypatch):
         (PermissionError(13, "Permission denied", "/x/y"), 2, "(/x/y): Permission denied"),
         (OSError(28, "No space left on device"), 2, "No space left on device; free some space"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (torch.OutOfMemoryError(OUT_OF_MEMORY), 2, "5.80 GiB of which 9.00 MiB is free; take few"),
     ],
 )
 def test_an_error_becomes_a_line_and_an_exit_code(error, code, words, capfd):
