@@ -18,3 +18,8 @@ if sys.version_info < (3, 11) or importlib.util.find_spec("jsonargparse") is Non
         + (f"activate them: {_activate}\n" if _is_there else "run first: python quickstart.py\n")
     )
     sys.exit(2)
+
+# Of each shape of a bfloat16 product oneDNN, and torch above it, keep code and room: of 1,024
+# shapes, 3.5 GB where rows have all lengths. A step of two shapes uses 47. Read when torch loads.
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_name, "64")
