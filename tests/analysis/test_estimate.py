@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from babyllama.analysis.estimate import (
+    available_gb,
     largest_batch,
     memory_by_part,
     parameters_by_part,
@@ -234,6 +235,12 @@ def test_the_table_of_cards_shows_batches_that_fit() -> None:
             fits = int(most.split()[0]) >= 32
             assert fits == (float(need.split()[0]) <= 0.9 * size + 0.05), (card, most, need)
     assert {line[0] for line in lines[2:]} == {"43m, 43.5 M", "400m, 400.6 M"}
+
+
+def test_what_others_use_of_a_card_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (3e9, 24e9))  # free, and in all
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1e9)  # for this process
+    assert available_gb(torch.device("cuda")) == 4
 
 
 def test_the_largest_batch_is_the_last_that_fits() -> None:

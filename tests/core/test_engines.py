@@ -315,6 +315,26 @@ def test_what_the_main_process_does_for_all_is_waited_for_by_the_patient_group(m
     assert not world.any(False) and asked == ["patient", None]
 
 
+def test_processes_with_cards_meet_over_nccl_each_bound_to_its_own(monkeypatch):
+    asked = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda name, **how: asked.update(how, name=name)
+    )
+    monkeypatch.setattr(dist, "new_group", lambda **how: how["backend"])
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    with start(torch.device("cuda"), ParallelConfig(timeout_s=7)) as world:
+        assert (world.rank, world.size, world.patient) == (1, 2, "gloo")
+    own = torch.device("cuda", 1)
+    assert world.device == asked["device"] == asked["device_id"] == own
+    assert asked["kind"] == "nccl" and asked["timeout"].total_seconds() == 7
+
+
 def test_every_process_has_a_card_of_its_own():
     assert [own_card(str(n), "a run", 4) for n in range(4)] == [0, 1, 2, 3]
     assert own_card("3", None, 1) == own_card(None, None, 1) == 0  # Slurm shows each its own alone
