@@ -376,6 +376,11 @@ def run(main: Callable[..., int | None], *args: object) -> None:
         sys.stdout.flush()
     except (ConfigError, DataError, CheckpointError) as error:
         code = _complain(f"error: {error}", BAD_INPUT)
+    except ModuleNotFoundError as error:
+        if not (wanted := brought_by(error.name or "")):
+            raise
+        code = _complain(f"error: the package {error.name} is not installed; pip install -r "
+                         f"{wanted} -c constraints.txt", BAD_INPUT)  # fmt: skip
     except KeyboardInterrupt:
         code = _complain("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -402,6 +407,15 @@ def run(main: Callable[..., int | None], *args: object) -> None:
             BAD_INPUT,
         )
     sys.exit(code or 0)
+
+
+def brought_by(module: str) -> str:
+    """The file of requirements that brings a module, or ""."""
+    name = re.compile(rf"(?im)^(# )?{module.partition('.')[0].replace('_', '[-_]')}\b")
+    for file in (REPO / "requirements.txt", *sorted((REPO / "requirements").glob("*.txt"))):
+        if file.stem != "dev" and name.search(file.read_text("utf-8")):
+            return file.relative_to(REPO).as_posix()
+    return ""
 
 
 def _complain(text: str, code: int) -> int:

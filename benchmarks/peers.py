@@ -24,11 +24,11 @@ SHAPE_43M = ModelConfig(vocab_size=65_000)
 
 def hf_model(config: ModelConfig) -> LlamaForCausalLM:
     """A transformers model of our shape with random weights."""
-    from export.hf import llama_shape
-    from export.tools import package
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    transformers = package("transformers")
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_shape(config)))
+    from export.hf import llama_shape
+
+    return LlamaForCausalLM(LlamaConfig(**llama_shape(config)))
 
 
 def hf_copy(model: Transformer) -> LlamaForCausalLM:
@@ -60,10 +60,11 @@ def usual_step(
 
 def write_gguf(model: Transformer, file: Path, kind: GgufType) -> None:
     """A GGUF file with the model's weights; its tokens have names, but only numbers are used."""
-    from export.gguf import add_shape, add_weights, finish
-    from export.tools import package
+    from gguf import GGUFWriter
 
-    writer = package("gguf").GGUFWriter(file, "llama")
+    from export.gguf import add_shape, add_weights, finish
+
+    writer = GGUFWriter(file, "llama")
     add_shape(writer, model.config, file.stem)
     pieces = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     kinds = [2, 3, 3] + [6] * 256  # unknown, control, byte; 1: normal
@@ -85,9 +86,9 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, by way of llama-cpp-python, as fast as it goes."""
 
     def __init__(self, file: Path, threads: int) -> None:
-        from export.tools import package
+        from llama_cpp import Llama
 
-        self._model = package("llama_cpp").Llama(
+        self._model = Llama(
             str(file), n_ctx=512, n_batch=512, n_ubatch=512, n_threads=threads,
             n_threads_batch=threads, verbose=False,
         )  # fmt: skip

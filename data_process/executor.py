@@ -138,11 +138,8 @@ def cluster(function: ShardFunction, jobs: list[Job], workers: int) -> Iterator[
 
 def _join_cluster(directory: Path) -> Any:
     """The module ray, connected, once every machine of the cluster sees a directory of ours."""
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError("--engine ray wants the package ray, found it not installed; "
-                          "pip install -r requirements/cluster.txt") from None  # fmt: skip
+    import ray
+
     if not ray.is_initialized():
         _reach(os.environ.get("RAY_ADDRESS", ""))
         # The code is read from the shared file system, as the data are.

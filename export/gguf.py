@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -41,18 +42,8 @@ from babyllama.config import parse, run
 from babyllama.generate import generate
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
-from export import parity
+from export import parity, tools
 from export.hf import hf_names
-from export.tools import (
-    GgufInTransformers,
-    LlamaCpp,
-    chat_template,
-    ends_of,
-    filled,
-    package,
-    read_proto,
-    require_convertible,
-)
 from model import ModelConfig, Transformer
 from tokenizer import LABELS, SEPARATOR
 
@@ -65,8 +56,9 @@ WIDTH = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / _BLOCK}  # bytes a weight takes
 
 def gguf_names(config: ModelConfig) -> dict[str, str]:
     """Our name of every parameter, and its name in GGUF."""
-    gguf = package("gguf")
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
+    from gguf import MODEL_ARCH, get_tensor_name_map
+
+    known = get_tensor_name_map(MODEL_ARCH.LLAMA, config.n_layers)
     return {ours: known.get_name(name, (".weight",)) for ours, name in hf_names(config).items()}
 
 
@@ -94,26 +86,30 @@ def type_of(weight: Tensor, wanted: GgufType) -> GgufType:
 
 def stored(weight: Tensor, kind: GgufType) -> np.ndarray:
     """The bytes or numbers of a weight in the file."""
-    return package("gguf.quants").quantize(weight.numpy(), quant(kind))
+    from gguf import GGMLQuantizationType, quants
 
-
-def quant(kind: GgufType) -> Any:
-    return package("gguf").GGMLQuantizationType[kind.upper()]
+    return quants.quantize(weight.numpy(), GGMLQuantizationType[kind.upper()])
 
 
 def rounded(model: Transformer, wanted: GgufType) -> Transformer:
     """A copy of the model whose weights are what the file can hold of them."""
-    twin, read = copy.deepcopy(model), package("gguf.quants").dequantize
+    from gguf import GGMLQuantizationType, quants
+
+    twin = copy.deepcopy(model)
     with torch.no_grad():
         for weight in twin.parameters():
             kind = type_of(weight, wanted)
-            weight.copy_(torch.from_numpy(read(stored(weight.detach(), kind), quant(kind))))
+            read = quants.dequantize(
+                stored(weight.detach(), kind), GGMLQuantizationType[kind.upper()]
+            )
+            weight.copy_(torch.from_numpy(read))
     return twin
 
 
 def write_file(loaded: Loaded, file: Path, wanted: GgufType) -> dict[str, int]:
     """Write the GGUF file; returns how many tensors have which type."""
-    gguf = package("gguf")
+    import gguf
+
     config = loaded.config
     writer = gguf.GGUFWriter(file, "llama")
     add_shape(writer, config, loaded.path.parent.name)
@@ -128,11 +124,13 @@ def write_file(loaded: Loaded, file: Path, wanted: GgufType) -> dict[str, int]:
 
 def add_weights(writer: Any, model: Transformer, wanted: GgufType) -> dict[str, int]:
     """All weights under llama.cpp's names; returns how many tensors have which type."""
+    from gguf import GGMLQuantizationType
+
     names, weights = gguf_names(model.config), model_weights(model)
     for name in parity.bar(list(weights), "store weights"):
         kind = type_of(weights[name], wanted)
         data = stored(in_their_order(name, weights[name], model.config).contiguous(), kind)
-        writer.add_tensor(names[name], data, raw_dtype=quant(kind))
+        writer.add_tensor(names[name], data, raw_dtype=GGMLQuantizationType[kind.upper()])
     return Counter(type_of(weight, wanted) for weight in weights.values())
 
 
@@ -167,7 +165,7 @@ def add_vocabulary(writer: Any, loaded: Loaded) -> None:
     GGUF numbers the kinds of pieces as SentencePiece does. "llama" means BPE by scores.
     """
     tokenizer = loaded.tokenizer
-    proto = read_proto(tokenizer)
+    proto = tools.read_proto(tokenizer)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([piece.piece.encode() for piece in proto.pieces])
@@ -182,12 +180,14 @@ def add_vocabulary(writer: Any, loaded: Loaded) -> None:
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
-    writer.add_chat_template(chat_template())
+    writer.add_chat_template(tools.chat_template())
 
 
 def vocabulary_in(file: Path) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """A SentencePiece model made of nothing but what the file says, and the chat template."""
-    fields = package("gguf").GGUFReader(file).fields
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
     read = {name: field.contents() for name, field in fields.items() if "tokenizer." in name}
     proto = sentencepiece_model_pb2.ModelProto()
     columns = (read[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type"))
@@ -244,7 +244,7 @@ def prove(loaded: Loaded, file: Path, material: parity.Material, wanted: GgufTyp
     """Compare the file, as three readers see it, with the checkpoint."""
     twin = loaded.model if wanted == "f32" else rounded(loaded.model, wanted)
     pieces, template = vocabulary_in(file)
-    peer = GgufInTransformers(file, loaded.tokenizer.eos_id)
+    peer = tools.GgufInTransformers(file, loaded.tokenizer.eos_id)
     report = {
         **parity.origin_of(loaded, material, ["transformers"]),
         "type": wanted,
@@ -255,15 +255,16 @@ def prove(loaded: Loaded, file: Path, material: parity.Material, wanted: GgufTyp
         report["rounding"] = drift(loaded, twin, material)
     if find_spec("llama_cpp") is None:
         return report | {"llama_cpp": "llama.cpp was not compared: llama-cpp-python is missing"}
-    report["versions"]["llama_cpp"] = package("llama_cpp").__version__
+    report["versions"]["llama_cpp"] = version("llama-cpp-python")
     return report | prove_llama_cpp(loaded, file, material, wanted)
 
 
 def renderer(loaded: Loaded, template: str) -> Callable[[list[dict], bool], str]:
     """A template rendered by Jinja as chat programs do, with the special pieces' names."""
-    sandbox = package("jinja2.sandbox")
-    engine = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    compiled, (bos, eos) = engine.from_string(template), ends_of(loaded.tokenizer)
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    engine = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    compiled, (bos, eos) = engine.from_string(template), tools.ends_of(loaded.tokenizer)
     return lambda messages, is_prompt: compiled.render(
         messages=messages, add_generation_prompt=is_prompt, bos_token=bos, eos_token=eos
     )
@@ -273,7 +274,7 @@ def prove_llama_cpp(
     loaded: Loaded, file: Path, material: parity.Material, wanted: GgufType
 ) -> dict[str, dict]:
     """The same comparisons in llama.cpp; logits and replies are bounded for f32 only."""
-    peer = LlamaCpp(file, loaded.config.max_seq_len)
+    peer = tools.LlamaCpp(file, loaded.config.max_seq_len)
     render, encode_rendered = (
         renderer(loaded, peer.template),
         partial(peer.encode, is_rendered=True),
@@ -290,7 +291,7 @@ def modelfile(loaded: Loaded, file: str) -> str:
 
     The template is Go's, and writes <bos> itself, as the GGUF file asks for.
     """
-    bos, eos = ends_of(loaded.tokenizer)
+    bos, eos = tools.ends_of(loaded.tokenizer)
     turns = "{{ else }}".join(
         f'{{{{ if eq .Role "{role}" }}}}{label}{{{{ .Content }}}}{eos * (role == "assistant")}'
         for role, label in LABELS.items()
@@ -301,16 +302,18 @@ def modelfile(loaded: Loaded, file: str) -> str:
         "TEMPERATURE": SamplingConfig.temperature, "TOP_P": SamplingConfig.top_p,
         "TOP_K": loaded.config.vocab_size,
     }  # fmt: skip
-    return filled("Modelfile", {name: str(value) for name, value in values.items()})
+    return tools.filled("Modelfile", {name: str(value) for name, value in values.items()})
 
 
 def main(cfg: GgufConfig) -> None:
     """Write the file, prove it, put its directory in its place."""
+    import gguf  # noqa: F401  (if one is missing, that is said before the work)
+    import transformers  # noqa: F401
+
     source = chosen_run(cfg.checkpoint)
     out = parity.check_out(cfg.out, cfg.force, source)
-    package("gguf"), package("transformers")
     loaded = load_model(source)
-    require_convertible(loaded.tokenizer, "llama.cpp")
+    tools.require_convertible(loaded.tokenizer, "llama.cpp")
     material = parity.read_material(cfg.text)
     n_bytes = int(WIDTH[cfg.type] * loaded.model.n_parameters()) + 50 * loaded.config.vocab_size
     with parity.new_folder(out, n_bytes) as place:

@@ -27,15 +27,7 @@ from babyllama.checkpoint import Loaded, load_model, model_weights
 from babyllama.config import parse, run
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
-from export import parity
-from export.tools import (
-    HuggingFaceFolder,
-    chat_template,
-    ends_of,
-    fast_tokenizer,
-    package,
-    require_convertible,
-)
+from export import parity, tools
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 
@@ -62,73 +54,50 @@ def hf_names(config: ModelConfig) -> dict[str, str]:
 def llama_shape(config: ModelConfig) -> dict:
     """What LlamaConfig of transformers must know of the network."""
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
+        "vocab_size": config.vocab_size, "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim, "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads, "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim, "max_position_embeddings": config.max_seq_len,
+        "rope_theta": config.rope_theta, "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-    }
+    }  # fmt: skip
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     """config.json of transformers."""
     has_pad = tokenizer.pad_id != tokenizer.eos_id
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **llama_shape(config),
-        "rope_scaling": None,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "torch_dtype": "float32",
-        "bos_token_id": tokenizer.bos_id,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **llama_shape(config),
+        "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+        "torch_dtype": "float32", "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         # <eos> as padding here would stop its embedding from being trained (padding_idx).
         "pad_token_id": tokenizer.pad_id if has_pad else None,
-    }
+    }  # fmt: skip
 
 
 def tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
     """tokenizer_config.json: the special pieces and the chat template."""
-    begin, end = ends_of(tokenizer)
+    begin, end = tools.ends_of(tokenizer)
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": begin,
-        "eos_token": end,
-        "pad_token": tokenizer.sp.id_to_piece(tokenizer.pad_id),
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end,
+        "pad_token": tokenizer.sp.id_to_piece(tokenizer.pad_id), "add_bos_token": False,
+        "add_eos_token": False, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": config.max_seq_len,
-        "chat_template": chat_template(),
-    }
+        "model_max_length": config.max_seq_len, "chat_template": tools.chat_template(),
+    }  # fmt: skip
 
 
 def generation_config(tokenizer: Tokenizer) -> dict:
     """generation_config.json: chat.py's way of choosing tokens."""
     chosen = SamplingConfig()
     return {
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id,
-        "do_sample": chosen.temperature > 0,
-        "temperature": chosen.temperature,
-        "top_p": chosen.top_p,
-        "top_k": chosen.top_k,
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id, "do_sample": chosen.temperature > 0,
+        "temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k,
         "max_new_tokens": chosen.max_new_tokens,
-    }
+    }  # fmt: skip
 
 
 def hf_weights(model: Transformer) -> dict[str, Tensor]:
@@ -138,9 +107,10 @@ def hf_weights(model: Transformer) -> dict[str, Tensor]:
 
 def llama_of(loaded: Loaded) -> torch.nn.Module:
     """The checkpoint as a LlamaForCausalLM."""
-    transformers = package("transformers")
-    config = transformers.LlamaConfig(**model_config(loaded.config, loaded.tokenizer))
-    model = transformers.LlamaForCausalLM(config)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**model_config(loaded.config, loaded.tokenizer))
+    model = LlamaForCausalLM(config)
     missing, _ = model.load_state_dict(hf_weights(loaded.model), strict=False)
     assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
     model.tie_weights()
@@ -154,14 +124,14 @@ def write_folder(loaded: Loaded, place: Path) -> None:
     parity.write_json(place / "config.json", model_config(config, tokenizer))
     parity.write_json(place / "generation_config.json", generation_config(tokenizer))
     parity.write_json(place / "tokenizer_config.json", tokenizer_config(config, tokenizer))
-    text = json.loads(fast_tokenizer(tokenizer).to_str())
+    text = json.loads(tools.fast_tokenizer(tokenizer).to_str())
     (place / "tokenizer.json").write_text(json.dumps(text, ensure_ascii=False, indent=1), "utf-8")
     (place / "tokenizer.model").write_bytes(tokenizer.bytes)
 
 
 def prove(loaded: Loaded, place: Path, material: parity.Material) -> dict:
     """Compare the folder, as transformers loads it, with the checkpoint."""
-    peer = HuggingFaceFolder(place)
+    peer = tools.HuggingFaceFolder(place)
     encode_rendered = partial(peer.encode, is_rendered=True)
     return {
         **parity.origin_of(loaded, material, ["transformers", "tokenizers"]),
@@ -172,11 +142,12 @@ def prove(loaded: Loaded, place: Path, material: parity.Material) -> dict:
 
 def main(cfg: parity.ExportConfig) -> None:
     """Write the folder, prove it, put it in its place."""
+    import transformers  # noqa: F401  (if it is missing, that is said before the work)
+
     source = chosen_run(cfg.checkpoint)
     out = parity.check_out(cfg.out, cfg.force, source)
-    package("transformers")
     loaded = load_model(source)
-    require_convertible(loaded.tokenizer, "transformers")
+    tools.require_convertible(loaded.tokenizer, "transformers")
     material = parity.read_material(cfg.text)
     n_bytes = 4 * loaded.model.n_parameters() + 100 * loaded.config.vocab_size
     with parity.new_folder(out, n_bytes) as place:

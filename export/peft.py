@@ -23,7 +23,7 @@ from babyllama.errors import ConfigError
 from babyllama.run_dir import chosen_run
 from export import parity
 from export.hf import LAYER_NAMES, OUTER_NAMES, llama_of
-from export.tools import TransformersModel, package
+from export.tools import TransformersModel
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
@@ -75,7 +75,9 @@ def prove(base: Loaded, adapter: Path, place: Path, material: parity.Material) -
 
     base: gets the adapter on the way
     """
-    twin = package("peft").PeftModel.from_pretrained(llama_of(base), place)
+    from peft import PeftModel
+
+    twin = PeftModel.from_pretrained(llama_of(base), place)
     peer = TransformersModel(twin, base.tokenizer.eos_id)
     adapted = replace(base, model=load_adapter(base.model, adapter), path=adapter)
     return {
@@ -94,11 +96,12 @@ def _peft_name(name: str) -> str:
 
 def main(cfg: PeftConfig) -> None:
     """Write the folder, prove it, put it in its place."""
+    import peft  # noqa: F401  (if it is missing, that is said before the work)
+
     source = chosen_run(cfg.checkpoint)
     out = parity.check_out(cfg.out, cfg.force, source)
     adapter = find_adapter(source)
     _, found, tensors = read_adapter(adapter)
-    package("peft")
     where = from_repo(cfg.base or found["base"] or "")
     if not (cfg.base or (found["base"] and where.is_dir())):
         raise ConfigError(

@@ -4,8 +4,8 @@ Labels and separator are read from tokenizer.py, which owns the format; this fil
 Jinja says it.
 
 Each peer, an exported model in the hands of its own tool, offers what parity.py asks for: logits, a
-greedy reply, token ids, a rendered chat. The packages (requirements/export.txt) are imported here
-and nowhere else, when they are needed.
+greedy reply, token ids, a rendered chat. The packages (requirements/export.txt) are imported
+when they are needed.
 
 tokenizer.json, and what GGUF needs to know of a SentencePiece vocabulary, are faithful for the
 vocabularies that `tokenizer.py train` makes (BPE, byte fallback, text kept as it is). A vocabulary
@@ -14,7 +14,6 @@ ids are equal is then measured (parity.py). Format of the source: SentencePiece 
 Richardson 2018); of the results: tokenizers 0.22, GGUF 3.
 """
 
-import importlib
 import json
 import random
 import re
@@ -22,8 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice, takewhile
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sentencepiece import sentencepiece_model_pb2
@@ -31,20 +29,6 @@ from torch import Tensor
 
 from babyllama.errors import ConfigError
 from tokenizer import COLONS, LABELS, LINE_ENDS, NAMES, SEPARATOR, Tokenizer
-
-
-def package(name: str) -> ModuleType:
-    """An optional package.
-
-    raises: ConfigError if it is not installed
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"wanted the package {name}, found none ({error}); install it: "
-            f"pip install -r requirements/export.txt -c constraints.txt"
-        ) from None
 
 
 class TransformersModel:
@@ -80,10 +64,11 @@ class HuggingFaceFolder(TransformersModel):
     """A folder as any user loads it: AutoModelForCausalLM and AutoTokenizer, no code of ours."""
 
     def __init__(self, place: Path) -> None:
-        transformers = package("transformers")
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(place, local_files_only=True)
         super().__init__(model, model.generation_config.eos_token_id)
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
 
     def encode(self, texts: list[str], is_rendered: bool = False) -> list[list[int]]:
         """Ids of bare texts, in which control names stay text, or of rendered chats."""
@@ -100,7 +85,9 @@ class GgufInTransformers(TransformersModel):
     """A GGUF file as transformers reads it, which knows shapes and the order of rows by itself."""
 
     def __init__(self, file: Path, eos_id: int) -> None:
-        model, info = package("transformers").AutoModelForCausalLM.from_pretrained(
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True,
             output_loading_info=True,
         )  # fmt: skip
@@ -115,7 +102,8 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, by way of llama-cpp-python; keys and values kept in float32."""
 
     def __init__(self, file: Path, context: int) -> None:
-        llama_cpp = package("llama_cpp")
+        import llama_cpp
+
         self.model = llama_cpp.Llama(
             str(file), n_ctx=context, logits_all=True, verbose=False, flash_attn=False,
             type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
@@ -138,9 +126,6 @@ class LlamaCpp:
     def encode(self, texts: list[str], is_rendered: bool = False) -> list[list[int]]:
         return [self.model.tokenize(t.encode(), add_bos=False, special=is_rendered) for t in texts]
 
-
-if TYPE_CHECKING:
-    import tokenizers
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 NORMAL, UNKNOWN, CONTROL = _Piece.NORMAL, _Piece.UNKNOWN, _Piece.CONTROL
@@ -198,7 +183,7 @@ def require_convertible(tokenizer: Tokenizer, target: str) -> None:
         )
 
 
-def fast_tokenizer(tokenizer: Tokenizer) -> "tokenizers.Tokenizer":
+def fast_tokenizer(tokenizer: Tokenizer) -> Any:
     """The vocabulary as a `tokenizers` model that encodes a bare text as ours does.
 
     Merges are ordered by the score of what they make, as SentencePiece picks them. Nothing is put

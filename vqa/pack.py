@@ -152,16 +152,11 @@ class Finder:
 def read_column(path: Path, name: str) -> list:
     """A column of a parquet file as Python objects.
 
-    raises: ConfigError if pyarrow is missing, DataError if the file or the column is
+    raises: DataError if the file or the column is missing
     """
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise ConfigError(
-            "wanted pyarrow to read parquet, found it not installed; "
-            "pip install -c constraints.txt -r requirements/vqa.txt"
-        ) from None
+    import pyarrow
+    import pyarrow.parquet as parquet
+
     try:
         return parquet.read_table(path, columns=[name]).column(name).to_pylist()
     except (pyarrow.ArrowException, OSError, KeyError) as error:

@@ -16,7 +16,6 @@ import yaml
 
 from babyllama.config import atomic_write
 from babyllama.distributed import World
-from babyllama.errors import ConfigError
 from babyllama.language import catalogue, say
 from babyllama.log import Watch
 from model import Transformer
@@ -118,30 +117,21 @@ def writable(text: str, font: str | None) -> str:
 
 
 def open_tracker(name: str, run: Path) -> Callable[[str, int, dict], None]:
-    """Function that sends each record (kind, step, figures) to a service beside the files.
-
-    raises: ConfigError if its package is not installed
-    """
+    """Function that sends each record (kind, step, figures) to a service beside the files."""
     if name == "none":
         return lambda *_: None
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(run / "tensorboard"))
-        elif name == "swanlab":
-            import swanlab as service
+        writer = SummaryWriter(str(run / "tensorboard"))
+    elif name == "swanlab":
+        import swanlab as service
 
-            service.init(project="babyllama", experiment_name=run.name, logdir=str(run / name))
-        else:
-            import wandb as service
+        service.init(project="babyllama", experiment_name=run.name, logdir=str(run / name))
+    else:
+        import wandb as service
 
-            service.init(project="babyllama", name=run.name, dir=str(run))
-    except ImportError as error:
-        raise ConfigError(
-            f"train.track {name} wants a package that is not there ({error}); install it: "
-            f"pip install -r requirements/track.txt"
-        ) from None
+        service.init(project="babyllama", name=run.name, dir=str(run))
 
     def send(kind: str, step: int, figures: dict) -> None:
         values = _flat(kind, figures)

@@ -8,8 +8,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
-from babyllama.errors import DataError
-
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200c\u200e\u200f\u2060\ufeff\ue000-\uf8ff]"
     "|\u200d(?![\u2600-\u27bf\U0001f000-\U0001faff])"  # it joins emoji
@@ -62,11 +60,8 @@ def simplify(text: str) -> str:
 def _simplifier() -> tuple[re.Pattern[str], Callable[[str], str]]:
     """A pattern for the characters of traditional texts alone (GB 2312, the character set of
     simplified Chinese, lacks them), and the converter."""
-    try:
-        import opencc
-    except ImportError:
-        raise DataError("wanted OpenCC to simplify traditional characters, found it not installed; "
-                        "pip install -r requirements.txt") from None  # fmt: skip
+    import opencc
+
     convert = opencc.OpenCC("t2s").convert
     han = "\n".join(map(chr, range(0x4E00, 0xA000)))
     changed = [(a, b) for a, b in zip(han, convert(han), strict=True) if a != b]

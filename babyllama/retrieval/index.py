@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import tantivy
+
 from babyllama.config import atomic_dir
 from babyllama.errors import DataError
 from babyllama.language.letters import simplify
@@ -197,8 +199,7 @@ def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST)
 
 def _write(files: list[Path], place: Path, longest: int) -> dict:
     """Write tantivy's files; returns the counts of rows, passages and characters."""
-    tantivy = load_tantivy()
-    writer = tantivy.Index(_schema(tantivy), path=str(place)).writer(_HEAP, num_threads=1)
+    writer = tantivy.Index(_schema(), path=str(place)).writer(_HEAP, num_threads=1)
     n = {"n_rows": 0, "n_passages": 0, "n_chars": 0}
     for path in files:
         for row in read_rows(path):
@@ -207,7 +208,7 @@ def _write(files: list[Path], place: Path, longest: int) -> dict:
                                 f"{row_kind(row)} row; name a set of texts")  # fmt: skip
             n["n_rows"] += 1
             for passage in passages(row, longest):
-                writer.add_document(_document(tantivy, passage, n["n_passages"]))
+                writer.add_document(_document(passage, n["n_passages"]))
                 n["n_passages"] += 1
                 n["n_chars"] += len(passage.text)
     if not n["n_passages"]:
@@ -217,16 +218,7 @@ def _write(files: list[Path], place: Path, longest: int) -> dict:
     return n
 
 
-def load_tantivy():
-    try:
-        import tantivy
-    except ImportError:
-        raise DataError("wanted tantivy for the full-text index, found it not installed; "
-                        "pip install -r requirements.txt") from None  # fmt: skip
-    return tantivy
-
-
-def _schema(tantivy):
+def _schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
     builder.add_text_field("terms", tokenizer_name="whitespace", index_option="freq")
     builder.add_text_field("title", tokenizer_name="raw", index_option="basic")
@@ -235,7 +227,7 @@ def _schema(tantivy):
     return builder.build()
 
 
-def _document(tantivy, passage: Passage, number: int):
+def _document(passage: Passage, number: int) -> tantivy.Document:
     document = tantivy.Document()
     document.add_text("terms", " ".join(terms(normal(f"{passage.title}\n{passage.text}"))))
     for name in title_names(passage.title):

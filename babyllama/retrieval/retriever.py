@@ -9,8 +9,8 @@ Choices when the word is ambiguous or has no page of its own. Every failure, fro
 to a broken answer, is a WikiError whose text can be shown to the user. Nothing here prints.
 
 The `wikipedia` package (1.4.0) keeps address and user agent in module globals and sends its
-requests without a time limit. `_configure` is the one place that sets the globals, and the limit
-is kept from outside: the look-up runs in a thread that is no longer waited for when time is up.
+requests without a time limit. `look_up` alone sets the globals, and the limit is kept from
+outside: the look-up runs in a thread that is no longer waited for when time is up.
 API: https://www.mediawiki.org/wiki/API:Query and Extension:TextExtracts.
 """
 
@@ -25,22 +25,13 @@ from concurrent.futures import TimeoutError as Overdue
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import tantivy
+
 from babyllama.config import REPO, from_repo, shown
 from babyllama.errors import DataError
 from babyllama.language.letters import plain
-from babyllama.retrieval.index import (
-    MOST_TERMS,
-    Passage,
-    asked,
-    is_character,
-    load_tantivy,
-    normal,
-    read_info,
-    sentences,
-    sizes_of,
-    terms,
-    trim,
-)
+from babyllama.retrieval import index
+from babyllama.retrieval.index import Passage, normal, terms
 
 INDEX = REPO / "data" / "index" / "wiki"  # where data_process.run wiki --index puts it
 
@@ -80,30 +71,22 @@ class Retriever:
     info: what index.json says: corpus, n_rows, n_passages, n_chars and more
     """
 
-    def __init__(self, place: Path, corpus: str | None = None) -> None:
-        """corpus: the name of the rows that it must be made of, if that matters
-
-        raises: DataError if it is no index, damaged, or of another corpus or version
-        """
-        place = from_repo(place)
-        self.place, self.info = place, read_info(place)
-        if corpus is not None and self.info["corpus"] != corpus:
-            raise DataError(f"{place}: wanted the index of {corpus!r}, found that of "
-                            f"{self.info['corpus']!r}; name another")  # fmt: skip
-        wanted, found = self.info["sizes"], sizes_of(place)
-        for name in wanted:
-            if wanted[name] != found.get(name):
+    def __init__(self, place: Path) -> None:
+        """raises: DataError if it is no index, damaged, or of another version"""
+        self.place = place = from_repo(place)
+        self.info, found = index.read_info(place), index.sizes_of(place)
+        for name, wanted in self.info["sizes"].items():
+            if wanted != found.get(name):
                 raise DataError(
-                    f"{place / name}: wanted {wanted[name]:,} bytes, found {found.get(name, 0):,}; "
+                    f"{place / name}: wanted {wanted:,} bytes, found {found.get(name, 0):,}; "
                     f"the index is damaged, make it again"
                 )
-        self._tantivy = load_tantivy()
         try:
-            index = self._tantivy.Index.open(str(place))
+            opened = tantivy.Index.open(str(place))
         except (OSError, ValueError) as error:
             raise DataError(f"{place}: wanted an index, found {str(error).splitlines()[0]}; make "
                             f"it again") from None  # fmt: skip
-        self._schema, self._searcher = index.schema, index.searcher()
+        self._schema, self._searcher = opened.schema, opened.searcher()
 
     def describe(self) -> str:
         return (f"{shown(self.place)}：{self.info['corpus']}，{self.info['n_rows']:,} 篇 "
@@ -135,33 +118,28 @@ class Retriever:
 
     def titled(self, title: str, most: int = 100) -> list[Passage]:
         """The first passages of the documents called so, in their order."""
-        query = self._tantivy.Query.term_query(
-            self._schema, "title", normal(title).strip(), "basic"
-        )
-        order = self._tantivy.Order.Asc
+        query = tantivy.Query.term_query(self._schema, "title", normal(title).strip(), "basic")
+        order = tantivy.Order.Asc
         hits = self._searcher.search(query, most, order_by_field="number", order=order).hits
         return [self._passage(address) for _, address in hits]
 
     def search(self, question: str, k: int) -> list[Passage]:
         """The k best passages, best first; fewer if fewer hold any term of the question."""
-        pairs, alone = asked(question)
+        pairs, alone = index.asked(question)
         counts = {term: self._searcher.doc_freq("terms", term) for term in pairs}
-        counts |= {character: self._n_with(character) for character in alone}
-        rarest = sorted(counts, key=counts.__getitem__)[:MOST_TERMS]
+        counts |= {one: self._searcher.search(self._query(one), 1).count for one in alone}
+        rarest = sorted(counts, key=counts.__getitem__)[: index.MOST_TERMS]
         if not any(counts[term] for term in rarest):
             return []
-        should = [(self._tantivy.Occur.Should, self._query(term)) for term in rarest]
-        hits = self._searcher.search(self._tantivy.Query.boolean_query(should), k, count=False).hits
+        should = [(tantivy.Occur.Should, self._query(term)) for term in rarest]
+        hits = self._searcher.search(tantivy.Query.boolean_query(should), k, count=False).hits
         idf = {term: self._idf(counts[term]) for term in rarest}
         return [self._scored(self._passage(address), score, idf) for score, address in hits]
 
     def _query(self, term: str):
-        if is_character(term):
-            return self._tantivy.Query.regex_query(self._schema, "terms", f"{re.escape(term)}.?")
-        return self._tantivy.Query.term_query(self._schema, "terms", term, "freq")
-
-    def _n_with(self, character: str) -> int:
-        return self._searcher.search(self._query(character), 1).count
+        if index.is_character(term):
+            return tantivy.Query.regex_query(self._schema, "terms", f"{re.escape(term)}.?")
+        return tantivy.Query.term_query(self._schema, "terms", term, "freq")
 
     def _idf(self, n_passages: int) -> float:
         """The weight of a term that stands in so many passages."""
@@ -176,7 +154,7 @@ class Retriever:
         text = normal(f"{passage.title}\n{passage.text}")
         there = set(terms(text))
         held = sum(weight for term, weight in idf.items()
-                   if term in there or (is_character(term) and term in text))  # fmt: skip
+                   if term in there or (index.is_character(term) and term in text))  # fmt: skip
         shares = (held / sum(idf.values()), held / self._idf(1))
         return replace(passage, score=score, coverage=shares[0], n_rare=shares[1])
 
@@ -212,10 +190,10 @@ def best_part(text: str, question: str, budget: int, size: Callable[[str], int] 
     and begins first; "" if not even the beginning of a sentence fits."""
     if size(text) <= budget:
         return text
-    wanted, best, most = set(asked(question)[0]), "", -1
+    wanted, best, most = set(index.asked(question)[0]), "", -1
     rest = text
-    for sentence in sentences(text):
-        part = trim(rest, budget, size)
+    for sentence in index.sentences(text):
+        part = index.trim(rest, budget, size)
         held = len(wanted & set(terms(normal(part))))
         if held > most and part:
             best, most = part, held
@@ -258,11 +236,13 @@ def look_up(term: str, api_url: str = API_URL, timeout_s: float = 10.0) -> Artic
     # These signs have a meaning in titles, and "|" would ask for two pages at once.
     if not term.strip() or len(term.encode()) > 255 or re.search(r"[#<>\[\]|{}\x00-\x1f]", term):
         raise WikiError(f"{term[:40]!r} 不能作词条名：应为 1 到 255 字节，不含 # < > [ ] | {{ }}")
-    _configure(api_url)
     import requests
+    import wikipedia
     from bs4 import GuessedAtParserWarning
-    from wikipedia import WikipediaException
 
+    wikipedia.set_lang("zh")  # empties its caches as well
+    wikipedia.set_user_agent(USER_AGENT)
+    wikipedia.wikipedia.API_URL = f"{api_url}{'&' if '?' in api_url else '?'}{VARIANT}"
     try:
         with warnings.catch_warnings():
             # The package calls BeautifulSoup without naming a parser; html.parser will do.
@@ -274,21 +254,10 @@ def look_up(term: str, api_url: str = API_URL, timeout_s: float = 10.0) -> Artic
         reason = "答复不是 JSON（服务器出错，或被代理、登录页面拦截）"
     except requests.exceptions.RequestException as error:
         reason = f"无法连接（{type(error).__name__}）"
-    except (WikipediaException, LookupError, TypeError, AttributeError) as error:
+    except (wikipedia.WikipediaException, LookupError, TypeError, AttributeError) as error:
         # The package reads answers without checking their shape.
         reason = f"答复不像 MediaWiki 的（{type(error).__name__}: {error}）"
     raise WikiError(f"维基百科 {api_url}：{reason}；请检查网络后重试，或用 /资料 给出文本")
-
-
-def _configure(api_url: str) -> None:
-    """Point the `wikipedia` package at an address, as its own set_lang does."""
-    try:
-        import wikipedia
-    except ImportError:
-        raise WikiError("缺少 wikipedia 包；请运行 pip install -r requirements.txt") from None
-    wikipedia.set_lang("zh")  # empties its caches as well
-    wikipedia.set_user_agent(USER_AGENT)
-    wikipedia.wikipedia.API_URL = f"{api_url}{'&' if '?' in api_url else '?'}{VARIANT}"
 
 
 def _within(timeout_s: float, job: Callable[[], Article | Choices]) -> Article | Choices:

@@ -205,7 +205,7 @@ def test_trim_counts_with_the_given_measure():
 def retriever(tmp_path_factory: pytest.TempPathFactory) -> Retriever:
     place = tmp_path_factory.mktemp("index")
     build([write_articles(place / "rows.jsonl")], place / "wiki", "wiki", longest=25)
-    return Retriever(place / "wiki", "wiki")
+    return Retriever(place / "wiki")
 
 
 @pytest.mark.parametrize("budget", range(0, 80, 3))
