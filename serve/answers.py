@@ -10,9 +10,10 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import ExitStack, aclosing
+from itertools import accumulate
 from typing import Any
 
-from starlette.responses import Response
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from babyllama.errors import ConfigError
@@ -21,8 +22,7 @@ from babyllama.scoring.summarise import suggest
 from serve.engine import Job, Piece, TokenScore
 from serve.models import Model
 from serve.scheduler import Desk
-from serve.schema import ChatRequest, Refused, Request
-from tokenizer import Tokenizer
+from serve.schema import ChatRequest, Refused, Request, bad
 
 # What OpenAI's clients know of the ways a reply ends; the exact one is in `end`.
 FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "time": "length"}
@@ -34,11 +34,13 @@ class Asked:
 
     n: replies
     extra: what the answer says beside them
+    include_usage: the events end with it
     """
 
     def __init__(self, body: Request, model: Model, n: int, extra: dict) -> None:
         self.body, self.model, self.n, self.extra = body, model, n, extra
         self.is_chat = isinstance(body, ChatRequest)
+        self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if self.is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if self.is_chat else "text_completion",
@@ -46,30 +48,34 @@ class Asked:
             "model": model.name,
         }
 
-    @property
-    def include_usage(self) -> bool:
-        """True if the events end with it."""
-        return bool(self.body.stream_options and self.body.stream_options.include_usage)
+    def choice(self, number: int, piece: Piece, offset: int) -> dict:
+        """A reply, or what a piece adds to it, but for the text; offset: characters before it."""
+        scores = self._scores(piece.scores, offset) if piece.scores else None
+        end = {"end": piece.reason} if piece.reason else {}
+        finish = FINISH.get(piece.reason)
+        return {"index": number, "finish_reason": finish, "logprobs": scores, **end}
 
-    def scores(self, scores: list[TokenScore], offset: int) -> dict:
-        """Log-probabilities of tokens; offset: characters before them."""
-        tokenizer = self.model.engine.tokenizer
-        if self.is_chat:
-            return {"content": [
-                {**_named(tokenizer, s.token, s.logprob),
-                 "top_logprobs": [_named(tokenizer, *top) for top in s.top]} for s in scores
-            ]}  # fmt: skip
+    def _scores(self, scores: list[TokenScore], offset: int) -> dict:
+        """Log-probabilities of tokens."""
+        parts = self.model.engine.tokenizer.piece_bytes
 
         def text(token: int) -> str:
-            return tokenizer.piece_bytes[token].decode("utf-8", "replace")
+            return parts[token].decode("utf-8", "replace")
 
+        def named(token: int, logprob: float) -> dict:
+            return {"token": text(token), "logprob": logprob, "bytes": list(parts[token])}
+
+        if self.is_chat:
+            return {"content": [
+                named(s.token, s.logprob) | {"top_logprobs": [named(*top) for top in s.top]}
+                for s in scores
+            ]}  # fmt: skip
         texts = [text(s.token) for s in scores]
-        places = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
         return {
             "tokens": texts,
             "token_logprobs": [s.logprob for s in scores],
             "top_logprobs": [{text(t): p for t, p in s.top} for s in scores],
-            "text_offset": places,
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)),
         }
 
     def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
@@ -113,8 +119,12 @@ class Replies(Asked):
                 if piece.reason:
                     left -= 1
                     self.metrics.replies.labels(piece.reason).inc()
-                if refused := failure(piece.reason, bool(self.jobs[number].reply.ids)):
-                    raise refused
+                if piece.reason == "error":
+                    text = "the model's numbers are not finite, or it stopped; see the server's log"
+                    raise Refused(500, text, code="model_error")
+                if piece.reason == "time" and not self.jobs[number].reply.ids:
+                    text = "the server was too busy to begin a reply in time; try again in 5 s"
+                    raise Refused(503, text, code="overloaded", headers={"Retry-After": "5"})
                 yield number, piece
         finally:
             for job in self.jobs:
@@ -135,41 +145,19 @@ class Replies(Asked):
         return token_usage(n_prompt, n_reply) | {"prompt_tokens_details": known}
 
 
-def _named(tokenizer: Tokenizer, token: int, logprob: float) -> dict:
-    data = tokenizer.piece_bytes[token]
-    text = data.decode("utf-8", "replace")
-    return {"token": text, "logprob": logprob, "bytes": list(data)}
-
-
-def failure(reason: str, has_text: bool) -> Refused | None:
-    """What a reply that ended badly is to the client; None if it is a reply."""
-    if reason == "error":
-        text = "the model gave numbers that are not finite, or stopped; see the server's log"
-        return Refused(500, text, code="model_error")
-    if reason == "time" and not has_text:
-        text = "the server was too busy to begin a reply in time; try again in 5 s"
-        return Refused(503, text, code="overloaded", headers={"Retry-After": "5"})
-    return None
-
-
 async def whole(asked: Asked) -> dict:
     """The answer to a request that does not stream; raises as Asked.pieces."""
-    texts, reasons = [""] * asked.n, [""] * asked.n
-    scores: list[list[TokenScore]] = [[] for _ in texts]
+    found = [Piece("", [])] * asked.n
     async with aclosing(asked.pieces()) as pieces:
         async for item in pieces:
-            if item is None:
-                continue
-            number, piece = item
-            texts[number] += piece.text
-            scores[number] += piece.scores
-            reasons[number] = piece.reason
+            if item is not None:
+                (number, new), old = item, found[item[0]]
+                found[number] = Piece(old.text + new.text, old.scores + new.scores, new.reason)
     choices = []
-    for number, (text, reason) in enumerate(zip(texts, reasons, strict=True)):
-        choice = {"index": number, "finish_reason": FINISH[reason], "end": reason}
-        choice["logprobs"] = asked.scores(scores[number], 0) if scores[number] else None
-        said = {"role": "assistant", "content": text}
-        choices.append(choice | ({"message": said} if asked.is_chat else {"text": text}))
+    for number, piece in enumerate(found):
+        message = {"message": {"role": "assistant", "content": piece.text}}
+        said = message if asked.is_chat else {"text": piece.text}
+        choices.append(asked.choice(number, piece, 0) | said)
     return {**asked.head, "choices": choices, "usage": asked.usage(), **asked.extra}
 
 
@@ -183,12 +171,7 @@ async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
         delta = {"role": "assistant"} if role else {}
         if piece.text or role:
             delta["content"] = piece.text
-        choice: dict[str, Any] = {"index": number, "finish_reason": FINISH.get(piece.reason)}
-        choice["logprobs"] = None
-        if piece.reason:
-            choice["end"] = piece.reason
-        if piece.scores:
-            choice["logprobs"] = asked.scores(piece.scores, n_characters[number])
+        choice = asked.choice(number, piece, n_characters[number])
         n_characters[number] += len(piece.text)
         choice |= {"delta": delta} if asked.is_chat else {"text": piece.text}
         return {**head, "choices": [choice], **more}
@@ -215,7 +198,12 @@ def event(data: dict) -> bytes:
 
 async def unless_gone(work: Coroutine, receive: Receive) -> asyncio.Task | None:
     """The work, done; None where the client left before, which ends it."""
-    doing, leaving = asyncio.create_task(work), asyncio.create_task(_gone(receive))
+
+    async def leave() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    doing, leaving = asyncio.create_task(work), asyncio.create_task(leave())
     try:
         await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return doing if doing.done() else None
@@ -226,41 +214,21 @@ async def unless_gone(work: Coroutine, receive: Receive) -> asyncio.Task | None:
         await asyncio.gather(doing, leaving, return_exceptions=True)
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(Response):
+class EventStream(StreamingResponse):
     """A response that stops writing replies as soon as the client leaves, and frees its places.
 
     places: closed at the end, however it comes
     """
 
     def __init__(self, asked: Asked, places: ExitStack) -> None:
-        super().__init__(media_type="text/event-stream")
-        self.asked, self.places = asked, places
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events(asked), headers=headers, media_type="text/event-stream")
+        self.places = places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self.places:
-            sent = await unless_gone(self._send(send), receive)
-        if sent:
-            sent.result()
-
-    async def _send(self, send: Send) -> None:
-        headers = [
-            (b"content-type", b"text/event-stream; charset=utf-8"),
-            (b"cache-control", b"no-store"),
-            (b"x-accel-buffering", b"no"),
-        ]
-        found = events(self.asked)
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            async for data in found:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-        finally:
-            await found.aclose()
+            async with aclosing(self.body_iterator):
+                await super().__call__(scope, receive, send)
 
 
 MOST_TITLES = 4
@@ -277,19 +245,16 @@ def titled_text(request: ChatRequest) -> str:
 
     raises: Refused (400) if the request says more, or something that the search would not heed
     """
+    message, n = request.messages[0], len(request.messages)
     for name in sorted(_TAKEN & request.model_fields_set):
-        if getattr(request, name) is not None:
-            text = f"{name}: titles are found by a search with settings of its own; leave it out"
-            raise Refused(400, text, name, "invalid_value")
-    if len(request.messages) > 1 or request.messages[0].role != "user":
-        text = f"task title wants one message, the user's text, found {len(request.messages)}"
-        raise Refused(400, text, "messages", "invalid_value")
-    if not request.messages[0].text.strip() or request.messages[0].images:
-        raise Refused(400, "messages.0.content: wanted a text", "messages.0", "invalid_value")
+        raise bad(name, "titles are found by a search with settings of its own; leave it out")
+    if n > 1 or message.role != "user":
+        raise bad("messages", f"task title wants one message, the user's text, found {n}")
+    if not message.text.strip() or message.images:
+        raise bad("messages.0", "wanted a text")
     if (request.n or 1) > MOST_TITLES:
-        text = f"n: wanted at most {MOST_TITLES} titles, found {request.n}"
-        raise Refused(400, text, "n", "invalid_value")
-    return request.messages[0].text.strip()
+        raise bad("n", f"wanted at most {MOST_TITLES} titles, found {request.n}")
+    return message.text.strip()
 
 
 class Titles(Asked):

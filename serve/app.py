@@ -8,7 +8,7 @@ import contextlib
 import errno
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 
 from fastapi import FastAPI
@@ -18,41 +18,20 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from babyllama.errors import ConfigError
+from serve import schema
 from serve.answers import Asked, EventStream, Replies, Titles, titled_text, unless_gone, whole
 from serve.engine import Job
 from serve.guard import Gate
 from serve.models import Model
 from serve.page_routes import Service, add_page
 from serve.prompt import Prompt, chat_prompt, text_prompts
-from serve.schema import (
-    Answer,
-    ChatRequest,
-    CompletionRequest,
-    Refusal,
-    Refused,
-    Request,
-    invalid,
-    refusal,
-)
 
 logger = logging.getLogger("babyllama.serve")
 
 
 def make_app(service: Service, key: str = "") -> Gate:
     """The application behind its gate, which asks for the key, if there is one."""
-    app = FastAPI(
-        title="babyllama", version="1", docs_url=None, redoc_url=None, lifespan=_lifespan(service),
-        responses={status: {"model": Refusal, "description": "`error` says why"}
-                   for status in ("4XX", "5XX")},  # without 4XX FastAPI describes a 422 of its own
-    )  # fmt: skip
-    _add_errors(app)
-    _add_replies(app, service)
-    add_page(app, service)
-    paths = {route.path for route in app.routes if hasattr(route, "path")}
-    return Gate(app, service.cfg, key, service.desk.metrics, paths)
 
-
-def _lifespan(service: Service) -> Callable:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
@@ -61,7 +40,15 @@ def _lifespan(service: Service) -> Callable:
         yield
         service.desk.stop()
 
-    return lifespan
+    app = FastAPI(
+        title="babyllama", version="1", docs_url=None, redoc_url=None, lifespan=lifespan,
+        responses=schema.REFUSALS,
+    )  # fmt: skip
+    _add_errors(app)
+    _add_replies(app, service)
+    add_page(app, service)
+    paths = {route.path for route in app.routes if hasattr(route, "path")}
+    return Gate(app, service.cfg, key, service.desk.metrics, paths)
 
 
 class _OncePerMinute:
@@ -80,30 +67,27 @@ class _OncePerMinute:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(Refused)
-    async def refused(_: HttpRequest, error: Refused) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+    @app.exception_handler(schema.Refused)
+    async def refused(_: HttpRequest, error: schema.Refused) -> Response:
+        return error.answer
 
     @app.exception_handler(RequestValidationError)
     async def not_valid(request: HttpRequest, error: RequestValidationError) -> Response:
-        refused = invalid(error.errors())
         kind = request.headers.get("content-type", "")
         if request.method == "POST" and "json" not in kind:
             text = f"wanted the header Content-Type: application/json, found {kind or 'none'}"
-            refused = Refused(400, text, code="wrong_content_type")
-        return JSONResponse(refused.body, refused.status)
+            return schema.Refused(400, text, code="wrong_content_type").answer
+        return schema.invalid(error.errors()).answer
 
     @app.exception_handler(HTTPException)
     async def http(request: HttpRequest, error: HTTPException) -> Response:
         code = "unknown_url" if error.status_code in (404, 405) else None
         text = _no_route(request.method, request.url.path, app) if code else str(error.detail)
-        return JSONResponse(
-            refusal(error.status_code, text, None, code), error.status_code, error.headers
-        )
+        return schema.Refused(error.status_code, text, None, code, error.headers).answer
 
     @app.exception_handler(Exception)
     async def bug(request: HttpRequest, error: Exception) -> Response:
-        return JSONResponse(refusal(500, "a fault of the server; see its log"), 500)
+        return schema.Refused(500, "a fault of the server; see its log").answer
 
 
 def _no_route(method: str, path: str, app: FastAPI) -> str:
@@ -120,11 +104,6 @@ def _no_route(method: str, path: str, app: FastAPI) -> str:
     return f"no such path {method} {path}; this server has {known}"
 
 
-# A reply is one JSON object; with "stream" it is events that each hold one, then [DONE].
-EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-REPLY = {200: {"content": {"text/event-stream": {"schema": EVENT}}}}
-
-
 def _add_replies(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict:
@@ -135,34 +114,35 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     async def model(name: str) -> dict:
         return service.model(name).facts()
 
-    @app.post("/v1/chat/completions", response_model=Answer, responses=REPLY)
-    async def chat(body: ChatRequest, request: HttpRequest) -> object:
+    @app.post("/v1/chat/completions", responses=schema.REPLY)
+    async def chat(body: schema.ChatRequest, request: HttpRequest) -> object:
         """Continue a dialogue, or give a text its title."""
-        model, is_title = service.model(body.model), body.task == "title"
-        if is_title and model.eyes:
-            raise Refused(400, "task: this model answers about images alone", "task")
-        text = titled_text(body) if is_title else ""
-        with service.desk.places(_client(request), 1 if is_title else body.n or 1) as places:
-            asked: Asked
-            if is_title:
+        model, client = service.model(body.model), _client(request)
+        asked: Asked
+        if body.task == "title":
+            if model.eyes:
+                raise schema.bad("task", "this model answers about images alone")
+            text = titled_text(body)
+            with service.desk.places(client, 1) as places:
                 async with service.searching:
                     asked = await asyncio.to_thread(Titles, body, model, text)
-            else:
-                prompt = await asyncio.to_thread(
-                    chat_prompt, body, model.engine.tokenizer, model.engine.context,
-                    service.retriever, service.cfg.truncate, model.eyes,
-                )  # fmt: skip
-                n_top = (body.top_logprobs or 0) if body.logprobs else None
-                asked = _replies(service, model, body, [prompt], n_top)
+                return await _answer(asked, request, places)
+        with service.desk.places(client, body.n or 1) as places:
+            prompt = await asyncio.to_thread(
+                chat_prompt, body, model.engine.tokenizer, model.engine.context,
+                service.retriever, service.cfg.truncate, model.eyes,
+            )  # fmt: skip
+            n_top = (body.top_logprobs or 0) if body.logprobs else None
+            asked = _replies(service, model, body, [prompt], n_top)
             return await _answer(asked, request, places)
 
-    @app.post("/v1/completions", response_model=Answer, responses=REPLY)
-    async def complete(body: CompletionRequest, request: HttpRequest) -> object:
+    @app.post("/v1/completions", responses=schema.REPLY)
+    async def complete(body: schema.CompletionRequest, request: HttpRequest) -> object:
         """Continue a text."""
         model = service.model(body.model)
         if model.eyes:
             text = "this model answers questions about images; ask it by /v1/chat/completions"
-            raise Refused(400, text, "prompt")
+            raise schema.bad("prompt", text)
         with service.desk.places(_client(request), (body.n or 1) * len(body.prompt)) as places:
             prompts = await asyncio.to_thread(
                 text_prompts, body, model.engine.tokenizer, model.engine.context
@@ -184,12 +164,12 @@ def _client(request: HttpRequest) -> str:
 
 
 def _replies(
-    service: Service, model: Model, body: Request, prompts: list[Prompt], n_top: int | None
+    service: Service, model: Model, body: schema.Request, prompts: list[Prompt], n_top: int | None
 ) -> Replies:
     try:
         sampling = body.sampling(model.engine.context)
     except ConfigError as error:  # a combination that no single field shows
-        raise Refused(400, str(error)) from None
+        raise schema.Refused(400, str(error)) from None
     deadline = time.monotonic() + service.cfg.reply_seconds
     jobs = [
         Job(prompt.ids, sampling, lambda piece: None, number, n_top, deadline,

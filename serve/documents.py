@@ -5,9 +5,9 @@
 A damaged or hostile file may take a reader for ever, or all memory, so none is read in the server.
 """
 
-import asyncio
 import importlib.util
 import io
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,31 +21,23 @@ MEMORY = 2**30
 NO_TEXT = 3
 
 
-async def text_of_pdf(data: bytes) -> str:
+def text_of_pdf(data: bytes) -> str:
     """raises: Refused if the reader is not installed, or the file has no text that it can read"""
     if importlib.util.find_spec("pypdf") is None:
         text = "this server has no reader of PDF: pip install pypdf -c constraints.txt"
         raise Refused(501, text, code="no_reader")
-    child = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "serve.documents", cwd=REPO, stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "serve.documents"]
     try:
-        async with asyncio.timeout(SECONDS):
-            out, _ = await child.communicate(data)
-    except TimeoutError:
-        raise _unreadable(f"not done in {SECONDS} s") from None
-    finally:
-        if child.returncode is None:
-            child.kill()
-    if child.returncode:
-        reason = "it holds images alone" if child.returncode == NO_TEXT else "damaged or locked"
-        raise _unreadable(reason)
-    return out.decode("utf-8", "replace")
-
-
-def _unreadable(reason: str) -> Refused:
-    return Refused(400, f"no text can be read from this PDF: {reason}", code="unreadable")
+        done = subprocess.run(command, cwd=REPO, input=data, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        reason = f"not done in {SECONDS} s"
+    else:
+        if not done.returncode:
+            return done.stdout.decode("utf-8", "replace")
+        is_empty = done.returncode == NO_TEXT
+        reason = "it holds images alone" if is_empty else "damaged or locked"
+    text = f"no text can be read from this PDF: {reason}"
+    raise Refused(400, text, code="unreadable")
 
 
 def main() -> int:

@@ -273,19 +273,16 @@ class _Row:
         if len(ids) > before:
             self.text += self.stream.feed(token)
             scores = [] if job.n_top is None else [score(logits, token, job.n_top)]
-        self._tell(scores, job.reply.reason)
+        self.tell(job.reply.reason, scores)
 
-    def end(self, reason: str) -> None:
-        """End the reply where it is."""
-        self._tell([], reason)
-
-    def _tell(self, scores: list[TokenScore], reason: str) -> None:
+    def tell(self, reason: str, scores: Sequence[TokenScore] = ()) -> None:
+        """Give what can be shown, and all of it with a reason, which ends the reply."""
         stop, self.ended = self.job.sampling.stop, bool(reason)
         end = len(until_stop(self.text, stop)) if reason else n_showable(self.text, stop)
         text = self.text[self.n_shown : end]
         self.n_shown = max(self.n_shown, end)
         if text or scores or reason:
-            self.job.notify(Piece(text, scores, reason))
+            self.job.notify(Piece(text, list(scores), reason))
 
 
 def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
@@ -305,7 +302,7 @@ def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
         if not bool(is_finite.all()):
             for number, is_good in zip(numbers, is_finite.tolist(), strict=True):
                 if not is_good:
-                    rows[number].end("error")
+                    rows[number].tell("error")
             numbers = [n for n in numbers if not rows[n].ended]
             own, found = own[is_finite], found[is_finite]
         if numbers:
@@ -386,7 +383,7 @@ class Engine:
         now = self.clock()
         for number, row in enumerate(self.rows):
             if row and (reason := _over(row.job, now)):
-                row.end(reason)
+                row.tell(reason)
                 self._leave(number)
         if self.reading and (reason := _over(self.reading[0], now)):
             self.reading[0].notify(Piece("", [], reason))

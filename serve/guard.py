@@ -8,10 +8,13 @@ for a request's head, and how many connections one address may hold.
 import asyncio
 import hashlib
 import hmac
-import json
 from urllib.parse import urlsplit
 
 import h11
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -30,23 +33,13 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-SAFETY = [
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-frame-options", b"DENY"),
-]
-OWN_SITE = [(b"cross-origin-resource-policy", b"same-origin")]
-
-
-def _for_site(origin: str) -> list[tuple[bytes, bytes]]:
-    """What lets a browser give an answer to another site's page."""
-    return [
-        (b"access-control-allow-origin", origin.encode("latin-1")),
-        (b"access-control-expose-headers", b"retry-after"),
-        (b"cross-origin-resource-policy", b"cross-origin"),
-        (b"vary", b"origin"),
-    ]
+SAFETY = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class Protocol(H11Protocol):
@@ -72,9 +65,9 @@ class Protocol(H11Protocol):
         self._resting = self._silent = True
         own = self.open.setdefault(self._address, {})
         if len(own) >= MOST_OF_ADDRESS:
-            next((one for one in own if one._silent), self)._give_up()
+            next((one for one in own if one._silent), self).transport.close()
         own[self] = None
-        self._timer = self.loop.call_later(min(self.first_s, self.head_s), self._give_up)
+        self._timer = self.loop.call_later(min(self.first_s, self.head_s), transport.close)
 
     @property
     def _address(self) -> str:
@@ -112,11 +105,7 @@ class Protocol(H11Protocol):
 
     def _wait(self, seconds: float) -> None:
         self._timer.cancel()
-        self._timer = self.loop.call_later(seconds, self._give_up)
-
-    def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()
+        self._timer = self.loop.call_later(seconds, self.transport.close)
 
 
 class Gate:
@@ -135,23 +124,25 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, _to_the_end(receive), send)
-        path = scope["path"] if scope["path"] in self.paths else "other"
-        reply = _Reply(send, path, self.metrics)
+        path, headers = scope["path"], Headers(scope=scope)
+        reply = _Reply(send, path if path in self.paths else "other", self.metrics)
+        answer: ASGIApp
         try:
-            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
             reply.allowed = self._check_site(headers)
             if reply.allowed and scope["method"] == "OPTIONS":
-                await reply.preflight(headers.get(b"access-control-request-headers", ""))
-                return
-            self._check_key(scope["path"], headers)
-            body = await self._body(scope["path"], headers, receive)
+                answer = _preflight(headers)
+            else:
+                self._check_key(path, headers)
+                body = await self._body(path, headers, HttpRequest(scope, receive))
+                answer, receive = self.app, _replay(body, receive)
         except Refused as refused:
-            await reply.refuse(refused)
+            # Where the client is still sending, uvicorn throws that away, until Protocol's time
+            # is up.
+            answer = refused.answer
+        except ClientDisconnect:
             return
-        except ConnectionError:
-            return  # the client left while sending
         try:
-            await self.app(scope, _replay(body, receive), reply.send)
+            await answer(scope, receive, reply.send)
         except TimeoutError:
             if not reply.is_slow:
                 raise
@@ -159,71 +150,65 @@ class Gate:
         except asyncio.CancelledError:
             # The server stops and waits no longer. Raised, it would be logged as a fault of ours.
             if not reply.has_begun:
-                await reply.refuse(Refused(503, "the server was stopped", code="stopped"))
+                stopped = Refused(503, "the server was stopped", code="stopped")
+                await stopped.answer(scope, receive, reply.send)
 
-    def _check_site(self, headers: dict[bytes, str]) -> str:
+    def _check_site(self, headers: Headers) -> str:
         """The other site whose page asks, if it may; "" for the server's own and for programs."""
-        host, origin = headers.get(b"host", ""), headers.get(b"origin", "")
+        host, origin = headers.get("host", ""), headers.get("origin", "")
         # Keeps out web pages whose own name was turned to this address.
         if self.cfg.is_local and _name(f"//{host}") not in LOOPBACK:
-            raise Refused(
-                403,
+            text = (
                 f"this server answers to {', '.join(LOOPBACK)} only, found host {host!r}; to "
-                f"reach it by another name start it with --host 0.0.0.0 --api-key-file FILE",
-                code="wrong_host",
+                f"reach it by another name start it with --host 0.0.0.0 --api-key-file FILE"
             )
+            raise Refused(403, text, code="wrong_host")
         if not origin or origin.partition("//")[2] == host:
             return ""
         if not {origin, "*"} & set(self.cfg.allow_origin):
-            raise Refused(
-                403,
+            text = (
                 f"requests from other sites are refused, found origin {origin!r}; if it is yours, "
-                f"start the server with --allow-origin {origin}",
-                code="wrong_origin",
+                f"start the server with --allow-origin {origin}"
             )
+            raise Refused(403, text, code="wrong_origin")
         return origin
 
-    def _check_key(self, path: str, headers: dict[bytes, str]) -> None:
-        if not self.key or path in OPEN:
-            return
-        scheme, _, given = headers.get(b"authorization", "").partition(" ")
+    def _check_key(self, path: str, headers: Headers) -> None:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
         found = hashlib.sha256(given.strip().encode("latin-1")).digest()
-        if scheme.lower() != "bearer" or not hmac.compare_digest(found, self.key):
-            raise Refused(
-                401, "this server wants its key: Authorization: Bearer KEY",
-                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
-            )  # fmt: skip
+        is_right = scheme.lower() == "bearer" and hmac.compare_digest(found, self.key)
+        if self.key and path not in OPEN and not is_right:
+            text = "this server wants its key: Authorization: Bearer KEY"
+            raise Refused(401, text, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
-    async def _body(self, path: str, headers: dict[bytes, str], receive: Receive) -> bytes:
+    async def _body(self, path: str, headers: Headers, request: HttpRequest) -> bytes:
         """The whole body. One that is too large is read to its end and thrown away: most clients
         look for an answer only when all is sent, and see a reset connection else.
 
-        raises: Refused if it is too large or comes too slowly, ConnectionError if it does not end
+        raises: Refused if it is too large or comes too slowly, ClientDisconnect
         """
         most = LARGER.get(path, LARGEST_BODY)
-        length = headers.get(b"content-length", "")
-        announced = int(length) if length.isdecimal() and len(length) < 20 else 0
-        if announced > most and b"expect" in headers:
-            raise _too_large(announced, most)  # the client asks before it sends
-        parts, size = [], 0
-        try:
-            async with asyncio.timeout(self.cfg.body_seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ConnectionError
-                    size += len(message.get("body", b""))
-                    if size <= most:
-                        parts.append(message.get("body", b""))
-                    if not message.get("more_body"):
-                        break
-        except TimeoutError:
-            if max(size, announced) <= most:
-                text = f"the body did not arrive within {self.cfg.body_seconds:g} s"
-                raise Refused(408, text, code="timeout") from None
+        length = headers.get("content-length", "")
+        size = announced = int(length) if length.isdecimal() and len(length) < 20 else 0
+        body, is_late = bytearray(), False
+        # Who expects an answer asks before he sends.
+        if not (announced > most and "expect" in headers):
+            try:
+                async with asyncio.timeout(self.cfg.body_seconds):
+                    size = 0
+                    async for part in request.stream():
+                        size += len(part)
+                        if size <= most:
+                            body += part
+            except TimeoutError:
+                is_late = True
         if max(size, announced) > most:
-            raise _too_large(max(size, announced), most)
-        return b"".join(parts)
+            text = f"the body has {max(size, announced)} bytes or more, at most {most} are read"
+            raise Refused(413, text, code="body_too_large")
+        if is_late:
+            text = f"the body did not arrive within {self.cfg.body_seconds:g} s"
+            raise Refused(408, text, code="timeout")
+        return bytes(body)
 
 
 def _name(address: str) -> str | None:
@@ -233,9 +218,14 @@ def _name(address: str) -> str | None:
         return None
 
 
-def _too_large(found: int, most: int) -> Refused:
-    text = f"the body has {found} bytes or more, at most {most} are read"
-    return Refused(413, text, code="body_too_large")
+def _preflight(headers: Headers) -> Response:
+    """The answer to a browser's question whether the other site's page may send these headers."""
+    return Response(status_code=204, headers={
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*",
+        "Access-Control-Allow-Private-Network": "true",
+        "Access-Control-Max-Age": "600",
+    })  # fmt: skip
 
 
 def _to_the_end(receive: Receive) -> Receive:
@@ -252,14 +242,10 @@ def _to_the_end(receive: Receive) -> Receive:
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """The body once more, then what really comes: the end of the connection."""
-    first = True
+    first = iter([{"type": "http.request", "body": body, "more_body": False}])
 
     async def again() -> Message:
-        nonlocal first
-        if first:
-            first = False
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
+        return next(first, None) or await receive()
 
     return again
 
@@ -278,8 +264,14 @@ class _Reply:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.has_begun = True
-            safety = SAFETY + _for_site(self.allowed) if self.allowed else OWN_SITE + SAFETY
-            message = {**message, "headers": [*message.get("headers", []), *safety]}
+            headers = MutableHeaders(raw=list(message["headers"]))
+            headers.update(SAFETY)
+            if self.allowed:  # what lets a browser give an answer to another site's page
+                headers["Access-Control-Allow-Origin"] = self.allowed
+                headers["Access-Control-Expose-Headers"] = "Retry-After"
+                headers["Cross-Origin-Resource-Policy"] = "cross-origin"
+                headers["Vary"] = "Origin"
+            message = {**message, "headers": headers.raw}
             self.metrics.requests.labels(self.path, str(message["status"])).inc()
         try:
             async with asyncio.timeout(SEND_S):
@@ -287,28 +279,3 @@ class _Reply:
         except TimeoutError:
             self.is_slow = True
             raise
-
-    async def preflight(self, asked: str) -> None:
-        """A browser's question whether the other site's page may send these headers."""
-        headers = [
-            (b"access-control-allow-methods", b"GET, POST"),
-            (b"access-control-allow-headers", (asked or "*").encode("latin-1")),
-            (b"access-control-allow-private-network", b"true"),
-            (b"access-control-max-age", b"600"),
-        ]
-        await self.send({"type": "http.response.start", "status": 204, "headers": headers})
-        await self.send({"type": "http.response.body", "body": b""})
-
-    async def refuse(self, refused: Refused) -> None:
-        body = json.dumps(refused.body, ensure_ascii=False).encode()
-        headers = {
-            "content-type": "application/json",
-            "content-length": str(len(body)),
-            **{name.lower(): value for name, value in refused.headers.items()},
-        }
-        encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self.send(
-            {"type": "http.response.start", "status": refused.status, "headers": encoded}
-        )
-        # Where the client is still sending, uvicorn throws that away, until Protocol's time is up.
-        await self.send({"type": "http.response.body", "body": body})

@@ -115,14 +115,10 @@ class Model:
     def facts(self) -> dict:
         """In OpenAI's form, with what a client may want to know beside it."""
         return {
-            "id": self.name,
-            "object": "model",
-            "created": int(self.path.stat().st_mtime),
-            "owned_by": "babyllama",
-            "context": self.engine.context,
-            "pictures": self.eyes is not None,
-            "tasks": tasks_of(self.stated),
-        }
+            "id": self.name, "object": "model", "created": int(self.path.stat().st_mtime),
+            "owned_by": "babyllama", "context": self.engine.context,
+            "pictures": self.eyes is not None, "tasks": tasks_of(self.stated),
+        }  # fmt: skip
 
 
 def serve_from(cfg: ServerConfig, path: Path) -> dict[str, Model]:

@@ -21,11 +21,8 @@ from serve.schema import Refused
 
 PAGE = Path(__file__).parent / "page"
 KINDS = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
+    ".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml",
+}  # fmt: skip
 FILES = {
     "/" + file.relative_to(PAGE).as_posix().removesuffix("index.html"): file
     for file in sorted(PAGE.rglob("*"))
@@ -100,7 +97,8 @@ def add_page(app: FastAPI, service: Service) -> None:
         if reading.locked():
             raise Refused(429, "too many documents at a time", headers={"Retry-After": "5"})
         async with reading:
-            return {"text": await documents.text_of_pdf(await request.body())}
+            text = await asyncio.to_thread(documents.text_of_pdf, await request.body())
+            return {"text": text}
 
     @app.get("/api/wiki")
     async def wiki(term: Annotated[str, Query(min_length=1, max_length=200)]) -> dict:
@@ -115,21 +113,14 @@ def _card(model: Model) -> dict:
     path, facts, config = model.path, model.facts(), model.engine.decoder.model.config
     info = read_info(model.stated)
     card = next((d / "README.md" for d in (path, path.parent) if (d / "README.md").is_file()), None)
-    shown_facts = {
-        "path": shown(path),
-        "kind": info["kind"],
-        "tasks": facts["tasks"],
-        "parameters": config.n_parameters,
-        "vocabulary": config.vocab_size,
-        "context": config.max_seq_len,
-        "layers": config.n_layers,
-        "dim": config.dim,
-        "weights": model.engine.decoder.kind,
-        "step": info["step"],
-        "parent": info.get("parent"),
+    facts = {
+        "path": shown(path), "kind": info["kind"], "tasks": facts["tasks"],
+        "parameters": config.n_parameters, "vocabulary": config.vocab_size,
+        "context": config.max_seq_len, "layers": config.n_layers, "dim": config.dim,
+        "weights": model.engine.decoder.kind, "step": info["step"], "parent": info.get("parent"),
         "created": time.strftime("%Y-%m-%d", time.localtime(facts["created"])),
-    }
-    return {"facts": shown_facts, "text": card.read_text("utf-8", "replace") if card else ""}
+    }  # fmt: skip
+    return {"facts": facts, "text": card.read_text("utf-8", "replace") if card else ""}
 
 
 def _look_up(service: Service, term: str) -> dict:

@@ -4,19 +4,17 @@ Everything here may take a while (a long text, a search), so it runs outside of 
 """
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
 from babyllama.language.letters import as_trained
 from babyllama.retrieval.retriever import Retriever
-from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest, Refused
+from serve.pictures import Eyes
+from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest, Refused, bad
 from tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from serve.pictures import Eyes
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Prompt:
 
     ids: list[int]
     extra: dict = field(default_factory=dict)
-    picture: "Tensor | None" = None
+    picture: Tensor | None = None
 
 
 def chat_prompt(
@@ -39,7 +37,7 @@ def chat_prompt(
     context: int,
     retriever: Retriever | None,
     truncate: bool = False,
-    eyes: "Eyes | None" = None,
+    eyes: Eyes | None = None,
 ) -> Prompt:
     """The prompt for the assistant's next message.
 
@@ -75,7 +73,7 @@ def chat_prompt(
 def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int) -> list[Prompt]:
     """The texts to continue, as documents begin in pretraining."""
     if sum(map(len, request.prompt)) > MOST_CHARACTERS:
-        raise Refused(400, f"prompt: at most {MOST_CHARACTERS} characters", "prompt")
+        raise bad("prompt", f"at most {MOST_CHARACTERS} characters")
     prompts = [Prompt(tokenizer.encode(text, bos=True)) for text in request.prompt]
     for prompt in prompts:
         _require_fit(prompt.ids, context, "prompt")
@@ -84,32 +82,29 @@ def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int)
 
 def _check(request: ChatRequest, sees: bool) -> None:
     """What types cannot say of a dialogue."""
-    messages = request.messages
+    messages, n_system = request.messages, _n_system(request)
     n_characters = sum(len(m.text) for m in messages) + len(request.reference or "")
     if n_characters > MOST_CHARACTERS:
-        text = f"messages: found {n_characters} characters, at most {MOST_CHARACTERS} are read"
-        raise Refused(400, text, "messages")
+        text = f"found {n_characters} characters, at most {MOST_CHARACTERS} are read"
+        raise bad("messages", text)
     for number, message in enumerate(messages):
-        place = f"messages.{number}"
-        if message.images and not sees:
-            text = f"{place}.content: this model takes no images; leave them out"
-            raise Refused(400, text, place)
-        if message.images and message.role != "user":
-            raise Refused(400, f"{place}.content: images come in messages of the user", place)
-        if message.role == "system" and number >= _n_system(request):
-            raise Refused(400, f"{place}.role: system (资料) only comes first", place)
-        if message.role == "user" and not message.text.strip():
-            raise Refused(400, f"{place}.content is blank; write a message", place)
+        faults = {
+            "this model takes no images; leave them out": message.images and not sees,
+            "images come in messages of the user": message.images and message.role != "user",
+            "system (资料) only comes first": message.role == "system" and number >= n_system,
+            "is blank; write a message": message.role == "user" and not message.text.strip(),
+        }
+        for fault in (text for text, holds in faults.items() if holds):
+            raise bad(f"messages.{number}", fault)
     if messages[-1].role != "user":
         text = f"the last message must be the user's, found {messages[-1].role!r}"
-        raise Refused(400, text, f"messages.{len(messages) - 1}.role")
-    has_system = any(m.text.strip() for m in messages[: _n_system(request)])
-    given = [has_system, bool(request.reference), bool(request.retrieve)]
-    if sum(given) > 1:
+        raise bad(f"messages.{len(messages) - 1}.role", text)
+    has_system = any(m.text.strip() for m in messages[:n_system])
+    if has_system + bool(request.reference) + bool(request.retrieve) > 1:
         text = "one 资料 only: a system message, `reference` or `retrieve`"
-        raise Refused(400, text, "reference" if request.reference else "retrieve")
+        raise bad("reference" if request.reference else "retrieve", text)
     if request.top_logprobs and not request.logprobs:
-        raise Refused(400, "top_logprobs goes with logprobs: true", "top_logprobs")
+        raise bad("top_logprobs", "goes with logprobs: true")
 
 
 def _n_system(request: ChatRequest) -> int:
@@ -117,22 +112,22 @@ def _n_system(request: ChatRequest) -> int:
     return next(n for n, m in enumerate([*request.messages, None]) if not m or m.role != "system")
 
 
-def _looked_at(request: ChatRequest, eyes: "Eyes") -> "Tensor":
+def _looked_at(request: ChatRequest, eyes: Eyes) -> Tensor:
     """What the model gets of the dialogue's one image."""
     holders = [n for n, message in enumerate(request.messages) if message.images]
     try:
         return eyes.look([url for message in request.messages for url in message.images])
     except DataError as error:
         place = f"messages.{holders[-1]}" if holders else "messages"
-        raise Refused(400, str(error), place) from None
+        raise bad(place, str(error)) from None
 
 
 def _retrieved(
     request: ChatRequest, tokenizer: Tokenizer, context: int, retriever: Retriever | None
 ) -> tuple[str, list[dict]]:
     if retriever is None:
-        text = "retrieve: this server has no index; python -m data_process.run wiki --index"
-        raise Refused(400, f"{text} makes one", "retrieve")
+        text = "this server has no index; python -m data_process.run wiki --index makes one"
+        raise bad("retrieve", text)
     question = request.messages[-1].text
     talk = Conversation(tokenizer, context - min(request.longest or context, context // 4))
     found = retriever.context(question, talk.reference_room(question), talk.n_tokens)
@@ -159,11 +154,10 @@ def _shortened(
 
 def _require_fit(ids: list[int], context: int, param: str) -> None:
     if len(ids) >= context:
-        raise Refused(
-            400,
+        text = (
             f"the prompt has {len(ids)} tokens, the model's context is {context}, of which the "
             f"reply needs one at least; shorten the prompt"
-            + (" or send truncate: true" if param == "messages" else ""),
-            param,
-            "context_length_exceeded",
+            + " or send truncate: true"
+            * (param == "messages")
         )
+        raise Refused(400, text, param, "context_length_exceeded")

@@ -21,7 +21,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from serve.engine import Engine, Job, Piece
-from serve.schema import Refused
+from serve.schema import Refused, bad
 
 logger = logging.getLogger("babyllama.serve")
 
@@ -99,22 +99,19 @@ class Desk:
         raises: Refused (429) if there is none, (400) if there never can be
         """
         if n > (most := min(self.per_client, self.most)):
-            text = f"wanted at most {most} replies to a request, found {n} (n for each prompt)"
-            raise Refused(400, text, "n", "invalid_value")
+            raise bad("n", f"wanted at most {most} replies to a request, found {n} in all")
         own, everyone = self._open[client] + n, self._open.total() + n
         if own > self.per_client or everyone > self.most:
-            reason = "client" if own > self.per_client else "queue"
+            reason, wait = "client", self.wait_s()
+            text = f"this client has {own - n} replies under way, at most {self.per_client} may be"
+            if own <= self.per_client:
+                reason = "queue"
+                text = (
+                    f"{everyone - n} replies are under way or waiting, at most {self.most} may be"
+                )
             self.metrics.refused.labels(reason).inc()
-            wait = self.wait_s()
-            text = (
-                f"this client has {own - n} replies under way, at most {self.per_client} may be"
-                if reason == "client"
-                else f"{everyone - n} replies are under way or waiting, at most {self.most} may be"
-            )
-            raise Refused(
-                429, f"{text}; try again in {wait} s", code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )  # fmt: skip
+            text, headers = f"{text}; try again in {wait} s", {"Retry-After": str(wait)}
+            raise Refused(429, text, code="rate_limit_exceeded", headers=headers)
         self._open[client] += n
         self.metrics.open.set(self._open.total())
         with ExitStack() as stack:

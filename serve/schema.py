@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     model_validator,
 )
+from starlette.responses import JSONResponse
 
 from babyllama.sampling import SamplingConfig
 
@@ -96,10 +97,6 @@ def _one_or_several(most: int, longest: int) -> BeforeValidator:
     return BeforeValidator(check, json_schema_input_type=str | list[str])
 
 
-def _as_address(value: object) -> object:
-    return {"url": value} if isinstance(value, str) else value
-
-
 class StreamOptions(Strict):
     include_usage: bool = False
 
@@ -119,7 +116,11 @@ class ImagePart(Strict):
 
     type: Literal["image_url"]
     image_url: Annotated[
-        ImageAddress, BeforeValidator(_as_address, json_schema_input_type=ImageAddress | str)
+        ImageAddress,
+        BeforeValidator(
+            lambda value: {"url": value} if isinstance(value, str) else value,
+            json_schema_input_type=ImageAddress | str,
+        ),
     ]
 
 
@@ -184,7 +185,7 @@ class Request(Strict):
 
     @property
     def longest(self) -> int | None:
-        return self.max_tokens
+        return getattr(self, "max_completion_tokens", None) or self.max_tokens
 
     def sampling(self, most: int) -> SamplingConfig:
         """The settings of a reply; what the request leaves open is as in chat.py.
@@ -225,10 +226,6 @@ class ChatRequest(Request):
         None, description="leave out the oldest turns where a dialogue is too long"
     )
 
-    @property
-    def longest(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
 
 class CompletionRequest(Request):
     """A text to continue, as in pretraining."""
@@ -238,42 +235,30 @@ class CompletionRequest(Request):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class Fault(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
+def described(**fields: str | dict) -> dict:
+    """JSON with an object of these fields, by their types, as OpenAPI describes it."""
+    of = {name: {"type": kind} if isinstance(kind, str) else kind for name, kind in fields.items()}
+    return {"schema": {"type": "object", "required": [*fields], "properties": of}}
 
 
-class Refusal(BaseModel):
-    """The body of every answer that is no 200."""
-
-    error: Fault
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Answer(BaseModel):
-    """What both kinds of answer share; `choices` differ."""
-
-    model_config = ConfigDict(extra="allow")
-    id: str
-    object: str
-    created: int
-    model: str
-    choices: list[dict]
-    usage: Usage
-
-
+# A reply is one JSON object; with "stream" it is events that each hold one, then [DONE].
+_USAGE = described(prompt_tokens="integer", completion_tokens="integer", total_tokens="integer")
+REPLY: dict[int | str, dict] = {200: {"content": {
+    "application/json": described(id="string", object="string", created="integer", model="string",
+                                  choices="array", usage=_USAGE["schema"]),
+    "text/event-stream": described(data="string"),
+}}}  # fmt: skip
+_ERROR = described(error=described(message="string", type="string")["schema"])
+# Without 4XX FastAPI describes a 422 of its own.
+REFUSALS: dict[int | str, dict] = {
+    status: {"description": "`error` says why", "content": {"application/json": _ERROR}}
+    for status in ("4XX", "5XX")
+}
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Refused(Exception):
-    """A request that gets no reply, and why."""
+    """A request that gets no reply, and why. Text that cannot be encoded is made visible."""
 
     def __init__(
         self,
@@ -284,18 +269,16 @@ class Refused(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        self.body = refusal(status, message, param, code)
+        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        message = message.encode("utf-8", "backslashreplace").decode("utf-8")
+        param = param and param.encode("utf-8", "backslashreplace").decode("utf-8")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.answer = JSONResponse(self.body, status, headers)
 
 
-def refusal(
-    status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, dict]:
-    """The body of a refusal. Text that cannot be encoded is made visible."""
-    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    message = message.encode("utf-8", "backslashreplace").decode("utf-8")
-    param = param and param.encode("utf-8", "backslashreplace").decode("utf-8")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def bad(param: str, text: str) -> Refused:
+    """A request with a field that cannot be meant so."""
+    return Refused(400, f"{param}: {text}", param, "invalid_value")
 
 
 def invalid(errors: Sequence[dict]) -> Refused:
@@ -310,8 +293,8 @@ def invalid(errors: Sequence[dict]) -> Refused:
     if "content" in place:  # behind the number of a part pydantic puts its type
         del place[place.index("content") + 2 : place.index("content") + 3]
     name = ".".join(map(str, place))
-    text = f"{name or 'body'}: {_reason(place, first)}"
-    text += f" (and {len(errors) - 1} more faults)" * (len(errors) > 1)
+    more = f" (and {len(errors) - 1} more faults)" * (len(errors) > 1)
+    text = f"{name or 'body'}: {_reason(place, first)}{more}"
     return Refused(400, text, name or None, "invalid_value")
 
 

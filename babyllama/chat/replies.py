@@ -97,22 +97,18 @@ SCRIPT = User(no_terminal, note, no_terminal)
 def write_title(session: Session, title: str, is_json: bool) -> int:
     """The title of --title on standard output and nothing else; with --json three candidates."""
     if title == "-":
-        text = decoded(sys.stdin.buffer.read(), STDIN)
+        text = decoded(sys.stdin.buffer.read(), STDIN).strip()
     elif not Path(title).is_file():
         raise DataError(f"--title: wanted a text file or -, found no {title!r}")
     else:
-        text = read_reference(title)
-    text = text.strip()
+        text = read_reference(title).strip()
     if not text:
         raise DataError("--title: wanted a text, found it blank")
     titles, n_read, _ = session.summarise(whole(text), 3)
-    if is_json:
-        found = {"titles": titles, "n_read": n_read, "n_characters": len(text)}
-        print(json.dumps(found, ensure_ascii=False))
-        return 0
-    if n_read < len(text):
+    if n_read < len(text) and not is_json:
         note(f"（原文太长，只读了前 {n_read} 字）")
-    print(visible(titles[0] if titles else ""), file=verbatim(sys.stdout))
+    record = {"titles": titles, "n_read": n_read, "n_characters": len(text)}
+    give(record, titles[0] if titles else "", is_json)
     return 0
 
 
@@ -121,17 +117,15 @@ def answer_once(session: Session, prompt: str, is_json: bool) -> int:
     exit code."""
     found = obey(session, whole(prompt), SCRIPT)
     if not isinstance(found, Again):
-        record = {"prompt": prompt, "reply": found or ""}
-        print(as_json(record) if is_json else visible(found or ""))
+        give({"prompt": prompt, "reply": found or ""}, found or "", is_json)
         return 0
     asked = session.ask(found.message)
     if session.sampling.n > 1:
         for one in session.answers(asked):
-            text = as_json(session.record(one)) if is_json else visible(one.text)
-            print(text, file=verbatim(sys.stdout))
+            give(session.record(one), one.text, is_json)
         return 0
     if is_json:
-        print(as_json(finished(session, asked)))
+        give(finished(session, asked))
         return 0
     reply(session, asked)
     print(flush=True)
@@ -140,8 +134,10 @@ def answer_once(session: Session, prompt: str, is_json: bool) -> int:
     return INTERRUPTED if asked.reason == "interrupted" else 0
 
 
-def as_json(record: dict) -> str:
-    return json.dumps(record, ensure_ascii=False)
+def give(record: dict, text: str = "", is_json: bool = True) -> None:
+    """What a script reads on standard output: an object of JSON, or the text in it."""
+    said = json.dumps(record, ensure_ascii=False) if is_json else visible(text)
+    print(said, file=verbatim(sys.stdout), flush=True)
 
 
 def finished(session: Session, asked: Asked) -> dict:
@@ -163,21 +159,20 @@ def answer_lines(session: Session, lines: Iterable[str], is_json: bool) -> int:
     """One conversation, a message or command a line: as on a terminal, or an object of JSON each.
     One that cannot be answered gives its error, and exit code 2 at the end."""
     code = 0
-    ended: str | Again | None
+    ended: str | None = ""
     for line in lines:
         if not is_json:
             print(LABELS["user"] + visible(line), file=verbatim(sys.stdout), flush=True)
         try:
             if not is_json:
                 ended = respond(session, line, SCRIPT)
-            elif isinstance(ended := obey(session, line, SCRIPT), Again):
-                print(as_json(finished(session, session.ask(ended.message))), flush=True)
-            elif ended is not None:
-                print(as_json({"prompt": line, "reply": ended}), flush=True)
+            elif isinstance(found := obey(session, line, SCRIPT), Again):
+                give(finished(session, session.ask(found.message)))
+            elif (ended := found) is not None:
+                give({"prompt": line, "reply": found})
         except (*MISTAKES, OSError) as error:
             code = BAD_INPUT
-            record = {"prompt": line, "error": str(error)}
-            print(as_json(record), flush=True) if is_json else note(str(error))
+            give({"prompt": line, "error": str(error)}) if is_json else note(str(error))
             continue
         if ended is None or ended == "interrupted":
             return code if ended is None else INTERRUPTED

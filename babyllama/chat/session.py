@@ -288,18 +288,14 @@ class Session:
 
     def record(self, asked: Asked) -> dict:
         """A finished reply as an object for JSON."""
-        found = asked.found.passages if asked.found else []
+        found, of_it = asked.found, asked.found.text if asked.found else ""
         return {
-            "prompt": asked.question,
-            "reply": asked.text,
-            "finish_reason": asked.reason,
-            "n_prompt_tokens": len(asked.prompt),
-            "n_reply_tokens": asked.n_tokens,
-            "checkpoint": shown(self.loaded.path),
-            "lora": self.adapter,
-            "reference": self.talk.reference or (asked.found.text if asked.found else ""),
-            "passages": None if asked.found is None else [asdict(passage) for passage in found],
-        }
+            "prompt": asked.question, "reply": asked.text, "finish_reason": asked.reason,
+            "n_prompt_tokens": len(asked.prompt), "n_reply_tokens": asked.n_tokens,
+            "checkpoint": shown(self.loaded.path), "lora": self.adapter,
+            "reference": self.talk.reference or of_it,
+            "passages": None if found is None else [asdict(each) for each in found.passages],
+        }  # fmt: skip
 
 
 def named(word: str) -> tuple[str, Path]:
