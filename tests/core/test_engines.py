@@ -332,7 +332,7 @@ def test_processes_with_cards_meet_over_nccl_each_bound_to_its_own(monkeypatch):
         assert (world.rank, world.size, world.patient) == (1, 2, "gloo")
     own = torch.device("cuda", 1)
     assert world.device == asked["device"] == asked["device_id"] == own
-    assert asked["kind"] == "nccl" and asked["timeout"].total_seconds() == 7
+    assert asked["name"] == "nccl" and asked["timeout"].total_seconds() == 7
 
 
 def test_every_process_has_a_card_of_its_own():
