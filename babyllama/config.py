@@ -30,6 +30,7 @@ import yaml
 from docstring_parser import parse as docstring
 from jsonargparse import ArgumentParser, Namespace
 
+from babyllama import brought_by
 from babyllama.errors import CheckpointError, ConfigError, DataError, nearest
 from babyllama.language import LANGUAGES, Help, catalogue, speak
 
@@ -407,15 +408,6 @@ def run(main: Callable[..., int | None], *args: object) -> None:
             BAD_INPUT,
         )
     sys.exit(code or 0)
-
-
-def brought_by(module: str) -> str:
-    """The file of requirements that brings a module, or ""."""
-    name = re.compile(rf"(?im)^(# )?{module.partition('.')[0].replace('_', '[-_]')}\b")
-    for file in (REPO / "requirements.txt", *sorted((REPO / "requirements").glob("*.txt"))):
-        if file.stem != "dev" and name.search(file.read_text("utf-8")):
-            return file.relative_to(REPO).as_posix()
-    return ""
 
 
 def _complain(text: str, code: int) -> int:

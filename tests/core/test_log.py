@@ -13,7 +13,7 @@ import pytest
 from matplotlib import font_manager
 from PIL import Image
 
-from babyllama import language, log
+from babyllama import brought_by, language, log
 from babyllama.analysis.watch import (
     FONTS,
     LABELS,
@@ -23,7 +23,6 @@ from babyllama.analysis.watch import (
     label,
     plot_font,
 )
-from babyllama.config import brought_by
 from babyllama.log import read_metrics, read_records
 
 Log = functools.partial(log.Log, watch=WATCH)
