@@ -1,8 +1,8 @@
 """Cleaning of rows between reading and writing: first fixes, then rules.
 
-A fix changes a row, a rule (RULE) says that a row must go; FIXES and RULES have one line for each
-way of cleaning, usually named after the kind of the rows. The name of a fix or a rule is the one
-under which it is counted, and by which --skip_rules switches it off. Lists of words stand in
+A fix (FIX) changes a row, a rule (RULE) says that it must go; FIXES and RULES say which are in
+each way of cleaning, usually named after the kind of the rows. The name of a fix or a rule is the
+one under which it is counted, and by which --skip_rules switches it off. Lists of words stand in
 words.yaml. Duplicates belong to dedup.py.
 """
 
@@ -107,12 +107,11 @@ def texts(row: Row) -> Iterator[str]:
         yield from (row[key] for key in ("text", "summary") if key in row)
 
 
-def _each_text(row: Row, change: Callable[[str], str]) -> Row:
+def _each(row: Row, change: Callable[[str], str]) -> Row:
+    """A row with each of its texts changed."""
+    if "messages" in row:
+        return row | {"messages": [m | {"content": change(m["content"])} for m in row["messages"]]}
     return row | {key: change(row[key]) for key in ("text", "summary") if key in row}
-
-
-def _each_content(row: Row, change: Callable[[str], str]) -> Row:
-    return row | {"messages": [m | {"content": change(m["content"])} for m in row["messages"]]}
 
 
 # Fixes for documents and summaries.
@@ -138,20 +137,8 @@ def _outside_code(text: str, change: Callable[[str], str]) -> str:
     return CODE.join(part if n % 2 else change(part) for n, part in enumerate(parts))
 
 
-def normalise(row: Row) -> Row:
-    """Every text takes the form that prompts have too (language/letters.py)."""
-    change = _each_content if "messages" in row else _each_text
-    return change(row, letters.plain)
-
-
-def tidy_space(row: Row) -> Row:
-    """Runs of space become one space, blank lines and indents go."""
-
-    def change(text: str) -> str:
-        return BLANK_LINES.sub("\n", WIDE_SPACE.sub(" ", text))
-
-    # U+2581 is the space of SentencePiece and would come back as one.
-    return _each_text(row, lambda t: _outside_code(t.replace("\u2581", "_"), change).strip())
+def _prose(row: Row, change: Callable[[str], str]) -> Row:
+    return _each(row, lambda text: _outside_code(text, change))
 
 
 def unescape(text: str) -> str:
@@ -163,13 +150,12 @@ def _character(found: re.Match[str]) -> str:
     return html.unescape(found[0]) if found[1][0] == "#" else html5.get(f"{found[1]};", found[0])
 
 
-def strip_html(row: Row) -> Row:
-    """Tags go, entities become characters."""
+def _without_html(text: str) -> str:
+    return unescape(SITE_HTML.sub("", TAG.sub("", text)) if "<" in text else text)
 
-    def change(text: str) -> str:
-        return unescape(SITE_HTML.sub("", TAG.sub("", text)) if "<" in text else text)
 
-    return _each_text(row, lambda text: _outside_code(text, change).strip())
+def _tidied(text: str) -> str:
+    return BLANK_LINES.sub("\n", WIDE_SPACE.sub(" ", text))
 
 
 # Behind Chinese text or a mark; behind a Latin name [12] is an index and () a call, behind a colon
@@ -189,18 +175,8 @@ OWNER = re.compile(
 )
 
 
-def strip_marks(row: Row) -> Row:
-    """Reference marks such as [12], brackets left empty, and doubled commas go."""
-
-    def change(text: str) -> str:
-        return EMPTY_BRACKETS.sub("", REFERENCE.sub("", text)).replace("。。", "。")
-
-    return _each_text(row, lambda text: _outside_code(text, change))
-
-
-def cut_owner(row: Row) -> Row:
-    """Lines that only name the author, the link and the rights of a copied answer go."""
-    return _each_text(row, lambda text: OWNER.sub("", text).strip() if "：" in text else text)
+def _without_marks(text: str) -> str:
+    return EMPTY_BRACKETS.sub("", REFERENCE.sub("", text)).replace("。。", "。")
 
 
 # Fixes for dialogues. Beyond `normalise`, their texts are never changed inside.
@@ -213,13 +189,7 @@ LEAST_REFERENCE = 30  # characters
 LEADING_SPACE = re.compile(r"\s*")
 
 
-def strip_turns(row: Row) -> Row:
-    """Space at both ends of a turn goes."""
-    return _each_content(row, str.strip)
-
-
 def drop_persona(row: Row) -> Row:
-    """A system turn such as "you are a helpful assistant" is not reference text."""
     return row | {"messages": [
         m for m in row["messages"]
         if m["role"] != "system"
@@ -228,7 +198,6 @@ def drop_persona(row: Row) -> Row:
 
 
 def drop_thinking(row: Row) -> Row:
-    """<think>…</think> goes from answers."""
     return row | {"messages": [
         m | {"content": _without_thoughts(m["content"])} if m["role"] == "assistant" else m
         for m in row["messages"]
@@ -244,26 +213,44 @@ def _without_thoughts(text: str) -> str:
 
 
 def cut_open_turn(row: Row) -> Row:
-    """A last user turn that nobody answers goes."""
     *turns, last = row["messages"] or [{"role": ""}]
     return row | {"messages": turns} if last["role"] == "user" else row
 
 
-TEXT_FIXES = (strip_html, normalise, tidy_space)
-WEB = (*TEXT_FIXES, cut_title_tail, cut_site_text, cut_repeated_title)
-DIALOGUE_FIXES = (drop_thinking, normalise, strip_turns, cut_open_turn)
-
-FIXES: dict[str, tuple[Callable[[Row], Row], ...]] = {
-    "text": (*TEXT_FIXES, strip_marks, cut_owner),
-    "summary": TEXT_FIXES,
-    "article": WEB,
-    "headline": WEB,
-    "chat": (drop_persona, *DIALOGUE_FIXES),
-    "reference": DIALOGUE_FIXES,
-    "exam": DIALOGUE_FIXES,
-    "vqa": DIALOGUE_FIXES,
-    "smalltalk": (normalise, strip_turns, cut_open_turn),
+FIX: dict[str, Callable[[Row], Row]] = {
+    # Tags go, entities become characters.
+    "strip_html": lambda row: _each(_prose(row, _without_html), str.strip),
+    # Every text takes the form that prompts have too.
+    "normalise": lambda row: _each(row, letters.plain),
+    # Runs of space become one, blank lines and indents go; U+2581 is the space of SentencePiece and
+    # would come back as one.
+    "tidy_space": lambda row: _each(
+        _prose(_each(row, lambda text: text.replace("\u2581", "_")), _tidied), str.strip
+    ),
+    # Reference marks such as [12], brackets left empty, and doubled commas go.
+    "strip_marks": lambda row: _prose(row, _without_marks),
+    # Lines that only name the author, the link and the rights of a copied answer go.
+    "cut_owner": lambda row: _each(row, lambda t: OWNER.sub("", t).strip() if "：" in t else t),
+    "cut_title_tail": cut_title_tail,
+    "cut_site_text": cut_site_text,
+    "cut_repeated_title": cut_repeated_title,
+    # A system turn such as "you are a helpful assistant" is not reference text.
+    "drop_persona": drop_persona,
+    # <think>…</think> goes from answers.
+    "drop_thinking": drop_thinking,
+    "strip_turns": lambda row: _each(row, str.strip),
+    # A last user turn that nobody answers goes.
+    "cut_open_turn": cut_open_turn,
 }
+
+TEXT = ("strip_html", "normalise", "tidy_space")
+WEB = (*TEXT, "cut_title_tail", "cut_site_text", "cut_repeated_title")
+TURNS = ("drop_thinking", "normalise", "strip_turns", "cut_open_turn")
+FIXES: dict[str, tuple[str, ...]] = {
+    "text": (*TEXT, "strip_marks", "cut_owner"), "summary": TEXT, "article": WEB, "headline": WEB,
+    "chat": ("drop_persona", *TURNS), "reference": TURNS, "exam": TURNS, "vqa": TURNS,
+    "smalltalk": ("normalise", "strip_turns", "cut_open_turn"),
+}  # fmt: skip
 
 
 # Rules.
@@ -389,7 +376,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse names that are no fix and no rule."""
-    known = {function.__name__ for fixes in FIXES.values() for function in fixes} | set(RULE)
+    known = {*FIX, *RULE}
     unknown = sorted(set(names) - known)
     if unknown:
         raise ConfigError(f"--skip_rules: wanted names of fixes and rules, found {unknown}; known "
@@ -399,13 +386,10 @@ def check_names(names: Iterable[str]) -> None:
 def fix(row: Row, rules: str, skip: Iterable[str] = ()) -> tuple[Row, list[str]]:
     """The row after all fixes but those to skip, and the names of those that changed it."""
     changed = []
-    for function in FIXES[rules]:
-        if function.__name__ in skip:
-            continue
-        fixed = function(row)
-        if fixed != row:
-            changed.append(function.__name__)
-        row = fixed
+    for name in FIXES[rules]:
+        if name not in skip and (fixed := FIX[name](row)) != row:
+            changed.append(name)
+            row = fixed
     return row, changed
 
 

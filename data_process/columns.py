@@ -1,42 +1,49 @@
 """Columns of rows: the names that files use for them, the user's own choice, and what is left over.
 
-A reader asks a record for its question, answer, text … by the tables below. The first filled name
-counts; --columns.ROLE NAME chooses another. What no reader asked for is named and counted in the
-set's counts.json, so nothing is lost in silence. A record that cannot be understood is Refused,
-with what was found in it and what is known.
+A reader asks a record for its question, answer, text … by the tables of datasets/names.yaml. The
+first filled name counts; --columns.ROLE NAME chooses another. What no reader asked for is named and
+counted in the set's counts.json, so nothing is lost in silence. A record that cannot be understood
+is Refused, with what was found in it and what is known.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from babyllama.rows import BODIES, SUMMARIES
 from data_process.raw import Record, Skip
 
-# For each role the names of its columns, in the order in which they are looked for.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "question": ("instruction", "question", "query", "prompt", "problem", "inputs", "human", "q",
-                 "ask", "instruct", "指令", "问题", "问句", "提问", "问", "用户"),
-    "input": ("input", "context", "passage", "background", "材料", "上下文", "段落", "输入"),
-    "answer": ("output", "response", "answer", "target", "completion", "reply", "chosen", "answers",
-               "targets", "assistant", "a", "回答", "答案", "答句", "答", "回复", "输出", "助手"),
-    "system": ("system", "system_prompt", "meta_instruction", "系统", "系统提示"),
-    "reference": ("reference", "knowledge", "document", "资料", "参考资料", "背景"),
-    "history": ("history", "历史", "历史对话"),
-    "turns": ("conversations", "conversation", "messages", "dialogue", "dialog", "turns", "chat",
-              "contents", "utterances", "chat_history", "chat_messages", "对话"),
-    "text": BODIES,
-    "summary": SUMMARIES,
-    "title": ("title", "headline", "prefix", "标题", "题目"),
-    "keywords": ("keywords", "keyword", "关键词"),
-}  # fmt: skip
-KNOWN = frozenset(name for names in COLUMNS.values() for name in names)
+NAMES = Path(__file__).parent / "datasets/names.yaml"
 NUMBERS = ("id", "idx", "index", "qid", "unnamed: 0")  # name a row, say nothing
 SAMPLE = 40  # characters of a column that is left over
 EXTRA = ("input", "system", "reference", "history", "title", "keywords")  # may be empty
 FREE = ("question", "input", "reference", "summary", "title")  # a left-over column could be it
 NOTHING = ("nan", "none", "null", "n/a")  # written out, such a cell is empty
 LONGEST_WHY = (200, 800)  # characters at the beginning and at the end
+
+
+@functools.cache
+def names(kind: str) -> dict[str, tuple[str, ...]]:
+    """A table of names.yaml."""
+    return {
+        key: tuple(some) for key, some in yaml.safe_load(NAMES.read_text("utf-8"))[kind].items()
+    }
+
+
+@functools.cache
+def columns() -> dict[str, tuple[str, ...]]:
+    """For each role the names of its columns, in the order in which they are looked for."""
+    return names("columns") | {"text": BODIES, "summary": SUMMARIES}
+
+
+@functools.cache
+def known() -> frozenset[str]:
+    """The names of all columns."""
+    return frozenset(name for names in columns().values() for name in names)
 
 
 class Refused(Exception):
@@ -55,7 +62,7 @@ class Refused(Exception):
         why, (begin, end) = self.why, LONGEST_WHY
         if len(why) > begin + end:  # a name of a column may be as long as the file
             why = f"{why[:begin]} … {why[-end:]}"
-        return Skip(self.reason, record.where, str(record.data), self.broken, why)
+        return record.skip(self.reason, "", self.broken, why)
 
 
 def as_text(value: object, what: str) -> str:
@@ -101,7 +108,7 @@ class Fields:
         return any(name in self._data for name in self._names(role))
 
     def _names(self, role: str) -> Iterable[str]:
-        return (self._chosen[role].lower(),) if role in self._chosen else COLUMNS[role]
+        return (self._chosen[role].lower(),) if role in self._chosen else columns()[role]
 
     def _filled(self, role: str) -> Iterator[str]:
         self._asked.setdefault(role, False)
@@ -149,7 +156,7 @@ class Fields:
         left = {}
         for name, value in self._data.items():
             if name not in self._used and name not in NUMBERS and not _is_empty(value):
-                roles = [role for role in self._asked if name in COLUMNS[role]] + free
+                roles = [role for role in self._asked if name in columns()[role]] + free
                 role = {"role": roles[0]} if roles else {}
                 left[name] = {"example": str(value)[:SAMPLE], **role}
         return left

@@ -7,14 +7,9 @@ leak: of 30 characters in common two windows are kept with a probability of 0.68
 with 0.98. The command writes such a list, so that a publisher can say what must not be trained on
 without showing it.
 
-- Files whose name ends in .u64 are lists; all others are evaluation files as raw.py opens them, and
-  every string in them counts as a text: questions, answers, abstracts, titles.
-- A text of fewer than 13 characters has no window and is not protected; the counts say how many.
-- A window that more than 20 texts of one list have in common is wording, not content ("阅读下面的
-  短文，回答问题"): it is left out and counted.
-- Tasks made of the same papers, as CSL's four are, protect each other: they share the windows.
-- 13 characters are two English words: of 1,000 training questions of GSM8K 362 have two windows in
-  common with its test questions.
+Files whose name ends in .u64 are lists; in all others every string counts as a text. A text of
+fewer than 13 characters has no window and is not protected; a window that more than 20 texts of one
+list have in common is wording, not content. Both are counted.
 
 With --out NAME.json the command counts a benchmark's questions in what a model learnt from:
 
@@ -25,17 +20,12 @@ found if half of its windows and at least two stand somewhere in the rows. Half,
 questions share two windows with many strangers; a question with fewer than two windows cannot be
 looked up and is counted as short. Windows that more than 20 texts share are wording and count for
 nothing.
-
-A window's number is the 8-byte BLAKE2b digest of its UTF-8 bytes, read little-endian; white space
-is removed before and case lowered; only numbers divisible by 8 are kept. If the texts are known, a
-rolling hash says which windows are worth a digest (35 MB/s of rows on one core); if only their
-numbers are, every window needs one (4 MB/s). Both find the same.
 """
 
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -53,7 +43,7 @@ from data_process.dedup import (
     bare,
     code_points,
     drops_path,
-    each_row,
+    each_batch,
     rolling_hash,
     write_drops,
 )
@@ -114,7 +104,7 @@ def load_windows(path: Path) -> Windows:
 
 
 def digests(text: str) -> np.ndarray:
-    """The numbers of all windows of a bare text."""
+    """The numbers of all windows of a bare text: BLAKE2b digests of 8 bytes of their UTF-8."""
     data = text.encode("utf-8", "surrogatepass")
     bounds = np.flatnonzero((np.frombuffer(data, np.uint8) & 0xC0) != 0x80).tolist()
     bounds.append(len(data))
@@ -195,22 +185,6 @@ def read_list(path: Path) -> np.ndarray:
     )
 
 
-@dataclass
-class TextWindows:
-    """The windows that are kept of some texts, and how the texts fared.
-
-    protected: texts with two windows or more, so that each alone is recognised
-    n_wording: windows left out because more than COMMON texts have them
-    """
-
-    numbers: np.ndarray
-    rolling: np.ndarray
-    n_texts: int
-    n_protected: int
-    n_too_short: int
-    n_wording: int
-
-
 def kept_windows(text: str) -> tuple[np.ndarray, np.ndarray]:
     """The numbers of the windows kept of a bare text, each once, and their rolling hashes."""
     numbers, first = np.unique(digests(text), return_index=True)
@@ -232,8 +206,10 @@ def telling(windows: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
     )
 
 
-def windows_of(texts: Iterable[str]) -> TextWindows:
-    """The windows of texts; a text that comes again counts once."""
+def windows_of(texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """The numbers of the windows kept of texts, their rolling hashes, and how the texts fared; one
+    that comes again counts once, and one with two windows or more is recognised alone (protected).
+    """
     seen: set[bytes] = set()
     windows, n_too_short = [], 0
     for text in map(bare, texts):
@@ -245,10 +221,11 @@ def windows_of(texts: Iterable[str]) -> TextWindows:
         windows.append(kept_windows(text))
     numbers, hashes, n_wording = telling(windows)
     n_protected = sum(len(of_text) >= LEAST for of_text, _ in windows)
-    return TextWindows(numbers, hashes, len(windows), n_protected, n_too_short, n_wording)
+    return numbers, hashes, {"texts": len(windows), "protected": n_protected,
+                             "too_short": n_too_short, "windows": len(numbers),
+                             "wording": n_wording}  # fmt: skip
 
 
-BATCH_BYTES = 1 << 20
 LEAK = "leak"
 
 
@@ -260,7 +237,7 @@ def flag_shard(source: Path, target: Path, windows: Path) -> dict[str, Any]:
     """
     known, n_rows = load_windows(windows), 0
     path, drops = drops_path(target), []
-    for rows in _batches(source, lambda row: "" if _is_held_out(row) else _joined(row)):
+    for _, rows in each_batch(source, lambda row: "" if _is_held_out(row) else _joined(row)):
         found = hits(rows, known)
         for number in np.flatnonzero((found >= LEAST).any(axis=1)).tolist():
             most = int(found[number].argmax())
@@ -280,19 +257,6 @@ def _joined(row: dict[str, Any]) -> str:
     return "\0".join(texts(row))
 
 
-def _batches(path: Path, text_of: Callable[[dict[str, Any]], str]) -> Iterator[list[str]]:
-    """The rows' texts, some rows at a time."""
-    size, rows = 0, []
-    for n_bytes, text in each_row(path, text_of):
-        rows.append(text)
-        size += n_bytes
-        if size >= BATCH_BYTES:
-            yield rows
-            size, rows = 0, []
-    if rows:
-        yield rows
-
-
 def make_windows(
     evaluation: Sequence[Path], held_out: Sequence[Path], directory: Path
 ) -> Path | None:
@@ -308,12 +272,12 @@ def make_windows(
         names.append(shown(path))
         lists.append(numbers)
         rolling.append(known)
-    found = windows_of(_held_out_texts(held_out))
-    if found.n_texts:
+    numbers, known, note = windows_of(_held_out_texts(held_out))
+    if note["texts"]:
         names.append("held-out rows")
-        lists.append(found.numbers)
-        rolling.append(found.rolling)
-        notes["held-out rows"] = _note(found)
+        lists.append(numbers)
+        rolling.append(known)
+        notes["held-out rows"] = note
     if not names:
         return None
     known = None if any(r is None for r in rolling) else np.unique(np.concatenate(rolling))
@@ -333,29 +297,18 @@ def _list_of(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]
         numbers = read_list(path)
         return numbers, None, {"windows": len(numbers)}
     n_skipped: Counter[str] = Counter()
-    found = windows_of(strings(path, n_skipped))
-    if not len(found.numbers):
+    numbers, hashes, note = windows_of(strings(path, n_skipped))
+    if not len(numbers):
         raise DataError(
             f"{shown(path)}: wanted evaluation texts of 13 characters or more, found none in "
-            f"{found.n_texts} texts; look at the file"
+            f"{note['texts']} texts; look at the file"
         )
-    return found.numbers, found.rolling, _note(found) | dict(n_skipped)
-
-
-def _note(found: TextWindows) -> dict[str, int]:
-    return {
-        "texts": found.n_texts,
-        "protected": found.n_protected,
-        "too_short": found.n_too_short,
-        "windows": len(found.numbers),
-        "wording": found.n_wording,
-    }
+    return numbers, hashes, note | dict(n_skipped)
 
 
 def _held_out_texts(shards: Sequence[Path]) -> Iterator[str]:
-    for shard in shards:
-        for _, found in each_row(shard, lambda row: list(texts(row)) if _is_held_out(row) else []):
-            yield from found
+    for _, rows in chain.from_iterable(each_batch(shard, lambda row: row) for shard in shards):
+        yield from (text for row in rows if _is_held_out(row) for text in texts(row))
 
 
 def strings(path: Path, n_skipped: Counter[str]) -> Iterator[str]:
@@ -415,7 +368,7 @@ def overlap(asked: list[dict], rows: list[Path]) -> dict:
     numbers, hashes, _ = telling(by_text.values())
     known = Windows(("asked",), (numbers,), hashes)
     found = [np.unique(occurrences(texts, known)[1])
-             for path in rows for texts in _batches(path, _joined)]  # fmt: skip
+             for path in rows for _, texts in each_batch(path, _joined)]  # fmt: skip
     seen = np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
     counts = {"groups": Counter(), "asked": Counter(), "short": Counter()}
     for question, its_texts in zip(asked, parts, strict=True):

@@ -7,25 +7,11 @@ So of each family the first row stays, every dropped row has a partner that stay
 run over what stayed drops nothing. Rows that their publisher holds out ("split": val or test) go
 as exact copies only, and later rows are compared with them.
 
-Two passes. First, column by column (the marks, then each band), the keys that more than one row
-has get a place: room for the rows that stay and have the key. Then the rows that have such keys
-are visited. A key of boilerplate is no trouble: a place holds the first 8 and the last 8 rows that
-stayed, so a row is compared with at most 16 rows a band; what is left out is counted
-("not_compared").
-
-On disk 150 bytes a row; in memory some 50 a row for the first pass, and 80 for each row that has
-copies. Signing takes one core an hour for 65 million rows of 500 characters and is divided by
-shards; the passes are one process, since who stays depends on who stayed, and take 5 minutes for
-100 million rows and 80 microseconds for each row that shares keys.
-
 A part is a text but for space, punctuation and case. A summary row repeats if its text or its
-headline does: a headline learnt in training would give away a row of the test set.
-
-Band keys are MinHash of Chinese text. After Broder (1997) and Leskovec et al., Mining of Massive
-Datasets, chapter 3: two rows whose sets of 5-character pieces have Jaccard similarity J agree in
-all 6 minima of at least one of 16 bands with probability 1 - (1 - J^6)^16: 0.992 at 0.8, 0.9995 at
-0.85, 0.22 at 0.5. Pairs found so are compared exactly afterwards, so the bands decide only what is
-compared. White space and case do not count; rows with fewer than 5 characters left have no keys.
+headline does: a headline learnt in training would give away a row of the test set. Band keys are
+MinHash of the 5-character pieces of a text without space and case (Broder 1997; Leskovec et al.,
+Mining of Massive Datasets, chapter 3); they decide only what is compared. docs/data.md has the
+figures.
 """
 
 import hashlib
@@ -171,7 +157,7 @@ def _odd_numbers(n: int, dtype: str) -> np.ndarray:
     return np.frombuffer(data, dtype) | 1
 
 
-def band_keys(texts: list[str], bands: tuple[int, int] = BANDS) -> np.ndarray:
+def band_keys(texts: Sequence[str], bands: tuple[int, int] = BANDS) -> np.ndarray:
     """The keys of bare texts, (n_bands, len(texts)) uint64; 0 where a text is too short."""
     n_bands, n_minima = bands
     keys = np.zeros((n_bands, len(texts)), np.uint64)
@@ -204,20 +190,28 @@ def marks_of(row: dict[str, Any]) -> list[int]:
     ]
 
 
-def each_row(path: Path, take: Callable[[dict], T]) -> Iterator[tuple[int, T]]:
-    """(size of its line in bytes, what `take` makes of it) for each row of a shard.
+def each_batch(path: Path, take: Callable[[dict], T]) -> Iterator[tuple[list[int], list[T]]]:
+    """(sizes of the lines, what `take` makes of the rows) of a shard, some BATCH_BYTES at a time.
 
     raises: DataError at the first line that is not a row
     """
+    sizes, made, size = [], [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield len(line), take(json.loads(line))
+                made.append(take(json.loads(line)))
             except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"{shown(path)}:{number}: wanted a canonical row, found {line[:60]!r} "
                     f"({type(error).__name__}); make the shard again"
                 ) from None
+            sizes.append(len(line))
+            size += len(line)
+            if size >= BATCH_BYTES:
+                yield sizes, made
+                sizes, made, size = [], [], 0
+    if made:
+        yield sizes, made
 
 
 def sign_shard(source: Path, target: Path, bands: tuple[int, int] = BANDS) -> dict[str, Any]:
@@ -226,27 +220,15 @@ def sign_shard(source: Path, target: Path, bands: tuple[int, int] = BANDS) -> di
     <target>.keys.npy    (2 + bands, N) uint64: the marks and the keys of each row, 0: none
     <target>.lines.npy   (N + 1,) int64: where each line begins in the shard, and its size
     """
-    ends, keys, marks, texts = [0], [], [], []
-
-    def close_batch() -> None:
-        columns = np.array(marks, np.uint64).reshape(-1, N_MARKS).T
-        keys.append(np.concatenate((columns, band_keys(texts, bands))))
-        marks.clear()
-        texts.clear()
-
-    begin = 0
-    for n_bytes, (row_marks, text) in each_row(source, lambda r: (marks_of(r), "".join(sides(r)))):
-        ends.append(ends[-1] + n_bytes)
-        marks.append(row_marks)
-        texts.append(text)
-        if ends[-1] - begin >= BATCH_BYTES:
-            close_batch()
-            begin = ends[-1]
-    close_batch()
+    sizes, keys = [0], [np.empty((N_MARKS + bands[0], 0), np.uint64)]
+    for n_bytes, made in each_batch(source, lambda row: (marks_of(row), "".join(sides(row)))):
+        sizes += n_bytes
+        marks, texts = zip(*made, strict=True)
+        keys.append(np.concatenate((np.array(marks, np.uint64).T, band_keys(texts, bands))))
     paths = signature_paths(target)
     np.save(paths[0], np.concatenate(keys, axis=1))
-    np.save(paths[1], np.array(ends, np.int64))
-    return {"rows": len(ends) - 1, "files": [path.name for path in paths]}
+    np.save(paths[1], np.cumsum(sizes, dtype=np.int64))
+    return {"rows": len(sizes) - 1, "files": [path.name for path in paths]}
 
 
 def signature_paths(target: Path) -> list[Path]:

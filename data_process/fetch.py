@@ -14,7 +14,6 @@ on a shared disk must be fetched by hand, and is told how.
 """  # noqa: E501
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -38,7 +37,7 @@ from babyllama.analysis.terminal_text import visible
 from babyllama.config import flush, from_repo, lock, parse, run, shown
 from babyllama.errors import ConfigError, DataError
 from data_process.raw import is_ignored
-from data_process.registry import DataSet, Source, data_sets
+from data_process.registry import DataSet, Source, data_sets, package_dir
 
 Result = TypeVar("Result")
 
@@ -109,10 +108,8 @@ def main(cfg: FetchConfig) -> None:
         if places(data_set.source):
             fetch(data_set, cfg)
         elif data_set.package:
-            requirement, module, _ = data_set.package
-            if importlib.util.find_spec(module) is None:
-                raise DataError(f"{data_set.name}: wanted the package {requirement}, found it not "
-                                f"installed; pip install {requirement}")  # fmt: skip
+            package_dir(*data_set.package)
+            requirement = data_set.package[0]
             print(f"{data_set.name}: lies in the package {requirement}, which is installed")
         else:
             by_hand.append(_by_hand(data_set, cfg))
@@ -219,10 +216,10 @@ def _wanted(data_set: DataSet, cfg: FetchConfig, server: "Server") -> list[Remot
     if idle:
         print(f"{data_set.name}: has no file like {' or '.join(idle)}", file=sys.stderr)
     known = data_set.source.sha256
-    hashes = [
-        known.get(f.path) or known.get(PurePosixPath(f.path).name) or f.sha256 for f in wanted
+    return [
+        replace(f, sha256=(known.get(PurePosixPath(f.path).name) or f.sha256).lower())
+        for f in wanted
     ]
-    return [replace(file, sha256=h.lower()) for file, h in zip(wanted, hashes, strict=True)]
 
 
 def _fits(file: RemoteFile, pattern: str) -> bool:

@@ -3,23 +3,26 @@
 Each format is a function (name, text) -> Iterator[(place, dict | list | line | Skip)]. Lines and
 tables stream, memory is bounded by the longest line (LONGEST); a JSON list is read as a whole.
 Damage costs the line or value it stands in. Which one a file has is read from its first bytes
-(`format_of`), not from its name.
+(`format_of`), not from its name. Of .xlsx and .docx (Office Open XML, ECMA-376: a zip archive of
+XML parts) the first sheet and the paragraphs are read; formulas count as the value saved with them.
 """
 
 import csv
 import io
 import json
 import re
+import zipfile
 from collections.abc import Collection, Iterator
 from itertools import islice
 from typing import IO, Any, NamedTuple
+from xml.etree import ElementTree
 
 from babyllama.errors import ConfigError, DataError
-from data_process import office
 
 HEAD = 1 << 20  # bytes from which encoding and format are guessed
 LONGEST = 1 << 25  # characters of a line
 LARGEST = 1 << 29  # of a file that is one JSON list
+LARGEST_PART = 1 << 29  # bytes of a part of an office program's file
 WRAPPERS = ("data", "examples", "rows", "records", "items", "results")  # {"data": [rows]}
 SURROGATE = re.compile("[\ud800-\udfff]")
 HALF = re.compile(r"\\u[dD][89a-fA-F]")
@@ -318,7 +321,7 @@ def entries(
 def workbook(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     """The rows of a workbook's first sheet, as column -> cell; its first row names the columns."""
     columns: list[str] = []
-    for number, cells in enumerate(office.sheet(name, file)):
+    for number, cells in enumerate(sheet(name, file)):
         if columns and any(cell.strip() for cell in cells):
             place = f"{name}[{number}]"
             yield place, _row(place, columns, cells)
@@ -369,3 +372,77 @@ def parquet(name: str, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{name}: wanted a whole parquet file, found it damaged after {number} "
                         f"rows ({error}); download it again") from None  # fmt: skip
+
+
+def paragraphs(name: str, file: IO[bytes]) -> Iterator[str]:
+    """The paragraphs of a .docx that hold text, those in tables too."""
+    for paragraph in _elements(name, file, "word/document.xml", "p"):
+        parts = [
+            (part.text or "") if _tag(part) == "t" else {"tab": "\t", "br": "\n"}[_tag(part)]
+            for part in paragraph.iter()
+            if _tag(part) in ("t", "tab", "br")
+        ]
+        if text := "".join(parts).strip():
+            yield text
+
+
+def sheet(name: str, file: IO[bytes]) -> Iterator[list[str]]:
+    """The cells of a workbook's first sheet, row by row."""
+    strings = [
+        "".join(part.text or "" for part in item.iter() if _tag(part) == "t")
+        for item in _elements(name, file, "xl/sharedStrings.xml", "si", needed=False)
+    ]
+    for row in _elements(name, file, r"xl/worksheets/\w+\.xml", "row"):
+        cells: list[str] = []
+        for cell in (part for part in row if _tag(part) == "c"):
+            place = _place(cell.get("r", ""))
+            cells += [""] * ((place or len(cells)) - len(cells))
+            text = "".join(p.text or "" for p in cell.iter() if _tag(p) in ("v", "t"))
+            try:
+                cells.append(strings[int(text)] if cell.get("t") == "s" else text)
+            except (ValueError, IndexError):
+                raise _no_office(name, f"cell {cell.get('r')} without its text") from None
+        yield cells
+
+
+def _place(reference: str) -> int:
+    """Where a cell stands in its row, from 0: C7 -> 2."""
+    number, letters = 0, re.match("[A-Z]{0,3}", reference)
+    for letter in letters[0] if letters else "":
+        number = number * 26 + ord(letter) - 64
+    return max(0, number - 1)
+
+
+def _elements(
+    name: str, file: IO[bytes], part: str, tag: str, needed: bool = True
+) -> Iterator[ElementTree.Element]:
+    """The elements of a tag in the first part whose name fits, each whole."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = sorted(filter(re.compile(part).fullmatch, archive.namelist()), key=_order)
+            if not found:
+                if needed:
+                    raise _no_office(name, f"an archive without {part}")
+                return
+            if archive.getinfo(found[0]).file_size > LARGEST_PART:
+                raise _no_office(name, f"more than {LARGEST_PART:,} bytes in {found[0]}")
+            with archive.open(found[0]) as xml:
+                for _, element in ElementTree.iterparse(xml):
+                    if _tag(element) == tag:
+                        yield element
+                        element.clear()
+    except (zipfile.BadZipFile, ElementTree.ParseError, EOFError, RuntimeError) as error:
+        raise _no_office(name, str(error)) from None
+
+
+def _order(part: str) -> tuple[int, str]:
+    return int("".join(re.findall(r"\d", part)) or 0), part
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _no_office(name: str, found: str) -> DataError:
+    return DataError(f"{name}: wanted a file of an office program, found {found}; save it "
+                     f"again, or as CSV UTF-8 or plain text")  # fmt: skip

@@ -36,10 +36,10 @@ import yaml
 from babyllama.config import REPO, from_repo, shown, similar
 from babyllama.errors import DataError
 from babyllama.rows import check_row
-from data_process import office
+from data_process import formats
 from data_process.clean import fix
-from data_process.columns import KNOWN
-from data_process.datasets.turns import labelled, split_at_labels
+from data_process.columns import known
+from data_process.datasets.conversations import labelled, split_at_labels
 from data_process.executor import key_of, write_whole
 from data_process.formats import HEAD, format_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
@@ -121,7 +121,7 @@ def prepare(
         tokenizer.require_dialogue()
     files = sorted_files(place)[0]
     entries = [entry for readers in READERS.values() for _, entry in readers]
-    code = [Path(office.__file__), *(part for e in entries for part in data_sets(e)[0].key())]
+    code = [Path(formats.__file__), *(part for e in entries for part in data_sets(e)[0].key())]
     key = key_of(purpose, tokenizer.fingerprint, Path(__file__), *code, *map(str, files), *files)[
         :8
     ]
@@ -253,7 +253,7 @@ def _is_prose(path: Path) -> bool:
     if _is_packed(path):
         return False
     with open(path, "rb") as file:
-        what = format_of(file.read(HEAD), encoding_of(path), path.name, KNOWN)
+        what = format_of(file.read(HEAD), encoding_of(path), path.name, known())
     return what in ("text", "document")
 
 
@@ -267,13 +267,13 @@ def _records(files: list[Path]) -> Iterator[Record | Skip]:
     """Every entry of tables, JSON files and archives."""
     for path in files:
         encoding = "utf-8-sig" if _is_packed(path) else encoding_of(path)
-        yield from records([Part(path, path.name)], encoding, columns=KNOWN)
+        yield from records([Part(path, path.name)], encoding, columns=known())
 
 
 def _text_lines(path: Path) -> Iterator[str]:
     if path.suffix.lower() == ".docx":
         with open(path, "rb") as file:
-            yield from office.paragraphs(path.name, file)
+            yield from formats.paragraphs(path.name, file)
         return
     with open(path, encoding=encoding_of(path), errors="replace") as file:
         yield from (line.rstrip() for line in file)
@@ -313,13 +313,15 @@ def _labelled(files: list[Path]) -> Rows:
 def _make(found: _Found, name: str, fresh: Path, target: Path, tokenizer: Tokenizer) -> OwnData:
     """Write rows and token files of both parts into `fresh`, which will be `target`."""
     left_out: Counter[str] = Counter()
-    shares, named, systems = [], [], Counter()
+    shares, named, systems = [], [], set()
     every = fresh / "rows.jsonl"
     with open(every, "w", encoding="utf-8", newline="\n") as file:
         for row, part in _kept(found, name, left_out):
             shares.append(share_of(json.dumps(row, ensure_ascii=False)))
             named.append(part)
-            systems[_system(row)] += len(systems) < 3
+            first = row.get("messages", [{"role": ""}])[0]
+            if len(systems) < 2:
+                systems.add(first["content"] if first["role"] == "system" else None)
             row["id"] = f"{name}/{len(shares) - 1}"
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     parts = _parts(shares, named)
@@ -347,11 +349,6 @@ def _make(found: _Found, name: str, fresh: Path, target: Path, tokenizer: Tokeni
         name, shown(target), found.kind, layout, counts, {k: n for k, n in left_out.items() if n},
         as_it_trains(examples["train"][0]), [beginning(row) for row in examples["val"]],
     )  # fmt: skip
-
-
-def _system(row: dict) -> str | None:
-    first = row["messages"][0] if "messages" in row else {}
-    return first["content"] if first.get("role") == "system" else None
 
 
 def _kept(found: _Found, name: str, left_out: Counter[str]) -> Iterator[tuple[dict, str | None]]:
@@ -392,13 +389,11 @@ def _divide(every: Path, parts: list[str], fresh: Path, persona: bool) -> None:
         open(fresh / "train-00000.jsonl", "w", encoding="utf-8", newline="\n") as train,
         open(fresh / "val-00000.jsonl", "w", encoding="utf-8", newline="\n") as val,
     ):
-        for line, part in zip(rows, parts, strict=True):
+        for row, part in zip(map(json.loads, rows), parts, strict=True):
             if persona:
-                row = json.loads(line)
-                line = (
-                    json.dumps(row | {"messages": row["messages"][1:]}, ensure_ascii=False) + "\n"
-                )
+                del row["messages"][0]
             if part != "test":
+                line = json.dumps(row, ensure_ascii=False) + "\n"
                 {"train": train, "val": val}[part].write(line)
 
 

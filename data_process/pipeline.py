@@ -14,18 +14,19 @@ reasons and examples, and depends on the input and the settings alone.
 import json
 import shutil
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from babyllama import rows
 from babyllama.config import atomic_dir, from_repo, recover_dir, shown
 from babyllama.errors import ConfigError, DataError
 from babyllama.language import letters
 from data_process import clean, columns, decontaminate, dedup, formats, raw, registry, stages
-from data_process.clean import texts
 from data_process.decontaminate import flag_shard, make_windows
-from data_process.dedup import BANDS, FindConfig, drops_path, find_duplicates, sign_shard
-from data_process.executor import Engine, Job, key_of, run_shards, write_whole
+from data_process.dedup import BANDS, HELD_OUT, FindConfig, drops_path, find_duplicates, sign_shard
+from data_process.executor import Engine, Job, ShardFunction, key_of, run_shards, write_whole
 from data_process.registry import DataSet, package_dir
 from data_process.stages import (
     SPLITS,
@@ -36,6 +37,7 @@ from data_process.stages import (
     clean_shard,
     merged,
     share_of,
+    size_of,
     write_shard,
 )
 
@@ -109,7 +111,7 @@ class ProcessConfig:
     encoding: str = "utf-8-sig"
 
 
-@dataclass
+@dataclass(eq=False)
 class Making:
     """A set on its way through the stages."""
 
@@ -141,7 +143,7 @@ class Making:
 
     def held_out(self) -> bool:
         """True if the publisher holds rows out."""
-        return bool({"val", "test"} & set(self.official()))
+        return bool({*HELD_OUT} & {*self.official()})
 
 
 def put_together(making: Making, made: list[tuple[Job, dict]]) -> None:
@@ -174,9 +176,8 @@ def _hold_out(fresh: Path, sizes: dict[str, Counter]) -> None:
         kept = [line for line, entry in zip(lines, entries, strict=True)
                 if (entry == held) == (name == "val")]  # fmt: skip
         path.write_bytes(b"".join(kept))
-        n_chars = sum(len(text) for line in kept for text in texts(json.loads(line)))
-        sizes[name].update({key: -n for key, n in sizes[name].items()})
-        sizes[name].update(rows=len(kept), chars=n_chars, shards=1)
+        n_chars = sum(size_of(json.loads(line)) for line in kept)
+        sizes[name] = Counter(rows=len(kept), chars=n_chars, shards=1)
 
 
 def _append(fresh: Path, name: str, source: Path, size: Counter, count: dict) -> None:
@@ -278,16 +279,14 @@ def make_clean(sets: list[RawSet], cfg: ProcessConfig) -> list[tuple[dict, bool]
     ]
     for making in all_sets:
         recover_dir(making.target)
-    old = {making.name: old_counts(making.target, making.key) for making in all_sets}
-    fresh = [making for making in all_sets if not old[making.name]]
-    if fresh:
+    old = {making: old_counts(making.target, making.key) for making in all_sets}
+    if fresh := [making for making, counts in old.items() if not counts]:
         # All sets of the run: the held-out rows of one concern the others.
-        _make(all_sets, {making.name for making in fresh})
+        _make(all_sets, fresh)
     return [
-        (old[m.name] or json.loads((m.target / "counts.json").read_text("utf-8")),
-         old[m.name] is not None)
-        for m in all_sets
-    ]  # fmt: skip
+        (counts or json.loads((making.target / "counts.json").read_text("utf-8")), bool(counts))
+        for making, counts in old.items()
+    ]
 
 
 def _raw_key(raw_set: RawSet, cfg: ProcessConfig) -> str:
@@ -311,7 +310,7 @@ def _identity(path: Path) -> tuple[str, int, int]:
     return str(path), stat.st_size, stat.st_mtime_ns
 
 
-def _make(all_sets: list[Making], wanted: set[str]) -> None:
+def _make(all_sets: list[Making], wanted: list[Making]) -> None:
     cfg = all_sets[0].cfg
     _clean(all_sets)
     for making in all_sets:
@@ -323,28 +322,41 @@ def _make(all_sets: list[Making], wanted: set[str]) -> None:
         _dedup(of_text, cfg.dedup, drops)
     if of_text:
         _decontaminate(of_text, drops)
-    _write([making for making in all_sets if making.name in wanted], drops)
+    _write(wanted, drops)
+
+
+Jobs = dict[Making, list[Job]]
+
+
+def _run(
+    function: ShardFunction, jobs: Jobs, title: str
+) -> Iterator[tuple[Making, list[tuple[Job, dict]]]]:
+    """Do the jobs of all sets; the sets with their jobs and what these counted."""
+    cfg = next(iter(jobs)).cfg
+    every = [job for its_jobs in jobs.values() for job in its_jobs]
+    counts = iter(run_shards(function, every, cfg.engine, cfg.workers, title))
+    return ((making, [(job, next(counts)) for job in its]) for making, its in jobs.items())
 
 
 def _clean(all_sets: list[Making]) -> None:
     """Read and clean all sets; their shards and counts stand afterwards."""
-    cfg, jobs, owners = all_sets[0].cfg, [], []
+    jobs: Jobs = {}
     for making in all_sets:
-        made = making.raw
+        made, cfg = making.raw, making.cfg
         making.left = _raw_files(made)[1]
-        for number, parts in enumerate(_jobs(made, cfg)):
-            settings = CleanConfig(made, tuple(parts), cfg.encoding, cfg.skip_rules)
-            target = making.work / "clean" / f"{number:05d}"
-            jobs.append(Job(made.place, target, key_of(making.raw_key, number), settings))
-            owners.append(making)
-    counts = run_shards(clean_shard, jobs, cfg.engine, cfg.workers, "read and clean")
-    next_id: Counter[str] = Counter()
-    for making, job, count in zip(owners, jobs, counts, strict=True):
-        names = [f"{job.target.name}-{n:03d}.jsonl" for n in range(count["shards"])]
-        making.read.append(count)
-        making.shards += [job.target.parent / name for name in names]
-        making.first_ids += [next_id[making.name]] * len(names)
-        next_id[making.name] += count["entries"]
+        jobs[making] = [
+            Job(made.place, making.work / "clean" / f"{number:05d}", key_of(making.raw_key, number),
+                CleanConfig(made, tuple(parts), cfg.encoding, cfg.skip_rules))
+            for number, parts in enumerate(_jobs(made, cfg))
+        ]  # fmt: skip
+    for making, done in _run(clean_shard, jobs, "read and clean"):
+        n_entries = 0
+        for job, count in done:
+            making.read.append(count)
+            for n in range(count["shards"]):
+                making.shards.append(job.target.with_name(f"{job.target.name}-{n:03d}.jsonl"))
+                making.first_ids.append(n_entries)
+            n_entries += count["entries"]
 
 
 def _jobs(made: RawSet, cfg: ProcessConfig) -> list[list[raw.Part]]:
@@ -353,12 +365,9 @@ def _jobs(made: RawSet, cfg: ProcessConfig) -> list[list[raw.Part]]:
     if data_set.reads_dir:
         return [[]]
     files = raw.whole_files(made.place, data_set.inputs)
-    if data_set.whole:
-        return [files]
-    known = columns.KNOWN | {name.lower() for name in made.columns.values()}
-    return raw.divide(
-        files, cfg.encoding, data_set.layout, raw.JOB_BYTES, known, data_set.split_files
-    )
+    known = columns.known() | {name.lower() for name in made.columns.values()}
+    cuts = (cfg.encoding, data_set.layout, raw.JOB_BYTES, known, data_set.split_files)
+    return [files] if data_set.whole else raw.divide(files, *cuts)
 
 
 def _refuse_damaged(making: Making) -> None:
@@ -386,8 +395,8 @@ def _refuse_damaged(making: Making) -> None:
             f"{read['rows_in']} ({reasons or 'the files are empty'}); look at the files, or read "
             f"them as instruction, conversations, passages, pairs, text or lines"
         )
-    official = sum((Counter(counts["official"]) for counts in making.read), Counter())
-    if making.raw.official is None and official["val"] + official["test"] >= n_kept:
+    held_out = sum(counts["official"].get(part, 0) for counts in making.read for part in HELD_OUT)
+    if making.raw.official is None and held_out >= n_kept:
         raise ConfigError(
             f"{place}: all {n_kept} rows of {data_set.name} are of files called test or dev, so "
             f"none is left to train on; take them as training rows with --official false, or make "
@@ -396,25 +405,21 @@ def _refuse_damaged(making: Making) -> None:
 
 
 def _dedup(all_sets: list[Making], threshold: float, drops: Drops) -> None:
-    cfg, jobs = all_sets[0].cfg, []
-    sign_key = key_of(*SIGN_CODE)
-    for making in all_sets:
-        for shard in making.shards:
-            key = key_of(_done_key(shard), sign_key)
-            jobs.append(Job(shard, making.work / "signatures" / shard.stem, key, BANDS))
-    run_shards(sign_shard, jobs, cfg.engine, cfg.workers, "sign")
-    keys = {job.source: job.key for job in jobs}
+    cfg = all_sets[0].cfg
+    jobs = _of_shards(all_sets, "signatures", key_of(*SIGN_CODE), BANDS)
+    _run(sign_shard, jobs, "sign")
     # Sets with held-out rows first: these stay, and their copies elsewhere go.
     ordered = sorted(all_sets, key=lambda making: not making.held_out())
     groups = [ordered] if cfg.dedup_across else [[making] for making in all_sets]
     for group in groups:
-        signed = [(shard, m.work / "signatures" / shard.stem) for m in group for shard in m.shards]
+        signed = [job for making in group for job in jobs[making]]
         target = group[0].work / ("repeats-across" if cfg.dedup_across else "repeats") / "drops"
-        key = key_of(threshold, *LATER_CODE, *(keys[shard] for shard, _ in signed))
-        job = Job(signed[0][0], target, key, FindConfig(tuple(signed), threshold))
+        key = key_of(threshold, *LATER_CODE, *(job.key for job in signed))
+        settings = FindConfig(tuple((job.source, job.target) for job in signed), threshold)
+        job = Job(signed[0].source, target, key, settings)
         (counts,) = run_shards(find_duplicates, [job], title="find copies")
-        for number, (shard, _) in enumerate(signed):
-            drops[shard].append(("dedup", drops_path(target, number)))
+        for number, job in enumerate(signed):
+            drops[job.source].append(("dedup", drops_path(target, number)))
         for making in group:
             making.notes["dedup"] = counts
 
@@ -426,40 +431,36 @@ def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     windows_path = make_windows(evaluation, held_out, place)
     if not windows_path:
         return
-    jobs = []
-    for making in all_sets:
-        for shard in making.shards:
-            key = key_of(_done_key(shard), windows_path.name)
-            jobs.append(Job(shard, making.work / "flags" / shard.stem, key, windows_path))
-    run_shards(flag_shard, jobs, cfg.engine, cfg.workers, "decontaminate")
+    jobs = _of_shards(all_sets, "flags", windows_path.name, windows_path)
+    _run(flag_shard, jobs, "decontaminate")
     notes = json.loads(windows_path.with_suffix(".json").read_text(encoding="utf-8"))
-    for making in all_sets:
+    for making, its_jobs in jobs.items():
         making.notes["evaluation"] = notes
-    for job in jobs:
-        drops[job.source].append(("decontaminate", drops_path(job.target)))
+        for job in its_jobs:
+            drops[job.source].append(("decontaminate", drops_path(job.target)))
 
 
-def _done_key(shard: Path) -> str:
-    """The key of the job that made a clean shard."""
-    done = shard.with_name(f"{shard.stem.rsplit('-', 1)[0]}.done")
-    return json.loads(done.read_text(encoding="utf-8"))["key"] + shard.stem
+def _of_shards(all_sets: list[Making], place: str, key: str, settings: Any) -> Jobs:
+    """A job for each clean shard, done again when the shard is, or the key changes."""
+    jobs: Jobs = {making: [] for making in all_sets}
+    for making, its_jobs in jobs.items():
+        for shard in making.shards:
+            done = shard.with_name(f"{shard.stem.rsplit('-', 1)[0]}.done")
+            made_by = json.loads(done.read_text(encoding="utf-8"))["key"] + shard.stem
+            target = making.work / place / shard.stem
+            its_jobs.append(Job(shard, target, key_of(made_by, key), settings))
+    return jobs
 
 
 def _write(fresh: list[Making], drops: Drops) -> None:
-    jobs, owners = [], []
+    jobs: Jobs = {}
     for making in fresh:
         shutil.rmtree(making.work / "rows", ignore_errors=True)
-        for n, shard in enumerate(making.shards):
-            first_id, official = making.first_ids[n], making.official()
-            settings = WriteConfig(making.raw.data_set, first_id, official, tuple(drops[shard]))
-            jobs.append(Job(shard, making.work / "rows" / f"{n:05d}", making.key, settings))
-            owners.append(making)
-    cfg = fresh[0].cfg
-    counts = run_shards(write_shard, jobs, cfg.engine, cfg.workers, "write")
-    for making in fresh:
-        mine = [
-            (job, count)
-            for job, count, owner in zip(jobs, counts, owners, strict=True)
-            if owner is making
-        ]
-        put_together(making, mine)
+        official, numbered = making.official(), zip(making.shards, making.first_ids, strict=True)
+        jobs[making] = [
+            Job(shard, making.work / "rows" / f"{n:05d}", making.key,
+                WriteConfig(making.raw.data_set, first_id, official, tuple(drops[shard])))
+            for n, (shard, first_id) in enumerate(numbered)
+        ]  # fmt: skip
+    for making, done in _run(write_shard, jobs, "write"):
+        put_together(making, done)

@@ -8,7 +8,7 @@
 Streams in batches: memory does not grow with the shard, but for 8 bytes a document.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,10 +49,16 @@ def as_content(text: str, kind: str) -> str:
     return text if kind == "text" else defused(text, "\n" if kind == "summary" else "")
 
 
-def batches(rows: Iterable[dict]) -> Iterator[list[list[tuple[str, str]]]]:
-    """Rows as pieces, in lists of about BATCH_CHARS characters."""
+def batches(source: Path, kind: str) -> Iterator[list[list[tuple[str, str]]]]:
+    """The rows of a file as pieces, in lists of about BATCH_CHARS characters.
+
+    raises: DataError at a row of another kind
+    """
     batch, n_chars = [], 0
-    for row in rows:
+    for row in read_rows(source):
+        if row_kind(row) != kind:
+            raise DataError(f"{source}: wanted {kind} rows only, found {row['id']!r}; "
+                            f"make the set again: python -m data_process.run")  # fmt: skip
         batch.append(pieces_of(row))
         n_chars += sum(len(text) for _, text in batch[-1])
         if n_chars >= BATCH_CHARS:
@@ -62,20 +68,12 @@ def batches(rows: Iterable[dict]) -> Iterator[list[list[tuple[str, str]]]]:
         yield batch
 
 
-def _of_kind(source: Path, kind: str) -> Iterator[dict]:
-    for row in read_rows(source):
-        if row_kind(row) != kind:
-            raise DataError(f"{source}: wanted {kind} rows only, found {row['id']!r}; "
-                            f"make the set again: python -m data_process.run")  # fmt: skip
-        yield row
-
-
 def pretokenize_shard(source: Path, target: Path, cfg: PretokenizeConfig) -> Counts:
     """Write target.bin and target.idx from a file of canonical rows."""
     tokenizer = Tokenizer(cfg.tokenizer)
     counts = {"rows": 0, "tokens": 0}
     with TokenFileWriter(target, cfg.kind, tokenizer) as writer:
-        for batch in batches(_of_kind(source, cfg.kind)):
+        for batch in batches(source, cfg.kind):
             texts = [as_content(text, cfg.kind) for row in batch for _, text in row]
             encoded = iter(tokenizer.encode_batch(texts))
             for row in batch:

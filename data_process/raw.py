@@ -27,7 +27,6 @@ from typing import IO, Any, NamedTuple
 
 from babyllama.config import shown
 from babyllama.errors import DataError
-from data_process import office
 from data_process.formats import (
     HEAD,
     ORDER,
@@ -36,6 +35,7 @@ from data_process.formats import (
     Skip,
     entries,
     format_of,
+    paragraphs,
     parquet,
     part_of,
     workbook,
@@ -85,6 +85,10 @@ class Record(NamedTuple):
     where: str
     split: str | None
     data: Any
+
+    def skip(self, reason: str, sample: str = "", broken: bool = False, why: str = "") -> Skip:
+        """The note that this record is left out."""
+        return Skip(reason, self.where, sample or str(self.data), broken, why)
 
 
 def as_row(record: Record, **fields: object) -> dict:
@@ -238,7 +242,7 @@ def _zipped(
         yield name, workbook(name, file)
         return
     if "word/document.xml" in inside:
-        lines = office.paragraphs(name, file)
+        lines = paragraphs(name, file)
         yield name, ((f"{name}:{n}", line) for n, line in enumerate(lines, 1))
         return
     for start, what in OFFICE.items():
@@ -441,15 +445,9 @@ def _cut(
         while start < size:
             end = min(start + job_bytes, size)
             if end < size:
-                file.seek(end)
-                end = _line_end(file)
+                file.seek(end)  # the line that holds this byte goes to the end
+                while (piece := file.readline(HEAD)) and not piece.endswith(b"\n"):
+                    pass
+                end = file.tell()
             yield part._replace(start=start, end=end, layout=layout)
             start = end
-
-
-def _line_end(file: io.BufferedReader) -> int:
-    """Where the line ends that holds the byte at which the file stands."""
-    while block := file.read(HEAD):
-        if (at := block.find(b"\n")) >= 0:
-            return file.tell() - len(block) + at + 1
-    return file.tell()

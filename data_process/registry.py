@@ -28,7 +28,8 @@ from babyllama.config import REPO, read_yaml
 from babyllama.errors import ConfigError, DataError, nearest
 from babyllama.rows import ROLES
 from data_process import datasets
-from data_process.columns import COLUMNS, Refused
+from data_process.columns import Refused
+from data_process.columns import columns as known_columns
 from data_process.raw import Record, Skip
 
 GROUPS = {"sample": ("inews", "inews_title", "smalltalk")}
@@ -109,7 +110,7 @@ class DataSet:
 
     def key(self) -> list[object]:
         """What decides the rows: the entry, and the code of the readers."""
-        return [repr(self), *sorted(CATALOG.parent.glob("*.py"))]
+        return [repr(self), *sorted({*CATALOG.parent.glob("*.[py]*")} - {CATALOG})]
 
 
 def _function(name: str) -> Callable[..., Any]:
@@ -196,21 +197,22 @@ def weighted_names(text: str) -> dict[str, float]:
 
     raises: ConfigError if a weight is no number or a name comes twice
     """
-    found = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    found: dict[str, float] = {}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
         name, *weights = re.split(r"(?<=.):(?=[^:/\\]*$)", part)
         try:
-            found.append((name.strip(), float(*weights) if weights else 1.0))
+            found[name.strip()] = float(*weights) if weights else 1.0
         except ValueError:
             raise ConfigError(
                 f"--dataset: wanted NAME or NAME:WEIGHT, found {part!r}; as in csl:2,belle:0.5"
             ) from None
-    if not found or len(dict(found)) < len(found):
+    if not found or len(found) < len(parts):
         raise ConfigError(
             f"--dataset {text!r}: wanted each set once; a weight says how often its rows are seen, "
             f"as in csl:2"
         )
-    return dict(found)
+    return found
 
 
 def _unknown(name: str) -> ConfigError:
@@ -229,8 +231,8 @@ def _data_set(entry: str, name: str) -> DataSet:
 
 def check_chosen(columns: Mapping[str, str], roles: Mapping[str, str]) -> None:
     """Refuse --columns and --roles for what there is not."""
-    if odd := sorted(set(columns) - set(COLUMNS)):
-        raise ConfigError(f"--columns.{odd[0]}: wanted one of {', '.join(COLUMNS)}")
+    if odd := sorted(set(columns) - set(known_columns())):
+        raise ConfigError(f"--columns.{odd[0]}: wanted one of {', '.join(known_columns())}")
     for name, role in roles.items():
         if role not in ROLES:
             raise ConfigError(f"--roles.{name}: wanted {', '.join(ROLES)}, found {role!r}")

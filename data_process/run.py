@@ -65,13 +65,10 @@ def check(cfg: ProcessConfig) -> None:
 def chosen(cfg: ProcessConfig) -> list[RawSet]:
     """The sets that the settings name, each with its raw files' place."""
     if not cfg.sets:
-        inside = cfg.dataset in GROUPS
+        inside = cfg.raw if cfg.raw and cfg.dataset in GROUPS else None
         return [
-            RawSet(
-                one,
-                raw_place(one, cfg.raw / one.entry if cfg.raw and inside else cfg.raw),
-                cfg.official, cfg.columns, cfg.roles,
-            )
+            RawSet(one, raw_place(one, inside / one.entry if inside else cfg.raw),
+                   cfg.official, cfg.columns, cfg.roles)
             for one in data_sets(cfg.dataset, cfg.name)
         ]  # fmt: skip
     found = []
@@ -106,45 +103,44 @@ def make_tokens(
         tokenizer.require_dialogue()
     code = Path(__file__).with_name("pretokenize.py")
     root = from_repo(cfg.out)
-    jobs, owners = [], []
+    jobs: dict[str, list[Job]] = {}
     for data_set in sets:
         settings = PretokenizeConfig(tokenizer.path, data_set.kind)
         target = root / "tokens" / tokenizer.name / data_set.name
         target.mkdir(parents=True, exist_ok=True)
         source = root / "clean" / data_set.name
+        jobs[data_set.name] = its_jobs = []
         for path in sorted(source.glob("*-*.jsonl")):
             key = key_of(source / "counts.json", path.stat().st_size, tokenizer.fingerprint, code)
-            jobs.append(Job(path, target / path.stem, key, settings))
-            owners.append(data_set.name)
-    counts = run_shards(pretokenize_shard, jobs, cfg.engine, cfg.workers, "turn into ids")
-    kept = {job.target for job in jobs}
-    for path in (
-        path for target in {job.target.parent for job in jobs} for path in target.iterdir()
-    ):
-        if path.with_suffix("") not in kept:
-            path.unlink()
-    tokens: dict[str, Counter[str]] = {data_set.name: Counter() for data_set in sets}
-    for owner, job, count in zip(owners, jobs, counts, strict=True):
-        tokens[owner][job.target.name.rsplit("-", 1)[0]] += count["tokens"]
+            its_jobs.append(Job(path, target / path.stem, key, settings))
+    every = [job for its_jobs in jobs.values() for job in its_jobs]
+    counts = iter(run_shards(pretokenize_shard, every, cfg.engine, cfg.workers, "turn into ids"))
+    tokens: dict[str, Counter[str]] = {}
+    for name, its_jobs in jobs.items():
+        tokens[name] = Counter()
+        for job in its_jobs:
+            tokens[name][job.target.name.rsplit("-", 1)[0]] += next(counts)["tokens"]
+        kept = {job.target for job in its_jobs}
+        for path in (root / "tokens" / tokenizer.name / name).iterdir():
+            if path.with_suffix("") not in kept:
+                path.unlink()
     return tokens
 
 
 def write_mixture(cfg: ProcessConfig, sets: list[DataSet], tokenizer: Tokenizer) -> Path:
     """The file that pretrain.py or sft.py take with --config: where the sets lie, and weights."""
     root = from_repo(cfg.out)
-    tokens = root / "tokens" / tokenizer.name
     sources = [
-        {"name": shown(tokens / data_set.name), "weight": one.weight}
+        {"name": shown(root / "tokens" / tokenizer.name / data_set.name), "weight": one.weight}
         for data_set, one in zip(sets, cfg.sets, strict=True)
     ]
     is_text = all(data_set.kind == "text" for data_set in sets)
-    script = "pretrain.py" if is_text else "sft.py"
     content: dict[str, Any] = {"name": cfg.mixture}
     content |= {"tokenizer": shown(tokenizer.path)} if is_text else {}
+    content |= {"data": {"sources": sources}}
     path = root / "mixtures" / f"{cfg.mixture}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = f"# python {script} --config {shown(path)}\n"
-    content |= {"data": {"sources": sources}}
+    head = f"# python {'pretrain.py' if is_text else 'sft.py'} --config {shown(path)}\n"
     write_whole(path, head + yaml.safe_dump(content, allow_unicode=True, sort_keys=False))
     return path
 

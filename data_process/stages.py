@@ -16,12 +16,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 from babyllama.config import flush
 from babyllama.rows import check_row
 from data_process.clean import fix, reason_to_drop, texts
-from data_process.columns import KNOWN
+from data_process.columns import known
 from data_process.dedup import load_drops
 from data_process.executor import Counts
 from data_process.raw import Part, Skip, records
@@ -31,59 +31,61 @@ N_EXAMPLES = 10
 SAMPLE_CHARS = 80
 
 
+SUMS = ("rows_in", "chars_in", "rows_out", "chars_out")
+
+
 @dataclass
 class Tally:
     """Counts of one stage, of one shard or of all.
 
-    dropped: rows by reason; examples: at most ten of each, "place: beginning"
-    why: for reasons that do not say all, the first place with what was found there
+    dropped: for each reason the number of rows, at most ten examples, "place: beginning", and, if
+        the reason does not say all, the first place with what was found there (why)
     """
 
-    rows_in: int = 0
-    chars_in: int = 0
-    rows_out: int = 0
-    chars_out: int = 0
+    sums: Counter = field(default_factory=lambda: Counter(dict.fromkeys(SUMS, 0)))
     fixed: Counter = field(default_factory=Counter)
-    dropped: Counter = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, dict] = field(default_factory=dict)
+
+    def came(self, n_chars: int) -> None:
+        """Count a row that the stage gets."""
+        self.sums.update(rows_in=1, chars_in=n_chars)
+
+    def stayed(self, n_chars: int) -> None:
+        """Count a row that the stage hands on."""
+        self.sums.update(rows_out=1, chars_out=n_chars)
 
     def drop(self, reason: str, where: str, sample: str, why: str = "") -> None:
         """Count a row that goes."""
-        self.dropped[reason] += 1
-        if why:
-            self.why.setdefault(reason, f"{where}: {why}")
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < N_EXAMPLES:
-            examples.append(f"{where}: {sample[:SAMPLE_CHARS]}")
+        more = {"why": f"{where}: {why}"} if why else {}
+        self._add(reason, {"rows": 1, "examples": [f"{where}: {sample[:SAMPLE_CHARS]}"]} | more)
+
+    def _add(self, reason: str, found: dict) -> None:
+        total = self.dropped.setdefault(reason, {"rows": 0, "examples": []})
+        total["rows"] += found["rows"]
+        total["examples"] += found["examples"][: N_EXAMPLES - len(total["examples"])]
+        if "why" in found:
+            total.setdefault("why", found["why"])
 
     def as_dict(self) -> dict:
         """What JSON can hold, the most frequent reasons first."""
-        counts = {name: getattr(self, name)
-                  for name in ("rows_in", "chars_in", "rows_out", "chars_out")}  # fmt: skip
-        counts["fixed"] = dict(self.fixed.most_common())
-        counts["dropped"] = {
-            reason: {"rows": n, "examples": self.examples[reason]}
-            | ({"why": self.why[reason]} if reason in self.why else {})
-            for reason, n in self.dropped.most_common()
-        }
-        return counts
+        dropped = dict(sorted(self.dropped.items(), key=lambda item: -item[1]["rows"]))
+        return {**self.sums, "fixed": dict(self.fixed.most_common()), "dropped": dropped}
 
 
 def merged(counts: Iterable[dict]) -> dict:
     """The sum of what several shards counted."""
     total = Tally()
     for one in counts:
-        for name in ("rows_in", "chars_in", "rows_out", "chars_out"):
-            setattr(total, name, getattr(total, name) + one[name])
+        total.sums.update({name: one[name] for name in SUMS})
         total.fixed.update(one["fixed"])
         for reason, found in one["dropped"].items():
-            total.dropped[reason] += found["rows"]
-            examples = total.examples.setdefault(reason, [])
-            examples += found["examples"][: N_EXAMPLES - len(examples)]
-            if "why" in found:
-                total.why.setdefault(reason, found["why"])
+            total._add(reason, found)
     return total.as_dict()
+
+
+def size_of(row: dict) -> int:
+    """Number of characters in the texts of a row."""
+    return sum(map(len, texts(row)))
 
 
 TAIL = re.compile(r"(?<=\d)-\d+$")
@@ -158,36 +160,24 @@ class CleanConfig:
     skip: tuple[str, ...]
 
 
-class RowShards:
-    """Writes rows to <stem>-000.jsonl, -001 …, each of about as many characters."""
+def write_shards(stem: Path, rows: Iterable[tuple[dict, int]], shard_chars: int) -> list[str]:
+    """Write rows to <stem>-000.jsonl, -001 …, each of about as many characters.
 
-    def __init__(self, stem: Path, shard_chars: int) -> None:
-        self._stem, self._shard_chars = stem, shard_chars
-        self._file: Any = None
-        self._room = 0
-        self.names: list[str] = []
-
-    def __enter__(self) -> "RowShards":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def add(self, row: dict, n_chars: int) -> None:
-        if self._room <= 0:
-            self._close()
-            self.names.append(f"{self._stem.name}-{len(self.names):03d}.jsonl")
-            path = self._stem.with_name(self.names[-1])
-            self._file = open(path, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-            self._room = self._shard_chars
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._room -= n_chars
-
-    def _close(self) -> None:
-        if self._file:
-            self._file.close()
-            flush(Path(self._file.name))
-            self._file = None
+    rows: each with its number of characters
+    returns: the names of the files
+    """
+    names, room = [], 0
+    with contextlib.ExitStack() as opened:
+        for row, n_chars in rows:
+            if room <= 0:
+                opened.close()
+                names.append(f"{stem.name}-{len(names):03d}.jsonl")
+                path, room = stem.with_name(names[-1]), shard_chars
+                opened.callback(flush, path)
+                file = opened.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            room -= n_chars
+    return names
 
 
 def clean_shard(source: Path, target: Path, cfg: CleanConfig) -> Counts:
@@ -195,23 +185,21 @@ def clean_shard(source: Path, target: Path, cfg: CleanConfig) -> Counts:
     raw_set, data_set = cfg.raw, cfg.raw.data_set
     for stale in target.parent.glob(f"{target.name}-*.jsonl"):
         stale.unlink()
-    known = KNOWN | {name.lower() for name in raw_set.columns.values()}
+    columns = known() | {name.lower() for name in raw_set.columns.values()}
     n_entries = itertools.count()
-    found = zip(records(cfg.parts, cfg.encoding, data_set.layout, known), n_entries, strict=False)
+    found = zip(records(cfg.parts, cfg.encoding, data_set.layout, columns), n_entries, strict=False)
     entries = (entry for entry, _ in found)
     if data_set.reads_dir:
         items = data_set.read(raw_set.place, cfg.encoding)
     else:
         items = data_set.read(entries, columns=raw_set.columns, roles=raw_set.roles)
     cleaning = Cleaning(data_set, raw_set.official is not False, cfg.skip)
-    with RowShards(target, SHARD_CHARS) as shards:
-        for row, n_chars in cleaning.rows(items):
-            shards.add(row, n_chars)
+    names = write_shards(target, cleaning.rows(items), SHARD_CHARS)
     return cleaning.counts() | {
         "entries": next(n_entries),
         "inputs": {f"{p.name}+{p.start}" if p.start else p.name: _digest(p) for p in cfg.parts},
-        "files": shards.names,
-        "shards": len(shards.names),
+        "files": names,
+        "shards": len(names),
     }
 
 
@@ -230,24 +218,22 @@ class Cleaning:
     def rows(self, items: Iterable[dict | Skip]) -> Iterator[tuple[dict, int]]:
         """The clean rows that stay, each with its number of characters."""
         for item in items:
-            self.read.rows_in += 1
+            n_chars = 0 if isinstance(item, Skip) else size_of(item)
+            self.read.came(n_chars)  # characters of damaged rows are not known
             if isinstance(item, Skip):
                 self._skipped(item)
                 continue
-            n_chars = sum(map(len, texts(item)))
-            self.read.rows_out += 1
-            self.read.chars_out += n_chars
-            official = item.pop("split", None) if self._keep_official else None
-            item.pop("split", None)
+            self.read.stayed(n_chars)
+            self.clean.came(n_chars)
+            official = item.pop("split", None)
+            official = official if self._keep_official else None
             for column, sample in item.pop("unused", {}).items():
-                seen = self.unused.setdefault(column, {"rows": 0} | sample)
-                seen["rows"] += 1
+                self.unused.setdefault(column, {"rows": 0} | sample)["rows"] += 1
             row, changed = fix(item, self._data_set.rules, self._skip)
             self.clean.fixed.update(changed)
+            reason = None
             # The publisher's held-out rows stay as they are, or scores could not be compared.
-            if official in ("val", "test"):
-                reason = None
-            else:
+            if official not in ("val", "test"):
                 reason = reason_to_drop(row, self._data_set.rules, self._skip)
             if reason:
                 self.clean.drop(reason, f"{self._data_set.ids}/{row['id']}", " | ".join(texts(row)))
@@ -257,10 +243,9 @@ class Cleaning:
             if official:
                 row["split"] = official
                 self.official[official] += 1
-            n_chars = sum(map(len, texts(row)))
+            n_chars = size_of(row)
             if not reason:
-                self.clean.rows_out += 1
-                self.clean.chars_out += n_chars
+                self.clean.stayed(n_chars)
             yield row, n_chars
 
     def _skipped(self, skip: Skip) -> None:
@@ -272,8 +257,6 @@ class Cleaning:
                 self.broken.append(f"{skip.where} {skip.reason}{why}")
 
     def counts(self) -> Counts:
-        self.read.chars_in = self.read.chars_out  # characters of damaged rows are not known
-        self.clean.rows_in, self.clean.chars_in = self.read.rows_out, self.read.chars_out
         return {
             "read": self.read.as_dict(),
             "clean": self.clean.as_dict(),
@@ -315,32 +298,22 @@ def write_shard(source: Path, target: Path, cfg: WriteConfig) -> Counts:
     """Write <target>.train.jsonl, .val.jsonl and .test.jsonl from clean rows; empty ones not."""
     finishing = Finishing(cfg)
     parts = {split: Counter(rows=0, chars=0) for split in SPLITS}
-    with contextlib.ExitStack() as stack:
-        out = {
-            split: stack.enter_context(
-                open(_part_path(target, split), "w", encoding="utf-8", newline="\n")
-            )
-            for split in SPLITS
-        }
-        with open(source, encoding="utf-8", newline="\n") as lines:
-            for split, row in finishing.rows(map(json.loads, lines)):
-                parts[split].update(rows=1, chars=sum(map(len, texts(row))))
-                out[split].write(json.dumps(row, ensure_ascii=False) + "\n")
-    for split in SPLITS:
-        flush(_part_path(target, split))
-    kept = [split for split in SPLITS if parts[split]["rows"]]
-    for split in set(SPLITS) - set(kept):
-        _part_path(target, split).unlink()
+    out: dict[str, IO[str]] = {}
+    with contextlib.ExitStack() as opened:
+        lines = opened.enter_context(open(source, encoding="utf-8", newline="\n"))
+        for split, row in finishing.rows(map(json.loads, lines)):
+            if split not in out:
+                path = target.with_name(f"{target.name}.{split}.jsonl")
+                opened.callback(flush, path)
+                out[split] = opened.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+            parts[split].update(rows=1, chars=size_of(row))
+            out[split].write(json.dumps(row, ensure_ascii=False) + "\n")
     return {
         "stages": {name: tally.as_dict() for name, tally in finishing.stages.items()},
         "parts": {split: dict(count) for split, count in parts.items()},
         "leaks": finishing.leaks,
-        "files": [_part_path(target, split).name for split in kept],
+        "files": [Path(out[split].name).name for split in SPLITS if split in out],
     }
-
-
-def _part_path(target: Path, split: str) -> Path:
-    return target.with_name(f"{target.name}.{split}.jsonl")
 
 
 class Finishing:
@@ -362,15 +335,13 @@ class Finishing:
             row["id"] = f"{self._data_set.ids}/{self._number(row['id'])}"
             if self._is_dropped(number, row, official):
                 continue
-            n_chars = sum(map(len, texts(row)))
             tally = self.stages["write"]
-            tally.rows_in, tally.chars_in = tally.rows_in + 1, tally.chars_in + n_chars
+            tally.came(size_of(row))
             row = self._data_set.finished(row)
             if reason := check_row(row):
                 tally.drop(reason, row["id"], str(row))
                 continue
-            n_chars = sum(map(len, texts(row)))
-            tally.rows_out, tally.chars_out = tally.rows_out + 1, tally.chars_out + n_chars
+            tally.stayed(size_of(row))
             yield part_of_row(row["id"], official, self._data_set.shares, self._fixed), row
 
     def _number(self, local: int | str) -> str:
@@ -379,10 +350,10 @@ class Finishing:
         return f"{self._first_id + int(number)}{str(local)[len(number) :]}"
 
     def _is_dropped(self, number: int, row: dict, official: str | None) -> bool:
-        n_chars = sum(map(len, texts(row)))
+        n_chars = size_of(row)
         for stage, drops in self._drops:
             tally = self.stages[stage]
-            tally.rows_in, tally.chars_in = tally.rows_in + 1, tally.chars_in + n_chars
+            tally.came(n_chars)
             reason, remark = drops.get(number, ("", ""))
             # The publisher's held-out rows stay as they are, or scores could not be compared.
             if reason and official not in ("val", "test"):
@@ -390,5 +361,5 @@ class Finishing:
                 if stage == "decontaminate":
                     self.leaks.append(row["id"])
                 return True
-            tally.rows_out, tally.chars_out = tally.rows_out + 1, tally.chars_out + n_chars
+            tally.stayed(n_chars)
         return False

@@ -157,7 +157,7 @@ def is_product(path: Path) -> bool:
 
 
 # Who reads pickles: one that allows no globals, and torch's own reader of tensors alone.
-PICKLES = {"data_process.datasets.inews": {"pickle"}, "vqa.encoders": {"pickle", "torch.load"}}
+PICKLES = {"data_process.datasets.packages": {"pickle"}, "vqa.encoders": {"pickle", "torch.load"}}
 ABLE = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
 
 

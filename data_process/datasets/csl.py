@@ -32,27 +32,13 @@ def title(record: Record) -> dict:
     return as_row(record, **fields, **({"meta": meta} if meta else {}))
 
 
-def keywords(record: Record, request: str) -> dict:
-    """A dialogue: abstract, a space and the title, as in benchmark/kg; then the keywords."""
-    paper = paper_of(record, "abstract", "keywords")
-    text = " ".join(paper[key] for key in ("abstract", "title") if key in paper)
-    return _dialogue(record, f"{request}\n{text}", "、".join(paper["keywords"]))
-
-
-def discipline(record: Record, request: str) -> dict:
-    """A dialogue: to which of 67 disciplines an abstract belongs; FewCLUE's csldcp too."""
-    paper = paper_of(record, "abstract", "discipline")
-    return _dialogue(record, f"{request}\n{paper['abstract']}", paper["discipline"])
-
-
-def category(record: Record, request: str) -> dict:
-    """A dialogue: to which of 13 branches a title belongs."""
-    paper = paper_of(record, "title", "category")
-    return _dialogue(record, f"{request}\n{paper['title']}", paper["category"])
-
-
-def _dialogue(record: Record, question: str, answer: str) -> dict:
-    turns = (("user", question), ("assistant", answer))
+def answer(record: Record, request: str, asked: list[str], wanted: str) -> dict:
+    """A dialogue: of the fields `asked` about the first must be there, and the others follow it, as
+    the title the abstract in benchmark/kg; answered is the field `wanted`. FewCLUE's csldcp too."""
+    paper = paper_of(record, asked[0], wanted)
+    question = request + "\n" + " ".join(paper[field] for field in asked if field in paper)
+    found = paper[wanted]
+    turns = (("user", question), ("assistant", "、".join(found) if wanted == "keywords" else found))
     return as_row(record, messages=[{"role": r, "content": c.strip()} for r, c in turns])
 
 

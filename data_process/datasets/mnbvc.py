@@ -64,10 +64,10 @@ def _row(record: Record) -> dict | Skip:
     if isinstance(data.get("回复"), list):
         return _forum(record)
     if "仓库名" in data:
-        return Skip("code", record.where, str(data), broken=False)
+        return record.skip("code")
     text = data.get("zh_text", data.get("text"))
     if not isinstance(text, str):
-        return Skip("unknown_schema", record.where, str(record.data))
+        return record.skip("unknown_schema", broken=True)
     if text.startswith("[{"):
         try:
             return _paragraphs(record, json.loads(text))
@@ -78,18 +78,18 @@ def _row(record: Record) -> dict | Skip:
 
 def _document(record: Record, *texts: object) -> dict | Skip:
     if not all(isinstance(text, str) for text in texts):
-        return Skip("wrong_type", record.where, str(record.data))
+        return record.skip("wrong_type", broken=True)
     text = "\n".join(text for text in map(str, texts) if text.strip())
-    return as_row(record, text=text) if text else _skip("empty_text", record)
+    return as_row(record, text=text) if text else record.skip("empty_text")
 
 
 def _paragraphs(record: Record, paragraphs: list) -> dict | Skip:
     if record.data.get("是否重复文件") is True:
-        return _skip("flagged_duplicate", record)
+        return record.skip("flagged_duplicate")
     if record.data.get("是否待查文件") is True:
-        return _skip("flagged_suspect", record)
+        return record.skip("flagged_suspect")
     if not all(isinstance(p, dict) and isinstance(p.get("行号", 0), int) for p in paragraphs):
-        return Skip("wrong_type", record.where, str(record.data))
+        return record.skip("wrong_type", broken=True)
     kept = [p for p in paragraphs if not p.get("是否重复")]
     kept.sort(key=lambda p: p.get("行号", 0))
     return _document(record, *(p.get("内容", p.get("zh_text")) for p in kept))
@@ -100,9 +100,9 @@ def _question(record: Record) -> dict | Skip:
     about = record.data.get("元数据")
     detail = (about.get("问题明细") if isinstance(about, dict) else None) or ""
     if not isinstance(question, str) or not isinstance(answer, str):
-        return Skip("wrong_type", record.where, str(record.data))
+        return record.skip("wrong_type", broken=True)
     if not question.strip() or not answer.strip():
-        return _skip("no_answer" if question.strip() else "no_question", record)
+        return record.skip("no_answer" if question.strip() else "no_question")
     if not isinstance(detail, str) or NO_DETAIL.match(detail) or detail.strip() == question.strip():
         detail = ""
     return _document(record, question, detail, answer)
@@ -116,7 +116,3 @@ def _forum(record: Record) -> dict | Skip:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-def _skip(reason: str, record: Record) -> Skip:
-    return Skip(reason, record.where, str(record.data), broken=False)

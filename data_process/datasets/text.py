@@ -1,7 +1,11 @@
 """Documents: JSON objects with a text, plain lines, Markdown files, entries of Baidu Baike."""
 
+import functools
 import re
 from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
 
 from data_process.columns import Fields, Refused, as_text
 from data_process.raw import Record, as_row
@@ -31,28 +35,11 @@ def line(record: Record) -> dict:
     return as_row(record, text=record.data.strip())
 
 
-# Lengths are bounded, so that a text full of opening marks costs no more than its length.
-MARKS = (
-    (re.compile(r"<!--.{0,200}?-->", re.DOTALL), ""),
-    (re.compile(r"\A\s*author:[^\n]*\n"), ""),
-    (re.compile(r"^>[ \t]?", re.MULTILINE), ""),
-    (re.compile(r"^#{1,6}[ \t]+([^\n]{0,300}?)[ \t]{0,3}#{0,6}$", re.MULTILINE), r"\1"),
-    (re.compile(r"^[ \t]*(?:[-*_][ \t]*){3,}$", re.MULTILINE), ""),
-    (
-        re.compile(r'^[?!]{3}\+?[ \t]+\w+[ \t]*"?([^"\n]{0,300})"?$', re.MULTILINE),
-        r"\1",
-    ),  # ??? note "…"
-    (re.compile(r" ?:numref:`[^`\n]{0,99}`"), "上文"),  # d2l: references, formulas, other marks
-    (re.compile(r" ?:eqref:`[^`\n]{0,99}`"), "上式"),
-    (re.compile(r" ?:[a-z]{1,9}:`[^`\n]{0,99}`"), ""),
-    (re.compile(r"!\[(?:\\.|[^\]\\\n]){0,100}\]\([^)\n]{0,300}\)"), ""),
-    (re.compile(r"\[((?:\\.|[^\]\\\n]){0,100})\]\([^)\n]{0,300}\)"), r"\1"),
-    (re.compile(r"[(\[~]\*\*(.{1,200}?)\*\*[)\]~]", re.DOTALL), r"\1"),  # d2l: [**key words**]
-    (re.compile(r"(?<![A-Za-z0-9^{)*])\*\*(?![\s*])([^*\n]{1,300})(?<!\s)\*\*(?!\*)"), r"\1"),
-    # A * in a formula has one of these signs beside it.
-    (re.compile(r"(?<![A-Za-z0-9^_{}()*\\$|,])\*(\w[\w -]{0,30})\*(?![A-Za-z0-9^_*])"), r"\1"),
-    (re.compile(r"\n\s*\n"), "\n"),
-)
+@functools.cache
+def marks() -> list[tuple[re.Pattern[str], str]]:
+    """What goes from Markdown, and what stands in its place."""
+    found = yaml.safe_load(Path(__file__).with_name("markdown.yaml").read_text("utf-8"))
+    return [(re.compile(pattern), instead) for pattern, instead in found]
 
 
 def markdown(record: Record) -> dict:
@@ -64,7 +51,7 @@ def markdown(record: Record) -> dict:
     text = record.data.get("text") if isinstance(record.data, dict) else None
     if not isinstance(text, str):
         raise Refused("wrong_type", "wanted a Markdown file, or a column text", broken=True)
-    for pattern, instead in MARKS:
+    for pattern, instead in marks():
         text = pattern.sub(instead, text)
     if not text.strip():
         raise Refused("empty_text")
@@ -87,9 +74,8 @@ def baike(record: Record) -> dict:
     parts = [tuple(_tidy(as_text(text, "a section")) for text in pair) for pair in pairs]
     if not parts[0][0] or not any(body for _, body in parts):
         raise Refused("no_body")
-    lines = [
-        "：".join(filter(None, part)) for n, part in enumerate(parts) if part[1] or n == 0
-    ]  # the entry's own title stays without a summary
+    # The entry's own title stays without a summary.
+    lines = ["：".join(filter(None, part)) for n, part in enumerate(parts) if part[1] or n == 0]
     return as_row(record, text="\n".join(lines))
 
 

@@ -13,8 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from data_process.columns import Refused
-from data_process.datasets.conversations import conversation
-from data_process.datasets.turns import dialogue, in_turns
+from data_process.datasets.conversations import conversation, dialogue, in_turns
 from data_process.raw import Record, Skip
 
 PLACEHOLDER = "<image>"

@@ -35,28 +35,28 @@ def wiki(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
             yield record if isinstance(record, Skip) else _article(record)
         elif OPENING.match(record.data):
             if start:
-                yield Skip("cut_page", start.where, " ".join(lines[:3]))
+                yield start.skip("cut_page", " ".join(lines[:3]), True)
             start, lines, size = record, [], 0
         elif start is None:
             # Outside of pages a dump has only lines of tags, such as <siteinfo>.
             if not record.data.lstrip().startswith("<"):
-                yield Skip("outside_page", record.where, record.data)
+                yield record.skip("outside_page", broken=True)
         elif CLOSING.match(record.data):
-            yield _block(start, lines) if size <= LONGEST_PAGE else _skip("page_too_long", start)
+            yield _block(start, lines) if size <= LONGEST_PAGE else start.skip("page_too_long")
             start = None
         else:
             size += len(record.data)
             if size <= LONGEST_PAGE:
                 lines.append(record.data)
     if start:
-        yield Skip("cut_page", start.where, " ".join(lines[:3]))
+        yield start.skip("cut_page", " ".join(lines[:3]), True)
 
 
 def _article(record: Record) -> dict | Skip:
     data = record.data if isinstance(record.data, dict) else {}
     text, title = data.get("completion", data.get("text")), data.get("title", "")
     if not isinstance(text, str) or not isinstance(title, str):
-        return Skip("wrong_type", record.where, str(record.data))
+        return record.skip("wrong_type", broken=True)
     return _document(record, title.strip(), text)
 
 
@@ -67,12 +67,8 @@ def _document(record: Record, title: str, text: str) -> dict | Skip:
     if lines[:1] == [title]:
         del lines[0]
     if not lines:
-        return _skip("empty_text", record, title)
+        return record.skip("empty_text", title)
     return as_row(record, text="\n".join([title, *lines] if title else lines))
-
-
-def _skip(reason: str, record: Record, sample: str = "") -> Skip:
-    return Skip(reason, record.where, sample or str(record.data), broken=False)
 
 
 TITLE_OF_DOC = re.compile(r'\stitle="(.*)"')
@@ -94,14 +90,14 @@ def _block(start: Record, lines: list[str]) -> dict | Skip:
     found, namespace, text = TITLE.search(page), NAMESPACE.search(page), TEXT.search(page)
     name = unescape(found[1]) if found else ""
     if not name or not namespace:
-        return Skip("wrong_page", start.where, page[:200])
+        return start.skip("wrong_page", page[:200], True)
     if namespace[1] != "0":
-        return _skip("not_an_article", start, name)
+        return start.skip("not_an_article", name)
     wikitext = unescape(text[1]) if text else ""
     if "<redirect " in page or REDIRECT.match(wikitext):
-        return _skip("redirect", start, name)
+        return start.skip("redirect", name)
     if MEANINGS.search(wikitext) or name.endswith(("(消歧义)", "(消歧義)")):
-        return _skip("disambiguation", start, name)
+        return start.skip("disambiguation", name)
     return _document(start, name, plain(wikitext))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from babyllama.rows import check_row
 from data_process.clean import fix
-from data_process.columns import KNOWN
+from data_process.columns import known
 from data_process.raw import Record, Skip, records, whole_files
 from data_process.registry import DataSet, data_sets
 
@@ -22,7 +22,7 @@ def set_of(name: str) -> DataSet:
 
 def raw(path: Path, data_set: DataSet) -> list[Record | Skip]:
     files = whole_files(path, data_set.inputs)
-    return list(records(files, "utf-8-sig", data_set.layout, KNOWN))
+    return list(records(files, "utf-8-sig", data_set.layout, known()))
 
 
 def read(data_set: DataSet, entries: Iterable[Record | Skip]) -> list[dict | Skip]:

@@ -21,7 +21,7 @@ from data_process.pipeline import make_clean
 from data_process.raw import Skip, records
 from data_process.registry import GROUPS, catalog, data_sets
 from data_process.run import ProcessConfig, check, chosen, main
-from data_process.stages import Cleaning, Finishing, RowShards, WriteConfig, by_hash, part_of_row
+from data_process.stages import Cleaning, Finishing, WriteConfig, by_hash, part_of_row, write_shards
 from data_process.vocabulary import train_vocabulary
 from tokenizer import Tokenizer
 
@@ -227,8 +227,8 @@ def test_rows_of_any_shape_become_canonical_or_are_counted(reader, tmp_path):
     kept = [row for _, row in finishing.rows(clean)]
     assert all(check_row(row) is None for row in kept)
     tallies = (cleaning.read, cleaning.clean, finishing.stages["write"])
-    n_dropped = sum(tally.dropped.total() for tally in tallies)
-    assert len(kept) + n_dropped == cleaning.read.rows_in == 1001
+    n_dropped = sum(found["rows"] for tally in tallies for found in tally.dropped.values())
+    assert len(kept) + n_dropped == cleaning.read.sums["rows_in"] == 1001
 
 
 # Cleaning.
@@ -379,10 +379,8 @@ def test_token_files_hold_the_rows_with_their_roles(tokenizer, tmp_path):
 def test_shards_are_cut_at_their_size_and_lose_nothing(tmp_path):
     rows = [json.loads(line) for line in documents(50).split("\n")[:-1]]
     rows = [{"id": f"x/{n}", **row} for n, row in enumerate(rows)]
-    with RowShards(tmp_path / "x", shard_chars=500) as shards:
-        for row in rows:
-            shards.add(row, len(row["text"]))
-    assert len(shards.names) > 3
+    names = write_shards(tmp_path / "x", ((row, len(row["text"])) for row in rows), 500)
+    assert len(names) > 3
     assert rows_of(tmp_path, "x") == rows
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from babyllama.errors import DataError
-from data_process.columns import KNOWN
-from data_process.datasets.inews import read_pickle
+from data_process.columns import known
+from data_process.datasets.packages import read_pickle
 from data_process.raw import Record, Skip, records, sorted_files, split_of
 from data_process.registry import package_dir
 
@@ -30,7 +30,7 @@ def write(path: Path, data: bytes | str) -> Path:
 
 
 def read(path: Path, encoding: str = "utf-8-sig") -> list[Record | Skip]:
-    return list(records(path, encoding, columns=KNOWN))
+    return list(records(path, encoding, columns=known()))
 
 
 def data_of(path: Path, encoding: str = "utf-8-sig") -> list:

