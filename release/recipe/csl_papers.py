@@ -3,7 +3,7 @@
     python -m release.recipe.csl_papers data/raw/csl/benchmark --out data/raw/csl_papers
     python -m data_process.run csl --name csl_papers --raw data/raw/csl_papers --tokenizer FILE
 
-The tasks' dev files (or train files) hold the same papers, but each states another field. Apart,
+The tasks' dev files hold the same papers, but each states another field. Apart,
 a paper may be trained on in one file and judged by another; together it is in one part only, and
 rows with keywords and disciplines get second turns. Writes train.jsonl and dev.jsonl with the keys
 title, abstract, keywords, discipline, category; dev.jsonl also serves as --evaluation for other sets.
@@ -12,7 +12,6 @@ title, abstract, keywords, discipline, category; dev.jsonl also serves as --eval
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError, DataError
@@ -24,7 +23,6 @@ from data_process.stages import share_of
 
 # Where each field beside title and abstract stands.
 FOLDERS = {"keywords": "kg", "discipline": "cls_dcp", "category": "cls_ctg"}
-SPLIT = {"dev": "val", "train": "train"}
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,11 @@ class PapersConfig:
     Args:
         benchmark: folder with ts, kg, cls_dcp and cls_ctg, as in CSL's repository
         out: folder for train.jsonl and dev.jsonl
-        part: the files that are read, dev or train (.tsv or .tsv.xz)
         dev_share: papers that are kept for validation, by a hash of their abstract
     """
 
     benchmark: Path
     out: Path = Path("data/raw/csl_papers")
-    part: Literal["dev", "train"] = "dev"
     dev_share: float = 0.1
 
     def __post_init__(self) -> None:
@@ -61,16 +57,16 @@ def task(cfg: PapersConfig, folder: str, *wanted: str) -> Iterator[dict]:
         )
     for record in records(place, "utf-8"):
         try:
-            paper = None if isinstance(record, Skip) else paper_of(record, *wanted)
+            if isinstance(record, Skip):
+                raise Refused(record.reason)
+            paper = paper_of(record, *wanted)
         except Refused:
-            paper = None
-        if paper is None or isinstance(record, Skip):
             found = record.sample if isinstance(record, Skip) else str(record.data)
             raise DataError(
                 f"{shown(place)}, {record.where}: wanted {' and '.join(wanted)}, found "
                 f"{found[:60]!r}; take the file from CSL's repository again"
-            )
-        if record.split == SPLIT[cfg.part]:
+            ) from None
+        if record.split == "val":
             yield paper
 
 
@@ -79,11 +75,10 @@ def joined(cfg: PapersConfig) -> list[dict]:
 
     kg has abstract, a space and title; cls_dcp the abstract; cls_ctg the title.
     """
-    known = {field: {} for field in FOLDERS}
+    known = {}
     for field, folder in FOLDERS.items():
         by = "title" if field == "category" else "abstract"
-        for paper in task(cfg, folder, by, field):
-            known[field][paper[by]] = paper[field]
+        known[field] = {paper[by]: paper[field] for paper in task(cfg, folder, by, field)}
     rows = []
     for paper in task(cfg, "ts", "abstract", "title"):
         abstract, title = paper["abstract"], paper["title"]
@@ -92,8 +87,8 @@ def joined(cfg: PapersConfig) -> list[dict]:
         rows.append({"title": title, "abstract": abstract} | found)
     if not rows:
         raise DataError(
-            f"{shown(from_repo(cfg.benchmark))}: wanted {cfg.part}.tsv in ts, found no row of that "
-            f"part; the parts there are named by their files, see --part"
+            f"{shown(from_repo(cfg.benchmark))}: wanted dev.tsv in ts, found no row of that part; "
+            f"the parts there are named by their files"
         )
     return rows
 
@@ -101,13 +96,11 @@ def joined(cfg: PapersConfig) -> list[dict]:
 def main(cfg: PapersConfig) -> None:
     """Join, divide, write."""
     rows, out = joined(cfg), from_repo(cfg.out)
-    held_out = [share_of(row["abstract"]) < cfg.dev_share for row in rows]
-    for name, is_dev in (("dev", True), ("train", False)):
-        part = [row for row, held in zip(rows, held_out, strict=True) if held == is_dev]
+    for name in ("dev", "train"):
+        part = [r for r in rows if (share_of(r["abstract"]) < cfg.dev_share) == (name == "dev")]
         n = write_rows(out / f"{name}.jsonl", part)
-        with_field = {f: sum(f in row for row in part) for f in FOLDERS}
-        print(f"{shown(out / name)}.jsonl: {n} papers, with " + ", ".join(
-            f"{field} {count}" for field, count in with_field.items()))  # fmt: skip
+        known = ", ".join(f"{field} {sum(field in row for row in part)}" for field in FOLDERS)
+        print(f"{shown(out / name)}.jsonl: {n} papers, with {known}")
 
 
 if __name__ == "__main__":

@@ -98,13 +98,15 @@ def talk(
     decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer
     found: list[dict] = [{"messages": [], "faults": [], "ends": []} for _ in openings]
     for number in range(max(map(len, openings))):
-        going = [pair for pair in zip(found, openings, strict=True) if number < len(pair[1])]
-        for one, turns in going:
-            one["messages"].append({"role": "user", "content": turns[number]["say"]})
+        going = [
+            (one, t[number]) for one, t in zip(found, openings, strict=True) if number < len(t)
+        ]
+        for one, turn in going:
+            one["messages"].append({"role": "user", "content": turn["say"]})
         prompts = [tokenizer.render_prompt(one["messages"]) for one, _ in going]
         replies = generate_replies(decoder, prompts, way, tokenizer.eos_id, tokenizer)
-        for (one, turns), reply in zip(going, replies, strict=True):
-            one["faults"].append(fault(reply, turns[number]))
+        for (one, turn), reply in zip(going, replies, strict=True):
+            one["faults"].append(fault(reply, turn))
             one["ends"].append(reply.reason)
             said = reply.text.strip() or "……"
             one["messages"].append({"role": "assistant", "content": said})
@@ -151,12 +153,10 @@ def main(cfg: OpeningsConfig) -> None:
         return
     loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
     drawn = alone(cfg, SamplingConfig)
+    greedy = replace(drawn, temperature=0.0, loop_guard="off")
     rows = []
     print(f"{shown(loaded.path)}: {len(openings)} openings with their follow-ups")
-    for name, way in {
-        "greedy": replace(drawn, temperature=0.0, loop_guard="off"),
-        "drawn": drawn,
-    }.items():
+    for name, way in {"greedy": greedy, "drawn": drawn}.items():
         talked = talk(loaded, openings, cfg, way)
         line = "  ".join(f"{what} {share:5.1f} %" for what, share in figures(talked).items())
         faults = Counter(fault for one in talked for fault in one["faults"] if fault)

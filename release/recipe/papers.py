@@ -26,12 +26,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from babyllama.config import REPO, from_repo, parse, run, shown
-from babyllama.rows import write_rows
+from babyllama.config import REPO, from_repo, parse, run
 from data_process.decontaminate import Windows, hits, read_list
 from data_process.raw import records
 from data_process.stages import share_of
-from release.recipe.passages import HERE, MOST_COPIES, SENTENCE, entries, questions
+from release.recipe.passages import (
+    HERE,
+    MOST_COPIES,
+    SENTENCE,
+    objects,
+    questions,
+    turn,
+    words,
+    write_set,
+)  # fmt: skip
 
 CNKI_DEV, VAL = 0.067, 0.005
 LONGEST = 400  # characters of an abstract that is talked about, so that later turns find room
@@ -50,26 +58,17 @@ class PapersConfig:
         papers: folder that csl_papers.py wrote
         kept_out: .u64 lists of texts that must not be trained on, against which titles that stand
             alone are held here; all else is held against them by data_process
-        share: of the translated papers' dialogues; real ones are all used
-        seed: other numbers draw other dialogues
     """
 
     raw: Path
     out: Path = Path("data/raw/recipe")
     papers: Path = Path("data/raw/csl_papers")
     kept_out: tuple[Path, ...] = ()
-    share: float = 1.0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file of papers.
-
-    about: dialogues made of it; 0: none, more than it has: all, and again
-    documents: its papers are also written as text
-    gist: its summaries are gists, not titles
-    """
+    """A file of papers, as papers.yaml describes it."""
 
     place: str
     about: int = 0
@@ -78,19 +77,6 @@ class Source:
 
 
 ABSTRACTS = "science_abstracts"
-SOURCES = {
-    "csl_computing": Source("csl/csl_title_public/csl_title_train.json.xz", 6000),
-    "csl_papers": Source("csl_papers/train.jsonl", 4000),
-    "cnki": Source("cnki/train.jsonl", 8000),
-    "csl_matched": Source(f"{ABSTRACTS}/csl_matched_titles.jsonl.xz", 70, documents=False),
-    "csl_few": Source(f"{ABSTRACTS}/fewclue_csl.jsonl.xz", 1300),
-    "csldcp": Source(f"{ABSTRACTS}/fewclue_csldcp.jsonl.xz", 6000),
-    "arxiv": Source(f"{ABSTRACTS}/arxiv_zh_titles.jsonl.xz", 8000),
-    "arxiv_llm": Source(f"{ABSTRACTS}/arxiv_llm_zh.jsonl.xz", 6000),
-    "notes_pairs": Source(f"{ABSTRACTS}/paper_notes_pairs.jsonl.xz", 4000, gist=True),
-    "cctv": Source("news_zh/cctv_news_titles.jsonl.xz"),
-    "lctt": Source("prose/lctt.jsonl.xz", documents=False),
-}
 TRANSLATED = ("arxiv", "arxiv_llm", "notes_pairs")
 
 
@@ -159,7 +145,7 @@ class Talk:
 
     def __init__(self, seed: int) -> None:
         self.chance = random.Random(seed)
-        self.words = yaml.safe_load((HERE / "wordings.yaml").read_text("utf-8"))
+        self.words = words()
         prompts = yaml.safe_load((REPO / "configs/prompts/summary_zh.yaml").read_text("utf-8"))
         self.slots, self.families = prompts["slots"], list(prompts["families"].values())
         self.turns = prompts["following"]["turns"]
@@ -218,72 +204,58 @@ def filled(template: str, pieces: dict[str, str]) -> str:
     return SLOT.sub(lambda found: pieces[found[1]], template)
 
 
-def turn(asked: str, answer: str) -> list[dict]:
-    """Question and answer as messages."""
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-
-
 def shortened(text: str, longest: int) -> str:
     """The first whole sentences of a text, at least one of them, at most `longest` characters."""
     ends = [match.end() for match in SENTENCE.finditer(text)]
     return text[: max((end for end in ends if end <= longest), default=longest)].strip()
 
 
-class Sets:
-    """Writes sets, each in train.jsonl and, where papers are kept for validation, dev.jsonl."""
+def write_parts(place: Path, rows: Iterable[tuple[str, dict]], dev: float = VAL) -> None:
+    """Write train.jsonl and, where papers are kept for validation, dev.jsonl.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-
-    def write(self, name: str, rows: Iterable[tuple[str, dict]]) -> None:
-        """rows: each with the key of its paper"""
-        parts: dict[str, list[dict]] = {"train": [], "dev": []}
-        for key, row in rows:
-            parts["dev" if key and share_of(key) < VAL else "train"].append(row)
-        for part, mine in parts.items():
-            if mine:
-                write_rows(self.out / name / f"{part}.jsonl", mine)
-        print(f"{shown(self.out / name)}: {', '.join(f'{len(m):,} {p}' for p, m in parts.items())}")
-
-
-def split_cnki(raw: Path, out: Path) -> None:
-    """The journals' papers in two parts, by a hash of the abstract, laid out as CSL's."""
+    rows: each with the key of its paper, by whose hash it is kept
+    """
     parts: dict[str, list[dict]] = {"train": [], "dev": []}
-    for _, data in entries(raw / ABSTRACTS / "cnki_real_titles.jsonl.xz"):
+    for key, row in rows:
+        parts["dev" if key and share_of(key) < dev else "train"].append(row)
+    for part, mine in parts.items():
+        if mine:
+            write_set(place, mine, part)
+
+
+def journals(path: Path) -> Iterator[tuple[str, dict]]:
+    """The journals' papers, laid out as CSL's."""
+    for data in objects(path):
         row = {"id": data["id"], "abstract": data["text"], "title": data["summary"]}
-        row |= {"keywords": data["keywords"]} if data.get("keywords") else {}
-        parts["dev" if share_of(data["text"]) < CNKI_DEV else "train"].append(row)
-    for part, rows in parts.items():
-        write_rows(out / f"{part}.jsonl", rows)
+        yield data["text"], row | ({"keywords": data["keywords"]} if data.get("keywords") else {})
 
 
 def main(cfg: PapersConfig) -> None:
     """Split, read, write."""
     raw, out = from_repo(cfg.raw), from_repo(cfg.out)
-    split_cnki(raw, out / "cnki")
-    places = {
-        name: out / source.place if name == "cnki" else raw / source.place
-        for name, source in SOURCES.items()
-    } | {"csl_papers": from_repo(cfg.papers) / "train.jsonl"}
-    sets, talk = Sets(out), Talk(cfg.seed)
+    write_parts(out / "cnki", journals(raw / ABSTRACTS / "cnki_real_titles.jsonl.xz"), CNKI_DEV)
+    made = {"cnki": out / "cnki", "csl_papers": from_repo(cfg.papers)}
+    talk = Talk(seed=0)
     titled: dict[str, list[Paper]] = {}
-    for name, source in SOURCES.items():
-        found = list(entries(places[name]))
+    files = yaml.safe_load((HERE / "papers.yaml").read_text("utf-8"))
+    for name, source in ((name, Source(**given)) for name, given in files.items()):
+        found = list(objects(made.get(name, raw) / source.place))
         if source.documents:
-            sets.write(f"documents/{name}", (("", {"text": document(n, d)}) for n, d in found))
-        papers = [paper(data, source) for _, data in found]
+            write_set(
+                out / "documents" / name, ({"text": document(n, d)} for n, d in enumerate(found))
+            )
+        papers = [paper(data, source) for data in found]
         # The few that were matched are no set of their own.
         group = titled.setdefault(name.replace("matched", "papers"), [])
         group += [one for one in papers if one.title and one.text]
         if source.about:
-            share = cfg.share if name in TRANSLATED else 1.0
             about = f"about_{'translated' if name in TRANSLATED else 'real'}/{name}"
-            sets.write(about, abouts(papers, round(share * source.about), talk))
+            write_parts(out / about, abouts(papers, source.about, talk))
     for name, papers in titled.items():
         if papers:
-            sets.write(f"titles/{name}", ((one.key, title_row(one)) for one in papers))
+            write_parts(out / "titles" / name, ((one.key, title_row(one)) for one in papers))
     real = [one for name in ("csl_computing", "csl_papers", "cnki") for one in titled[name]]
-    _write_others(sets, raw, real, talk, map(from_repo, cfg.kept_out))
+    _write_others(out, raw, real, talk, map(from_repo, cfg.kept_out))
 
 
 def title_row(one: Paper) -> dict:
@@ -313,19 +285,16 @@ def titles_alone(path: Path, kept_out: Iterable[Path]) -> list[list[str]]:
 
 
 def _write_others(
-    sets: Sets, raw: Path, titled: list[Paper], talk: Talk, kept_out: Iterable[Path]
+    out: Path, raw: Path, titled: list[Paper], talk: Talk, kept_out: Iterable[Path]
 ) -> None:
-    chance, words = talk.chance, talk.words
-
     def asked(kind: str, title: str, answer: str) -> dict:
-        question = chance.choice(words[kind]).format(title=title)
+        question = talk.chance.choice(talk.words[kind]).format(title=title)
         return {"messages": turn(question, answer)}
 
-    sets.write("write", ((one.key, asked("write", one.title, one.text)) for one in titled))
+    write_parts(out / "write", ((one.key, asked("write", one.title, one.text)) for one in titled))
     branches = titles_alone(raw / "csl/benchmark/cls_ctg/train.tsv.xz", kept_out)
-    sets.write(
-        "category", ((title, asked("category", title, branch)) for title, branch in branches)
-    )
+    rows = ((title, asked("category", title, branch)) for title, branch in branches)
+    write_parts(out / "category", rows)
     by_branch: dict[str, list[str]] = {}
     for title, branch in branches:
         by_branch.setdefault(branch, []).append(title)
@@ -334,9 +303,9 @@ def _write_others(
         for name, titles in sorted(by_branch.items())
         for start in range(0, len(titles), 12)
     ]
-    sets.write("title_lists", (("", row) for row in lists))
-    readings = [d for path in sorted((raw / "reading").glob("*.xz")) for _, d in entries(path)]
-    sets.write("documents/reading", (("", {"text": passage(data)}) for data in readings))
+    write_set(out / "title_lists", lists)
+    readings = (data for path in sorted((raw / "reading").glob("*.xz")) for data in objects(path))
+    write_set(out / "documents/reading", ({"text": passage(data)} for data in readings))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ texts with the sentence that has most in common with the rest (Zhang et al. 2020
 as {"messages"}.
 """
 
+import functools
 import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ TEXTS = {
     "science_abstracts/fewclue_csldcp.jsonl.xz": (4000, 5000),
     "prose/lctt.jsonl.xz": (2000, 2000),
 }
+UNANSWERED = 0.2  # share of the passages that are asked what they do not say
 MOST_COPIES = 5  # of a text, each asked about other sentences
 MOST_QUESTIONS, MOST_TEXT = 8, 720  # of a passage, and characters in all: the context holds that
 SMALL = re.compile("(?<=[\u4e00-\u9fff])(?:了|也|则|并|便|均|曾|已经|就|都|亦)(?=[\u4e00-\u9fff])")
@@ -46,10 +48,6 @@ NO_SUBJECT = re.compile(
     r"[这那它他她其此该也就还都我你只不没可如若因以说使应当在从对]|目的|主要|问题|关键|重点|目前|今[天年后]"
 )
 NO_OBJECT = re.compile(r"[不由在这说否从对以有为因]")
-UNITS = (
-    "平方公里|平方千米|立方米|平方米|公里|千米|厘米|毫米|公斤|千克|个月|小时|分钟|人次|美元|欧元|万元|亿元"
-    "|人|名|个|座|条|种|部|所|家|位|次|岁|米|吨|元|篇|场|辆|层|首|枚|颗|只|头|本|%|％"
-)
 
 
 @dataclass(frozen=True)
@@ -59,69 +57,20 @@ class PassagesConfig:
     Args:
         raw: folder with the files
         out: folder for reading, asked and lead
-        share: of the numbers of texts in TEXTS
-        unanswered: share of the passages that are asked what they do not say
-        seed: other numbers draw other questions
     """
 
     raw: Path
     out: Path = Path("data/raw/recipe")
-    share: float = 1.0
-    unanswered: float = 0.2
-    seed: int = 0
 
 
-def rule(pattern: str, ask: str, answer: str = r"\1") -> tuple[re.Pattern, str, str]:
-    """What a sentence must hold; the match in the question; the match as the answer."""
-    return re.compile(pattern), ask, answer
-
-
-TO_END = r"([^，。；、（(]{2,24})(?=[，。；（(])"
-# The question is the clause round the match, which becomes the second part.
-IN_PLACE = [
-    rule(r"(?<!\d)(\d{3,4}年\d{1,2}月\d{1,2}日)", "哪一天"),
-    rule(r"(?<!\d)(\d{3,4}年\d{1,2}月)(?!\d)", "什么时候"),
-    rule(r"(?<![\d－—–-])((?:1[0-9]|20)\d\d年)(?![代间级度\d－—–-])", "哪一年"),
-    rule(rf"(?<![\d.第])(\d[\d,.]*[余多]?[万亿千百]?[余多]?)({UNITS})", r"多少\2", r"\1\2"),
-    rule(r"(?<![\d.])(\d[\d.]*[%％])", "多少"),
-    rule(rf"(位于|坐落于|坐落在|地处){TO_END}", r"\1哪里", r"\2"),
-    rule(r"(毕业于|出生于|就读于|任职于|发源于|来自)([^，。；、（(\d的]{2,14})", r"\1哪里", r"\2"),
-    rule(r"(又称为?|亦称|也称为?|别称|俗称|简称|全称为?|原名为?|本名|被称为|称之为|叫做|取名为?)"
-         r"[“「]?([^，。；、（(“”「」是]{2,12})(?=[”」，。；、（(])[”」]?", r"\1什么", r"\2"),
-    rule(r"由([一-鿿·]{2,5}?)(创办|创立|创建|导演|执导|主演|担任|设计|建造|发明|创作|撰写|主持|率领|编写|发现|提出)",
-         r"由谁\2"),
-    rule(r"(创始人|作者|导演|主演|校长|市长|总统|首相|部长|主席|队长|总经理|父亲|母亲|妻子|丈夫)(是|为)"
-         r"([一-鿿·]{2,6})(?=[，。；、])", r"\1是谁", r"\3"),
-    rule(r"(?<![“”])(《[^》]{2,14}》)", "哪部作品"),
-    rule(r"以([^，。；]{2,18})为(研究对象|对象|例|主题|基础|中心|核心|载体|目标|主|首府|首都)",
-         r"以什么为\2"),
-    rule(rf"((?<![不从])(?:属于|隶属于?|归属于?)){TO_END}", r"\1什么", r"\2"),
-    rule(rf"(用于|应用于|适用于){TO_END}", r"\1什么", r"\2"),
-    rule(rf"((?:获得|取得|赢得|成为|担任|建立|成立|创办|推出|发行|发布|出版|使用|采用|负责|导致|引起"
-         rf"|造成|举办|加入|参加|拥有|具有|提供|产生|形成|反对|击败|接受|连接|提高"
-         rf"|降低|减少|改编自|取自|源于|缺乏|需要)了?){TO_END}", r"\1什么", r"\2"),
-    rule(rf"(包括|包含|分为|分成|主要有){TO_END}", r"\1什么", r"\2"),
-]  # fmt: skip
-SUBJECT = r"^([^，。；（(“：]{2,12})(?:（[^）]*）|\([^)]*\))?是([^，。；？]{4,36})(?=[，。；])"
-RESULT = (
-    r"(?:结果|实验|研究|仿真|分析)(?:结果)?(?:表明|显示|证明|发现)"
-    r"[,，:：]?([^。；]{8,50})(?=[。；])"
-)
-# The question is the second part alone.
-WHOLE = [
-    rule(r"(?:因为|由于)([^，。；]{4,30})，(?:所以|因此)?(?![而如就则也都即在其])([^，。；]{4,25})",
-         r"为什么\2"),
-    rule(SUBJECT, r"\1是什么", r"\2"),
-    rule(SUBJECT, r"什么是\1", r"\2"),
-    rule(r"提出了?(一[种个套类][^，。；]{3,30}?(方法|算法|模型|框架|策略|系统|机制|方案))",
-         r"提出了什么\2"),
-    rule(r"(?:采用|利用|运用|使用)了?([^，。；、]{3,20}?(方法|算法|模型|技术|理论))(?=[，。；对进来])",
-         r"用了什么\2"),
-    rule(RESULT, "有什么结果"),
-    rule(RESULT, "得出了什么结论"),
-    rule(r"(?:旨在|为了|目的是|目的在于)([^，。；]{5,36})", "目的是什么"),
-    rule(r"(?:针对|为了?解决)([^，。；]{4,30}?(问题|难题|不足|局限))", r"针对的是什么\2"),
-]  # fmt: skip
+@functools.cache
+def rules(kind: str) -> list[tuple[re.Pattern[str], str, str, bool]]:
+    """The rules of questions.yaml: pattern, question, answer, and whether it is a definition."""
+    found = yaml.safe_load((HERE / "questions.yaml").read_text("utf-8"))[kind]
+    return [
+        (re.compile(pattern), ask, answer[0] if answer else r"\1", len(answer) > 1)
+        for pattern, ask, *answer in found
+    ]
 
 
 def questions(text: str, chance: random.Random) -> list[tuple[str, str]]:
@@ -138,7 +87,7 @@ def questions(text: str, chance: random.Random) -> list[tuple[str, str]]:
 
 def _in_place(sentence: str) -> Iterator[tuple[str, str]]:
     clauses = [match.span() for match in CLAUSE.finditer(sentence)]
-    for pattern, ask, answer in IN_PLACE:
+    for pattern, ask, answer, _ in rules("in_place"):
         for match in pattern.finditer(sentence):
             inside = [
                 n for n, (a, b) in enumerate(clauses) if a < match.end() and match.start() < b
@@ -156,9 +105,8 @@ def _in_place(sentence: str) -> Iterator[tuple[str, str]]:
 
 
 def _whole(sentence: str) -> Iterator[tuple[str, str]]:
-    for pattern, ask, answer in WHOLE:
+    for pattern, ask, answer, is_definition in rules("whole"):
         match = pattern.search(sentence)
-        is_definition = pattern.pattern == SUBJECT
         if match and not (
             is_definition and (NO_SUBJECT.search(match[1]) or NO_OBJECT.match(match[2]))
         ):
@@ -196,26 +144,37 @@ def lead(text: str) -> tuple[str, str] | None:
     scores = []
     for sentence, own in zip(sentences, pairs, strict=True):
         rest = everything - own
-        n_common = sum((own & rest).values())
-        both = own.total() + rest.total()
         fits = 10 <= len(sentence) <= 45 and sentence[-1] in "。！；"
-        scores.append(2 * n_common / both if fits and both else 0.0)
+        both = own.total() + rest.total()
+        scores.append(2 * (own & rest).total() / both if fits and both else 0.0)
     best = max(range(len(scores)), key=scores.__getitem__)
     if scores[best] == 0:
         return None
     return "".join(sentences[:best] + sentences[best + 1 :]), sentences[best].rstrip("；。")
 
 
-def entries(path: Path) -> Iterator[tuple[int, dict]]:
-    """The JSON objects of a file, numbered."""
-    for record in records(path, "utf-8"):
-        if not isinstance(record, Skip) and isinstance(record.data, dict):
-            yield record.n, record.data
-
-
 def objects(path: Path) -> Iterator[dict]:
     """The JSON objects of a file."""
-    return (data for _, data in entries(path))
+    for record in records(path, "utf-8"):
+        if not isinstance(record, Skip) and isinstance(record.data, dict):
+            yield record.data
+
+
+def turn(asked: str, answer: str) -> list[dict]:
+    """Question and answer as messages."""
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+@functools.cache
+def words() -> dict:
+    """What stands round the pieces of dialogues."""
+    return yaml.safe_load((HERE / "wordings.yaml").read_text("utf-8"))
+
+
+def write_set(place: Path, rows: Iterable[dict], part: str = "train") -> None:
+    """Write a part of a set, and say how much it is."""
+    path = place / f"{part}.jsonl"
+    print(f"{shown(path)}: {write_rows(path, rows):,} rows")
 
 
 def grounded(reference: str, pairs: Sequence[tuple[str, str]]) -> dict:
@@ -228,7 +187,7 @@ class Asking:
     """Lays wordings round questions, and adds some that a passage does not answer."""
 
     def __init__(self, unanswered: float, seed: int) -> None:
-        self.words = yaml.safe_load((HERE / "wordings.yaml").read_text("utf-8"))
+        self.words = words()
         self.chance, self.share = random.Random(seed), unanswered
         self._others: list[tuple[str, str]] = []
 
@@ -264,9 +223,9 @@ class Asking:
         return SMALL.sub("", question) if self.chance.random() < 0.3 else question
 
 
-def reading_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
+def reading_rows(raw: Path) -> Iterator[dict]:
     """Passages with the questions that people asked."""
-    asking = Asking(cfg.unanswered, cfg.seed)
+    asking = Asking(UNANSWERED, seed=0)
     for path in sorted((raw / READING).glob("*.xz")):
         for passage in objects(path):
             pairs = [(qa["q"].strip(" ?？") + "？", qa["a"].strip()) for qa in passage["qas"]]
@@ -276,38 +235,33 @@ def reading_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
             yield asking.row(passage["context"].strip(), pairs)
 
 
-def asked_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
+def asked_rows(raw: Path) -> Iterator[dict]:
     """Passages with questions made out of their sentences."""
-    asking = Asking(cfg.unanswered, cfg.seed + 1)
-    for text in _texts(cfg, raw, 0, 60):
+    asking = Asking(UNANSWERED, seed=1)
+    for text in _texts(raw, 0, 60):
         text = _part(text, asking.chance)
         pairs = questions(text, asking.chance)[: asking.chance.randint(2, MOST_QUESTIONS)]
         if pairs:
             yield asking.row(text, pairs)
 
 
-def lead_rows(cfg: PassagesConfig, raw: Path) -> Iterator[dict]:
+def lead_rows(raw: Path) -> Iterator[dict]:
     """Texts with their leading sentence."""
-    chance = random.Random(cfg.seed + 2)
-    words = yaml.safe_load((HERE / "wordings.yaml").read_text("utf-8"))["lead"]
-    for text in _texts(cfg, raw, 1, 120):
+    chance = random.Random(2)
+    for text in _texts(raw, 1, 120):
         found = lead(_part(text, chance, 420))
         if found:
-            yield {
-                "messages": [
-                    {"role": "user", "content": chance.choice(words).format(text=found[0])},
-                    {"role": "assistant", "content": found[1]},
-                ]
-            }
+            question = chance.choice(words()["lead"]).format(text=found[0])
+            yield {"messages": turn(question, found[1])}
 
 
-def _texts(cfg: PassagesConfig, raw: Path, column: int, shortest: int) -> Iterator[str]:
+def _texts(raw: Path, column: int, shortest: int) -> Iterator[str]:
     """As many texts of each file as TEXTS says; of a short file all, and again."""
     for place, wanted in TEXTS.items():
-        chance = random.Random(f"{cfg.seed} {place} {column}")
+        chance = random.Random(f"0 {place} {column}")
         texts = [one.get("text") or one.get("abst") or "" for one in objects(raw / place)]
         texts = [text for text in texts if len(text) >= shortest]
-        n = min(round(cfg.share * wanted[column]), MOST_COPIES * len(texts))
+        n = min(wanted[column], MOST_COPIES * len(texts))
         yield from chance.sample(texts * MOST_COPIES, n)
 
 
@@ -323,11 +277,9 @@ def _part(text: str, chance: random.Random, longest: int = 640) -> str:
 
 def main(cfg: PassagesConfig) -> None:
     """Make the three sets."""
-    raw, out = from_repo(cfg.raw), from_repo(cfg.out)
     made = {"reading": reading_rows, "asked": asked_rows, "lead": lead_rows}
     for name, rows in made.items():
-        path = out / name / "train.jsonl"
-        print(f"{shown(path)}: {write_rows(path, rows(cfg, raw)):,} rows")
+        write_set(from_repo(cfg.out) / name, rows(from_repo(cfg.raw)))
 
 
 if __name__ == "__main__":

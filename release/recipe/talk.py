@@ -20,23 +20,22 @@ from pathlib import Path
 
 import yaml
 
-from babyllama.config import from_repo, parse, run, shown
-from babyllama.rows import write_rows
+from babyllama.config import from_repo, parse, run
 from data_process.clean import han_share
-from data_process.raw import Skip, records
+from data_process.raw import records
 from data_process.registry import data_sets
-from release.recipe.papers import filled, turn
-from release.recipe.passages import HERE, grounded, objects
+from release.recipe.papers import filled
+from release.recipe.passages import HERE, grounded, objects, turn, words, write_set
 
 SHORT = (
     "sft/alpaca_zh_train.jsonl.xz", "sft/alpaca_zh_carbonz0.jsonl.xz", "sft/chatlm_mini",
     "sft/llama_factory/alpaca_zh_demo.json", "sft/sharegpt_zh_1K.jsonl.xz",
 )  # fmt: skip
+MOST = 36  # wordings of a talk
+JOINED, SMILE = 6000, 2500  # dialogues that are joined, and that are taken of the counselling set
 LONGEST_ASKED, LONGEST_ANSWER = 150, 110  # characters
 NOT_TALK = re.compile(r"[`<>{}\\]|https?:|\n\s*\n")
 ABOUT_TITLES = re.compile("标题|题目|起个名|取个名")
-ROLES = {"usr": "user", "client": "user", "sys": "assistant", "counselor": "assistant",
-         "bot": "assistant"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,10 @@ class TalkConfig:
     Args:
         raw: folder with the files
         out: folder for the sets, where papers.py wrote about_real
-        most: wordings of a talk, at most
-        turns: dialogues that are joined
-        smile: dialogues of the counselling set that are taken
-        seed: other numbers draw others
     """
 
     raw: Path
     out: Path = Path("data/raw/recipe")
-    most: int = 36
-    turns: int = 6000
-    smile: int = 2500
-    seed: int = 0
 
 
 def drawn(talks: list[list[str]], slots: dict[str, list[str]], most: int, seed: int) -> list[dict]:
@@ -68,23 +59,16 @@ def drawn(talks: list[list[str]], slots: dict[str, list[str]], most: int, seed: 
         mine = {}
         for _ in range(most):
             said = [chance.choice(str(variants).split("|")) for variants in talk]
-            said = list(_with_words(said, slots, chance))
+            # The same word for a slot in all turns; {a} and {a2} are different ones.
+            pieces = {}
+            for name, choices in slots.items():
+                pieces[name], pieces[f"{name}2"] = chance.sample(choices, 2)
+            said = [filled(one, pieces) for one in said]
             asked = zip(said[::2], said[1::2], strict=True)
             messages = [message for pair in asked for message in turn(*pair)]
             mine["\n".join(said)] = {"messages": messages}
         rows += mine.values()
     return rows
-
-
-def _with_words(
-    said: list[str], slots: dict[str, list[str]], chance: random.Random
-) -> Iterator[str]:
-    """The turns with the same word for a slot in all of them, {a} and {a2} different ones."""
-    words = {}
-    for name, choices in slots.items():
-        words[name], words[f"{name}2"] = chance.sample(choices, 2)
-    for one in said:
-        yield filled(one, words)
 
 
 def joined(
@@ -100,15 +84,19 @@ def joined(
         yield {"messages": [message for dialogue in some for message in dialogue]}
 
 
+def read(reader: str, path: Path) -> Iterator[dict]:
+    """The dialogues that a reader of data_process finds in a file."""
+    for row in data_sets(reader)[0].read(records(path, "utf-8")):
+        if isinstance(row, dict):
+            yield {"messages": row["messages"]}
+
+
 def short(paths: Iterable[Path]) -> Iterator[dict]:
     """Dialogues whose questions and answers are short and Chinese."""
-    for path in paths:
-        for row in data_sets("instruction")[0].read(records(path, "utf-8")):
-            if isinstance(row, Skip):
-                continue
-            said = [message["content"] for message in row["messages"]]
-            if all(map(_is_talk, said)) and max(map(len, said[1::2])) <= LONGEST_ANSWER:
-                yield {"messages": row["messages"]}
+    for row in (row for path in paths for row in read("instruction", path)):
+        said = [message["content"] for message in row["messages"]]
+        if all(map(_is_talk, said)) and max(map(len, said[1::2])) <= LONGEST_ANSWER:
+            yield row
 
 
 def _is_talk(text: str) -> bool:
@@ -116,9 +104,9 @@ def _is_talk(text: str) -> bool:
     return fits and not NOT_TALK.search(text) and han_share(text) > 0.6
 
 
-def paper_dialogues(path: Path, gists: list[str], seed: int) -> Iterator[dict]:
+def paper_dialogues(path: Path, seed: int) -> Iterator[dict]:
     """Dialogues about abstracts. What answers "give it a title" is a gist, so a gist is asked."""
-    chance = random.Random(seed)
+    chance, gists = random.Random(seed), words()["later"]["gist"]
     for one in objects(path):
         lines = one["dialogue"].split("\n")
         asked = [
@@ -133,65 +121,49 @@ def paper_dialogues(path: Path, gists: list[str], seed: int) -> Iterator[dict]:
 def duconv(path: Path) -> Iterator[dict]:
     """Talk about films whose leader knows the 资料: the leader is the assistant, so asks first."""
     for one in objects(path):
-        known = dict.fromkeys(
-            "".join(triple[:1]) + f"的{triple[1]}是{triple[2]}" for triple in one["knowledge"]
-        )
+        known = dict.fromkeys(f"{a}的{b}是{c}" for a, b, c in one["knowledge"])
         said = [f"聊聊{one['goal'][0][1]}吧。", *one["conversation"]]
-        pairs = list(zip(said[::2], said[1::2], strict=False))
-        yield grounded("；".join(known) + "。", pairs)
+        yield grounded("；".join(known) + "。", pairs_of(said))
+
+
+def pairs_of(said: list[str]) -> list[tuple[str, str]]:
+    """What one says and what the other answers; a last one without answer goes."""
+    return list(zip(said[::2], said[1::2], strict=False))
 
 
 def persona(path: Path) -> Iterator[dict]:
     """Small talk of somebody whose persona is the 资料."""
     for one in objects(path):
         said = [utterance.split(": ", 1)[-1].strip() for utterance in one["conversation"]]
-        pairs = list(zip(said[::2], said[1::2], strict=False))
+        pairs = pairs_of(said)
         if all(a and b for a, b in pairs) and pairs:
             yield grounded("。".join(one["p2_persona"]) + "。", pairs)
-
-
-def with_roles(path: Path) -> Iterator[dict]:
-    """Dialogues whose speakers have other names."""
-    for one in objects(path):
-        yield {
-            "messages": [
-                {"role": ROLES.get(m["role"], m["role"]), "content": m["content"]}
-                for m in one["messages"]
-            ]
-        }
 
 
 def main(cfg: TalkConfig) -> None:
     """Make all sets."""
     raw, out = from_repo(cfg.raw), from_repo(cfg.out)
     own = yaml.safe_load((HERE / "talk.yaml").read_text("utf-8"))
-    gists = yaml.safe_load((HERE / "wordings.yaml").read_text("utf-8"))["later"]["gist"]
-    talk = drawn(own["talks"], own["slots"], cfg.most, cfg.seed)
+    talk = drawn(own["talks"], own["slots"], MOST, seed=0)
     identity = [turn(one["instruction"], one["output"]) for one in objects(HERE / "identity.jsonl")]
     talks = [row["messages"] for row in talk] + identity * 5
-    about = [
-        row["messages"]
-        for path in sorted(out.glob("about_real/*/train.jsonl"))
-        for row in objects(path)
-    ]
-    smile = list(with_roles(raw / "dialogue/smilechat.jsonl.xz"))
-    chance = random.Random(cfg.seed)
+    written = sorted(out.glob("about_real/*/train.jsonl"))
+    about = [row["messages"] for path in written for row in objects(path)]
+    smile = list(read("conversations", raw / "dialogue/smilechat.jsonl.xz"))
+    chance = random.Random(0)
     sets = {
         "talk": talk,
-        "turns": joined(talks, about, cfg.turns, cfg.seed),
+        "turns": joined(talks, about, JOINED, seed=0),
         "short": short(raw / place for place in SHORT if (raw / place).exists()),
-        "paper_dialogues": paper_dialogues(
-            raw / "dialogue/paper_dialogues.jsonl.xz", gists, cfg.seed
-        ),
+        "paper_dialogues": paper_dialogues(raw / "dialogue/paper_dialogues.jsonl.xz", seed=0),
         "duconv": duconv(raw / "dialogue/duconv_dev.jsonl.xz"),
         "persona": persona(raw / "dialogue/persona_dev.jsonl.xz"),
-        "crosswoz": with_roles(raw / "dialogue/crosswoz_val_test.jsonl.xz"),
-        "smile": chance.sample(smile, min(cfg.smile, len(smile))),
-        "liver": with_roles(raw / "dialogue/huatuo_liver_cancer.jsonl.xz"),
+        "crosswoz": read("conversations", raw / "dialogue/crosswoz_val_test.jsonl.xz"),
+        "smile": chance.sample(smile, min(SMILE, len(smile))),
+        "liver": read("conversations", raw / "dialogue/huatuo_liver_cancer.jsonl.xz"),
     }
     for name, rows in sets.items():
-        path = out / name / "train.jsonl"
-        print(f"{shown(path)}: {write_rows(path, rows):,} rows")
+        write_set(out / name, rows)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,15 @@ def test_packed_files_are_read(benchmark, tmp_path):
 
 
 def test_a_missing_task_a_foreign_line_and_a_missing_part_are_refused(benchmark, tmp_path):
-    with pytest.raises(DataError, match=r"wanted train\.tsv in ts, found no row"):
-        main(PapersConfig(benchmark, tmp_path / "out", part="train"))
     with pytest.raises(DataError, match="ts, kg, cls_dcp and cls_ctg"):
         main(PapersConfig(benchmark / "ts", tmp_path / "out"))
     (benchmark / "kg" / "dev.tsv").write_text("to title\ta.\tb\n", "utf-8")
     with pytest.raises(DataError, match=r"kg.*wanted abstract and keywords, found"):
+        main(PapersConfig(benchmark, tmp_path / "out"))
+    for path in benchmark.rglob("dev.tsv"):
+        path.rename(path.with_name("train.tsv"))
+    (benchmark / "kg" / "train.tsv").unlink()
+    (benchmark / "kg" / "train.tsv").write_text("to keywords\ta.\tb\n", "utf-8")
+    with pytest.raises(DataError, match=r"wanted dev\.tsv in ts, found no row"):
         main(PapersConfig(benchmark, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
