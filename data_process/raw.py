@@ -48,7 +48,8 @@ DAMAGED = (EOFError, OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, ta
            RuntimeError, NotImplementedError, UnicodeError)  # fmt: skip
 # What describes data instead of being data, on the hubs too: names of files and of folders.
 IGNORED = re.compile(
-    r"(?i)^[._~]|^(license|licence|changelog|使用说明|说明|许可|版权声明)\b|^readme([\W_]|$)"
+    r"(?i)^[._~]|^(license|licence|changelog|使用说明|说明|许可|版权声明)\b"
+    r"|^readme(?![^.]*\.(jsonl?|csv|tsv|parquet)\b)([\W_]|$)"
     r"|^(dataset_infos?|dataset_dict|configuration)\.json$|^(thumbs\.db|desktop\.ini|__macosx)"
     r"|^(icon\r|system volume information|requirements\.txt)$|^(md5|sha\d*|check)sums?\b|~$"
     r"|\.(pdf|rtf|md5|sha\d+|\w+sum|lock|part|crc|db|ini|ya?ml|log|bak|orig|te?mp|swp|crdownload"
