@@ -204,7 +204,7 @@ def show_scores(root: Path, _: Path) -> int:
     for made in ("sample_sft", "headlines"):
         scores = read(root / "out" / made / "predictions.scores.json")
         for name, found in json.loads(scores or '{"scores_x100": {}}')["scores_x100"].items():
-            name = name.removesuffix(" best").split("/step")[0]
+            name = name.split("/step")[0]
             rows[name] = next(iter(found["rouge"].values()))["rouge-1"]["mean"]
     say("194 篇没见过的新闻，拟的标题与原标题的重合（ROUGE-1，满分 100）"
         " / titles of 194 unseen news, ROUGE-1 of 100")  # fmt: skip
