@@ -110,13 +110,12 @@ class World:
         """
         if compiled or self.device.type == "cuda":
             torch._dynamo.config.recompile_limit = GRAPHS
-        for layer in model.layers:
-            if compiled:
-                _require_compiler(self.device)
-                layer.forward = torch.compile(layer.forward)
-            # Outside of the compiled function: torch.compile leaves one alone that checkpoints.
-            if recompute:
-                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+        for layer in model.layers if compiled else ():
+            _require_compiler(self.device)
+            layer.forward = torch.compile(layer.forward)
+        # Outside of the compiled function: torch.compile leaves one alone that checkpoints.
+        for layer in model.layers if recompute else ():
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         return model if self.size == 1 else self.distribute(model)
 
     def distribute(self, model: nn.Module) -> nn.Module:
