@@ -6,13 +6,12 @@
     python eval_rouge.py out/csl --dataset csl --decoding greedy,beam,top_p,best
     python eval_rouge.py out/csl --dataset csl --wordings
     python eval_rouge.py out/chat out/csl_titles.jsonl --dataset csl
-    python eval_rouge.py out/a+out/b+out/c --decoding best   three checkpoints that decide together
 
-A system is a checkpoint, several joined by "+", or a file of titles that an earlier run has
-written. --decoding best is the search behind every title that people see: of the best of a beam
-search the one most like the others. --out gets the titles as JSON lines with the keys id, text,
-reference and prediction; the scores stand beside it in <out>.scores.json, with all that is needed
-to make them again. Measures: scoring/rouge.py; published figures: scoring/published.yaml.
+A system is a checkpoint, or a file of titles that an earlier run has written. --decoding best is
+the search behind every title that people see: of the best of a beam search the one most like the
+others. --out gets the titles as JSON lines with the keys id, text, reference and prediction; the
+scores stand beside it in <out>.scores.json, with all that is needed to make them again. Measures:
+scoring/rouge.py; published figures: scoring/published.yaml.
 """
 
 from collections.abc import Iterator
@@ -23,15 +22,9 @@ from typing import Literal
 from babyllama.config import from_repo, parse, plain, run, shown
 from babyllama.rows import write_rows
 from babyllama.sampling import alone
-from babyllama.scoring import rouge, tables, test_sets
+from babyllama.scoring import rouge, summarise, tables, test_sets
 from babyllama.scoring.beams import BeamConfig
-from babyllama.scoring.summarise import (
-    AskConfig,
-    ReadyModel,
-    by_wording,
-    decodings,
-    summarise_all,
-)
+from babyllama.scoring.summarise import AskConfig, ReadyModel, decodings, summarise_all
 from babyllama.scoring.tables import System
 from babyllama.scoring.test_sets import SummarySet
 
@@ -72,10 +65,6 @@ class EvalConfig(AskConfig):
     temperature: float = 0.0
     seed: int | None = 0
 
-    def ways(self) -> dict[str, BeamConfig]:
-        """The ways to decode, by name; "" for the one that the settings describe."""
-        return decodings(self.decoding, alone(self, BeamConfig))
-
 
 def evaluate(
     cfg: EvalConfig, found: SummarySet, lines: list[System], model: ReadyModel | None, result: dict
@@ -97,17 +86,19 @@ def evaluate(
         yield tables.difference_table(result["differences"], lines[0].name, lines[1].name)
     if cfg.wordings:
         assert model
-        sampling = next(iter(cfg.ways().values()))
-        result["by_wording"] = by_wording(model, texts, references, sampling, cfg, lines[0])
+        sampling = next(iter(decodings(cfg.decoding, alone(cfg, BeamConfig)).values()))
+        result["by_wording"] = summarise.by_wording(
+            model, texts, references, sampling, cfg, lines[0]
+        )
         yield tables.wording_table(result["by_wording"])
     yield test_sets.samples(found, lines)
 
 
 def main(cfg: EvalConfig) -> None:
     """Read, summarise, score, compare, print, write."""
-    systems, ways = test_sets.choose_systems(cfg.systems), cfg.ways()
-    test_sets.require_sense(systems, cfg.wordings)
-    places = [path for paths in systems.values() for path in paths]
+    systems = test_sets.choose_systems(cfg.systems, cfg.wordings)
+    ways = decodings(cfg.decoding, alone(cfg, BeamConfig))
+    places = list(systems.values())
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
     out = test_sets.choose_out(cfg.out, places, found)
     published = test_sets.choose_published(cfg.published, found, tables.published_sets())

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from babyllama.config import shown
 from babyllama.errors import ConfigError, DataError
@@ -184,6 +185,25 @@ _STORY = {f"InputSentence{n}": f"input_sentence_{n}" for n in range(1, 5)} | {
 }
 
 
+def columns(files: Iterable[File], wanted: dict) -> Iterator[dict | str]:
+    """JSON lines whose columns a task file names.
+
+    wanted: by what a row has (ask, options …) the column as it is, "{question}", or a text with
+        columns in it, or several; {file} is the file's name
+    """
+    for name, data in json_lines(files):
+        known = data | {"file": PurePosixPath(name).stem}
+        yield row(**{key: _filled(value, known) for key, value in wanted.items()}, **data)
+
+
+def _filled(wanted: object, known: dict) -> Any:
+    if isinstance(wanted, list):
+        return [_filled(each, known) for each in wanted]
+    if not isinstance(wanted, str):
+        return wanted
+    return known[wanted[1:-1]] if wanted[1:-1] in known else wanted.format_map(known)
+
+
 def commonsenseqa(files: Iterable[File]) -> Iterator[dict | str]:
     """question.stem and question.choices, or the two lists of the parquet form."""
     for _, data in json_lines(files):
@@ -290,15 +310,6 @@ def c3(files: Iterable[File]) -> Iterator[dict | str]:
                           gold=gold, subject=subject)  # fmt: skip
 
 
-def zhoblimp(files: Iterable[File]) -> Iterator[dict | str]:
-    """Minimal pairs: one sentence of the language, one that is none. The file is the paradigm."""
-    for name, data in json_lines(files):
-        pair = [data["sentence_good"], data["sentence_bad"]]
-        yield row(
-            "下面哪句话通顺？", options=pair, gold=[0], subject=PurePosixPath(name).stem, **data
-        )
-
-
 def xwinograd(files: Iterable[File]) -> Iterator[dict | str]:
     """A sentence with a gap "_" and two fillings, as JSON lines."""
     for _, data in json_lines(files):
@@ -402,24 +413,6 @@ def mgsm(files: Iterable[File]) -> Iterator[dict | str]:
                           answer_number=number)  # fmt: skip
 
 
-def cmath(files: Iterable[File]) -> Iterator[dict | str]:
-    """grade, input, golden: Chinese primary school, by grade."""
-    for _, data in json_lines(files):
-        yield row(data["input"], answers=[data["golden"]], subject=f"grade {data['grade']}")
-
-
-def ape210k(files: Iterable[File]) -> Iterator[dict | str]:
-    """original_text, ans ("23(1/3)", "93.75%")."""
-    for _, data in json_lines(files):
-        yield row(data["original_text"], answers=[data["ans"]])
-
-
-def nq_open(files: Iterable[File]) -> Iterator[dict | str]:
-    """question, answer: a list of which any counts."""
-    for _, data in json_lines(files):
-        yield row(data["question"], answers=data["answer"], **data)
-
-
 def trivia_qa(files: Iterable[File]) -> Iterator[dict | str]:
     """The original {"Data": […]}, the parquet form, and `context` with "Question: …\\nAnswer:"."""
     for name, text in files:
@@ -492,9 +485,3 @@ def quac(files: Iterable[File]) -> Iterator[dict | str]:
                     yield row(qa["question"], context=context, answers=dict.fromkeys(known),
                               subject=article["title"], before=before)  # fmt: skip
                     before += f"问：{qa['question']}\n答：{known[0]}\n"
-
-
-def human_eval(files: Iterable[File]) -> Iterator[dict | str]:
-    """task_id, prompt, entry_point, canonical_solution, test."""
-    for _, data in json_lines(files):
-        yield row(data["prompt"], answers=[data["canonical_solution"]], **data)

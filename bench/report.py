@@ -4,13 +4,13 @@ A row says what the number is worth: its interval, what chance and the most freq
 how many questions there were, and how many of them stood in the training rows.
 """
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from babyllama.config import REPO
+from babyllama.scoring.test_sets import write_json
 
 HEAD = ("任务 task", "分数 score", "95 %", "随机 chance", "常答 constant", "题数 n", "例 shots",
         "语言 rows / prompt", "污染 leaked", "结论 verdict")  # fmt: skip
@@ -119,5 +119,5 @@ def write(card: dict, out: Path) -> list[Path]:
     """Write both files; returns them."""
     paths = [out / "card.md", out / "card.json"]
     paths[0].write_text(markdown(card), "utf-8")
-    paths[1].write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_json(paths[1], card)
     return paths

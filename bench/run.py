@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import atomic_write, from_repo, parse, run, shown
+from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.run_dir import chosen_run
-from babyllama.scoring.test_sets import beside, checksums
+from babyllama.scoring.test_sets import beside, checksums, write_json
 from bench import contamination
 from bench import report as cards
 from bench.harness import Store, for_harness
@@ -197,8 +197,7 @@ def _reported(
     lm = for_harness(loaded, cfg.batch_size, settings["form"] == "dialogue", store)
     report = ask(task, rows, lm, cfg.shots, cfg.prompts, out / f"{name}.samples.jsonl")
     report |= {"key": key, "n_resumed": store.n_found}
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_json(path, report)
     return report
 
 

@@ -2,6 +2,7 @@
 
 title, groups      what the report calls the task, and the names that choose it
 reader, folder, files   how its rows are read (readers.py), and from where
+columns            of the reader "columns": where a row's question, options and answers stand
 language           of the rows; the prompts are Chinese
 score              "choice", "code", or one of scoring.SCORES
 form               "text": never asked as a dialogue
@@ -18,7 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Task:
     harness: dict
     form: str = ""
     official: dict | None = None
+    columns: dict | None = None
 
     @property
     def metric(self) -> str:
@@ -133,6 +135,7 @@ def rows_of(task: Task, data: Path, limit: int | None) -> Rows:
     raises: DataError that names the files that are wanted
     """
     read = getattr(readers, task.reader)
+    read = partial(read, wanted=task.columns) if task.columns else read
     left_out: Counter[str] = Counter()
     parts, digest = {}, hashlib.sha256()
     for part, patterns in task.files.items():

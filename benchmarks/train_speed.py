@@ -42,6 +42,11 @@ NAMES = (
     "ours", "hf_float32", "hf_bfloat16", "14m", "14m_plain", "product_float32",
     "product_bfloat16", "ours_avx2", "hf_float32_avx2", "product_float32_avx2", "start",
 )  # fmt: skip
+PAIRS = (
+    ("ours", "hf_float32"), ("ours", "hf_bfloat16"), ("ours", "product_bfloat16"),
+    ("14m", "14m_plain"), ("14m", "product_bfloat16"), ("ours_avx2", "hf_float32_avx2"),
+    ("ours_avx2", "product_float32_avx2"),
+)  # fmt: skip
 AVX2 = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -111,7 +116,7 @@ def measure_one(name: str, steps: int) -> dict[str, float]:
     if kind == "product":
         a, b = torch.randn(2, 2048, 2048, dtype=getattr(torch, rest))
         return {"gflops": 2 * 2048**3 / seconds_of(lambda: a @ b, 10) / 1e9}
-    rows = 2 * MICRO if kind == "14m" else MICRO
+    rows, shape = (2 * MICRO, SHAPE_14M) if kind == "14m" else (MICRO, SHAPE_43M)
     if kind == "start":
         import pretrain  # noqa: F401 (what a run imports is part of its start)
 
@@ -122,11 +127,15 @@ def measure_one(name: str, steps: int) -> dict[str, float]:
         steps = 1 if rest == "bfloat16" and auto == "float32" else steps
         step = usual_step(hf_model(SHAPE_43M), make_batch(SHAPE_43M, MICRO)["tokens"], rest)
     elif kind == "ours":
-        step = our_step(SHAPE_43M, "adamw", rows, 2 if is_avx2 else MICRO, auto, not is_avx2)
+        step = our_step(shape, "adamw", rows, 2 if is_avx2 else MICRO, auto, not is_avx2)
     else:
-        step = our_step(SHAPE_14M, "muon", rows, MICRO, auto, rest != "plain")
+        step = our_step(shape, "muon", rows, MICRO, auto, rest != "plain")
     tokens_per_s = rows * LENGTH / seconds_of(step, steps, warm_up=steps > 1)
-    return {"tokens_per_s": tokens_per_s, "peak_mb": memory_gb(torch.device("cpu")) * 1000}
+    found = {"tokens_per_s": tokens_per_s, "peak_mb": memory_gb(torch.device("cpu")) * 1000}
+    if kind != "hf":
+        weights = shape.n_parameters - (0 if shape.tied else shape.vocab_size * shape.dim)
+        found["gflops"] = tokens_per_s * 6 * weights / 1e9
+    return found
 
 
 def in_process(name: str, steps: int) -> dict[str, float]:
@@ -158,31 +167,15 @@ def processor() -> dict[str, object]:
     }
 
 
-def n_counted(shape: ModelConfig) -> int:
-    """Weights that multiply: all but an embedding of its own."""
-    return shape.n_parameters - (0 if shape.tied else shape.vocab_size * shape.dim)
-
-
 def ratios(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """What the table of docs/results.md shows, where its contestants ran."""
-    rate = {name: one["tokens_per_s"] for name, one in found.items() if "tokens_per_s" in one}
-    pairs = [
-        ("ours", "hf_float32"), ("ours", "hf_bfloat16"), ("14m", "14m_plain"),
-        ("ours_avx2", "hf_float32_avx2"),
-    ]  # fmt: skip
-    result = {f"{a}/{b}": rate[a] / rate[b] for a, b in pairs if {a, b} <= rate.keys()}
-    for peer in ("hf_float32", "hf_bfloat16"):
-        if {"ours", peer} <= found.keys():
-            result[f"memory/{peer}"] = found["ours"]["peak_mb"] / found[peer]["peak_mb"]
-    for name, product, shape in (
-        ("ours", "product_bfloat16", SHAPE_43M),
-        ("14m", "product_bfloat16", SHAPE_14M),
-        ("ours_avx2", "product_float32_avx2", SHAPE_43M),
-    ):
-        if {name, product} <= found.keys():
-            gflops = rate[name] * 6 * n_counted(shape) / 1e9
-            result[f"{name}/{product}"] = gflops / found[product]["gflops"]
-    return result
+    return {
+        f"{a}/{b} {key}": found[a][key] / found[b][key]
+        for a, b in PAIRS
+        if {a, b} <= found.keys()
+        for key in found[a]
+        if key in found[b]
+    }
 
 
 def main(cfg: SpeedConfig) -> None:

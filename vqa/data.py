@@ -13,7 +13,7 @@ The key stands for the encoder's weights and settings and for the set's images.
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -78,27 +78,31 @@ def features_of(encoder: Encoder, pictures: Pictures, device: torch.device) -> n
     """The features of all images, read from the disk; computed first where they are not there."""
     path = pictures.place / f"features-{key_of(encoder, pictures)}.npy"
     if not path.is_file():
-        _compute(encoder, pictures, path, device)
+        encoder = encoder.eval().to(device)
+        shape = (len(pictures), encoder.config.n_places, sum(encoder.widths))
+        with atomic_write(path, unique=True) as temporary:
+            out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            start, done = time.perf_counter(), 0
+            for part in computed(encoder, pictures, range(len(pictures)), device):
+                out[done : done + len(part)] = part.astype(np.float16)
+                done += len(part)
+            out.flush()
+        rate = len(pictures) / (time.perf_counter() - start)
+        print(f"{shown(path)}: {len(pictures):,} images at {rate:.1f} a second")
     return np.load(path, mmap_mode="r")
 
 
 @torch.inference_mode()
-def _compute(encoder: Encoder, pictures: Pictures, path: Path, device: torch.device) -> None:
-    config, encoder = encoder.config, encoder.eval().to(device)
-    shape = (len(pictures), config.n_places, sum(encoder.widths))
-    with atomic_write(path, unique=True) as temporary:
-        out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-        start = time.perf_counter()
-        firsts = range(0, len(pictures), BATCH)
-        for first in tqdm(firsts, f"see {pictures.place.name}", disable=None):
-            part = range(first, min(first + BATCH, len(pictures)))
-            squares = torch.stack([prepared(pictures.read(n), pictures.names[n], config)
-                                   for n in part])  # fmt: skip
-            seen = encoder(normalise(squares.to(device), config.normalisation))
-            out[part.start : part.stop] = seen.float().cpu().numpy().astype(np.float16)
-        out.flush()
-    rate = len(pictures) / (time.perf_counter() - start)
-    print(f"{shown(path)}: {len(pictures):,} images at {rate:.1f} a second")
+def computed(
+    encoder: Encoder, pictures: Pictures, numbers: Sequence[int], device: torch.device
+) -> Iterator[np.ndarray]:
+    """The features (n, places, C) float32 of images, some at a time."""
+    config = encoder.config
+    for first in tqdm(range(0, len(numbers), BATCH), f"see {pictures.place.name}", disable=None):
+        part = numbers[first : first + BATCH]
+        squares = [prepared(pictures.read(n), pictures.names[n], config) for n in part]
+        seen = encoder(normalise(torch.stack(squares).to(device), config.normalisation))
+        yield seen.float().cpu().numpy()
 
 
 @dataclass(frozen=True)

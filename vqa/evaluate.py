@@ -14,17 +14,15 @@ The linear probe is softmax regression on standardised features, fitted to its e
 of an answer is in the features, and so what a fusion could have got out of them at least.
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from babyllama.analysis.watch import cjk_font, writable
 from babyllama.config import atomic_write, from_repo, parse, run, shown
@@ -32,9 +30,10 @@ from babyllama.device import pick_device
 from babyllama.errors import ConfigError
 from babyllama.scoring.rouge import bootstrap_interval, rouge_clipped
 from babyllama.scoring.tables import table
+from babyllama.scoring.test_sets import write_json
 from vqa import images
 from vqa.chat import greedy
-from vqa.data import BATCH, PictureRows, key_of, prepared
+from vqa.data import PictureRows, computed, key_of
 from vqa.images import normalise
 from vqa.model import Loaded, VqaModel, load
 from vqa.pack import Pictures
@@ -78,8 +77,9 @@ MODES = ("true", "shuffled", "blank")
 GREY = 128
 MAX_ANSWERS = 20  # a question with at most so many different answers is closed
 N_SHOWN, N_PHOTOS = 3, 9  # rows that are printed, photos on the sheet
-# Of the sheet, in inches: a photo's side, a gap, a line of text. So many characters fill a line.
-CELL, GAP, LINE, LONGEST = 3.3, 0.25, 0.24, 27
+# Of the sheet, in inches: a photo with its share of the gaps, a line of text. So many characters
+# fill a line.
+SIDE, LINE, LONGEST = 3.6, 0.24, 27
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class EvaluateConfig:
     Args:
         checkpoint: a run or a checkpoint of python -m vqa.train
         dataset: a set that was pre-tokenized and packed
-        split: which part of it: train, val or test
+        split: which part of it
         pictures: where the packed images lie
         probe: also fit a linear probe for the answers to this question
         sheet: an image to draw, of photos with their questions and answers
@@ -98,7 +98,7 @@ class EvaluateConfig:
 
     checkpoint: Path | None = None
     dataset: str = ""
-    split: str = "test"
+    split: Literal["train", "val", "test"] = "test"
     pictures: Path = Path("data/pictures")
     probe: str | None = None
     sheet: Path | None = None
@@ -107,8 +107,6 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.checkpoint is None or not self.dataset:
             raise ConfigError("wanted python -m vqa.evaluate CHECKPOINT --dataset NAME")
-        if self.split not in ("train", "val", "test"):
-            raise ConfigError(f"split wants train, val or test, found {self.split!r}")
 
 
 class Asked(NamedTuple):
@@ -145,22 +143,13 @@ def features_for(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the encoder sees in these images, (n, places, C), and in one that is grey (1, …)."""
     config, device = model.encoder.config, model.output.weight.device
-
-    def see(squares: Tensor) -> np.ndarray:
-        normal = normalise(squares.to(device), config.normalisation)
-        return model.encoder(normal).float().cpu().numpy()
-
     shape = (1, config.n_squares, 3, config.size, config.size)
-    grey = see(torch.full(shape, GREY, dtype=torch.uint8))
+    grey = torch.full(shape, GREY, dtype=torch.uint8, device=device)
+    blank = model.encoder(normalise(grey, config.normalisation)).float().cpu().numpy()
     kept = pictures.place / f"features-{key_of(model.encoder, pictures)}.npy"
     if kept.is_file():
-        return np.load(kept, mmap_mode="r")[numbers].astype(np.float32), grey
-    found = []
-    for start in range(0, len(numbers), BATCH):
-        part = numbers[start : start + BATCH]
-        squares = [prepared(pictures.read(n), pictures.names[n], config) for n in part]
-        found.append(see(torch.stack(squares)))
-    return np.concatenate(found), grey
+        return np.load(kept, mmap_mode="r")[numbers].astype(np.float32), blank
+    return np.concatenate(list(computed(model.encoder, pictures, numbers, device))), blank
 
 
 def shuffled(asked: list[Asked], seed: int = 0) -> list[int]:
@@ -285,23 +274,26 @@ def draw(photos: list, font: str | None) -> "Figure":
 
     n_columns = int(np.ceil(np.sqrt(len(photos))))
     n_rows = -(-len(photos) // n_columns)
-    high = CELL + LINE * (max(len(lines) for _, lines in photos) + 1)
-    width, height = n_columns * (CELL + GAP), n_rows * high
-    figure = Figure(figsize=(width, height))
+    high = SIDE + LINE * (1 + max(len(lines) for _, lines in photos))
+    figure = Figure(figsize=(n_columns * SIDE, n_rows * high))
+    axes = figure.subplots(
+        n_rows, n_columns, squeeze=False, gridspec_kw={"hspace": high / SIDE - 1}
+    )
     family = {"fontfamily": font} if font else {}
-    for place, (pixels, lines) in enumerate(photos):
-        row, column = divmod(place, n_columns)
-        left, top = column * (CELL + GAP), height - row * high
-        ax = figure.add_axes((left / width, (top - CELL) / height, CELL / width, CELL / height))
-        ax.imshow(pixels)
+    for ax in axes.flat:
         ax.axis("off")
+    for ax, (pixels, lines) in zip(axes.flat, photos, strict=False):
+        ax.imshow(pixels)
+        ax.set_anchor("NW")
         for n, (question, said, true) in enumerate(lines):
             right = is_right(said, true)
             text = f"{question} {said}" + ("" if right else f"（{true}）")
             text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
-            below = (top - CELL - LINE * (n + 0.3)) / height
-            figure.text(left / width, below, writable(text, font), va="top", fontsize=9,
-                        color="black" if right else "crimson", **family)  # fmt: skip
+            ax.annotate(
+                writable(text, font), (0, 0), (0, -72 * LINE * (n + 0.3)),
+                xycoords="axes fraction", textcoords="offset points", va="top", fontsize=9,
+                color="black" if right else "crimson", **family,
+            )  # fmt: skip
     return figure
 
 
@@ -349,7 +341,7 @@ def main(cfg: EvaluateConfig) -> None:
     run_directory = loaded.path.parent
     path = run_directory / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json"
     found |= {"checkpoint": shown(loaded.path), "step": loaded.step}
-    path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_json(path, found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ behind one key, all with the same `Projector`, so that a comparison compares the
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from babyllama.checkpoint import Loaded, load_weights, read_checkpoint
-from babyllama.config import shown
+from babyllama.config import plain, shown
 from babyllama.cpu.decoder import choose
 from babyllama.decoder import Decoder
 from babyllama.errors import CheckpointError, ConfigError, require
@@ -229,8 +229,8 @@ class VqaModel(nn.Module):
     @property
     def more_info(self) -> dict:
         """What a checkpoint says of it beside the language model's shape."""
-        encoder = {**asdict(self.encoder.config), "eps": getattr(self.encoder.net, "eps", None)}
-        return {"vqa": {"encoder": _plain(encoder), "fusion": _plain(asdict(self.fusion))}}
+        encoder = plain(self.encoder.config) | {"eps": getattr(self.encoder.net, "eps", None)}
+        return {"vqa": {"encoder": encoder, "fusion": plain(self.fusion)}}
 
     def n_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
@@ -322,10 +322,6 @@ class VqaModel(nn.Module):
         return Decoder(net, step, str(net.output.weight.dtype)[6:], reader=read, choose=choose)
 
 
-def _plain(settings: dict) -> dict:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-
-
 def with_picture(ids: Sequence[int], picture: int, n_positions: int) -> list[int]:
     """A rendered dialogue with the positions of an image behind its <bos>.
 
@@ -351,15 +347,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
     try:
         kept = dict(info["vqa"]["encoder"])
         eps = kept.pop("eps")
-        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}
-        # The weights are in the checkpoint; where they once came from is not asked.
-        config, origin = EncoderConfig(**{**kept, "weights": None}), kept["weights"]
+        config = EncoderConfig(**kept | {"depths": tuple(kept["depths"])})
         stored = info["vqa"]["fusion"]
-        fusion = FusionConfig(**{**stored, "layers": tuple(stored["layers"])})
-        encoder = make_encoder(config)
+        fusion = FusionConfig(**stored | {"layers": tuple(stored["layers"])})
+        # The weights are in the checkpoint; where they once came from is not asked.
+        encoder = make_encoder(replace(config, weights=None))
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {error!r}") from None
-    encoder.config = EncoderConfig(**{**kept, "weights": origin})
+    encoder.config = config
     if eps is not None:
         encoder.net.set_eps(eps)
     model = VqaModel(Transformer(info["model"]), encoder, fusion)

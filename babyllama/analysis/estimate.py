@@ -1,22 +1,16 @@
-"""Estimate of what a run takes before it is started: parameters, memory and time.
-
-python pretrain.py --dry-run         of a run, with ten probing steps
-python -m babyllama.analysis.estimate         a table: the largest batches on usual cards, computed
-"""
+"""Estimate of what a run takes before it is started, `python pretrain.py --dry-run`: parameters,
+memory and, by ten probing steps, time."""
 
 import re
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
 
 import psutil
 import torch
-import yaml
 
 from babyllama import lora
 from babyllama.analysis.watch import mfu_per_rate, synchronize
 from babyllama.checkpoint import checkpoint_bytes
-from babyllama.config import REPO, parse, run
 from babyllama.data import TrainData
 from babyllama.device import Scaler, memory_gb, open_scaler
 from babyllama.distributed import World
@@ -235,55 +229,3 @@ def _probe(
     synchronize(world.device)
     seconds = time.perf_counter() - started
     return seconds / n_probes / share, tokens / n_probes / share, n_probes
-
-
-# Of the table: configs/model/<name>.yaml, cards with their gigabytes and formats, and a batch.
-SHAPES, PIECES, BATCH = ("43m", "400m"), 65_000, 32
-CARDS = (
-    ("GTX 1660 Ti", 6, "float32"), ("RTX 2080", 8, "float16"), ("RTX 3060", 12, "bfloat16"),
-    ("RTX 3090", 24, "bfloat16"),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TableConfig:
-    """Nothing is to be set."""
-
-
-def table() -> list[str]:
-    """Markdown: for each shape and card, what fits, without and with train.recompute."""
-    lines = [
-        f"| shape | card | format | largest micro-batch | with recompute | {BATCH} at once | "
-        f"with recompute |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name in SHAPES:
-        shape = yaml.safe_load((REPO / f"configs/model/{name}.yaml").read_text("utf-8"))
-        config = replace(ModelConfig(**shape), vocab_size=PIECES)
-        n_parameters = config.n_parameters
-        for card, size, precision in CARDS:
-            row = [f"{name}, {n_parameters / 1e6:,.1f} M", f"{card}, {size} GB", precision]
-            most, needs = [], []
-            for recompute in (False, True):
-                one, two, wanted = (
-                    memory_by_part(config, n_parameters, n, precision, recompute, is_card=True)
-                    for n in (1, 2, BATCH)
-                )
-                fits = largest_batch(one, two, size - CONTEXT_GB / _USABLE)
-                most.append(f"{fits} x {config.max_seq_len}")
-                needs.append(f"{sum(wanted.values()) + CONTEXT_GB:.1f} GB")
-            lines.append(f"| {' | '.join([*row, *most, *needs])} |")
-    return lines
-
-
-def main(_: TableConfig) -> None:
-    """Print the table."""
-    print("\n".join(table()))
-    print(
-        f"Computed, not measured; {CONTEXT_GB} GB are for the driver, a tenth of the card is left "
-        f"for the allocator's gaps."
-    )
-
-
-if __name__ == "__main__":
-    run(main, parse(TableConfig, __doc__))

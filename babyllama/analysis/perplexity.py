@@ -39,7 +39,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.checkpoint import Loaded, load_model
-from babyllama.config import atomic_write, from_repo, parse, plain, require_writable, run, shown
+from babyllama.config import from_repo, parse, plain, require_writable, run, shown
 from babyllama.data import best_fit, collate
 from babyllama.device import Device, pick_device
 from babyllama.distributed import World, start
@@ -50,7 +50,7 @@ from babyllama.run_dir import find_checkpoint, list_checkpoints, read_info
 from babyllama.scoring import rouge
 from babyllama.scoring.prompts import SummaryPrompts
 from babyllama.scoring.tables import table
-from babyllama.scoring.test_sets import beside, checksums
+from babyllama.scoring.test_sets import beside, checksums, write_json
 from babyllama.sources import Row
 from model import IGNORED, Transformer, token_losses
 from tokenizer import Tokenizer
@@ -470,10 +470,7 @@ def main(cfg: EvaluateConfig) -> None:
                     require_same_documents(found["sets"], held_out)
             found["checkpoints"][shown(step)] = measure(loaded, opened[key], cfg, world)
         if world.is_main:
-            with atomic_write(out) as temporary:
-                temporary.write_text(
-                    json.dumps(found, ensure_ascii=False, indent=1) + "\n", "utf-8"
-                )
+            write_json(out, found)
             print(f"{report(found)}\n\nfigures: {shown(out)}")
 
 

@@ -1,9 +1,9 @@
 """Titles of abstracts, for scoring, the terminal, the page and the API alike.
 
 A model is asked with the evaluation prompt. Of several replies (the n best of a beam search, or
-drawn ones; of several models all together) the one most like the others is the title: minimum Bayes
-risk (Kumar and Byrne 2004; Eikema and Aziz 2020, arXiv:2005.10283) under ROUGE. `by_wording` tells
-how much hangs on the phrase: ROUGE under prompt templates that training never uses.
+drawn ones) the one most like the others is the title: minimum Bayes risk (Kumar and Byrne 2004;
+Eikema and Aziz 2020, arXiv:2005.10283) under ROUGE. `by_wording` tells how much hangs on the
+phrase: ROUGE under prompt templates that training never uses.
 """
 
 from collections import Counter
@@ -171,7 +171,7 @@ def ask_all(
 
 
 def summarise(
-    models: Sequence[ReadyModel],
+    model: ReadyModel,
     texts: Sequence[str],
     sampling: SamplingConfig = BEST,
     batch_size: int = 32,
@@ -179,7 +179,7 @@ def summarise(
     question: str | None = None,
     max_seq_len: int | None = None,
 ) -> list[Suggested]:
-    """The titles that one model, or several together, give each text; the only writer of titles.
+    """The titles that a model gives each text; the only writer of titles.
 
     Lead-ins are taken off. A reply that repeats words of the prompt templates, which the text does
     not hold, is no title where there is another one. A text that does not fit loses its end.
@@ -187,26 +187,24 @@ def summarise(
     question: another one than the `eval` question of the templates
     raises: ConfigError if the context has no room for a text
     """
-    titles: list[list[str]] = [[] for _ in texts]
-    lead_ins, n_read = [False] * len(texts), list(map(len, texts))
-    for model in models:
-        own, context = templates(prompts, model.tokenizer), model.decoder.model.config.max_seq_len
-        room = min(context, max_seq_len or context) - sampling.max_new_tokens
-        asked = [own.eval_prompt(text, room, question) for text in texts]
-        replies = ask_all(model, [ids for ids, _ in asked], sampling, batch_size)
-        for i, (text, mine, (_, n_cut)) in enumerate(zip(texts, replies, asked, strict=True)):
-            bare = [own.strip_frame(reply.text.strip()).strip() for reply in mine]
-            lead_ins[i] |= bare[0] != mine[0].text.strip()
-            titles[i] += [one for one in bare if not own.echoes(one, text)] or bare
-            if n_cut:
-                read = own.text_ids(text)[:-n_cut]
-                n_read[i] = min(n_read[i], len(model.tokenizer.decode(read)))
-    return [Suggested(*each) for each in zip(map(ranked, titles), n_read, lead_ins, strict=True)]
+    own, context = templates(prompts, model.tokenizer), model.decoder.model.config.max_seq_len
+    room = min(context, max_seq_len or context) - sampling.max_new_tokens
+    asked = [own.eval_prompt(text, room, question) for text in texts]
+    every = ask_all(model, [ids for ids, _ in asked], sampling, batch_size)
+    found = []
+    for text, replies, (_, n_cut) in zip(texts, every, asked, strict=True):
+        bare = [own.strip_frame(reply.text.strip()).strip() for reply in replies]
+        titles = [one for one in bare if not own.echoes(one, text)] or bare
+        n_read = len(text)
+        if n_cut:
+            n_read = min(n_read, len(model.tokenizer.decode(own.text_ids(text)[:-n_cut])))
+        found.append(Suggested(ranked(titles), n_read, bare[0] != replies[0].text.strip()))
+    return found
 
 
 def suggest(decoder: Decoder, tokenizer: Tokenizer, text: str, n: int = 1) -> Suggested:
     """At most n titles of a text: what the terminal, the page and the API give."""
-    (found,) = summarise([ReadyModel(decoder, tokenizer)], [text])
+    (found,) = summarise(ReadyModel(decoder, tokenizer), [text])
     return found._replace(titles=[title for title in found.titles if title][:n])
 
 
@@ -240,7 +238,7 @@ def by_wording(
         raise ConfigError(f"{cfg.prompts}: wanted eval.unseen for --wordings, found none; add some")
     rows = {USUAL: _means(usual.titles, references) | {"n_lead_ins": usual.n_lead_ins}}
     for question in unseen:
-        made = summarise([model], texts, sampling, cfg.batch_size, cfg.prompts, question)
+        made = summarise(model, texts, sampling, cfg.batch_size, cfg.prompts, question)
         rows[question] = _means([each.title for each in made], references)
         rows[question]["n_lead_ins"] = sum(each.had_lead_in for each in made)
     ways = {"mean": np.mean, "deviation": np.std, "lowest": np.min, "highest": np.max}
@@ -257,7 +255,7 @@ def _means(titles: Sequence[str], references: Sequence[str]) -> dict:
 
 
 def summarise_all(
-    systems: Mapping[str, Sequence[Path]],
+    systems: Mapping[str, Path],
     found: SummarySet,
     ways: Mapping[str, SamplingConfig],
     cfg: AskConfig,
@@ -265,18 +263,15 @@ def summarise_all(
 ) -> tuple[list[System], ReadyModel | None]:
     """The titles of each file and of each checkpoint in each way to decode; the first model."""
     lines, first, texts = [], None, found.column("text")
-    for name, paths in systems.items():
-        if paths[0].is_file():
-            lines.append(System(name, predictions_for(paths[0], found)))
+    for name, path in systems.items():
+        if path.is_file():
+            lines.append(System(name, predictions_for(path, found)))
             continue
-        device = pick_device(cfg.device)
-        models = [ReadyModel.of(load_model(path, device), cfg.weights) for path in paths]
-        first = first or models[0]
+        model = ReadyModel.of(load_model(path, pick_device(cfg.device)), cfg.weights)
+        first = first or model
         for way, sampling in ways.items():
             began = perf_counter()
-            made = summarise(
-                models, texts, sampling, cfg.batch_size, cfg.prompts, None, max_seq_len
-            )
+            made = summarise(model, texts, sampling, cfg.batch_size, cfg.prompts, None, max_seq_len)
             line = System(f"{name} {way}".rstrip(), [each.title for each in made])
             line.seconds = perf_counter() - began
             line.n_cut = sum(e.n_read < len(t) for e, t in zip(made, texts, strict=True))

@@ -11,12 +11,12 @@ A file of titles has the keys id, text, reference and prediction.
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from babyllama.config import REPO, from_repo, require_writable, shown, similar
+from babyllama.config import REPO, atomic_write, from_repo, require_writable, shown, similar
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import (
     BODIES,
@@ -40,6 +40,12 @@ def first_column(row: dict, names: Iterable[str]) -> str | None:
     `target`; elsewhere it names the publisher."""
     filled = (name for name in names if row.get(name) not in (None, "", []))
     return next((name for name in filled if name != "source" or "target" in row), None)
+
+
+def write_json(path: Path, value: object) -> None:
+    """A file for people and programs, whole or not at all."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def beside(checkpoint: Path) -> Path:
@@ -247,44 +253,28 @@ def stored_outputs(found: SummarySet) -> dict[str, list[str]]:
     return {"outputs in the file": outputs} if held else {}
 
 
-def choose_systems(named: Sequence[Path]) -> dict[str, list[Path]]:
-    """The file of titles or the checkpoints of each system, by a name as short as can be.
+def choose_systems(named: Sequence[Path], has_wordings: bool) -> dict[str, Path]:
+    """The file of titles or the checkpoint of each system, by a name as short as can be.
 
-    named: checkpoints, several joined by "+", or files; if empty the newest SFT run is taken
-    raises: CheckpointError if there is none; ConfigError if one is named twice
+    named: if empty the newest SFT run is taken
+    raises: CheckpointError if there is none; ConfigError if one is named twice, or wordings are
+        wanted of a file
     """
-    groups = [
-        [from_repo(one)] if from_repo(one).exists() else list(map(from_repo, str(one).split("+")))
-        for one in named or [chosen_run(None, kind="sft")]
-    ]
-    groups = [
-        [p.resolve() if p.is_file() else find_checkpoint(p).resolve() for p in paths]
-        for paths in groups
-    ]
-    alone = all(len(set(paths)) == len(paths) for paths in groups)
-    if not alone or len(set(map(tuple, groups))) < len(groups):
+    given = [from_repo(one) for one in named or [chosen_run(None, kind="sft")]]
+    paths = [p.resolve() if p.is_file() else find_checkpoint(p).resolve() for p in given]
+    if len(set(paths)) < len(paths):
         raise ConfigError(
             f"wanted different systems, found the same checkpoint or file twice among "
-            f"{', '.join(shown(path) for paths in groups for path in paths)}; leave one out"
+            f"{', '.join(map(shown, paths))}; leave one out"
         )
-    every = dict.fromkeys(path for paths in groups for path in paths)
-    places = [path.relative_to(REPO) if path.is_relative_to(REPO) else path for path in every]
+    if has_wordings and paths[0].is_file():
+        raise ConfigError("--wordings asks a checkpoint, the first system; name it first")
+    places = [path.relative_to(REPO) if path.is_relative_to(REPO) else path for path in paths]
     for n_parts in (2, 3, 99):
         names = ["/".join(place.parts[-n_parts:]) for place in places]
         if len(set(names)) == len(names):
             break
-    name_of = dict(zip(every, names, strict=True))
-    return {" + ".join(map(name_of.__getitem__, paths)): paths for paths in groups}
-
-
-def require_sense(systems: Mapping[str, Sequence[Path]], has_wordings: bool) -> None:
-    """Refuse at the start what has nobody to ask.
-
-    raises: ConfigError
-    """
-    first, *_ = systems.values()
-    if has_wordings and (first[0].is_file() or len(first) > 1):
-        raise ConfigError("--wordings asks one checkpoint, the first system; name it first")
+    return dict(zip(names, paths, strict=True))
 
 
 def choose_out(out: Path | None, systems: Sequence[Path], found: SummarySet) -> Path:

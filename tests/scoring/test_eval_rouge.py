@@ -177,21 +177,10 @@ def test_each_way_to_decode_is_a_line_with_its_time(checkpoint, rows_file, tmp_p
     assert "wanted some of" in script("eval_rouge.py", checkpoint, "--decoding", "vote").error
 
 
-def test_joined_checkpoints_are_one_system(checkpoint, other, rows_file, tmp_path, script):
-    out = tmp_path / "o.jsonl"
+def test_wordings_are_asked_of_a_checkpoint(rows_file, tmp_path, script):
     titles = write_titles(tmp_path / "t.jsonl", TITLES)
-    words = ("--data", rows_file, "--out", out, *FEW, "--decoding", "best")
-    done = script("eval_rouge.py", f"{checkpoint}+{other}", titles, *words)
-    assert done.code == 0, done.err
-    result = json.loads(out.with_suffix(".scores.json").read_text("utf-8"))
-    pooled = "small/step-000007 + other/step-000003 best"
-    assert result["seconds"][pooled] > 0 and len(result["models"]) == 3
-    assert [n for n in result["scores_x100"] if "step-" in n] == [pooled]
-    assert len(rows_of(out)) == 5 and not out.with_name("o-2.jsonl").exists()
-    asked = (f"{checkpoint}+{other}", *words, "--wordings", "true")
-    assert "asks one checkpoint" in script("eval_rouge.py", *asked).error
-    missing = script("eval_rouge.py", f"{checkpoint}+no/such", *words).error
-    assert "no/such" in missing
+    asked = (titles, "--data", rows_file, *FEW, "--wordings", "true")
+    assert "asks a checkpoint" in script("eval_rouge.py", *asked).error
 
 
 def test_wordings_are_a_table_of_their_own(checkpoint, tmp_path, script):
@@ -270,7 +259,7 @@ def test_mistakes_are_one_line_and_code_2(checkpoint, rows_file, tmp_path, scrip
     assert "is a directory" in mistake(checkpoint, "--data", rows_file, "--out", tmp_path)
     assert "is the data" in mistake(checkpoint, "--data", rows_file, "--out", rows_file)
     assert "is the data" in mistake(titles, checkpoint, "--data", rows_file, "--out", titles)
-    assert "asks one checkpoint" in mistake(titles, "--wordings")
+    assert "asks a checkpoint" in mistake(titles, "--wordings")
     assert "wanted texts under" in mistake(rows_file)
     assert "csl_ts" in mistake(checkpoint, "--data", rows_file, "--published", "csl")
     with pytest.raises(ConfigError, match="limit must be at least 1, found 0"):

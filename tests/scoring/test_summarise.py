@@ -43,14 +43,12 @@ TEXTS = [
 ]
 
 
-def wide_awake(checkpoint: Path, flip: bool = False) -> ReadyModel:
+def wide_awake(checkpoint: Path) -> ReadyModel:
     """The checkpoint with weights so large that every text gets a title of its own."""
     loaded: Loaded = load_model(checkpoint)
     with torch.no_grad():
         for weight in loaded.model.parameters():
             weight.mul_(8 if weight.dim() > 1 else 1)
-        if flip:
-            loaded.model.output.weight.copy_(loaded.model.output.weight.flip(1))
     return ReadyModel.of(loaded, "float32")
 
 
@@ -63,14 +61,14 @@ def prompts_of(model: ReadyModel, texts: list[str]) -> list[list[int]]:
 def test_titles_come_in_the_order_of_the_texts_whatever_the_batches(checkpoint, way):
     way = replace(way, seed=0, n=1) if way is DRAWN else way
     model = wide_awake(checkpoint)
-    together = summarise([model], TEXTS, way, 32, PROMPTS)
+    together = summarise(model, TEXTS, way, 32, PROMPTS)
     assert len({each.title for each in together}) == 5
     assert [len(text) - each.n_read > 0 for text, each in zip(TEXTS, together, strict=True)] == [
         False, True, False, False, False
     ]  # fmt: skip
     if way.temperature == 0:  # drawn replies depend on their number in the batch
-        assert summarise([model], TEXTS, way, 2, PROMPTS) == together
-        assert [summarise([model], [text], way, 32, PROMPTS)[0] for text in TEXTS] == together
+        assert summarise(model, TEXTS, way, 2, PROMPTS) == together
+        assert [summarise(model, [text], way, 32, PROMPTS)[0] for text in TEXTS] == together
 
 
 def test_a_reader_is_given_the_best_titles_of_the_search_that_is_scored(tmp_path, tokenizer):
@@ -80,7 +78,7 @@ def test_a_reader_is_given_the_best_titles_of_the_search_that_is_scored(tmp_path
     three, n_read, _ = suggest(decoder, tokenizer, TEXTS[0], 3)
     assert len(set(three)) == 3 and n_read == len(TEXTS[0])
     assert suggest(decoder, tokenizer, TEXTS[0]).titles == three[:1]
-    (scored, _) = summarise([ReadyModel(decoder, tokenizer)], TEXTS[:2])
+    (scored, _) = summarise(ReadyModel(decoder, tokenizer), TEXTS[:2])
     assert scored.titles[:3] == three
     long = TEXTS[1] * 9
     found = suggest(decoder, tokenizer, long)
@@ -94,23 +92,10 @@ def test_the_title_is_the_consensus_of_the_n_best(checkpoint):
                          model.tokenizer)  # fmt: skip
     own = templates(PROMPTS, model.tokenizer)
     wanted = [ranked([own.strip_frame(r.text.strip()).strip() for r in mine[:5]]) for mine in found]
-    assert [each.titles for each in summarise([model], TEXTS, way, 12, PROMPTS)] == wanted
+    assert [each.titles for each in summarise(model, TEXTS, way, 12, PROMPTS)] == wanted
     assert any(
         mine[0].text.strip() != titles[0] for mine, titles in zip(found, wanted, strict=True)
     )
-
-
-def test_several_models_decide_together(checkpoint):
-    models = [wide_awake(checkpoint), wide_awake(checkpoint, flip=True)]
-    every = []
-    for model in models:
-        replies = ask_all(model, prompts_of(model, TEXTS), DRAWN, 8)
-        assert [len(mine) for mine in replies] == [4] * len(TEXTS)
-        every.append([[reply.text.strip() for reply in mine] for mine in replies])
-    wanted = [ranked([*a, *b])[0] for a, b in zip(*every, strict=True)]
-    found = [each.title for each in summarise(models, TEXTS, DRAWN, 8, PROMPTS)]
-    assert found == wanted
-    assert found != [each.title for each in summarise(models[:1], TEXTS, DRAWN, 8, PROMPTS)]
 
 
 def test_of_drawn_replies_all_are_those_of_the_generator(checkpoint):
@@ -125,7 +110,7 @@ def test_every_prompt_leaves_room_for_the_title(checkpoint):
     model = wide_awake(checkpoint)
     assert max(map(len, prompts_of(model, TEXTS))) == model.decoder.model.config.max_seq_len - 8
     with pytest.raises(ConfigError, match="leaves"):
-        summarise([model], TEXTS, replace(GREEDY, max_new_tokens=120), 2, PROMPTS)
+        summarise(model, TEXTS, replace(GREEDY, max_new_tokens=120), 2, PROMPTS)
 
 
 def test_template_words_are_no_title_but_the_texts_own_words_are(tokenizer):
@@ -141,14 +126,14 @@ def test_template_words_are_no_title_but_the_texts_own_words_are(tokenizer):
 def test_a_reply_with_template_words_loses_to_any_other(checkpoint, tmp_path):
     model, way = wide_awake(checkpoint), replace(GREEDY, beams=4, n=4)
     raw = yaml.safe_load(PROMPTS.read_text("utf-8"))
-    first = summarise([model], TEXTS[:1], way, 8, PROMPTS)[0].titles
+    first = summarise(model, TEXTS[:1], way, 8, PROMPTS)[0].titles
     assert len(first[0]) >= 4 and not any(first[0] in other for other in first[1:])
     usual = raw["eval"]["unseen"]
     for number, (echoed, wanted) in enumerate(((first[:1], first[1:]), (first, first))):
         raw["eval"]["unseen"] = [*usual, *(f"{title}{{text}}" for title in echoed)]
         prompts = tmp_path / f"{number}.yaml"
         prompts.write_text(yaml.safe_dump(raw, allow_unicode=True), "utf-8")
-        assert set(summarise([model], TEXTS[:1], way, 8, prompts)[0].titles) == set(wanted)
+        assert set(summarise(model, TEXTS[:1], way, 8, prompts)[0].titles) == set(wanted)
 
 
 def test_ways_to_decode_keep_what_the_settings_say_of_them():
@@ -180,8 +165,8 @@ def test_the_best_reply_is_the_one_most_like_the_others():
 def test_another_wording_asks_another_question(checkpoint):
     model = wide_awake(checkpoint)
     unseen = templates(PROMPTS, model.tokenizer).unseen
-    usual = summarise([model], TEXTS, GREEDY, 8, PROMPTS)
-    assert usual != summarise([model], TEXTS, GREEDY, 8, PROMPTS, unseen[0])
+    usual = summarise(model, TEXTS, GREEDY, 8, PROMPTS)
+    assert usual != summarise(model, TEXTS, GREEDY, 8, PROMPTS, unseen[0])
     line = System("usual", [each.title for each in usual])
     found = by_wording(model, TEXTS, TEXTS, GREEDY, ASK, line)
     assert list(found["wordings"]) == [USUAL, *unseen]
