@@ -525,7 +525,7 @@ def engines(lab: Lab) -> dict:
 def images(lab: Lab) -> dict:
     """The encoder's features beside the processor's, and steps a second of a model that sees."""
     from vqa.encoders import EncoderConfig, make_encoder
-    from vqa.model import FusionConfig, VqaModel, with_picture
+    from vqa.model import FusionConfig, VqaModel, with_image
 
     config = EncoderConfig(size=64 if lab.tiny else 224, grid=2)
     model = VqaModel(lab.model(torch.device("cpu")), make_encoder(config), FusionConfig())
@@ -542,11 +542,11 @@ def images(lab: Lab) -> dict:
     sequences = []
     for _ in range(rows):
         text = draw.integers(3, lab.shape.vocab_size, 20).tolist()
-        ids = np.array(with_picture(text, len(sequences), model.n_positions))
+        ids = np.array(with_image(text, len(sequences), model.n_positions))
         is_text = np.arange(1, len(ids) + 1) > model.n_positions
         targets = np.where(is_text, np.roll(ids, -1), IGNORED)
         sequences.append([(ids[:-1], targets[:-1])])
-    batch = collate(sequences, 0) | {"picture_of": torch.arange(rows), "pixels": pixels}
+    batch = collate(sequences, 0) | {"image_of": torch.arange(rows), "pixels": pixels}
     step = stepper(lab, lab.best, model)
     return {"features_gap": gap, "images_per_s": lab.rate(lambda: step([batch]), rows),
             "passed": gap < 1e-2}  # fmt: skip

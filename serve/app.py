@@ -173,7 +173,7 @@ def _replies(
     deadline = time.monotonic() + service.cfg.reply_seconds
     jobs = [
         Job(prompt.ids, sampling, lambda piece: None, number, n_top, deadline,
-            picture=prompt.picture)
+            image=prompt.image)
         for prompt in prompts
         for number in range(body.n or 1)
     ]  # fmt: skip

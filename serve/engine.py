@@ -229,7 +229,7 @@ class Job:
     cancelled: may be set from any thread; the slot is free after the step under way
     deadline: by `Engine.clock`
     n_known: tokens of the prompt that another one had read before
-    picture: what the model looks at, of one that sees (serve/pictures.py)
+    image: what the model looks at, of one that sees (serve/vision.py)
     """
 
     prompt: list[int]
@@ -241,7 +241,7 @@ class Job:
     cancelled: bool = False
     reply: Reply = field(default_factory=Reply)
     n_known: int = 0
-    picture: Tensor | None = None
+    image: Tensor | None = None
 
 
 class _Row:

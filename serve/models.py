@@ -22,7 +22,7 @@ from babyllama.errors import ConfigError
 from babyllama.retrieval.retriever import API_URL
 from babyllama.run_dir import find_checkpoint, read_info
 from serve.engine import Engine
-from serve.pictures import Eyes, PictureEngine, picture_tools
+from serve.vision import Eyes, ImageEngine, image_tools
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PREFIX_MB = 256  # for beginnings of prompts, so that a shared 资料 is read once
@@ -155,11 +155,11 @@ def _with_eyes(cfg: ServerConfig, path: Path, device: str | torch.device) -> dic
             f"{asked}: {shown(path)} answers about images, which it does with its own weights "
             f"in float32 alone; leave {asked} out"
         )
-    *_, vqa_model = picture_tools()
+    *_, vqa_model = image_tools()
     loaded = vqa_model.load(path, device)
     loaded.tokenizer.require_dialogue()
     name, place = name_of(loaded.path), loaded.path
-    return {name: Model(name, PictureEngine(loaded, cfg.slots), place, place, Eyes(loaded))}
+    return {name: Model(name, ImageEngine(loaded, cfg.slots), place, place, Eyes(loaded))}
 
 
 def name_of(path: Path) -> str:

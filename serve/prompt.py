@@ -12,8 +12,8 @@ from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
 from babyllama.language.letters import as_trained
 from babyllama.retrieval.retriever import Retriever
-from serve.pictures import Eyes
 from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest, Refused, bad
+from serve.vision import Eyes
 from tokenizer import Tokenizer
 
 
@@ -23,12 +23,12 @@ class Prompt:
 
     extra: what the answer tells beside the reply: dropped_messages, which did not fit, if any;
         sources, the passages that became the 资料, where they were asked for
-    picture: what the model gets of the image, of one that sees
+    image: what the model gets of the image, of one that sees
     """
 
     ids: list[int]
     extra: dict = field(default_factory=dict)
-    picture: Tensor | None = None
+    image: Tensor | None = None
 
 
 def chat_prompt(

@@ -8,7 +8,7 @@
 Answers about an image: the way that the chat, the scores and a server share.
 
     loaded = load(Path("out/vqa-splice"))
-    text = answer(loaded, [picture_bytes], [{"role": "user", "content": "图片里是什么？"}])
+    text = answer(loaded, [image_bytes], [{"role": "user", "content": "图片里是什么？"}])
 
 A model of today looks at exactly one image; none, or several, is a DataError that says so. The
 decoding and its limits are images.py's, the dialogue's form tokenizer.py's.
@@ -32,26 +32,26 @@ from babyllama.language.letters import as_trained
 from babyllama.rows import check_messages
 from babyllama.sampling import SamplingConfig
 from vqa import images
-from vqa.model import Loaded, VqaModel, load, with_picture
+from vqa.model import Loaded, VqaModel, load, with_image
 
 
-def look(loaded: Loaded, pictures: Sequence[bytes | Path]) -> Tensor:
+def look(loaded: Loaded, given: Sequence[bytes | Path]) -> Tensor:
     """What the language model gets of the one image: (1, M, D).
 
     raises: DataError if it is not one image, or one that cannot be used
     """
-    if not pictures:
+    if not given:
         raise DataError(
             "wanted an image, found a question without one; send it with the question "
             "(--image FILE, or an image_url in the message)"
         )
-    if len(pictures) > 1:
+    if len(given) > 1:
         raise DataError(
-            f"wanted one image, found {len(pictures)}; this model looks at one at a time: ask "
+            f"wanted one image, found {len(given)}; this model looks at one at a time: ask "
             f"about each by itself"
         )
     config = loaded.model.encoder.config
-    decoded = images.decode(pictures[0], least=config.size * config.tiles)
+    decoded = images.decode(given[0], least=config.size * config.tiles)
     squares = images.squares(decoded, config.size, config.tiles)
     device = loaded.model.output.weight.device
     with torch.inference_mode():
@@ -69,7 +69,7 @@ def prompt_of(loaded: Loaded, messages: Sequence[dict], seen: Tensor) -> list[in
         raise DataError(f"messages: wanted questions and answers in turn, found {reason}; "
                         f"end with a question")  # fmt: skip
     n_positions = loaded.model.n_positions
-    ids = with_picture(loaded.tokenizer.render_prompt(as_trained(messages)), 0, n_positions)
+    ids = with_image(loaded.tokenizer.render_prompt(as_trained(messages)), 0, n_positions)
     context = loaded.model.config.max_seq_len
     if len(ids) >= context:
         raise ConfigError(
@@ -99,13 +99,13 @@ def stream_answer(
 
 def answer(
     loaded: Loaded,
-    pictures: Sequence[bytes | Path],
+    given: Sequence[bytes | Path],
     messages: Sequence[dict],
     sampling: SamplingConfig | None = None,
 ) -> str:
     """The whole answer to the last question; errors as look and prompt_of."""
     sampling = sampling or SamplingConfig(temperature=0.0, max_new_tokens=64)
-    return "".join(stream_answer(loaded, look(loaded, pictures), messages, sampling))
+    return "".join(stream_answer(loaded, look(loaded, given), messages, sampling))
 
 
 @torch.inference_mode()
@@ -116,7 +116,7 @@ def greedy(
 
     prompts: without images; each gets that of its row in `seen` (B, M, D)
     """
-    rows = [with_picture(ids, n, model.n_positions) for n, ids in enumerate(prompts)]
+    rows = [with_image(ids, n, model.n_positions) for n, ids in enumerate(prompts)]
     replies: list[list[int]] = [[] for _ in rows]
     going = set(range(len(rows)))
     with model.looking_at(seen):

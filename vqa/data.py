@@ -34,8 +34,8 @@ from tokenizer import Tokenizer
 from vqa import images
 from vqa.encoders import Encoder, EncoderConfig
 from vqa.images import normalise
-from vqa.model import with_picture
-from vqa.pack import Pictures
+from vqa.model import with_image
+from vqa.pack import PackedImages
 
 
 class Wanted(NamedTuple):
@@ -64,43 +64,43 @@ def prepared(data: bytes, name: str, config: EncoderConfig, chance: int = 0) -> 
 BATCH = 16
 
 
-def key_of(encoder: Encoder, pictures: Pictures) -> str:
+def key_of(encoder: Encoder, packed: PackedImages) -> str:
     """Another one where weights, settings or images are others."""
     digest = hashlib.sha256(repr(replace(encoder.config, weights=None)).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    for path in sorted(pictures.place.glob("pictures-*.tar")):
+    for path in sorted(packed.place.glob("pictures-*.tar")):
         digest.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
     return digest.hexdigest()[:16]
 
 
-def features_of(encoder: Encoder, pictures: Pictures, device: torch.device) -> np.ndarray:
+def features_of(encoder: Encoder, packed: PackedImages, device: torch.device) -> np.ndarray:
     """The features of all images, read from the disk; computed first where they are not there."""
-    path = pictures.place / f"features-{key_of(encoder, pictures)}.npy"
+    path = packed.place / f"features-{key_of(encoder, packed)}.npy"
     if not path.is_file():
         encoder = encoder.eval().to(device)
-        shape = (len(pictures), encoder.config.n_places, sum(encoder.widths))
+        shape = (len(packed), encoder.config.n_places, sum(encoder.widths))
         with atomic_write(path, unique=True) as temporary:
             out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
             start, done = time.perf_counter(), 0
-            for part in computed(encoder, pictures, range(len(pictures)), device):
+            for part in computed(encoder, packed, range(len(packed)), device):
                 out[done : done + len(part)] = part.astype(np.float16)
                 done += len(part)
             out.flush()
-        rate = len(pictures) / (time.perf_counter() - start)
-        print(f"{shown(path)}: {len(pictures):,} images at {rate:.1f} a second")
+        rate = len(packed) / (time.perf_counter() - start)
+        print(f"{shown(path)}: {len(packed):,} images at {rate:.1f} a second")
     return np.load(path, mmap_mode="r")
 
 
 @torch.inference_mode()
 def computed(
-    encoder: Encoder, pictures: Pictures, numbers: Sequence[int], device: torch.device
+    encoder: Encoder, packed: PackedImages, numbers: Sequence[int], device: torch.device
 ) -> Iterator[np.ndarray]:
     """The features (n, places, C) float32 of images, some at a time."""
     config = encoder.config
-    for first in tqdm(range(0, len(numbers), BATCH), f"see {pictures.place.name}", disable=None):
+    for first in tqdm(range(0, len(numbers), BATCH), f"see {packed.place.name}", disable=None):
         part = numbers[first : first + BATCH]
-        squares = [prepared(pictures.read(n), pictures.names[n], config) for n in part]
+        squares = [prepared(packed.read(n), packed.names[n], config) for n in part]
         seen = encoder(normalise(torch.stack(squares).to(device), config.normalisation))
         yield seen.float().cpu().numpy()
 
@@ -133,13 +133,13 @@ class VqaDataConfig:
                               "choose one")  # fmt: skip
 
 
-class PictureRow(NamedTuple):
+class ImageRow(NamedTuple):
     tokens: np.ndarray  # (n,) int64, with the positions of a first image
     targets: np.ndarray  # (n,) int64
-    picture: Wanted
+    image: Wanted
 
 
-class PictureRows(Dialogues):
+class ImageRows(Dialogues):
     """A source. Dialogues that are too long lose whole turns from their end; those whose image
     is not there, or whose first answer does not fit, are dropped. All are counted.
 
@@ -152,12 +152,12 @@ class PictureRows(Dialogues):
         number: int,
         split: str,
         tokenizer: Tokenizer,
-        pictures: Pictures,
+        packed: PackedImages,
         max_seq_len: int,
         n_positions: int,
         augment: bool = False,
     ) -> None:
-        self.number, self.pictures = number, pictures
+        self.number, self.packed = number, packed
         self._n_positions, self._augment = n_positions, augment
         files = token_files(name, split, tokenizer)
         super().__init__(name, files, tokenizer, max_seq_len - n_positions)
@@ -165,39 +165,39 @@ class PictureRows(Dialogues):
             raise DataError(f"{name}: no row of {split} can be used {self.dropped}")
 
     def _fitting(self, max_seq_len: int) -> list[np.ndarray]:
-        self._pictures: list[np.ndarray] = []  # of each file the image of each row, or -1
+        self._images: list[np.ndarray] = []  # of each file the image of each row, or -1
         fitting = super()._fitting(max_seq_len)
-        self.dropped["picture_missing"] = sum(int((own < 0).sum()) for own in self._pictures)
+        self.dropped["image_missing"] = sum(int((own < 0).sum()) for own in self._images)
         return [np.maximum(n_pieces, 0) for n_pieces in fitting]
 
     def _pieces(self, file: TokenFile, max_seq_len: int) -> np.ndarray:
         names = (file.pieces(row)[0][1].tolist() for row in range(file.n_docs))
-        numbers = [self.pictures.number.get(self._tokenizer.decode(name), -1) for name in names]
-        self._pictures.append(np.array(numbers, dtype=np.int64))
-        return np.where(self._pictures[-1] < 0, -1, super()._pieces(file, max_seq_len))
+        numbers = [self.packed.number.get(self._tokenizer.decode(name), -1) for name in names]
+        self._images.append(np.array(numbers, dtype=np.int64))
+        return np.where(self._images[-1] < 0, -1, super()._pieces(file, max_seq_len))
 
     def _messages(self, number: int) -> tuple[int, list[tuple[str, list[int]]]]:
         file, row, n_pieces = self._rows[number].tolist()
         pieces = self.files[file].pieces(row)[1:n_pieces]
-        return int(self._pictures[file][row]), [(role, ids.tolist()) for role, ids in pieces]
+        return int(self._images[file][row]), [(role, ids.tolist()) for role, ids in pieces]
 
     def messages(self, number: int) -> tuple[int, list[dict]]:
         """The image's number and the dialogue as texts."""
-        picture, pieces = self._messages(number)
+        image, pieces = self._messages(number)
         decode = self._tokenizer.decode
-        return picture, [{"role": role, "content": decode(ids)} for role, ids in pieces]
+        return image, [{"role": role, "content": decode(ids)} for role, ids in pieces]
 
     def row(  # type: ignore[override]  # three parts, which Batches takes
         self, number: int, rng: np.random.Generator
-    ) -> PictureRow:
-        picture, pieces = self._messages(number)
+    ) -> ImageRow:
+        image, pieces = self._messages(number)
         messages = [{"role": role, "content": [ids]} for role, ids in pieces]
         tokens, targets = supervised(self._tokenizer, messages)
         n = self._n_positions
-        tokens = np.array(with_picture(tokens.tolist(), 0, n), dtype=np.int64)
+        tokens = np.array(with_image(tokens.tolist(), 0, n), dtype=np.int64)
         targets = np.concatenate((np.full(n, IGNORED), targets))
         chance = int(rng.integers(1, 2**31)) if self._augment else 0
-        return PictureRow(tokens, targets, Wanted(self.number, picture, chance))
+        return ImageRow(tokens, targets, Wanted(self.number, image, chance))
 
 
 def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
@@ -253,16 +253,16 @@ class Batches:
         starts = range(0, len(mine), micro_batch_size)
         return [self._batch(mine[start : start + micro_batch_size]) for start in starts]
 
-    def _batch(self, rows: list[PictureRow]) -> dict[str, Tensor]:
+    def _batch(self, rows: list[ImageRow]) -> dict[str, Tensor]:
         """One batch: an image that several rows are about comes once."""
-        wanted = list(dict.fromkeys(row.picture for row in rows))
-        number = {picture: n for n, picture in enumerate(wanted)}
+        wanted = list(dict.fromkeys(row.image for row in rows))
+        number = {image: n for n, image in enumerate(wanted)}
         sequences = []
         for row in rows:
-            moved = row.tokens - number[row.picture] * self._n_positions
+            moved = row.tokens - number[row.image] * self._n_positions
             sequences.append([(np.where(row.tokens < 0, moved, row.tokens), row.targets)])
         batch = collate(sequences, self._pad_id)
-        batch["picture_of"] = torch.tensor([number[row.picture] for row in rows])
+        batch["image_of"] = torch.tensor([number[row.image] for row in rows])
         batch[self._key] = torch.stack(list(self._threads.map(self._read, wanted)))
         return batch
 
@@ -284,7 +284,7 @@ class VqaTrainData(TrainData):
 class VqaValData(ValData):
     """The first validation rows of each source."""
 
-    def __init__(self, sources: list[PictureRows], max_rows: int, batches: Batches) -> None:
+    def __init__(self, sources: list[ImageRows], max_rows: int, batches: Batches) -> None:
         self._batches = batches
         self._sequences = {
             s.name: [s.row(i, np.random.default_rng(0)) for i in range(min(max_rows, len(s)))]
@@ -298,11 +298,11 @@ class VqaValData(ValData):
         return self._batches.of(self._sequences[name], micro_batch_size, rank, world_size)
 
 
-def open_pictures(config: VqaDataConfig) -> list[Pictures]:
-    """The packed images of each source; errors as Pictures."""
+def open_images(config: VqaDataConfig) -> list[PackedImages]:
+    """The packed images of each source; errors as PackedImages."""
     if not config.sources:
         raise ConfigError("data.sources is empty: name at least one set of rows about images")
-    return [Pictures(from_repo(config.pictures) / Path(s.name).name) for s in config.sources]
+    return [PackedImages(from_repo(config.pictures) / Path(s.name).name) for s in config.sources]
 
 
 def open_vqa_data(
@@ -310,7 +310,7 @@ def open_vqa_data(
     tokenizer: Tokenizer,
     room: Room,
     order: Order,
-    pictures: list[Pictures],
+    packed: list[PackedImages],
     encoder: EncoderConfig,
     features: list[np.ndarray] | None = None,
 ) -> Data:
@@ -321,7 +321,7 @@ def open_vqa_data(
     """
     train, val = (
         [
-            PictureRows(s.name, n, split, tokenizer, pictures[n], room.max_seq_len,
+            ImageRows(s.name, n, split, tokenizer, packed[n], room.max_seq_len,
                         room.n_positions, config.augment and split == "train")
             for n, s in enumerate(config.sources)
         ]
@@ -331,7 +331,7 @@ def open_vqa_data(
     def read(one: Wanted) -> Tensor:
         if features is not None:
             return torch.from_numpy(np.array(features[one.source][one.number]))
-        held = pictures[one.source]
+        held = packed[one.source]
         return prepared(held.read(one.number), held.names[one.number], encoder, one.chance)
 
     key = "pixels" if features is None else "features"

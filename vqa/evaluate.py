@@ -33,10 +33,10 @@ from babyllama.scoring.tables import table
 from babyllama.scoring.test_sets import write_json
 from vqa import images
 from vqa.chat import greedy
-from vqa.data import PictureRows, computed, key_of
+from vqa.data import ImageRows, computed, key_of
 from vqa.images import normalise
 from vqa.model import Loaded, VqaModel, load
-from vqa.pack import Pictures
+from vqa.pack import PackedImages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ class EvaluateConfig:
         checkpoint: a run or a checkpoint of python -m vqa.train
         dataset: a set that was pre-tokenized and packed
         split: which part of it
-        pictures: where the packed images lie
+        images: where the packed images lie
         probe: also fit a linear probe for the answers to this question
         sheet: an image to draw, of photos with their questions and answers
         device: where to compute; auto: the fastest there is
@@ -99,7 +99,7 @@ class EvaluateConfig:
     checkpoint: Path | None = None
     dataset: str = ""
     split: Literal["train", "val", "test"] = "test"
-    pictures: Path = Path("data/pictures")
+    images: Path = Path("data/pictures")
     probe: str | None = None
     sheet: Path | None = None
     device: str = "auto"
@@ -112,7 +112,7 @@ class EvaluateConfig:
 class Asked(NamedTuple):
     """A question about an image, after the true turns before it."""
 
-    picture: int
+    image: int
     messages: list[dict]
     answer: str
 
@@ -121,16 +121,16 @@ class Asked(NamedTuple):
         return self.messages[-1]["content"]
 
 
-def questions(loaded: Loaded, pictures: Pictures, dataset: str, split: str) -> list[Asked]:
-    """Every question of a part of a set; errors as PictureRows."""
+def questions(loaded: Loaded, packed: PackedImages, dataset: str, split: str) -> list[Asked]:
+    """Every question of a part of a set; errors as ImageRows."""
     model = loaded.model
-    rows = PictureRows(dataset, 0, split, loaded.tokenizer, pictures,
+    rows = ImageRows(dataset, 0, split, loaded.tokenizer, packed,
                        model.config.max_seq_len, model.n_positions)  # fmt: skip
     found = []
     for number in range(len(rows)):
-        picture, messages = rows.messages(number)
+        image, messages = rows.messages(number)
         found += [
-            Asked(picture, messages[:i], messages[i]["content"])
+            Asked(image, messages[:i], messages[i]["content"])
             for i, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
@@ -139,31 +139,31 @@ def questions(loaded: Loaded, pictures: Pictures, dataset: str, split: str) -> l
 
 @torch.inference_mode()
 def features_for(
-    model: VqaModel, pictures: Pictures, numbers: list[int]
+    model: VqaModel, packed: PackedImages, numbers: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """What the encoder sees in these images, (n, places, C), and in one that is grey (1, …)."""
     config, device = model.encoder.config, model.output.weight.device
     shape = (1, config.n_squares, 3, config.size, config.size)
     grey = torch.full(shape, GREY, dtype=torch.uint8, device=device)
     blank = model.encoder(normalise(grey, config.normalisation)).float().cpu().numpy()
-    kept = pictures.place / f"features-{key_of(model.encoder, pictures)}.npy"
+    kept = packed.place / f"features-{key_of(model.encoder, packed)}.npy"
     if kept.is_file():
         return np.load(kept, mmap_mode="r")[numbers].astype(np.float32), blank
-    return np.concatenate(list(computed(model.encoder, pictures, numbers, device))), blank
+    return np.concatenate(list(computed(model.encoder, packed, numbers, device))), blank
 
 
 def shuffled(asked: list[Asked], seed: int = 0) -> list[int]:
     """For each row the image of another row, every image as often as before."""
     order = np.random.default_rng(seed).permutation(len(asked))
-    pictures = [0] * len(asked)
+    chosen = [0] * len(asked)
     # The row after it in a random circle; as rows of one image may meet there, the next one on.
     for place, row in enumerate(order):
         for step in range(1, len(asked)):
-            other = asked[order[(place + step) % len(asked)]].picture
-            if other != asked[row].picture:
+            other = asked[order[(place + step) % len(asked)]].image
+            if other != asked[row].image:
                 break
-        pictures[row] = other
-    return pictures
+        chosen[row] = other
+    return chosen
 
 
 @torch.inference_mode()
@@ -237,15 +237,15 @@ def _shares(right: dict[str, np.ndarray], rows: list[int]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def probed(loaded: Loaded, pictures: Pictures, cfg: EvaluateConfig) -> float:
+def probed(loaded: Loaded, packed: PackedImages, cfg: EvaluateConfig) -> float:
     """The linear probe's accuracy on the scored part, fitted on the train part."""
     parts = []
     for split in ("train", cfg.split):
-        asked = [a for a in questions(loaded, pictures, cfg.dataset, split)
+        asked = [a for a in questions(loaded, packed, cfg.dataset, split)
                  if a.question == cfg.probe]  # fmt: skip
         if not asked:
             raise ConfigError(f"--probe {cfg.probe!r}: nobody asks this in {split}")
-        features, _ = features_for(loaded.model, pictures, [a.picture for a in asked])
+        features, _ = features_for(loaded.model, packed, [a.image for a in asked])
         # Means over all places: what a linear layer behind global pooling would get.
         parts.append((features.mean(1), [a.answer for a in asked]))
     return probe(parts[0], parts[1])
@@ -297,13 +297,13 @@ def draw(photos: list, font: str | None) -> "Figure":
     return figure
 
 
-def write_sheet(path: Path, pictures: Pictures, asked: list[Asked], said: list[str]) -> None:
+def write_sheet(path: Path, packed: PackedImages, asked: list[Asked], said: list[str]) -> None:
     """Draw some photos at random, each with at most four of its questions."""
     by_photo: dict[int, list[tuple[str, str, str]]] = defaultdict(list)
     for one, text in zip(asked, said, strict=True):
-        by_photo[one.picture].append((one.question, text, one.answer))
+        by_photo[one.image].append((one.question, text, one.answer))
     numbers = np.random.default_rng(0).permutation(list(by_photo))[:N_PHOTOS]
-    photos = [(np.asarray(images.decode(pictures.read(n))), by_photo[n][:4]) for n in numbers]
+    photos = [(np.asarray(images.decode(packed.read(n))), by_photo[n][:4]) for n in numbers]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         draw(photos, cjk_font()).savefig(
@@ -316,13 +316,13 @@ def main(cfg: EvaluateConfig) -> None:
     """Score, print, and write the figures."""
     assert cfg.checkpoint
     loaded = load(from_repo(cfg.checkpoint), pick_device(cfg.device))
-    pictures = Pictures(from_repo(cfg.pictures) / Path(cfg.dataset).name)
-    asked = questions(loaded, pictures, cfg.dataset, cfg.split)
-    numbers = sorted({one.picture for one in asked})
-    features, grey = features_for(loaded.model, pictures, numbers)
+    packed = PackedImages(from_repo(cfg.images) / Path(cfg.dataset).name)
+    asked = questions(loaded, packed, cfg.dataset, cfg.split)
+    numbers = sorted({one.image for one in asked})
+    features, grey = features_for(loaded.model, packed, numbers)
     place = {number: n for n, number in enumerate(numbers)}
     chosen = {
-        "true": [place[one.picture] for one in asked],
+        "true": [place[one.image] for one in asked],
         "shuffled": [place[number] for number in shuffled(asked)],
         "blank": [len(numbers)] * len(asked),
     }
@@ -330,14 +330,14 @@ def main(cfg: EvaluateConfig) -> None:
     said = {mode: answers(loaded, asked, chosen[mode], features) for mode in MODES}
     found = score(asked, said)
     if cfg.probe:
-        found["probe"] = probed(loaded, pictures, cfg)
+        found["probe"] = probed(loaded, packed, cfg)
     for n in np.random.default_rng(0).permutation(len(asked))[:N_SHOWN]:
-        one, name = asked[n], pictures.names[asked[n].picture]
+        one, name = asked[n], packed.names[asked[n].image]
         print(f"{name}  {one.question}  {one.answer}  | "
               + "  ".join(f"{m}: {said[m][n]}" for m in MODES))  # fmt: skip
     print(report(found))
     if cfg.sheet:
-        write_sheet(from_repo(cfg.sheet), pictures, asked, said["true"])
+        write_sheet(from_repo(cfg.sheet), packed, asked, said["true"])
     run_directory = loaded.path.parent
     path = run_directory / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json"
     found |= {"checkpoint": shown(loaded.path), "step": loaded.step}

@@ -9,7 +9,7 @@ behind one key, all with the same `Projector`, so that a comparison compares the
     resampler  a few learned queries look at all of these and become the positions
                (Jaegle et al. 2021, arXiv:2103.03206; Alayrac et al. 2022, arXiv:2204.14198)
     cross      no positions; chosen layers look at them through gated cross-attention, which is
-               hooked on and begins closed (Alayrac et al. 2022, section 2.2); `picture_of` says
+               hooked on and begins closed (Alayrac et al. 2022, section 2.2); `image_of` says
                which image each row looks at
 """
 
@@ -281,19 +281,19 @@ class VqaModel(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        picture_of: Tensor,
+        image_of: Tensor,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
         chosen: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V), or with targets the summed loss, as model.py has it.
 
-        picture_of: (B,) the image of each row, a number below N
+        image_of: (B,) the image of each row, a number below N
         pixels, features: as in `see`
         """
         seen = self.see(pixels, features)
         embeds = self.embed(tokens, seen)
-        with self.looking_at(seen[picture_of]):
+        with self.looking_at(seen[image_of]):
             return self.language(targets=targets, input_embeds=embeds, chosen=chosen)
 
     @contextlib.contextmanager
@@ -322,12 +322,12 @@ class VqaModel(nn.Module):
         return Decoder(net, step, str(net.output.weight.dtype)[6:], reader=read, choose=choose)
 
 
-def with_picture(ids: Sequence[int], picture: int, n_positions: int) -> list[int]:
+def with_image(ids: Sequence[int], image: int, n_positions: int) -> list[int]:
     """A rendered dialogue with the positions of an image behind its <bos>.
 
-    picture: its number in the batch
+    image: its number in the batch
     """
-    first = picture * n_positions
+    first = image * n_positions
     return [ids[0], *range(-1 - first, -1 - first - n_positions, -1), *ids[1:]]
 
 

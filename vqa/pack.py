@@ -36,7 +36,7 @@ N_EXAMPLES = 5
 AHEAD = 64  # images that are decoded while others are written
 
 
-class Pictures:
+class PackedImages:
     """The images of a packed set.
 
     names: in the order of the shards; an image's number is its place here
@@ -193,7 +193,7 @@ class PackConfig:
             )
 
 
-def picture_names(rows: Path) -> list[str]:
+def image_names(rows: Path) -> list[str]:
     """The images that rows name, each once, in order.
 
     raises: DataError if there are no rows, or rows of another kind
@@ -234,7 +234,7 @@ def checked(source: bytes | Path | None, name: str, max_side: int) -> bytes | st
 # What a fault says, and its short name, by which it is counted.
 REASONS = {
     ": no such image": "missing",
-    "that are none, they begin": "not_a_picture",
+    "that are none, they begin": "not_an_image",
     "found it cut off or damaged": "cut_off_or_damaged",
     " pixels, found ": "too_many_pixels",
     " MB, found ": "too_many_bytes",
@@ -250,7 +250,7 @@ def reason_of(fault: str) -> str:
     return next((name for said, name in REASONS.items() if said in fault), "other")
 
 
-def each_picture(names: list[str], cfg: PackConfig) -> Iterator[tuple[str, bytes | str]]:
+def each_image(names: list[str], cfg: PackConfig) -> Iterator[tuple[str, bytes | str]]:
     """Every name with its bytes or its fault, in order, decoded by the workers."""
     assert cfg.images
     finder = Finder(cfg.images)
@@ -273,11 +273,11 @@ def each_picture(names: list[str], cfg: PackConfig) -> Iterator[tuple[str, bytes
 def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
     """Write the shards; returns what counts.json says."""
     rows = from_repo(cfg.dataset if "/" in cfg.dataset else Path("data/clean") / cfg.dataset)
-    names = picture_names(rows)
+    names = image_names(rows)
     target = from_repo(cfg.out) / rows.name
     with atomic_dir(target) as place:
         counts = _write_shards(names, cfg, place, shard_bytes)
-        if not counts["pictures"]:
+        if not counts["images"]:
             first = next(iter(counts["examples"].values()))[0]
             raise DataError(
                 f"{cfg.images}: wanted the images of {rows.name}, found none of {len(names)} "
@@ -297,7 +297,7 @@ def _write_shards(names: list[str], cfg: PackConfig, place: Path, shard_bytes: i
     faults: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     n_taken, n_shards, archive = 0, 0, None
-    for name, found in tqdm(each_picture(names, cfg), "pack", len(names), unit=" images",
+    for name, found in tqdm(each_image(names, cfg), "pack", len(names), unit=" images",
                             disable=None):  # fmt: skip
         if isinstance(found, str):
             reason = reason_of(found)
@@ -316,14 +316,14 @@ def _write_shards(names: list[str], cfg: PackConfig, place: Path, shard_bytes: i
         n_taken += 1
     if archive is not None:
         archive.close()
-    return {"pictures": n_taken, "left_out": dict(faults), "examples": examples}
+    return {"images": n_taken, "left_out": dict(faults), "examples": examples}
 
 
 def main(cfg: PackConfig) -> None:
     """Pack, and say what was taken."""
     counts = pack(cfg)
     left = ", ".join(f"{reason} {n:,}" for reason, n in counts["left_out"].items()) or "none"
-    print(f"{cfg.dataset}: {counts['pictures']:,} images packed; left out: {left}")
+    print(f"{cfg.dataset}: {counts['images']:,} images packed; left out: {left}")
 
 
 if __name__ == "__main__":

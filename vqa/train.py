@@ -26,7 +26,7 @@ from babyllama.run_dir import find_checkpoint, open_run
 from babyllama.trainer import TrainConfig, train
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
-from vqa.data import Room, VqaDataConfig, features_of, open_pictures, open_vqa_data
+from vqa.data import Room, VqaDataConfig, features_of, open_images, open_vqa_data
 from vqa.encoders import EncoderConfig, make_encoder
 from vqa.model import PARTS, FusionConfig, VqaModel, load
 
@@ -115,11 +115,11 @@ def _require_same(cfg: VqaConfig, model: VqaModel) -> None:
             )
 
 
-def seen_before(model: VqaModel, pictures: list, world: World) -> list:
+def seen_before(model: VqaModel, packed: list, world: World) -> list:
     """The features of all images; the main process computes those that are not there."""
 
     def all_of() -> list:
-        return [features_of(model.encoder, held, world.device) for held in pictures]
+        return [features_of(model.encoder, held, world.device) for held in packed]
 
     world.on_main(all_of)
     return all_of()
@@ -131,17 +131,17 @@ def main(cfg: VqaConfig) -> int:
         raise ConfigError("the run has no name: give --name, or a config that has one")
     model, tokenizer = build(cfg)
     model.freeze(cfg.freeze).rates = dict(cfg.rates)
-    pictures = open_pictures(cfg.data)
+    packed = open_images(cfg.data)
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = model.to(world.device)
         if world.device.type == "cuda":
             from babyllama.cuda.attention import on_card  # takes its time, for cards alone
 
             on_card(model.language, cfg.train.blocks)
-        features = seen_before(model, pictures, world) if cfg.data.cache_features else None
+        features = seen_before(model, packed, world) if cfg.data.cache_features else None
         room = Room(model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
         data = open_vqa_data(
-            cfg.data, tokenizer, room, cfg.train, pictures, model.encoder.config, features
+            cfg.data, tokenizer, room, cfg.train, packed, model.encoder.config, features
         )
         with open_run(cfg.name, cfg, world) as directory:
             if world.is_main:

@@ -24,7 +24,7 @@ def vqa(record: Record, roles: Mapping[str, str] | None = None) -> Iterator[dict
     """One row a dialogue, or a question with its answer."""
     if not isinstance(record.data, dict):
         raise Refused("not_an_object", broken=True)
-    image = _picture(record)
+    image = _image_name(record)
     data = {key: v for key, v in record.data.items() if key not in ("image", "image_bytes", "id")}
     if not isinstance(data.get("qa"), list):
         yield _with_image(conversation(record._replace(data=data), None, roles), image)
@@ -39,7 +39,7 @@ def vqa(record: Record, roles: Mapping[str, str] | None = None) -> Iterator[dict
             yield refused.skip(record)
 
 
-def _picture(record: Record) -> str:
+def _image_name(record: Record) -> str:
     """The name of the record's one image; a name with commas is several names where each of them
     ends like an image's."""
     held, named = record.data.get("image_bytes"), record.data.get("image")
@@ -53,7 +53,7 @@ def _picture(record: Record) -> str:
         names = named if isinstance(named, list) else [named]
     names = [name.strip() for name in names if isinstance(name, str) and name.strip()]
     if len(names) != 1:
-        raise Refused("several_pictures" if names else "no_picture")
+        raise Refused("several_images" if names else "no_image")
     return names[0].replace("\\", "/")  # as Windows writes it
 
 
@@ -71,5 +71,5 @@ def _with_image(row: dict, image: str) -> dict:
     if not text.strip():
         raise Refused("empty_turn")
     if any(PLACEHOLDER in message["content"] for message in messages):
-        raise Refused("several_pictures")
+        raise Refused("several_images")
     return row | {"image": image, "messages": messages}

@@ -169,7 +169,7 @@ REFUSED = {
     "no_base64": (asks("data:image/png;base64,***"), "wanted base64"),
     "half_base64": (asks("data:image/png;base64,aGk"), "wanted base64"),
     "nothing": (asks("data:image/png;base64,"), "wanted an image"),
-    "no_picture": (asks(as_url(b"hello, I am text")), "that are none"),
+    "no_image": (asks(as_url(b"hello, I am text")), "that are none"),
     "drawing": (asks(as_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "svg+xml")), "none"),
     "cut_off": (asks(as_url(stored(size=(64, 64))[:120])), "cut off or damaged"),
     "bomb": (asks(as_url(png(20_000, 20_000, zlib.compress(bytes(10**6))))), "at most 50,000,000"),

@@ -9,7 +9,7 @@ from babyllama.errors import DataError
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS
 from serve.engine import Engine, Job
-from serve.pictures import Eyes, PictureEngine
+from serve.vision import Eyes, ImageEngine
 from serving import as_url, seeing_model
 from tokenizer import Tokenizer
 from vqa.chat import look, stream_answer
@@ -50,7 +50,7 @@ def together(engine: Engine, loaded: Loaded, wanted: list[tuple], at: int) -> li
         def tell(piece, n=n) -> None:
             texts[n] += piece.text
 
-        engine.add(Job(ids, sampling, tell, picture=eyes.look([as_url(stored(colour))])))
+        engine.add(Job(ids, sampling, tell, image=eyes.look([as_url(stored(colour))])))
         for _ in range(at):
             engine.step()
     while engine.step():
@@ -65,10 +65,10 @@ def test_a_reply_looks_at_its_own_picture_in_any_company(loaded, slots, at):
         for n, colour in enumerate(COLOURS)
     ]
     expected = [alone(loaded, *one) for one in wanted]
-    assert together(PictureEngine(loaded, slots), loaded, wanted, at) == expected
+    assert together(ImageEngine(loaded, slots), loaded, wanted, at) == expected
     # Of the same question, so that only the image can make a difference.
     same = [(0, colour, SamplingConfig(temperature=0.0, max_new_tokens=12)) for colour in COLOURS]
-    texts = together(PictureEngine(loaded, slots), loaded, same, at)
+    texts = together(ImageEngine(loaded, slots), loaded, same, at)
     assert texts == [alone(loaded, *one) for one in same]
     assert len(set(texts)) > 1
 
@@ -78,7 +78,7 @@ def test_a_reply_of_no_length_leaves_the_next_one_its_picture(loaded):
     short = SamplingConfig(temperature=0.0, max_new_tokens=1)
     long = SamplingConfig(temperature=0.0, max_new_tokens=12)
     wanted = [(0, "red", short), (0, "blue", long)]
-    texts = together(PictureEngine(loaded, 1), loaded, wanted, 0)
+    texts = together(ImageEngine(loaded, 1), loaded, wanted, 0)
     assert texts == [alone(loaded, *one) for one in wanted]
 
 
@@ -87,7 +87,7 @@ def test_penalties_pass_over_the_positions_of_the_picture(loaded, penalty):
     """Positions are negative ids, which are no tokens that could be less likely."""
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=40, **penalty)
     text = alone(loaded, 0, "red", sampling)
-    assert together(PictureEngine(loaded, 2), loaded, [(0, "red", sampling)], 0) == [text]
+    assert together(ImageEngine(loaded, 2), loaded, [(0, "red", sampling)], 0) == [text]
     assert text != alone(loaded, 0, "red", SamplingConfig(temperature=0.0, max_new_tokens=40))
 
 

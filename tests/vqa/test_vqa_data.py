@@ -22,7 +22,7 @@ from data_process.raw import Skip, records, whole_files
 from data_process.registry import data_sets
 from model import IGNORED
 from vqa.data import (
-    PictureRows,
+    ImageRows,
     Room,
     VqaDataConfig,
     features_of,
@@ -32,7 +32,7 @@ from vqa.data import (
 from vqa.encoders import EncoderConfig, make_encoder
 from vqa.evaluate import Asked, probe, report, score, shuffled
 from vqa.images import normalise
-from vqa.pack import Finder, PackConfig, Pictures, members, pack
+from vqa.pack import Finder, PackConfig, PackedImages, members, pack
 from vqa.train import VqaConfig
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -85,8 +85,8 @@ def test_llava_rows_lose_their_placeholder_wherever_it_stands(tmp_path):
     assert read("chinese_llava", tmp_path) == [
         ("a.jpg", "图里有什么？", "一只狗。"),
         ("b.jpg", "描述图像。", "一辆车。", "什么颜色？", "红色。"),
-        "several_pictures",
-        "no_picture",
+        "several_images",
+        "no_image",
         "empty_turn",
         "unknown_columns",
     ]
@@ -131,8 +131,8 @@ def test_minimind_rows_of_both_editions(tmp_path):
     )
     asked = ("什么颜色？", "红色。")
     assert read("minimind_v", tmp_path) == [
-        ("i2t.parquet#0", *asked), "several_pictures", ("i2t.parquet#2", *asked), "no_picture",
-        "wrong_type", ("a.jpg", *asked), "several_pictures",
+        ("i2t.parquet#0", *asked), "several_images", ("i2t.parquet#2", *asked), "no_image",
+        "wrong_type", ("a.jpg", *asked), "several_images",
     ]  # fmt: skip
     finder = Finder(tmp_path)
     assert finder.find("i2t.parquet#0") == held[0][0]
@@ -167,11 +167,11 @@ def test_bad_and_missing_pictures_are_counted_by_reason_and_left_out(tmp_path):
     write_rows_of(tmp_path / "rows/set", names)
     cfg = PackConfig(str(tmp_path / "rows/set"), images, tmp_path / "out", max_side=50)
     counts = pack(cfg)
-    assert counts["pictures"] == 4
+    assert counts["images"] == 4
     assert counts["left_out"] == {
-        "cut_off_or_damaged": 1, "not_a_picture": 1, "missing": 1, "black_8x8": 1, "outside": 1
+        "cut_off_or_damaged": 1, "not_an_image": 1, "missing": 1, "black_8x8": 1, "outside": 1
     }  # fmt: skip
-    held = Pictures(tmp_path / "out/set")
+    held = PackedImages(tmp_path / "out/set")
     assert held.names == ["good.png", "train2017/000000000007.jpg", "large.png", "in/tar.png"]
     assert held.read(0) == stored("red")
     assert max(PIL.open(io.BytesIO(held.read(2))).size) == 50
@@ -198,9 +198,9 @@ def test_an_index_that_is_old_or_gone_is_not_needed_and_a_cut_shard_is_refused(t
     assert members(shards[0]) == known
     shards[0].write_bytes(shards[0].read_bytes()[:560])
     with pytest.raises(DataError, match=r"cut off|wanted a tar file"):
-        Pictures(tmp_path / "out/set")
+        PackedImages(tmp_path / "out/set")
     with pytest.raises(DataError, match=r"wanted pictures-\*.tar, found none; pack them"):
-        Pictures(tmp_path / "out/none")
+        PackedImages(tmp_path / "out/none")
 
 
 def test_no_usable_picture_at_all_is_an_error(tmp_path):
@@ -246,7 +246,7 @@ def run(module: str, *words: object, code: int = 0) -> str:
 def data_of(root: Path, tokenizer, n_positions: int = 2, **changes: object):
     place = str(root / "data/tokens" / tokenizer.path.stem / "colours")
     config = VqaDataConfig((SourceConfig(place),), root / "data/pictures", **changes)
-    held = Pictures(root / "data/pictures/colours")
+    held = PackedImages(root / "data/pictures/colours")
     order = type("Order", (), {"batch_size": 6, "seed": 0})
     room = Room(small_config().max_seq_len, tokenizer.pad_id, n_positions)
     return open_vqa_data(config, tokenizer, room, order, [held], ENCODER), held
@@ -261,9 +261,9 @@ def test_the_same_words_about_different_pictures_are_no_repeats(colours):
 def test_rows_without_their_picture_are_counted_and_the_rest_is_whole(colours, tokenizer):
     data, held = data_of(colours, tokenizer)
     (source,) = data.train.mixture.sources
-    assert source.dropped["picture_missing"] == 1
+    assert source.dropped["image_missing"] == 1
     place = str(colours / "data/tokens" / tokenizer.path.stem / "colours")
-    rows = PictureRows(place, 0, "test", tokenizer, held, 128, 2)
+    rows = ImageRows(place, 0, "test", tokenizer, held, 128, 2)
     assert len(rows) == 16
     for number in range(16):
         picture, messages = rows.messages(number)
@@ -278,13 +278,13 @@ def test_rows_without_their_picture_are_counted_and_the_rest_is_whole(colours, t
 
 def test_rows_that_are_too_long_lose_turns_or_go(tmp_path, colours, tokenizer):
     place = str(colours / "data/tokens" / tokenizer.path.stem / "colours")
-    held = Pictures(colours / "data/pictures/colours")
-    whole = PictureRows(place, 0, "test", tokenizer, held, 128, 0)
+    held = PackedImages(colours / "data/pictures/colours")
+    whole = ImageRows(place, 0, "test", tokenizer, held, 128, 0)
     longest = max(len(whole.row(n, np.random.default_rng(0)).tokens) for n in range(16))
-    fits = PictureRows(place, 0, "test", tokenizer, held, longest + 50, 50)
+    fits = ImageRows(place, 0, "test", tokenizer, held, longest + 50, 50)
     assert len(fits) == 16 and fits.dropped["answer_does_not_fit"] == 0
     with pytest.raises(DataError, match="'answer_does_not_fit': 16"):
-        PictureRows(place, 0, "test", tokenizer, held, longest + 9, 50)
+        ImageRows(place, 0, "test", tokenizer, held, longest + 9, 50)
 
 
 def flat(batches: list[dict]) -> list:
@@ -292,7 +292,7 @@ def flat(batches: list[dict]) -> list:
     found = []
     for batch in batches:
         for row, goal, picture in zip(
-            batch["tokens"], batch["targets"], batch["picture_of"], strict=True
+            batch["tokens"], batch["targets"], batch["image_of"], strict=True
         ):
             if (goal != IGNORED).any():
                 # The positions of its image, counted from where its image begins.
@@ -318,7 +318,7 @@ def test_each_picture_of_a_batch_is_its_rows_own(colours, tokenizer):
     data, _ = data_of(colours, tokenizer)
     for batch in data.train.batches(0, 6):
         for row, goal, picture in zip(
-            batch["tokens"], batch["targets"], batch["picture_of"], strict=True
+            batch["tokens"], batch["targets"], batch["image_of"], strict=True
         ):
             answer = tokenizer.decode(goal[goal != IGNORED].tolist())
             wanted = prepared(stored(COLOURS[answer]), "x", ENCODER)
@@ -331,9 +331,9 @@ def test_random_changes_belong_to_the_row_and_the_epoch(colours, tokenizer):
     again, _ = data_of(colours, tokenizer, augment=True)
     for step in (0, 13):
         ours, theirs = (d.train.rows(step) for d in (data, again))
-        assert [row.picture for row in ours] == [row.picture for row in theirs]
-        assert all(row.picture.chance for row in ours)
-    assert not any(r.picture.chance for rows in data.val._sequences.values() for r in rows)
+        assert [row.image for row in ours] == [row.image for row in theirs]
+        assert all(row.image.chance for row in ours)
+    assert not any(r.image.chance for rows in data.val._sequences.values() for r in rows)
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     out = io.BytesIO()
     PIL.fromarray(noise).save(out, "PNG")
@@ -343,7 +343,7 @@ def test_random_changes_belong_to_the_row_and_the_epoch(colours, tokenizer):
 
 
 def test_features_are_kept_and_belong_to_their_encoder(colours):
-    held, device = Pictures(colours / "data/pictures/colours"), torch.device("cpu")
+    held, device = PackedImages(colours / "data/pictures/colours"), torch.device("cpu")
     encoder = make_encoder(ENCODER)
     first = features_of(encoder, held, device)
     assert first.shape == (104, 1, 128)
@@ -365,7 +365,7 @@ def asked_of(n: int) -> list[Asked]:
 def test_shuffled_pictures_are_all_others():
     asked = asked_of(20)
     found = shuffled(asked)
-    assert all(one.picture != other for one, other in zip(asked, found, strict=True))
+    assert all(one.image != other for one, other in zip(asked, found, strict=True))
 
 
 def test_scores_know_the_majority_and_open_questions():
@@ -416,9 +416,9 @@ def config_of(root: Path, tokenizer, run_name: str, **changes: object) -> Path:
 def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer):
     """Training, a second stage, scores, chat and the sheet of photos, as a user starts them."""
     said = run("vqa.train", "--config", config_of(colours, tokenizer, "first"))
-    assert "picture_missing 1" in said and "4 positions" not in said
+    assert "image_missing 1" in said and "4 positions" not in said
     place = str(colours / "data/tokens" / tokenizer.path.stem / "colours")
-    where = ("--dataset", place, "--pictures", colours / "data/pictures")
+    where = ("--dataset", place, "--images", colours / "data/pictures")
     table = run("vqa.evaluate", colours / "first", *where, "--probe", QUESTION)
     assert "linear probe" in table
     found = json.loads((colours / "first/vqa-colours-test.json").read_text("utf-8"))

@@ -21,7 +21,7 @@ from vqa.model import (
     VqaModel,
     load,
     n_positions,
-    with_picture,
+    with_image,
 )
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")
@@ -50,13 +50,13 @@ def pixels(n: int, seed: int = 0) -> torch.Tensor:
 def batch_of(model: VqaModel, n_rows: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     """Rows of six words, each about an image of its own; the last three words are targets."""
     words = torch.randint(3, 97, (n_rows, 6), generator=torch.Generator().manual_seed(9)).tolist()
-    tokens = torch.tensor([with_picture(w, n, model.n_positions) for n, w in enumerate(words)])
+    tokens = torch.tensor([with_image(w, n, model.n_positions) for n, w in enumerate(words)])
     targets = torch.full_like(tokens, IGNORED)
     targets[:, -3:] = tokens[:, -3:]
     return {
         "tokens": tokens,
         "targets": targets,
-        "picture_of": torch.arange(n_rows),
+        "image_of": torch.arange(n_rows),
         "pixels": pixels(n_rows, seed),
     }
 
@@ -65,7 +65,7 @@ def test_a_picture_takes_the_positions_that_the_config_says():
     assert n_positions(FusionConfig("splice"), EncoderConfig(grid=4, tiles=2)) == 5 * 16 * 2
     assert n_positions(FusionConfig("resampler", n_queries=7), ENCODER) == 7
     assert n_positions(FusionConfig("cross"), ENCODER) == 0
-    assert with_picture([1, 5, 6], 2, 3) == [1, -7, -8, -9, 5, 6]
+    assert with_image([1, 5, 6], 2, 3) == [1, -7, -8, -9, 5, 6]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -220,7 +220,7 @@ def test_a_checkpoint_comes_back_and_answers_as_before(trained):
     # A slow reference: the whole sequence anew for each token, without a cache.
     said: list[int] = []
     for _ in range(6):
-        row = torch.tensor([with_picture(ids, 0, trained.model.n_positions) + said])
+        row = torch.tensor([with_image(ids, 0, trained.model.n_positions) + said])
         with torch.no_grad(), trained.model.looking_at(seen):
             embeds = trained.model.embed(row, seen)
             token = int(trained.model.language(input_embeds=embeds)[0, -1].argmax())

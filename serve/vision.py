@@ -1,6 +1,6 @@
 """Continuous batching for models that see: serve/engine.py, and an image to each reply.
 
-A job's prompt holds the positions of its image (model.py), and `job.picture` what the language
+A job's prompt holds the positions of its image (model.py), and `job.image` what the language
 model gets of it. A prompt is read with its own image, and a step gives each row the one that it
 looks at. Equal ids may stand for unlike images, so no beginning of a prompt is kept for another.
 """
@@ -20,7 +20,7 @@ from model import KVCache
 from serve.engine import Engine, Job
 
 
-def picture_tools() -> tuple[ModuleType, ModuleType, ModuleType]:
+def image_tools() -> tuple[ModuleType, ModuleType, ModuleType]:
     """vqa.chat, vqa.images and vqa.model: the one place where the server needs that folder."""
     from vqa import chat, images, model
 
@@ -35,7 +35,7 @@ class Eyes:
     """
 
     def __init__(self, loaded: Loaded) -> None:
-        self._chat, self._images, self._model = picture_tools()
+        self._chat, self._images, self._model = image_tools()
         self._loaded, self.n_positions = loaded, loaded.model.n_positions
         # The largest image takes 300 MB while it is read, and what a thread gave back is kept for
         # that thread: so all are read by this one.
@@ -43,15 +43,15 @@ class Eyes:
 
     def look(self, urls: Sequence[str]) -> Tensor:
         """What the model gets of the one image (1, M, D), a data URL; errors as answer.look."""
-        pictures = [self._images.from_data_url(url) for url in urls]
-        return self._reader.submit(self._chat.look, self._loaded, pictures).result()
+        given = [self._images.from_data_url(url) for url in urls]
+        return self._reader.submit(self._chat.look, self._loaded, given).result()
 
     def laid(self, ids: Sequence[int]) -> list[int]:
         """A rendered dialogue with the positions of its image."""
-        return self._model.with_picture(ids, 0, self.n_positions)
+        return self._model.with_image(ids, 0, self.n_positions)
 
 
-class PictureEngine(Engine):
+class ImageEngine(Engine):
     """As Engine; jobs have an image."""
 
     def __init__(self, loaded: Loaded, n_slots: int) -> None:
@@ -63,18 +63,18 @@ class PictureEngine(Engine):
         super().__init__(decoder, loaded.tokenizer, n_slots, prefix_mb=0)
 
     def _decoder_for(self, job: Job) -> Decoder:
-        own = self._model.decoder(job.picture)
+        own = self._model.decoder(job.image)
 
         def read(tokens: Tensor, cache: KVCache) -> Tensor:
-            with self._model.looking_at(job.picture):
+            with self._model.looking_at(job.image):
                 return own.read(tokens, cache)
 
         return replace(own, reader=read)
 
     def _write(self) -> None:
         """Free rows look at the image of another one; nobody reads what they say."""
-        pictures = [row.job.picture for row in self.rows if row]
-        if pictures:
-            seen = [row.job.picture if row else pictures[0] for row in self.rows]
+        given = [row.job.image for row in self.rows if row]
+        if given:
+            seen = [row.job.image if row else given[0] for row in self.rows]
             with self._model.looking_at(torch.cat(seen)):
                 super()._write()
