@@ -1,7 +1,6 @@
 """Score a model on questions about images, and see whether it looks at them.
 
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --split test
-    python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --probe 图片里是什么？
     python -m vqa.evaluate out/vqa-splice --dataset cifar10_zh --sheet assert/vqa.png
 
 Each question is asked alone, or after the true turns before it, with its image, with another
@@ -9,20 +8,15 @@ row's image (shuffled), and with grey (blank): a model that ignores images shows
 Questions with few different answers are closed: their accuracy stands beside that of the most
 frequent answer to the same question. The others get ROUGE. Writes vqa-<dataset>-<split>.json
 beside the checkpoints; with --sheet also photos with questions and answers, wrong ones in red.
-
-The linear probe is softmax regression on standardised features, fitted to its end by L-BFGS: what
-of an answer is in the features, and so what a fusion could have got out of them at least.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from babyllama.analysis.watch import cjk_font, writable
 from babyllama.config import atomic_write, from_repo, parse, run, shown
@@ -40,37 +34,6 @@ from vqa.pack import PackedImages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-def probe(
-    train: tuple[np.ndarray, Sequence[str]],
-    test: tuple[np.ndarray, Sequence[str]],
-    decay: float = 1e-2,
-    n_steps: int = 100,
-) -> float:
-    """The share of test answers that the probe gives.
-
-    train, test: features (n, C) and the answers; test answers that training lacks are misses
-    """
-    answers = sorted(set(train[1]))
-    x, y = (torch.from_numpy(np.asarray(part[0], dtype=np.float32)) for part in (train, test))
-    mean, std = x.mean(0), x.std(0).clamp(min=1e-4)
-    x, y = (x - mean) / std, (y - mean) / std
-    goal = torch.tensor([answers.index(a) for a in train[1]])
-    weight = torch.zeros(x.shape[1], len(answers), requires_grad=True)
-    bias = torch.zeros(len(answers), requires_grad=True)
-    search = torch.optim.LBFGS([weight, bias], max_iter=n_steps, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        search.zero_grad()
-        loss = F.cross_entropy(x @ weight + bias, goal) + decay * weight.square().sum() / 2
-        loss.backward()
-        return loss
-
-    search.step(closure)
-    with torch.no_grad():
-        found = (y @ weight + bias).argmax(1).tolist()
-    return sum(answers[f] == a for f, a in zip(found, test[1], strict=True)) / len(test[1])
 
 
 MODES = ("true", "shuffled", "blank")
@@ -91,7 +54,6 @@ class EvaluateConfig:
         dataset: a set that was pre-tokenized and packed
         split: which part of it
         images: where the packed images lie
-        probe: also fit a linear probe for the answers to this question
         sheet: an image to draw, of photos with their questions and answers
         device: where to compute; auto: the fastest there is
     """
@@ -100,7 +62,6 @@ class EvaluateConfig:
     dataset: str = ""
     split: Literal["train", "val", "test"] = "test"
     images: Path = Path("data/pictures")
-    probe: str | None = None
     sheet: Path | None = None
     device: str = "auto"
 
@@ -237,20 +198,6 @@ def _shares(right: dict[str, np.ndarray], rows: list[int]) -> dict[str, float]:
     }  # fmt: skip
 
 
-def probed(loaded: Loaded, packed: PackedImages, cfg: EvaluateConfig) -> float:
-    """The linear probe's accuracy on the scored part, fitted on the train part."""
-    parts = []
-    for split in ("train", cfg.split):
-        asked = [a for a in questions(loaded, packed, cfg.dataset, split)
-                 if a.question == cfg.probe]  # fmt: skip
-        if not asked:
-            raise ConfigError(f"--probe {cfg.probe!r}: nobody asks this in {split}")
-        features, _ = features_for(loaded.model, packed, [a.image for a in asked])
-        # Means over all places: what a linear layer behind global pooling would get.
-        parts.append((features.mean(1), [a.answer for a in asked]))
-    return probe(parts[0], parts[1])
-
-
 def report(found: dict, limit: int = 12) -> str:
     """Figures as the user sees them."""
     modes = ("majority", *MODES)
@@ -263,8 +210,6 @@ def report(found: dict, limit: int = 12) -> str:
         lines.append([question, figures["rows"], *cells, interval])
     text = [table(lines)]
     text += [f"open, {mode}: {scores}" for mode, scores in found.get("open", {}).items()]
-    if "probe" in found:
-        text.append(f"linear probe on the same features: {found['probe']:.1%}")
     return "\n".join(text)
 
 
@@ -329,8 +274,6 @@ def main(cfg: EvaluateConfig) -> None:
     features = np.concatenate((features, grey))
     said = {mode: answers(loaded, asked, chosen[mode], features) for mode in MODES}
     found = score(asked, said)
-    if cfg.probe:
-        found["probe"] = probed(loaded, packed, cfg)
     for n in np.random.default_rng(0).permutation(len(asked))[:N_SHOWN]:
         one, name = asked[n], packed.names[asked[n].image]
         print(f"{name}  {one.question}  {one.answer}  | "

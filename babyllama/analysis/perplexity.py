@@ -8,8 +8,8 @@
 Bits per byte compare models of different tokenizers, perplexity and accuracy only those of one.
 The figures depend neither on batch size nor on packing nor on the number of processes. A document
 longer than the context is read in windows that overlap by half: each token is predicted once, with
-at least half a context before it, or all there is. Beside the models stands what xz makes
-of the same text, and beside each figure of bits its 95 % interval, by resampling documents.
+at least half a context before it, or all there is. Beside each figure of bits stands its 95 %
+interval, by resampling documents.
 
 Of several checkpoints the table shows the change since the first, and how much of each set was
 forgotten: the last figure above the lowest before it (Chaudhry et al. 2018, arXiv:1801.10112, there
@@ -22,7 +22,6 @@ one question that scoring asks (prompts.py). Bytes are those of the targets' tex
 
 import hashlib
 import json
-import lzma
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -350,12 +349,6 @@ def figures(sums: np.ndarray, n_bytes: Sequence[int]) -> dict:
     }
 
 
-def xz_bits_per_byte(documents: Sequence[Document]) -> float:
-    """What a general compressor needs for the targets' text, all documents in one stream."""
-    data = "\n".join(document.text for document in documents).encode()
-    return 8 * len(lzma.compress(data, preset=9)) / max(1, len(data))
-
-
 def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world: World) -> dict:
     """Figures of one checkpoint by set."""
     length = loaded.config.max_seq_len
@@ -394,7 +387,7 @@ def forgotten(figures: np.ndarray) -> np.ndarray:
 
 
 def report(found: dict) -> str:
-    """One block a set: the checkpoints and the compressor."""
+    """One block a set."""
     blocks, several = [], len(found["checkpoints"]) > 1
     head = ["", "bits/byte", "95 % interval", "change", "ppl", "accuracy", "targets", "bytes"]
     for (name, about), column in zip(found["sets"].items(), bits(found).T, strict=True):
@@ -411,7 +404,6 @@ def report(found: dict) -> str:
             counts = row["counts"] | {"longer_than_the_context": row["n_long"]}
             notes += [f"{step}: {n:,} {reason.replace('_', ' ')}" for reason, n in counts.items()
                       if n]  # fmt: skip
-        lines.append(["xz", f"{about['xz_bpb']:.4f}", *[""] * 6])
         if several:
             notes.append(f"forgotten: {forgotten(column[:, None])[0]:+.4f} bits per byte")
         title = f"{name} ({about['n_documents']:,} documents, sha256 {about['sha256'][:12]})"
@@ -431,7 +423,6 @@ def require_same_documents(seen: dict[str, dict], held_out: HeldOut) -> None:
         "sha256": held_out.sha256,
         "texts_sha256": fingerprint(held_out.documents),
         "n_documents": len(held_out.documents),
-        "xz_bpb": xz_bits_per_byte(held_out.documents),
     }
     before = seen.setdefault(held_out.name, about)
     if before["texts_sha256"] != about["texts_sha256"]:

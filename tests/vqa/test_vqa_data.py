@@ -30,7 +30,7 @@ from vqa.data import (
     prepared,
 )
 from vqa.encoders import EncoderConfig, make_encoder
-from vqa.evaluate import Asked, probe, report, score, shuffled
+from vqa.evaluate import Asked, report, score, shuffled
 from vqa.images import normalise
 from vqa.pack import Finder, PackConfig, PackedImages, members, pack
 from vqa.train import VqaConfig
@@ -382,15 +382,6 @@ def test_scores_know_the_majority_and_open_questions():
     assert 0 < found["open"]["true"]["rouge-1"] < 1 and found["open"]["blank"]["rouge-1"] == 0
 
 
-def test_the_probe_finds_what_a_line_can_tell_apart_and_nothing_in_noise():
-    rng = np.random.default_rng(0)
-    goals = [("甲", "乙", "丙")[n % 3] for n in range(120)]
-    noise = rng.normal(size=(120, 6))
-    told = noise + 4 * np.eye(6)[[n % 3 for n in range(120)]]
-    assert probe((told[:90], goals[:90]), (told[90:], goals[90:])) > 0.9
-    assert probe((noise[:90], goals[:90]), (noise[90:], goals[90:])) < 0.6
-
-
 def config_of(root: Path, tokenizer, run_name: str, **changes: object) -> Path:
     config = {
         "name": str(root / run_name),
@@ -419,8 +410,7 @@ def test_from_raw_files_to_a_model_that_looks_at_its_pictures(colours, tokenizer
     assert "image_missing 1" in said and "4 positions" not in said
     place = str(colours / "data/tokens" / tokenizer.path.stem / "colours")
     where = ("--dataset", place, "--images", colours / "data/pictures")
-    table = run("vqa.evaluate", colours / "first", *where, "--probe", QUESTION)
-    assert "linear probe" in table
+    table = run("vqa.evaluate", colours / "first", *where)
     found = json.loads((colours / "first/vqa-colours-test.json").read_text("utf-8"))
     assert found["closed"]["true"] >= 0.75, table
     assert found["closed"]["true"] - found["closed"]["shuffled"] >= 0.4, table
