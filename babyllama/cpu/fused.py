@@ -213,10 +213,8 @@ class FusedLayer(torch.autograd.Function):
         N, D = x.shape
         grad = grad_out.reshape(N, D).clone(memory_format=torch.contiguous_format)
         small = grad.bfloat16()
-        grad_gated, gated = (
-            small @ down_weight,
-            torch.empty(N, down_weight.shape[1], dtype=small.dtype),
-        )
+        grad_gated = small @ down_weight
+        gated = torch.empty_like(grad_gated)
         grad_up = torch.empty_like(up)
         _call("gate_backward", up, grad_gated, gated, grad_up, N, gated.shape[1])
         grad_w2 = small.t() @ gated
