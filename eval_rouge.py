@@ -78,7 +78,7 @@ def evaluate(
     result["scores_x100"] = {line.name: line.summary() for line in scored}
     result["references"] = tables.nature(references, texts)
     published = tables.published_sets().get(result["published"], ())
-    yield tables.opening(found.name, len(texts), result["published"], lines)
+    yield tables.opening(found.name, len(texts), result["published"], lines) + found.columns
     yield tables.score_table(scored, published)
     yield tables.nature_table(scored, result["references"])
     if len(lines) > 1:

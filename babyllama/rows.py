@@ -11,11 +11,13 @@ in `data_process/`; this file knows only what comes out of there. No torch.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from babyllama.config import atomic_write
 from babyllama.errors import DataError
+from babyllama.language.letters import likely_encoding
 
 REQUIRED = {
     "text": ("text",),
@@ -160,9 +162,10 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 if line.strip():
                     yield number, line
     except UnicodeDecodeError as error:
+        likely, name = likely_encoding(error.object) or "gb18030", shlex.quote(str(path))
         raise DataError(
-            f"{path}: wanted UTF-8, found byte 0x{error.object[error.start]:02x} that is not "
-            f"(GBK perhaps?); convert it: iconv -f gb18030 -t utf-8 {path}"
+            f"{path}: wanted UTF-8, found byte 0x{error.object[error.start]:02x} that is not; "
+            f"convert it: iconv -f {likely} -t utf-8 {name}"
         ) from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; wanted rows, one JSON object a line") from None

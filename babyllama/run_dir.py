@@ -76,7 +76,7 @@ def require_same(name: str, config: Settings) -> None:
     run = REPO / "out" / name
     saved = run / "config.yaml"
     if saved.is_file():
-        lines = differences(_with_defaults(_read_config(saved), config), plain(config), FREE)
+        lines = differences(_with_defaults(read_config(saved), config), plain(config), FREE)
         if lines:
             raise ConfigError(
                 f"{shown(run)} holds a run of another config; take another --name, delete it, or "
@@ -100,7 +100,8 @@ def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = 
     return [] if old == new or at in free else [f"{at}: saved {old!r}, now {new!r}"]
 
 
-def _read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict:
+    """The settings that a run has saved, or a ConfigError; its origin need not be trusted."""
     try:
         found = read_yaml(path)
     except ValueError as error:

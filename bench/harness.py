@@ -8,9 +8,11 @@ are the same. A dialogue is rendered by tokenizer.py, by ids; when it is too lon
 
 import hashlib
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +49,9 @@ class Store:
         if path and path.exists():
             whole = path.read_bytes().rpartition(b"\n")[0]
             for line in whole.split(b"\n"):
-                if line:
+                with suppress(ValueError):  # blank, or damaged
                     self.known.update([json.loads(line)])
-            path.write_bytes(whole + b"\n" if whole else b"")
+            os.truncate(path, len(whole) + bool(whole))
 
     def key(self, *question: object) -> str:
         """A short name for a question."""

@@ -158,8 +158,7 @@ def _tidied(text: str) -> str:
     return BLANK_LINES.sub("\n", WIDE_SPACE.sub(" ", text))
 
 
-# Behind Chinese text or a mark; behind a Latin name [12] is an index and () a call, behind a colon
-# [12] is what was announced.
+# Behind Chinese text or a mark; behind a Latin name [12] is an index and () a call.
 REFERENCE = re.compile(
     r"(?<=[\u4e00-\u9fff。，、；！？”’）》」』.,;!?])(?:\[[1-9]\d{0,2}(?:-\d{1,3})?\])+"
 )

@@ -18,6 +18,7 @@ from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
 
 from babyllama.errors import ConfigError, DataError
+from babyllama.language.letters import ORDER, part_of
 
 HEAD = 1 << 20  # bytes from which encoding and format are guessed
 LONGEST = 1 << 25  # characters of a line
@@ -187,26 +188,6 @@ def _values(
             else:
                 yield place, _or_skip(value, place, element)
         number += not is_end
-
-
-PARTS = {
-    "test": r"test|tests|testset|testing|heldout|holdout", "train": "train|training|trainset",
-    "val": "dev|devset|val|valid|validation|eval|evaluation",
-}  # fmt: skip
-PARTS_ZH = {
-    "test": "测试|測試|评测|評測",
-    "val": "验证|驗證|校验|校驗|开发|開發",
-    "train": "训练|訓練",
-}
-ORDER = {"test": 0, "val": 1, "train": 2, None: 2}
-
-
-def part_of(name: str) -> str | None:
-    """The part of a set that a name states: csl_title_dev.json -> val, 测试集 -> test."""
-    words = re.split(r"[^a-z]+", name.lower())
-    found = [part for word in words for part, names in PARTS.items() if re.fullmatch(names, word)]
-    found += [part for part, names in PARTS_ZH.items() if re.search(names, name)]
-    return found[0] if found else None
 
 
 class OfPart(NamedTuple):

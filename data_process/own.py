@@ -17,7 +17,6 @@ The key belongs to the files' content and the tokenizer: changed files become an
 that reads the old one can still be continued.
 """
 
-import codecs
 import json
 import math
 import os
@@ -35,6 +34,7 @@ import yaml
 
 from babyllama.config import REPO, from_repo, shown, similar
 from babyllama.errors import DataError
+from babyllama.language.letters import likely_encoding
 from babyllama.rows import check_row
 from data_process import formats
 from data_process.clean import fix
@@ -43,16 +43,7 @@ from data_process.datasets.conversations import labelled, split_at_labels
 from data_process.executor import key_of, write_whole
 from data_process.formats import HEAD, format_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.raw import (
-    PACKED,
-    Part,
-    Record,
-    Skip,
-    likely_encoding,
-    records,
-    sorted_files,
-    split_of,
-)
+from data_process.raw import PACKED, Part, Record, Skip, records, sorted_files, split_of
 from data_process.registry import data_sets
 from data_process.stages import share_of
 from tokenizer import LABELS, Tokenizer
@@ -236,11 +227,7 @@ def encoding_of(path: Path) -> str:
     """
     with open(path, "rb") as file:
         head = file.read(HEAD)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-        found = "utf-8-sig" if b"\0" not in head else likely_encoding(head)
-    except UnicodeDecodeError:
-        found = likely_encoding(head)
+    found = likely_encoding(head)
     if not found:
         raise DataError(f"{shown(path)}: wanted text, found a file of another kind; save it as "
                         f".txt, .docx, .csv, .xlsx or JSON lines")  # fmt: skip

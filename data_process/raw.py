@@ -27,9 +27,9 @@ from typing import IO, Any, NamedTuple
 
 from babyllama.config import shown
 from babyllama.errors import DataError
+from babyllama.language.letters import ORDER, WIDE_BOMS, likely_encoding, part_of
 from data_process.formats import (
     HEAD,
-    ORDER,
     SURROGATE,
     OfPart,
     Skip,
@@ -37,7 +37,6 @@ from data_process.formats import (
     format_of,
     paragraphs,
     parquet,
-    part_of,
     workbook,
 )
 
@@ -383,20 +382,6 @@ def _check_encoding(name: str, head: bytes, encoding: str) -> None:
         )
     if wrong:
         raise DataError(f"{name}: wanted text in {encoding}, found no text; move the file away")
-
-
-WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
-FREQUENT = re.compile("[的一是不了有在人我这這\n ]")
-
-
-def likely_encoding(head: bytes) -> str | None:
-    """The encoding but UTF-8 in which a file reads best as Chinese; None: it is no text."""
-    if head[:2] in WIDE_BOMS:
-        return "utf-16"
-    encodings = ("utf-16-le", "utf-16-be") if b"\0" in head else ("gb18030", "big5")
-    found = [(encoding, head.decode(encoding, "replace")) for encoding in encodings]
-    texts = [(len(FREQUENT.findall(text)), name) for name, text in found if "\0" not in text]
-    return max(texts, key=lambda text: text[0])[1] if texts else None
 
 
 # Jobs: the raw files of a set in portions of about the same size. A long file of lines is cut into

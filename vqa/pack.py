@@ -82,8 +82,8 @@ def members(tar: Path) -> list[tuple[str, int, int]]:
     """
     size, index = tar.stat().st_size, tar.with_suffix(".index")
     if index.is_file():
-        head, *lines = index.read_text("utf-8").splitlines() or [""]
-        if head == str(size):
+        head, *lines = index.read_text("utf-8", "replace").split("\n")
+        if head == f"{size} {len(lines) - 1}" and not lines.pop():  # whole, and of this file
             parts = [line.split(" ", 2) for line in lines]
             return [(name, int(start), int(n)) for start, n, name in parts]
     try:
@@ -286,7 +286,7 @@ def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
             )
         for tar in place.glob("*.tar"):
             lines = [f"{start} {size} {name}" for name, start, size in members(tar)]
-            text = "\n".join([str(tar.stat().st_size), *lines]) + "\n"
+            text = "\n".join([f"{tar.stat().st_size} {len(lines)}", *lines]) + "\n"
             tar.with_suffix(".index").write_text(text, "utf-8")
         text = json.dumps(counts, ensure_ascii=False, indent=1) + "\n"
         (place / "counts.json").write_text(text, "utf-8")

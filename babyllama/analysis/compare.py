@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas
-import yaml
 
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.log import read_metrics
+from babyllama.run_dir import read_config
 from babyllama.scoring.tables import table
 
 
@@ -72,7 +72,7 @@ def main(cfg: CompareConfig) -> None:
                 f"{shown(path)}: wanted the directory of a run with metrics.jsonl and config.yaml"
             )
         results[name] = last_figures(records)
-        configs[name] = yaml.safe_load((path / "config.yaml").read_text("utf-8"))
+        configs[name] = read_config(path / "config.yaml")
     print(compared(configs, results))
 
 

@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -33,7 +34,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ from babyllama.distributed import World, start
 from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.log import perplexity
 from babyllama.rows import read_rows, row_kind
-from babyllama.run_dir import find_checkpoint, list_checkpoints, read_info
+from babyllama.run_dir import find_checkpoint, list_checkpoints, read_config, read_info
 from babyllama.scoring import rouge
 from babyllama.scoring.prompts import SummaryPrompts
 from babyllama.scoring.tables import table
@@ -262,8 +262,8 @@ def chosen_sets(names: str, checkpoint: Path) -> list[str]:
     found = [name.strip() for name in names.split(",") if name.strip()]
     config = checkpoint.parent / "config.yaml"
     if not found and config.is_file():
-        settings = yaml.safe_load(config.read_text("utf-8"))
-        found = [source["name"] for source in settings["data"]["sources"]]
+        with suppress(KeyError, TypeError):
+            found = [source["name"] for source in read_config(config)["data"]["sources"]]
     if not found:
         raise ConfigError(
             f"wanted sets to measure, found none, and no {shown(config)} that tells them; name "

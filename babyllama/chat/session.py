@@ -19,7 +19,7 @@ from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Decoder, Reply, Weights
 from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies, stream_text
-from babyllama.language.letters import as_trained
+from babyllama.language.letters import as_trained, likely_encoding
 from babyllama.lora import switch
 from babyllama.retrieval.index import trim
 from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
@@ -146,12 +146,12 @@ def read_reference(value: str) -> str:
 
 
 def decoded(data: bytes, place: str, is_cut: bool = False) -> str:
-    """Text in UTF-8, else in GB18030, as Chinese consoles write it; a mark at its beginning goes.
+    """Text in UTF-8, GB18030 or another encoding of Chinese files; a mark at its beginning goes.
 
     is_cut: the last character need not be whole
     raises: DataError if it is neither
     """
-    for encoding in ("utf-8-sig", "gb18030"):
+    for encoding in ("utf-8-sig", likely_encoding(data) or "gb18030"):
         with suppress(UnicodeDecodeError):
             text = codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut)
             return text.replace("\r\n", "\n")

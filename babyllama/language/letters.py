@@ -1,12 +1,15 @@
 """The one form of letters in which all training text and everything that is asked is read.
 
-Sets pass here when they are made (data_process/clean.py), questions before they are tokenized.
+Sets pass here when they are made (data_process/clean.py), questions before they are tokenized. And
+in what encodings files come, and how they name the parts of a set.
 """
 
+import codecs
 import functools
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 INVISIBLE = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200c\u200e\u200f\u2060\ufeff\ue000-\uf8ff]"
@@ -77,3 +80,38 @@ def as_trained(messages: Sequence[dict]) -> list[dict]:
     return [
         m if m["role"] == "assistant" else m | {"content": plain(m["content"])} for m in messages
     ]
+
+
+WIDE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+FREQUENT = re.compile("[的一是不了有在人我这這中大上个個国國他到们們\n ]")
+
+
+def likely_encoding(head: bytes) -> str | None:
+    """UTF-8, or the encoding in which a file reads best as Chinese; None: it is no text."""
+    if head[:2] in WIDE_BOMS:
+        return "utf-16"
+    with suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        if b"\0" not in head:
+            return "utf-8-sig"
+    encodings = ("utf-16-le", "utf-16-be") if b"\0" in head else ("gb18030", "big5")
+    found = [(encoding, head.decode(encoding, "replace")) for encoding in encodings]
+    # A short text in GB18030 may have two such signs in Big5 by chance.
+    texts = [(len(FREQUENT.findall(text)) - 2 * (name == "big5"), name)
+             for name, text in found if "\0" not in text]  # fmt: skip
+    return max(texts, key=lambda text: text[0])[1] if texts else None
+
+
+# How files name the parts of a set, and the order in which these are read: held-out rows first.
+PART = re.compile(
+    r"(?P<test>(?<![a-z])(?:tests?|testset|testing|heldout|holdout)(?![a-z])|[测測][试試]|[评評][测測])"
+    r"|(?P<val>(?<![a-z])(?:dev(?:set)?|val(?:id(?:ation)?)?|eval(?:uation)?)(?![a-z])|[验驗][证證]"
+    r"|校[验驗]|[开開][发發])|(?P<train>(?<![a-z])train(?:ing|set)?(?![a-z])|[训訓][练練])"
+)
+ORDER = {"test": 0, "val": 1, "train": 2, None: 2}
+
+
+def part_of(name: str) -> str | None:
+    """The part of a set that a name states: csl_title_dev.json -> val, 测试集 -> test."""
+    found = PART.search(name.lower())
+    return found.lastgroup if found else None

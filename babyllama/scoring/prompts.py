@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Self, TypeAlias, TypeVar
 
 import numpy as np
-import yaml
 
 from babyllama import sources
-from babyllama.config import from_repo
+from babyllama.config import from_repo, read_yaml
 from babyllama.errors import ConfigError
 from babyllama.language.letters import plain
 from babyllama.sources import Reader, Row, Source, supervised
@@ -77,7 +76,7 @@ class SummaryPrompts:
         if not path.is_file():
             raise ConfigError(f"template file {path}: no such file")
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = read_yaml(path)
             families = [(f["questions"], f["answers"]) for f in raw["families"].values()]
             after = raw.get("following", {"turns": {}, "share": 0.0})
             turns = {name: Turn(**turn) for name, turn in after["turns"].items()}
@@ -86,7 +85,9 @@ class SummaryPrompts:
                 raw["eval"].get("unseen", []), turns, after["share"],
             )  # fmt: skip
             faults = prompts._faults() or prompts._clashes()
-        except (TypeError, KeyError, AttributeError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except ConfigError:
+            raise
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ConfigError(
                 f"{path}: wanted slots, families (each with questions and answers), "
                 f"eval.question and, if there are second turns, following (share, and turns with "

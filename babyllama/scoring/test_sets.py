@@ -3,14 +3,14 @@
     .tsv    CSL's benchmark/ts: `to title`, abstract, title
     .json   one object a line: {"id", "abst", "title"} (csl_title_public), {"content", "title"} and
             the like (LCSTS in its re-releases, with a system's output perhaps), or a row of ours
-    folder  its files whose name begins with the split, or holds it
+    folder  its files whose name holds the split
 
 A file of titles has the keys id, text, reference and prediction.
 """
 
 import hashlib
 import json
-import re
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from babyllama.config import REPO, atomic_write, from_repo, require_writable, shown, similar
 from babyllama.errors import ConfigError, DataError
+from babyllama.language.letters import part_of
 from babyllama.rows import (
     BODIES,
     SUMMARIES,
@@ -30,8 +31,6 @@ from babyllama.run_dir import chosen_run, find_checkpoint, sha256
 from babyllama.scoring.tables import System
 
 PREDICTION_KEYS = ("id", "text", "reference", "prediction")
-# As the publishers name the parts of their sets.
-PARTS = {"test": ("test", "part_iii"), "dev": ("dev", "val", "valid", "part_ii")}
 ENDINGS = (".tsv", ".json", ".jsonl")
 
 
@@ -78,6 +77,14 @@ class SummarySet:
     def sha256(self) -> str:
         """Of all its files."""
         return hashlib.sha256(b"".join(f.read_bytes() for f in self.files)).hexdigest()
+
+    @property
+    def columns(self) -> str:
+        """What is read of its rows and what is not, as the first row shows."""
+        row = _object(next(numbered_lines(self.files[0]))[1])
+        used = [first_column(row, names) for names in (BODIES, SUMMARIES)]
+        left = ", ".join(key for key in row if key not in (*used, "id", "meta", "system"))
+        return f"; title: {used[1]}; not used: {left}" if left and all(used) else ""
 
     def column(self, key: str) -> list[str]:
         return [row[key] for row in self.rows]
@@ -126,11 +133,8 @@ def _of_split(folder: Path, split: str) -> list[Path]:
     """The files of one part in a folder as its publisher leaves it."""
     inner = folder / "ts" if (folder / "ts").is_dir() else folder
     files = [path for path in sorted(inner.iterdir()) if path.suffix in ENDINGS]
-    words = [(path, re.split(r"[^a-z0-9]+", path.stem.lower())) for path in files]
-    for name in PARTS[split]:
-        found = [path for path, parts in words if name in parts]
-        if found:
-            return found
+    if found := [p for p in files if part_of(p.stem) == {"dev": "val"}.get(split, split)]:
+        return found
     raise DataError(
         f"{shown(inner)}: wanted a file of {split} ({', '.join(ENDINGS)}), found "
         f"{[path.name for path in files][:5]}; name a file with --data"
@@ -140,17 +144,17 @@ def _of_split(folder: Path, split: str) -> list[Path]:
 def _read(path: Path) -> list[tuple[dict, str | None]]:
     """Rows, each with the published set whose layout it has."""
     pairs = []
+    keys = f"keys for the text: {', '.join(BODIES)}; for the title: {', '.join(SUMMARIES)}"
     for number, line in numbered_lines(path):
         row_id = f"{path.stem}/{number}"
         row, layout = _from_tsv(line, row_id) if path.suffix == ".tsv" else _from_json(line, row_id)
         reason = check_row(row)
         if reason or row_kind(row) != "summary":
-            wanted = "cells `to title`, abstract, title"
-            wanted = wanted if path.suffix == ".tsv" else "keys id, text, summary"
+            wanted = "cells `to title`, abstract, title" if path.suffix == ".tsv" else keys
             raise DataError(
                 f"{shown(path)}:{number}: wanted a text with its title ({wanted}), found "
-                f"{reason or row_kind(row)} in {line[:80]!r}; correct or remove the line, or name "
-                f"another file"
+                f"{reason or row_kind(row)} in {line[:80]!r}; correct it, or make rows of it: "
+                f"python -m data_process.run pairs --name NAME --raw {shlex.quote(str(path))}"
             )
         # The keys of LCSTS' re-releases are anybody's; the name must say it, too.
         if layout == "lcsts" and "lcsts" not in str(path.resolve()).lower():
@@ -172,12 +176,9 @@ def _from_tsv(line: str, row_id: str) -> tuple[Any, str | None]:
 
 def _from_json(line: str, row_id: str) -> tuple[Any, str | None]:
     """A row as it is, one of a known layout turned into ours, or what else stands there."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+    row = _object(line)
+    if not row:
         return line, None
-    if not isinstance(row, dict):
-        return row, None
     if row.keys() == {"id", "abst", "title"}:
         return {"id": str(row["id"]), "text": row["abst"], "summary": row["title"]}, (
             "csl_title_public"
@@ -193,6 +194,15 @@ def _from_json(line: str, row_id: str) -> tuple[Any, str | None]:
     return ours, None if (body, summary) == ("text", "summary") else "lcsts"
 
 
+def _object(line: str) -> dict:
+    """The object of a line, with small letters in its keys; an empty one if the line is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return {key.strip().lower(): row[key] for key in row} if isinstance(row, dict) else {}
+
+
 def read_predictions(path: Path) -> list[dict]:
     """The rows of a file of predictions.
 
@@ -200,12 +210,8 @@ def read_predictions(path: Path) -> list[dict]:
     """
     rows = []
     for number, line in numbered_lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        keys = row.keys() if isinstance(row, dict) else ()
-        if not all(key in keys and isinstance(row[key], str) for key in PREDICTION_KEYS):
+        row = _object(line)
+        if not all(isinstance(row.get(key), str) for key in PREDICTION_KEYS):
             raise DataError(
                 f"{shown(path)}:{number}: wanted texts under {', '.join(PREDICTION_KEYS)}, found "
                 f"{line[:80]!r}; eval_rouge.py --out writes such files"

@@ -49,6 +49,15 @@ def test_one_run_or_none_cannot_be_compared(tmp_path: Path) -> None:
         main(CompareConfig((run, tmp_path / "nothing")))
 
 
+@pytest.mark.parametrize("text", ["a: [", "- 1", "a: &a [1]\nb: *a", "\x00"])
+def test_settings_that_cannot_be_read_are_named(tmp_path: Path, text: str) -> None:
+    run = write_run(tmp_path / "a", 0.1, 4.0)
+    other = write_run(tmp_path / "b", 0.1, 4.0)
+    (other / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"b/config\.yaml: wanted the settings of a run"):
+        main(CompareConfig((run, other)))
+
+
 def test_runs_are_named_without_a_flag() -> None:
     cfg = parse(CompareConfig, "", ["out/a", "out/b"], positional=("runs",))
     assert cfg.runs == (Path("out/a"), Path("out/b"))

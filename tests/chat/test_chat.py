@@ -693,8 +693,9 @@ def test_the_longest_reference_leaves_room_for_a_question(tokenizer, room):
 
 def test_a_reference_is_a_file_or_the_text_itself(tmp_path):
     file = tmp_path / "text.txt"
-    file.write_text("一。\n二。", encoding="gb18030")
-    assert read_reference(str(file)) == "一。\n二。"
+    for encoding in ("gb18030", "utf-16", "big5"):  # Notepad's "Unicode"; Taiwan
+        file.write_text("這是一。\n不是二。", encoding=encoding)
+        assert read_reference(str(file)) == "這是一。\n不是二。"
     assert read_reference("长" * 5000) == "长" * 5000
     assert read_reference("半\udce4个\x00") == "半?个\x00"
     file.write_bytes(b"\xff\xff")

@@ -283,6 +283,35 @@ def test_a_row_of_ours_needs_no_name(row_id, tmp_path):
     assert row == {"id": "0" if row_id else "own/1", "text": "文", "summary": "题"}
 
 
+def test_a_choice_between_columns_is_told(tmp_path):
+    row = {"Text": "本文研究文本摘要。", "Summary": "文本摘要", "headline": "别的", "id": 1}
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", "utf-8")
+    found = test_sets.open_set(path, None, "test", None)
+    assert (found.rows[0]["summary"], found.columns) == (
+        "文本摘要", "; title: summary; not used: headline"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data", ["[\n", '{"question": "文", "title": "题"}', "text,summary\n文,题"]
+)
+def test_rows_that_are_not_understood_name_the_keys_and_the_way_to_rows(data, tmp_path):
+    (tmp_path / "我的 x.json").write_text(data, "utf-8")
+    with pytest.raises(
+        DataError, match=r"keys for the text: text, content.*title: summary"
+    ) as said:
+        read_pairs(tmp_path / "我的 x.json")
+    assert f"run pairs --name NAME --raw '{tmp_path}/我的 x.json'" in str(said.value)
+
+
+def test_chinese_names_of_parts_are_known_in_a_folder(tmp_path):
+    for name in ("训练集", "测试集", "验证集"):
+        (tmp_path / f"{name}.jsonl").write_text(f'{{"text": "文", "title": "{name}"}}\n', "utf-8")
+    sets = [test_sets.open_set(tmp_path, None, split, None) for split in ("test", "dev")]
+    assert [one.column("summary") for one in sets] == [["测试集"], ["验证集"]]
+
+
 @pytest.mark.parametrize("columns", ["article title", "text summary", "content headline"])
 def test_a_publisher_beside_the_article_is_not_the_text(columns, tmp_path):
     body, title = columns.split()

@@ -192,8 +192,10 @@ def test_an_index_that_is_old_or_gone_is_not_needed_and_a_cut_shard_is_refused(t
     assert len(shards) == 2
     known = members(shards[0])
     index = shards[0].with_suffix(".index")
-    index.write_text("7\n0 1 wrong\n")
-    assert members(shards[0]) == known
+    whole = index.read_bytes()
+    for cut in (whole[:-1], whole[:-5], whole[: whole.index(b"\n") + 1], b"", b"7 1\n0 1 wrong\n"):
+        index.write_bytes(cut)
+        assert members(shards[0]) == known
     index.unlink()
     assert members(shards[0]) == known
     shards[0].write_bytes(shards[0].read_bytes()[:560])
