@@ -500,7 +500,7 @@ def test_sampling_is_shown_changed_and_checked(open_terminal, endless):
     assert terminal.say("/set max_new_tokens 3").strip() == "max_new_tokens 3"
     assert terminal.say("你好").startswith(f"{LABELS['assistant']}好好好（到了")
     assert "temperature 应为数" in terminal.say("/set temperature 热")
-    assert "temperature -1.0 (0 to 10)" in terminal.say("/set temperature -1")
+    assert "temperature wants 0 to 10, found -1.0" in terminal.say("/set temperature -1")
     assert "没有设置 'tmp'" in terminal.say("/set tmp 1")
     assert "loop_guard" in terminal.say("/set loop_guard sometimes")
     assert "seed 7" in terminal.say("/set seed 7") and "seed None" in terminal.say("/set seed -")
