@@ -108,8 +108,8 @@ def test_a_token_takes_few_waits_however_many_replies_are_written(rows, monkeypa
             counts.append(sum(waits.values()))
             assert max(map(len, replies)) == n
         monkeypatch.undo()
-    # Is it finite, was the token drawn outside of the nucleus (seldom, then again), which is it.
-    assert counts[1] - counts[0] <= 10 * 5, waits
+    # Are the logits finite, and which token is it; a row that ends changes the cache's beginning.
+    assert counts[1] - counts[0] <= 10 * 2 + 2 * (rows > 1), waits
 
 
 def test_the_server_writes_the_same_on_a_card(monkeypatch, tokenizer):
