@@ -355,6 +355,14 @@ def rope_table(config: ModelConfig) -> Tensor:
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b, which may be of a narrower format, to the total in place."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
+
+
 class SlicedLoss(torch.autograd.Function):
     """Cross-entropy of a linear head, slice by slice, so that (N, V) logits never exist whole.
 
@@ -374,10 +382,11 @@ class SlicedLoss(torch.autograd.Function):
         size: int = SLICE,
         softmax_loss: Callable | None = None,
         product: Callable = torch.mm,
+        add_product: Callable = _add_product,
     ) -> tuple[Tensor, ...]:
         """hidden (N, D), weight (V, D), targets (N,) without ignored ones, weights (N,).
 
-        softmax_loss, product: what a device computes faster (cuda/attention.py)
+        softmax_loss, product, add_product: what a device computes faster (cuda/attention.py)
         """
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         softmax_loss, dtype = softmax_loss or _softmax_loss, matmul_dtype(hidden)
@@ -400,10 +409,8 @@ class SlicedLoss(torch.autograd.Function):
                 error = error.to(dtype)  # (slice, V): the gradient of the logits
                 if grad_hidden is not None:
                     grad_hidden[start : start + size] = error @ w
-                if grad_weight is not None and dtype == torch.float32:
-                    grad_weight.addmm_(error.t(), part)
-                elif grad_weight is not None:
-                    grad_weight += product(error.t(), part)
+                if grad_weight is not None:
+                    add_product(grad_weight, error.t(), part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         n_targets = torch.full((), len(targets), device=hidden.device)
@@ -417,7 +424,7 @@ class SlicedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 6
+        return grad_hidden, grad_weight, *[None] * 7
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:

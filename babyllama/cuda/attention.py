@@ -149,11 +149,15 @@ def card_loss(
 ) -> tuple[Tensor, ...]:
     """model.SlicedLoss as cards compute it fast."""
     dtype = matmul_dtype(hidden)
-    product = torch.mm
+    own: list[Callable] = [functools.partial(softmax_loss, dtype=dtype)]
     if dtype != torch.float32:  # whose products a card adds up and gives unrounded
-        product = functools.partial(torch.mm, out_dtype=torch.float32)
-    own = functools.partial(softmax_loss, dtype=dtype)
-    return SlicedLoss.apply(hidden, weight, targets, weights, smoothing, CARD_SLICE, own, product)
+        own += [functools.partial(torch.mm, out_dtype=torch.float32), add_narrow_product]
+    return SlicedLoss.apply(hidden, weight, targets, weights, smoothing, CARD_SLICE, *own)
+
+
+def add_narrow_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b of a narrow format to the float32 total, without a tensor between them."""
+    torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def softmax_loss(

@@ -135,6 +135,21 @@ def test_the_cards_softmax_is_the_processors(dtype, smoothing):
     torch.testing.assert_close(error, wanted[2].to(dtype), rtol=rtol, atol=atol)
 
 
+def test_the_gradient_of_a_narrow_head_adds_up_in_float32(monkeypatch):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 32).bfloat16(), torch.randn(97, 32).requires_grad_()
+    targets = torch.randint(0, 97, (40,))
+    monkeypatch.setattr("babyllama.cuda.attention.CARD_SLICE", 8)
+    with card(monkeypatch) as waits:
+        held = OnCard(weight.detach()).requires_grad_()
+        card_loss(OnCard(hidden), held, OnCard(targets))[0].backward()
+        found = held.grad.held
+    assert not waits and found.dtype == torch.float32
+    exact = torch.nn.functional.linear(hidden.float(), weight.bfloat16().float())
+    torch.nn.functional.cross_entropy(exact, targets, reduction="sum").backward()
+    assert (found - weight.grad).norm() < 0.005 * weight.grad.norm()
+
+
 def test_positions_that_are_told_are_those_that_would_be_found():
     model, (batch,) = Transformer(small_config()), batches(1)
     wanted = model(**batch)
