@@ -229,8 +229,7 @@ class VqaModel(nn.Module):
     @property
     def more_info(self) -> dict:
         """What a checkpoint says of it beside the language model's shape."""
-        encoder = plain(self.encoder.config) | {"eps": getattr(self.encoder.net, "eps", None)}
-        return {"vqa": {"encoder": encoder, "fusion": plain(self.fusion)}}
+        return {"vqa": {"encoder": plain(self.encoder.config), "fusion": plain(self.fusion)}}
 
     def n_parameters(self) -> int:
         return sum(weight.numel() for weight in self.parameters())
@@ -346,7 +345,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
         )
     try:
         kept = dict(info["vqa"]["encoder"])
-        eps = kept.pop("eps")
+        kept.pop("eps", None)  # of checkpoints made before
         config = EncoderConfig(**kept | {"depths": tuple(kept["depths"])})
         stored = info["vqa"]["fusion"]
         fusion = FusionConfig(**stored | {"layers": tuple(stored["layers"])})
@@ -355,8 +354,6 @@ def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{shown(path)}: model.yaml cannot be, found {error!r}") from None
     encoder.config = config
-    if eps is not None:
-        encoder.net.set_eps(eps)
     model = VqaModel(Transformer(info["model"]), encoder, fusion)
     load_weights(model, weights, path)
     return Loaded(model.to(device).eval(), tokenizer, info["step"], path, info["kind"])
