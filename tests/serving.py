@@ -11,14 +11,24 @@ import httpx
 import torch
 
 from babyllama.config import REPO
+from babyllama.sampling import SamplingConfig
 from conftest import save_model, small_config
 from model import Transformer
 from tokenizer import Tokenizer
+from vqa.chat import look, stream_answer
 from vqa.encoders import EncoderConfig, make_encoder
-from vqa.model import FusionConfig, VqaModel
+from vqa.model import FusionConfig, Loaded, VqaModel
 from warm import Process, keeper
 
 CONTEXT = 4096
+
+
+def answer(
+    loaded: Loaded, given: list, messages: list[dict], sampling: SamplingConfig | None = None
+) -> str:
+    """The whole answer to the last question about an image."""
+    sampling = sampling or SamplingConfig(temperature=0.0, max_new_tokens=64)
+    return "".join(stream_answer(loaded, look(loaded, given), messages, sampling))
 
 
 def endless_model(tokenizer: Tokenizer, context: int = CONTEXT) -> Transformer:

@@ -5,13 +5,8 @@
 
 /image FILE looks at another image and begins anew, an empty line or Ctrl-D ends.
 
-Answers about an image: the way that the chat, the scores and a server share.
-
-    loaded = load(Path("out/vqa-splice"))
-    text = answer(loaded, [image_bytes], [{"role": "user", "content": "图片里是什么？"}])
-
-A model of today looks at exactly one image; none, or several, is a DataError that says so. The
-decoding and its limits are images.py's, the dialogue's form tokenizer.py's.
+The chat, the scores and a server share the functions here. A model of today looks at exactly one
+image; none, or several, is a DataError that says so.
 """
 
 import sys
@@ -31,7 +26,7 @@ from babyllama.language import verbatim
 from babyllama.language.letters import as_trained
 from babyllama.rows import check_messages
 from babyllama.sampling import SamplingConfig
-from vqa import images
+from vqa.data import prepared
 from vqa.model import Loaded, VqaModel, load, with_image
 
 
@@ -50,9 +45,7 @@ def look(loaded: Loaded, given: Sequence[bytes | Path]) -> Tensor:
             f"wanted one image, found {len(given)}; this model looks at one at a time: ask "
             f"about each by itself"
         )
-    config = loaded.model.encoder.config
-    decoded = images.decode(given[0], least=config.size * config.tiles)
-    squares = images.squares(decoded, config.size, config.tiles)
+    squares = prepared(given[0], "", loaded.model.encoder.config)
     device = loaded.model.output.weight.device
     with torch.inference_mode():
         return loaded.model.see(squares[None].to(device))
@@ -95,17 +88,6 @@ def stream_answer(
     ids = prompt_of(loaded, messages, seen)
     with loaded.model.looking_at(seen):
         yield from stream_text(loaded.model.decoder(seen), ids, sampling, loaded.tokenizer, reply)
-
-
-def answer(
-    loaded: Loaded,
-    given: Sequence[bytes | Path],
-    messages: Sequence[dict],
-    sampling: SamplingConfig | None = None,
-) -> str:
-    """The whole answer to the last question; errors as look and prompt_of."""
-    sampling = sampling or SamplingConfig(temperature=0.0, max_new_tokens=64)
-    return "".join(stream_answer(loaded, look(loaded, given), messages, sampling))
 
 
 @torch.inference_mode()

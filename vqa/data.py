@@ -12,7 +12,6 @@ The key stands for the encoder's weights and settings and for the set's images.
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ class Wanted(NamedTuple):
     chance: int = 0
 
 
-def prepared(data: bytes, name: str, config: EncoderConfig, chance: int = 0) -> Tensor:
+def prepared(data: bytes | Path, name: str, config: EncoderConfig, chance: int = 0) -> Tensor:
     """The squares (squares, 3, S, S) uint8 of an image, with random changes of this seed."""
     image = images.decode(data, name, least=config.size * config.tiles)
     if chance:
@@ -82,13 +81,11 @@ def features_of(encoder: Encoder, packed: PackedImages, device: torch.device) ->
         shape = (len(packed), encoder.config.n_places, sum(encoder.widths))
         with atomic_write(path, unique=True) as temporary:
             out = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
-            start, done = time.perf_counter(), 0
+            done = 0
             for part in computed(encoder, packed, range(len(packed)), device):
                 out[done : done + len(part)] = part.astype(np.float16)
                 done += len(part)
             out.flush()
-        rate = len(packed) / (time.perf_counter() - start)
-        print(f"{shown(path)}: {len(packed):,} images at {rate:.1f} a second")
     return np.load(path, mmap_mode="r")
 
 

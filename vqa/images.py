@@ -53,7 +53,15 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
     raises: DataError if it is no image that can be used, with the reason
     """
     name = name or (shown(source) if isinstance(source, Path) else "the image")
-    data = _read(source, name)
+    if isinstance(source, Path) and not source.is_file():
+        raise DataError(f"{name}: no such image; wanted a file ({', '.join(FORMATS)})")
+    n_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
+    if n_bytes > MAX_BYTES:
+        raise DataError(
+            f"{name}: wanted an image of at most {MAX_BYTES >> 20} MB, found "
+            f"{n_bytes / 2**20:.1f} MB; make it smaller"
+        )
+    data = source.read_bytes() if isinstance(source, Path) else source
     # Each scan of a JPEG goes over all of the image; one with thousands takes minutes.
     if data.startswith(b"\xff\xd8") and (n_scans := data.count(b"\xff\xda")) > MAX_SCANS:
         raise DataError(
@@ -62,54 +70,28 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
     from PIL import Image
 
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.width, image.height, name)
-        with image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height}")
+            if image.width * image.height < 1:
+                raise ValueError("it has no pixels")
             if least:
                 image.draft(None, (least, least))
             image.load()
             return _flat(_upright(image))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise _too_large(name, "more than that") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{name}: wanted at most {MAX_PIXELS:,} pixels, found {error}; make the image smaller"
+        ) from None
     except Image.UnidentifiedImageError:
         raise DataError(
             f"{name}: wanted an image ({', '.join(FORMATS)}), found {len(data)} bytes that are "
             f"none, they begin {data[:8]!r}; save it as JPEG or PNG"
         ) from None
     except _BAD as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(
             f"{name}: wanted a whole image, found it cut off or damaged ({error}); get it again"
         ) from None
-
-
-def _read(source: bytes | Path, name: str) -> bytes:
-    if isinstance(source, bytes):
-        n_bytes = len(source)
-    elif source.is_file():
-        n_bytes = source.stat().st_size
-    else:
-        raise DataError(f"{name}: no such image; wanted a file ({', '.join(FORMATS)})")
-    if n_bytes > MAX_BYTES:
-        raise DataError(
-            f"{name}: wanted an image of at most {MAX_BYTES >> 20} MB, found "
-            f"{n_bytes / 2**20:.1f} MB; make it smaller"
-        )
-    return source if isinstance(source, bytes) else source.read_bytes()
-
-
-def _check_size(width: int, height: int, name: str) -> None:
-    if width * height > MAX_PIXELS:
-        raise _too_large(name, f"{width} x {height}")
-    if min(width, height) < 1:
-        raise DataError(f"{name}: wanted an image, found one without pixels, {width} x {height}")
-
-
-def _too_large(name: str, found: str) -> DataError:
-    return DataError(
-        f"{name}: wanted at most {MAX_PIXELS:,} pixels, found {found}; make the image smaller"
-    )
 
 
 def _upright(image: "Image") -> "Image":

@@ -17,9 +17,8 @@ import pytest
 from babyllama.errors import ConfigError
 from babyllama.sampling import SamplingConfig
 from serve.models import serve_from
-from serving import Running, as_url, endless_model, save, seeing_model, serving
+from serving import Running, answer, as_url, endless_model, save, seeing_model, serving
 from tokenizer import Tokenizer
-from vqa.chat import answer
 from vqa.model import Loaded, load
 
 PIL = pytest.importorskip("PIL.Image", reason="pip install -r requirements/vqa.txt")

@@ -11,7 +11,8 @@ from babyllama.optim import OptimConfig, make_optimizer, set_lr
 from babyllama.sampling import SamplingConfig
 from conftest import save_model, small_config
 from model import IGNORED, Transformer
-from vqa.chat import answer, greedy, look, stream_answer
+from serving import answer
+from vqa.chat import greedy, look, stream_answer
 from vqa.encoders import EncoderConfig, make_encoder
 from vqa.images import normalise
 from vqa.model import (
