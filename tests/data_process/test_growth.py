@@ -29,8 +29,7 @@ UNITS = (
     "点击上方关注", "原标题：", "编辑：", "? ", "?", "？", "！", "!a", "为什么", "...", "…",
     "aa", "一", "1", "Human", "\nHuman ", "\n\n助手：", "\n\n助手", "我是", "由openai", "很抱歉",
     "作为一个", "國", "a\n", "一二三四五六七\n", "e\u0301", "\u0301\u0316", "０", "\u200b", "\r",
-    "\\n", "[[", "]]", "{{", "}}", "[[a|", "-{", "}-", "-{zh:", ";zh ", "{|\n", "|}\n", "[//a",
-    "[//a ", "<ref>", "<math>", "<title>", "<text>", "''", "=", "\n==a", "\n:", "\n*", ":", "#",
+    "\\n", "（）", "=", "\n:", "\n*", ":", "#",
     "```", "```\n", "**", "*a", "[a](", "[**", "`", "<s>", "<s>Human:", "</s>", "Human:", "Human (",
     "答案：", "<<", "<<1", "####", "<Paragraph> ", "<eoh> ", "#idiom", "Question: ", "Passage: ",
     '"会话":"a', "null,", "问：",
@@ -122,10 +121,6 @@ READERS = {
     "mnbvc": reading("mnbvc", {"text": "T"}, {"问": "T", "答": "T", "元数据": {"扩展字段": "T"}}),
     "vqa": reading("vqa", {"image": "T", "qa": [{"question": "T", "answer": "T"}]}),
     "wiki": reading("wiki", {"text": "T", "title": "T"}),
-    "wiki's pages": lambda text: read(set_of("wiki"), [
-        Record(n, f"a:{n}", None, line) for n, line in enumerate(
-            ["<page>", f"<title>{text}</title>", "<title>a</title><ns>0</ns>",
-             f"<text>{text}</text>", text, "</page>"])]),
 }  # fmt: skip
 ALL = FUNCTIONS | READERS
 
