@@ -1,12 +1,13 @@
-"""Layouts of benchmarks: each function turns the files of a publisher into rows.
+"""Layouts of benchmarks: from the files of a publisher to rows.
 
-A row is one question, whatever the layout:
+Most layouts are tables, whose columns a task file turns into rows (`table`); a function stands
+here for each that is not. A row is one question, whatever the layout:
 
 ask, context   the question, and the text it is about ("" if there is none)
 options        the texts to choose from; letters: their names; gold: numbers of the right ones
 answers        the texts that count as right, where nothing is to be chosen
 subject        part of the benchmark that the row belongs to: its file, where it is divided that way
-Beside these a row keeps its publisher's columns, by which the harness' own prompts ask for it.
+Beside these a row keeps the columns by which the harness' own prompts ask for it.
 
 Files are as their publisher packed them: plain, .xz, .gz, in a tar or a zip; a parquet file is seen
 as JSON lines, a row each. A folder is seen through its archives: `mmlu/mmlu.tar.xz` and an unpacked
@@ -26,9 +27,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from babyllama.config import shown
 from babyllama.errors import ConfigError, DataError
@@ -110,14 +112,8 @@ def _json_lines(path: Path) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def lines(text: str) -> io.StringIO:
-    """A text line by line: only a line feed ends one, for texts hold U+2028 and the like."""
-    return io.StringIO(text, newline="\n")
-
-
 LETTERS = "ABCDEFGHIJ"
-File = tuple[str, str]  # name and text
-Reader = Callable[[Iterable[File]], Iterator[dict | str]]
+Reader = Callable[[str, str], Iterator[dict | str]]  # of a file's name and text
 
 
 def row(
@@ -147,243 +143,80 @@ def row(
     return columns | made
 
 
-def read_rows(read: Reader, files: Iterable[File], left_out: Counter[str]) -> list[dict]:
+def read_rows(read: Reader, files: Iterable[tuple[str, str]], left_out: Counter[str]) -> list[dict]:
     """The rows of some files; entries that make no row are counted by reason.
 
     raises: DataError that names the file whose layout is another one
     """
     found = []
-    for file in files:
+    for name, text in files:
         try:
-            for item in read([file]):
+            for item in read(name, text):
                 if isinstance(item, str):
                     left_out[item] += 1
                 else:
                     found.append(item)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, UndefinedError) as error:
             raise DataError(
-                f"{file[0]}: wanted the published layout of this benchmark, found "
-                f"{type(error).__name__} {error}; bench/readers.py lists the layouts"
+                f"{name}: wanted the published layout of this benchmark, found "
+                f"{type(error).__name__} {error}; configs/bench and bench/readers.py have the "
+                f"layouts"
             ) from None
     return found
 
 
-def json_lines(files: Iterable[File]) -> Iterator[tuple[str, dict]]:
-    """(name of the file, object) of every line, or of every element of a JSON list."""
-    for name, text in files:
-        if text.lstrip()[:1] == "[":
-            yield from ((name, item) for item in json.loads(text))
-        else:
-            yield from ((name, json.loads(line)) for line in lines(text) if line.strip())
+def entries(name: str, text: str, head: Sequence[str] | None, under: str) -> Iterator[dict]:
+    """The entries of a file: lines of a table, or JSON objects, one after the other or in lists.
 
-
-_LABEL = re.compile(r"^\s*[(（]?[A-J][)）.、．:：]\s*")
-_STORY = {f"InputSentence{n}": f"input_sentence_{n}" for n in range(1, 5)} | {
-    "RandomFifthSentenceQuiz1": "sentence_quiz1",
-    "RandomFifthSentenceQuiz2": "sentence_quiz2",
-    "AnswerRightEnding": "answer_right_ending",
-}
-
-
-def columns(files: Iterable[File], wanted: dict) -> Iterator[dict | str]:
-    """JSON lines whose columns a task file names.
-
-    wanted: by what a row has (ask, options …) the column as it is, "{question}", or a text with
-        columns in it, or several; {file} is the file's name
+    head: names of the columns of a table whose first line does not name them
+    under: the key of an object that holds the entries
     """
-    for name, data in json_lines(files):
-        known = data | {"file": PurePosixPath(name).stem}
-        yield row(**{key: _filled(value, known) for key, value in wanted.items()}, **data)
+    if name.endswith((".csv", ".tsv")):
+        how: dict = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
+        # Only a line feed ends a line, for texts hold U+2028 and the like.
+        for cells in csv.DictReader(io.StringIO(text, newline="\n"), head, **how):
+            yield {key: value for key, value in cells.items() if key}
+        return
+    place, text = 0, text.strip()
+    while place < len(text):
+        found, place = json.JSONDecoder().raw_decode(text, place)
+        place += len(text) - place - len(text[place:].lstrip())
+        if isinstance(found, dict):
+            found = found.get(under, [found])
+        yield from found
 
 
-def _filled(wanted: object, known: dict) -> Any:
-    if isinstance(wanted, list):
-        return [_filled(each, known) for each in wanted]
-    if not isinstance(wanted, str):
-        return wanted
-    return known[wanted[1:-1]] if wanted[1:-1] in known else wanted.format_map(known)
+def table(
+    name: str, text: str, columns: dict, head: Sequence[str] | None = None, under: str = ""
+) -> Iterator[dict | str]:
+    """The rows of a file whose columns a task file names.
 
-
-def commonsenseqa(files: Iterable[File]) -> Iterator[dict | str]:
-    """question.stem and question.choices, or the two lists of the parquet form."""
-    for _, data in json_lines(files):
-        question = data["question"]
-        if isinstance(question, dict):
-            choices = {key: [c[key] for c in question["choices"]] for key in ("label", "text")}
-            question = question["stem"]
-        else:
-            choices = data["choices"]
-        key = data.get("answerKey") or ""
-        gold = [choices["label"].index(key)] if key in choices["label"] else []
-        yield row(question, options=choices["text"], gold=gold, question=question,
-                  choices=choices, answerKey=key)  # fmt: skip
-
-
-def boolq(files: Iterable[File]) -> Iterator[dict | str]:
-    """The original, SuperGLUE's, and the one that packs both texts into `query`."""
-    for _, data in json_lines(files):
-        if "query" in data:
-            packed = re.fullmatch(r"(?s)Passage: (.*)\n?Question: (.*?)\n?", data["query"])
-            if not packed:
-                yield "no passage"
-                continue
-            (passage, question), label = packed.groups(), data["gold"]
-            label = data["choices"][label].strip().lower() == "yes"
-        else:
-            passage, question = data["passage"], data["question"]
-            label = data["answer"] if "answer" in data else data["label"]
-        label, question = int(label), question.strip().removesuffix("?")
-        yield row(question, context=passage, options=("否", "是"), gold=[label],
-                  passage=passage, question=question, label=label)  # fmt: skip
-
-
-def mmlu(files: Iterable[File]) -> Iterator[dict | str]:
-    """CSV without a head: question, A, B, C, D, letter; or the parquet form: choices, answer."""
-    for name, text in files:
-        if not name.endswith(".csv"):
-            for _, data in json_lines([(name, text)]):
-                yield row(data["question"], options=data["choices"], gold=[data["answer"]], **data)
-            continue
-        subject = re.sub(r"_(dev|val|test)$", "", PurePosixPath(name).stem)
-        for cells in csv.reader(lines(text)):
-            question, *options, letter = cells
-            gold = LETTERS.index(letter)
-            yield row(question, options=options, gold=[gold], subject=subject, question=question,
-                      choices=options, answer=gold)  # fmt: skip
-
-
-def lettered_csv(files: Iterable[File]) -> Iterator[dict | str]:
-    """CMMLU (Question, Answer), C-Eval (question, answer), MMMLU (Question, Answer, Subject):
-    CSV with a head and A, B, C, D."""
-    for name, text in files:
-        subject = re.sub(r"_(dev|val|test)$", "", PurePosixPath(name).stem)
-        for cells in csv.DictReader(lines(text)):
-            columns = {key: value for key, value in cells.items() if key}
-            low = {key.lower(): value for key, value in columns.items()}
-            if not low.get("answer"):
-                yield "no label"  # C-Eval's test part
-                continue
-            gold = LETTERS.index(low["answer"].strip())
-            yield row(low["question"], options=[columns[x] for x in "ABCD"], gold=[gold],
-                      subject=columns.get("Subject") or subject, **columns)  # fmt: skip
-
-
-def agieval(files: Iterable[File]) -> Iterator[dict | str]:
-    """The sets with options; a label that is a list names several right ones."""
-    for name, data in json_lines(files):
-        if not data.get("options") or not data.get("label"):
-            yield "no options"
-            continue
-        options = [_LABEL.sub("", option) for option in data["options"]]
-        gold = [LETTERS.index(letter) for letter in "".join(data["label"]) if letter in LETTERS]
-        passage, question = data.get("passage") or "", data["question"]
-        query = "\n".join(filter(None, [passage, question, *data["options"]]))
-        yield row(question, context=passage, options=options, gold=gold,
-                  subject=PurePosixPath(name).stem, query=query, choices=options)  # fmt: skip
-
-
-def gaokao(files: Iterable[File]) -> Iterator[dict | str]:
-    """GAOKAO-Bench's objective questions; the options stand in the question.
-
-    An entry with several questions gives a row for each.
+    columns: what a row has as expressions of the publisher's columns in Jinja's language, or null
+        for a column as it is. They come in order and may use those before; `file` is the file's
+        name, `data` the whole entry. skip: says why an entry makes no row, if it makes none.
     """
-    for name, text in files:
-        subject = PurePosixPath(name).stem.split("_", 1)[1]
-        n_letters = 7 if "Cloze" in name else 4  # five of seven sentences fill five gaps
-        for entry in json.loads(text)["example"]:
-            for number, label in enumerate(entry["answer"], 1):
-                letters = LETTERS[:n_letters]
-                known = [letters.index(x) for x in label if x in letters]
-                which = f"\n（第 {number} 小题）" if len(entry["answer"]) > 1 else ""
-                yield row(entry["question"].strip() + which, letters=letters, gold=known,
-                          subject=subject)  # fmt: skip
+    stem = re.sub(r"_(dev|val|test)$", "", PurePosixPath(name).stem)
+    for data in entries(name, text, head, under):
+        yield _row(data, data | {"file": stem, "data": data}, columns)
 
 
-def c3(files: Iterable[File]) -> Iterator[dict | str]:
-    """[[line, …], [{question, choice, answer}], id]; the answer is the text of a choice."""
-    for name, text in files:
-        subject = "dialogue" if "-d-" in name else "mixed"
-        for passage, questions, _ in json.loads(text):
-            for each in questions:
-                gold = [n for n, choice in enumerate(each["choice"]) if choice == each["answer"]]
-                yield row(each["question"], context="\n".join(passage), options=each["choice"],
-                          gold=gold, subject=subject)  # fmt: skip
+def _row(data: dict, known: dict, columns: dict) -> dict | str:
+    made = {}
+    for key, expression in columns.items():
+        known[key] = data[key] if expression is None else _compiled(expression)(known)
+        if key != "skip":
+            made[key] = known[key]
+        elif known[key]:
+            return known[key]
+    return row(**made)
 
 
-def xwinograd(files: Iterable[File]) -> Iterator[dict | str]:
-    """A sentence with a gap "_" and two fillings, as JSON lines."""
-    for _, data in json_lines(files):
-        before, _, after = data["sentence"].partition("_")
-        starts = [before + data[key] for key in ("option1", "option2")]
-        yield row("下面哪句话说得通？", options=[start + after for start in starts],
-                  gold=[int(data["answer"]) - 1], starts=starts, ending=after, **data)  # fmt: skip
+_JINJA = Environment(undefined=StrictUndefined)
 
 
-def xcopa(files: Iterable[File]) -> Iterator[dict | str]:
-    """premise, choice1, choice2, question: cause or effect, label."""
-    for _, data in json_lines(files):
-        why = {"cause": "因为", "effect": "所以"}[data["question"]]
-        yield row(f"{data['premise'].strip().rstrip('。')}，{why}", gold=[int(data["label"])],
-                  options=[data["choice1"], data["choice2"]], **data)  # fmt: skip
-
-
-def xstorycloze(files: Iterable[File]) -> Iterator[dict | str]:
-    """Four sentences and two endings; JSON lines, or the published TSV with a head."""
-    for _, data in _table_or_lines(files):
-        data = {_STORY.get(key, key): value for key, value in data.items()}
-        story = "".join(data[f"input_sentence_{n}"] for n in range(1, 5))
-        options = [data["sentence_quiz1"], data["sentence_quiz2"]]
-        right = int(data["answer_right_ending"])
-        columns = data | {"answer_right_ending": right}
-        yield row(story, options=options, gold=[right - 1], **columns)
-
-
-def belebele(files: Iterable[File]) -> Iterator[dict | str]:
-    """flores_passage, question, mc_answer1 … 4, correct_answer_num."""
-    for _, data in json_lines(files):
-        data["correct_answer_num"] = str(data["correct_answer_num"])
-        yield row(data["question"], context=data["flores_passage"],
-                  options=[data[f"mc_answer{n}"] for n in range(1, 5)],
-                  gold=[int(data["correct_answer_num"]) - 1], **data)  # fmt: skip
-
-
-def _table_or_lines(files: Iterable[File]) -> Iterator[tuple[str, dict]]:
-    for name, text in files:
-        if name.endswith(".tsv"):
-            table = csv.DictReader(lines(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-            yield from ((name, cells) for cells in table)
-        else:
-            yield from json_lines([(name, text)])
-
-
-_CALCULATOR = re.compile(r"<<.*?>>")
-
-
-def gsm8k(files: Iterable[File]) -> Iterator[dict | str]:
-    """question, answer: steps with <<3+4=7>> notes, the result after ####."""
-    for _, data in json_lines(files):
-        steps, _, result = data["answer"].rpartition("####")
-        yield row(data["question"], answers=[result.strip().replace(",", "")],
-                  steps=_CALCULATOR.sub("", steps).strip(), **data)  # fmt: skip
-
-
-def gsm8k_zh(files: Iterable[File]) -> Iterator[dict | str]:
-    """question_zh or question_zh-cn, answer_only; where both parts share a file, its test part."""
-    for _, data in json_lines(files):
-        if data.get("split", "test") != "test":
-            yield "of the training part"
-            continue
-        question = data.get("question_zh") or data["question_zh-cn"]
-        yield row(question, answers=[str(data["answer_only"]).replace(",", "")])
-
-
-def math(files: Iterable[File]) -> Iterator[dict | str]:
-    r"""problem, solution, type, level; the result is the last \boxed{…} of the solution."""
-    for _, data in json_lines(files):
-        result = boxed(data["solution"])
-        subject = data.get("type") or data.get("subject") or ""
-        yield row(data["problem"], answers=[result or ""], steps=data["solution"], subject=subject,
-                  problem=data["problem"], solution=data["solution"])  # fmt: skip
+@cache
+def _compiled(expression: str) -> Callable[[dict], object]:
+    return _JINJA.compile_expression(expression, undefined_to_none=False)
 
 
 def boxed(solution: str) -> str | None:
@@ -402,86 +235,64 @@ def boxed(solution: str) -> str | None:
     return None
 
 
-def mgsm(files: Iterable[File]) -> Iterator[dict | str]:
-    """TSV without a head: question, number."""
-    for _, text in files:
-        for line in lines(text):
-            if line.strip():
-                question, number = line.rstrip("\n").split("\t")
-                number = number.replace(",", "")
-                yield row(question, answers=[number], question=question, answer=None,
-                          answer_number=number)  # fmt: skip
+_JINJA.globals["LETTERS"] = LETTERS
+_JINJA.filters |= {
+    "boxed": boxed,
+    "findall": lambda text, pattern: re.findall(pattern, text),
+    "without": lambda text, pattern: re.sub(pattern, "", text),
+    "place": LETTERS.index,
+}
 
 
-def trivia_qa(files: Iterable[File]) -> Iterator[dict | str]:
-    """The original {"Data": […]}, the parquet form, and `context` with "Question: …\\nAnswer:"."""
-    for name, text in files:
-        if text.lstrip()[:1] == "{" and '"Data"' in text[:2000] + text[-2000:]:
-            entries = json.loads(text)["Data"]
-        else:
-            entries = [data for _, data in json_lines([(name, text)])]
-        for data in entries:
-            if "context" in data:
-                asked = re.fullmatch(r"(?s)Question: (.*?)\n?(?:Answer:)?\s*", data["context"])
-                question = asked[1] if asked else ""
-                known = [data["answer"], *data.get("aliases", [])]
-            else:
-                question = data.get("Question") or data["question"]
-                answer = data.get("Answer") or data.get("answer") or {}
-                low = {key.lower(): value for key, value in answer.items()}
-                known = [low.get("value") or "", *(low.get("aliases") or [])]
-            known = list(dict.fromkeys(filter(None, known)))
-            yield row(question, answers=known, question=question.strip().removesuffix("?"),
-                      answer={"aliases": known})  # fmt: skip
+def gaokao(name: str, text: str) -> Iterator[dict | str]:
+    """GAOKAO-Bench's objective questions; the options stand in the question.
+
+    An entry with several questions gives a row for each.
+    """
+    subject = PurePosixPath(name).stem.split("_", 1)[1]
+    letters = LETTERS[: 7 if "Cloze" in name else 4]  # five of seven sentences fill five gaps
+    for entry in json.loads(text)["example"]:
+        for number, label in enumerate(entry["answer"], 1):
+            known = [letters.index(x) for x in label if x in letters]
+            which = f"\n（第 {number} 小题）" if len(entry["answer"]) > 1 else ""
+            ask = entry["question"].strip() + which
+            yield row(ask, letters=letters, gold=known, subject=subject)
 
 
-def bbh(files: Iterable[File]) -> Iterator[dict | str]:
-    """examples[input, target]; the file is the task."""
-    for name, text in files:
-        for data in json.loads(text)["examples"]:
-            options = re.findall(r"^\(([A-Z])\)|^- (\S.*)$", data["input"], re.MULTILINE)
-            yield row(data["input"], answers=[data["target"]], subject=PurePosixPath(name).stem,
-                      n_options=len(options), **data)  # fmt: skip
+def c3(name: str, text: str) -> Iterator[dict | str]:
+    """[[line, …], [{question, choice, answer}], id]; the answer is the text of a choice."""
+    subject = "dialogue" if "-d-" in name else "mixed"
+    for passage, questions, _ in json.loads(text):
+        for each in questions:
+            gold = [n for n, choice in enumerate(each["choice"]) if choice == each["answer"]]
+            yield row(each["question"], context="\n".join(passage), options=each["choice"],
+                      gold=gold, subject=subject)  # fmt: skip
 
 
-def agieval_cloze(files: Iterable[File]) -> Iterator[dict | str]:
-    """AGIEval's sets without options: gaokao-mathcloze and math."""
-    for name, data in json_lines(files):
-        if data.get("options"):
-            yield "has options"
-            continue
-        yield row(data["question"], answers=[data["answer"] or ""],
-                  subject=PurePosixPath(name).stem)  # fmt: skip
-
-
-def cmrc2018(files: Iterable[File]) -> Iterator[dict | str]:
+def cmrc2018(name: str, text: str) -> Iterator[dict | str]:
     """data/ ({context_text, qas[query_text, answers]}) and squad-style-data/."""
-    for _, text in files:
-        data = json.loads(text)
-        entries = data["data"] if isinstance(data, dict) else data
-        for entry in entries:
-            for paragraph in entry.get("paragraphs", [entry]):
-                is_own = "context_text" in paragraph
-                context = paragraph["context_text" if is_own else "context"]
-                for qa in paragraph["qas"]:
-                    texts = [a["text"] if isinstance(a, dict) else a for a in qa["answers"]]
-                    ask = qa["query_text" if is_own else "question"]
-                    yield row(ask, context=context, answers=dict.fromkeys(texts))
+    data = json.loads(text)
+    for entry in data["data"] if isinstance(data, dict) else data:
+        for paragraph in entry.get("paragraphs", [entry]):
+            context = paragraph["context_text" if "context_text" in paragraph else "context"]
+            for qa in paragraph["qas"]:
+                texts = [a["text"] if isinstance(a, dict) else a for a in qa["answers"]]
+                ask = qa["query_text" if "query_text" in qa else "question"]
+                yield row(ask, context=context, answers=dict.fromkeys(texts))
 
 
-def quac(files: Iterable[File]) -> Iterator[dict | str]:
+def quac(name: str, text: str) -> Iterator[dict | str]:
     """A dialogue about a text; earlier turns with their true answers stand before the question.
 
     "CANNOTANSWER" is what the publisher writes where the text does not say.
     """
-    for _, text in files:
-        for article in json.loads(text)["data"]:
-            for paragraph in article["paragraphs"]:
-                context = paragraph["context"].removesuffix("CANNOTANSWER")
-                before = ""
-                for qa in paragraph["qas"]:
-                    known = [a["text"] for a in qa.get("answers") or [qa["orig_answer"]]]
-                    known = ["无法回答" if a == "CANNOTANSWER" else a for a in known]
-                    yield row(qa["question"], context=context, answers=dict.fromkeys(known),
-                              subject=article["title"], before=before)  # fmt: skip
-                    before += f"问：{qa['question']}\n答：{known[0]}\n"
+    for article in json.loads(text)["data"]:
+        for paragraph in article["paragraphs"]:
+            context = paragraph["context"].removesuffix("CANNOTANSWER")
+            before = ""
+            for qa in paragraph["qas"]:
+                known = [a["text"] for a in qa.get("answers") or [qa["orig_answer"]]]
+                known = ["无法回答" if a == "CANNOTANSWER" else a for a in known]
+                yield row(qa["question"], context=context, answers=dict.fromkeys(known),
+                          subject=article["title"], before=before)  # fmt: skip
+                before += f"问：{qa['question']}\n答：{known[0]}\n"

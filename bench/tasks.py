@@ -1,8 +1,9 @@
 """The task files in configs/bench, and what they make of the rows for the harness.
 
 title, groups      what the report calls the task, and the names that choose it
-reader, folder, files   how its rows are read (readers.py), and from where
-columns            of the reader "columns": where a row's question, options and answers stand
+folder, files      where its rows are read from
+columns            what the publisher's columns make of a row, and head and under (readers.table);
+reader             or the function of readers.py that knows the layout
 language           of the rows; the prompts are Chinese
 score              "choice", "code", or one of scoring.SCORES
 form               "text": never asked as a dialogue
@@ -42,7 +43,6 @@ class Task:
     name: str
     title: str
     groups: tuple[str, ...]
-    reader: str
     folder: str
     files: dict[str, list[str]]
     language: str
@@ -50,7 +50,10 @@ class Task:
     harness: dict
     form: str = ""
     official: dict | None = None
+    reader: str = "table"
     columns: dict | None = None
+    head: list[str] | None = None
+    under: str = ""
 
     @property
     def metric(self) -> str:
@@ -135,7 +138,8 @@ def rows_of(task: Task, data: Path, limit: int | None) -> Rows:
     raises: DataError that names the files that are wanted
     """
     read = getattr(readers, task.reader)
-    read = partial(read, wanted=task.columns) if task.columns else read
+    if task.columns:
+        read = partial(read, columns=task.columns, head=task.head, under=task.under)
     left_out: Counter[str] = Counter()
     parts, digest = {}, hashlib.sha256()
     for part, patterns in task.files.items():
