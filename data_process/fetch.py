@@ -14,23 +14,24 @@ on a shared disk must be fetched by hand, and is told how.
 """  # noqa: E501
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote, urlencode, urlsplit
 
 import requests
 import urllib3
+from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from tqdm import tqdm
 
 from babyllama.analysis.terminal_text import visible
@@ -46,7 +47,7 @@ ENDPOINTS = {"huggingface": "https://huggingface.co", "modelscope": "https://www
 PAGE = 200  # entries of a ModelScope listing, as its client asks for
 BLOCK = 1 << 16
 TRIES = 6  # failures in a row after which a server is given up
-WAIT_S, MAX_WAIT_S = 1.0, 300.0  # pause after the first failure, which doubles with each; at most
+WAIT_S = 1.0  # pause after the first failure, which doubles with each
 TIMEOUT_S = 30.0  # silence after which a connection counts as broken
 TERMS = (
     "open its page in a browser: it may be gone, or ask for terms to be accepted; for Hugging Face "
@@ -54,7 +55,7 @@ TERMS = (
 )
 REFUSALS = {401: TERMS, 403: TERMS, 404: "it may have moved: look at its page"}
 # What a request may fail with. urllib3's own errors come through for addresses it cannot parse.
-FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError, ValueError)
+FAILURES = (requests.RequestException, urllib3.exceptions.HTTPError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,6 @@ class RemoteFile:
     url: str = ""
     size: int | None = None
     sha256: str = ""
-
-
-class Lost(Exception):
-    """A failure that may pass: broken connection, busy server. after_s: the server's wish."""
-
-    def __init__(self, reason: str, after_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.after_s = after_s
 
 
 def main(cfg: FetchConfig) -> None:
@@ -149,25 +142,26 @@ def fetch(data_set: DataSet, cfg: FetchConfig) -> None:
     first, *more = [getattr(data_set.source, place, "")] if place != "url" else data_set.source.urls
     rest = f" and {len(more)} more" if more else ""
     print(f"{data_set.name}: from {PLACES[place]}, {first}{rest}", flush=True)
-    server = Server(place, data_set.source)
     target = from_repo(cfg.out) / data_set.name
-    with _naming(data_set, place):
-        files = _wanted(data_set, cfg, server)
-    if cfg.dry_run:
-        print(_listing(files, target))
-        return
-    todo = _missing(files, target)
-    _check_space(todo, target)
-    target.mkdir(parents=True, exist_ok=True)
-    held = lock(target, "choose another place with --out")
-    with (
-        held,
-        _naming(data_set, place),
-        tqdm(todo, data_set.name, disable=None, unit="file") as bar,
-    ):
-        for file in bar:
-            bar.set_postfix_str(visible(PurePosixPath(file.path).name))
-            server.download(file, target / file.path)
+    try:
+        files = _wanted(data_set, cfg, place)
+        if cfg.dry_run:
+            print(_listing(files, target))
+            return
+        todo = _missing(files, target)
+        _check_space(todo, target)
+        target.mkdir(parents=True, exist_ok=True)
+        with (
+            lock(target, "choose another place with --out"),
+            tqdm(todo, data_set.name, disable=None, unit="file") as bar,
+        ):
+            for file in bar:
+                bar.set_postfix_str(visible(PurePosixPath(file.path).name))
+                download(file, target, data_set.source)
+    except DataError as error:
+        others = [f"--from {other}" for other in there if other != place]
+        advice = f"; or take it from elsewhere: {' or '.join(others)}" if others else ""
+        raise DataError(f"{data_set.name}: {visible(str(error))}{advice}") from None
     shutil.rmtree(target / ".hub", ignore_errors=True)
     n_bytes = sum(size_of(target / file.path) for file in files)
     print(
@@ -178,33 +172,21 @@ def fetch(data_set: DataSet, cfg: FetchConfig) -> None:
         print(f"{data_set.name}: {data_set.source.manual}")
 
 
-@contextmanager
-def _naming(data_set: DataSet, place: str) -> Iterator[None]:
-    """Adds to a failure which set it concerns, and where else that can be had."""
-    try:
-        yield
-    except DataError as error:
-        others = [f"--from {other}" for other in places(data_set.source) if other != place]
-        advice = f"; or take it from elsewhere: {' or '.join(others)}" if others else ""
-        raise DataError(f"{data_set.name}: {visible(str(error))}{advice}") from None
+def _hub() -> str:
+    """The address of Hugging Face or a mirror of it."""
+    address = os.environ.get("HF_ENDPOINT") or ENDPOINTS["huggingface"]
+    if not re.match(r"https?://[^/]", address):
+        raise ConfigError(
+            f"HF_ENDPOINT: wanted an address such as {ENDPOINTS['huggingface']}, found {address!r}"
+        )
+    return address.rstrip("/")
 
 
-def _endpoint(place: str) -> str:
-    endpoint = ENDPOINTS.get(place, "")
-    if place == "huggingface":
-        endpoint = os.environ.get("HF_ENDPOINT") or endpoint
-        if not re.match(r"https?://[^/]", endpoint):
-            raise ConfigError(
-                f"HF_ENDPOINT: wanted an address such as {ENDPOINTS[place]}, found {endpoint!r}"
-            )
-    return endpoint.rstrip("/")
-
-
-def _wanted(data_set: DataSet, cfg: FetchConfig, server: "Server") -> list[RemoteFile]:
+def _wanted(data_set: DataSet, cfg: FetchConfig, place: str) -> list[RemoteFile]:
     """The files of the set that are to be fetched; those that are no data never are."""
-    found = [file for file in server.files() if not is_ignored(file.path)]
+    found = [file for file in _listed(place, data_set.source) if not is_ignored(file.path)]
     named = [pattern.strip() for pattern in cfg.files.split(",") if pattern.strip()]
-    patterns = named or ([] if server.place == "url" else list(data_set.source.files))
+    patterns = named or ([] if place == "url" else list(data_set.source.files))
     idle = [pattern for pattern in patterns if not any(_fits(f, pattern) for f in found)]
     wanted = [f for f in found if not patterns or any(_fits(f, p) for p in patterns)]
     if not wanted or (named and idle):
@@ -301,271 +283,194 @@ def is_inside(path: str) -> bool:
     return not odd and all(part.rstrip(". ") for part in path.split("/"))
 
 
-class Server:
-    """A place from which a set is fetched, and how it is asked."""
+def _listed(place: str, source: Source) -> list[RemoteFile]:
+    """Every file that the set has at a place.
 
-    def __init__(self, place: str, source: Source) -> None:
-        self.place, self._source, self._endpoint = place, source, _endpoint(place)
-        self._token = _token() if place == "huggingface" else ""
-        self._session = requests.Session()
-        self._session.max_redirects = 10
+    raises: DataError if the server does not answer as expected, or names a path outside the set
+    """
+    if place == "huggingface" and constants.HF_HUB_OFFLINE:
+        raise ConfigError(
+            f"{source.huggingface}: wanted to download, found HF_HUB_OFFLINE or "
+            f"TRANSFORMERS_OFFLINE set; unset them and start the same command again"
+        )
+    listing = {"huggingface": _huggingface, "modelscope": _modelscope, "url": _urls}[place]
+    try:
+        found = listing(source)
+        for file in found:
+            if not is_inside(file.path):
+                raise DataError(
+                    f"{PLACES[place]}: wanted file names inside the set, found {file.path!r}; "
+                    f"nothing was downloaded: do not use this server"
+                )
+            if file.size is not None and not 0 <= file.size < 1 << 60:
+                raise TypeError(f"a size of {file.size!r}")
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{place}: wanted a listing as {PLACES[place]} sends it, found another answer "
+            f"({type(error).__name__}: {error}); see HF_ENDPOINT"
+        ) from None
+    return found
 
-    def files(self) -> list[RemoteFile]:
-        """Every file that the set has here.
 
-        raises: DataError if the server does not answer as expected, or names a path outside the set
-        """
-        listing = {"huggingface": self._huggingface, "modelscope": self._modelscope,
-                   "url": self._urls}[self.place]  # fmt: skip
-        found: list[RemoteFile] = []
-        try:
-            for file in listing():
-                if not is_inside(file.path):
-                    raise DataError(
-                        f"{self._endpoint or 'urls'}: wanted file names inside the set, found "
-                        f"{file.path!r}; nothing was downloaded: do not use this server"
-                    )
-                if file.size is not None and not 0 <= file.size < 1 << 60:
-                    raise TypeError(f"a size of {file.size!r}")
-                found.append(file)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{self._endpoint}: wanted a listing as {PLACES[self.place]} sends it, found "
-                f"another answer ({type(error).__name__}: {error}); see HF_ENDPOINT"
-            ) from None
-        return found
+def _huggingface(source: Source) -> list[RemoteFile]:
+    api, name = HfApi(_hub(), token=_token() or False), source.huggingface
+    info = _insist(name, partial(api.dataset_info, name, files_metadata=True))
+    return [
+        RemoteFile(file.rfilename, "", file.size, file.lfs.sha256 if file.lfs else "")
+        for file in info.siblings or ()
+    ]
 
-    def _huggingface(self) -> Iterator[RemoteFile]:
-        query, seen = "recursive=true", set()
-        while query:
-            if query in seen:
-                raise TypeError("its pages lead back to each other")
-            seen.add(query)
-            address = f"{self._endpoint}/api/datasets/{self._source.huggingface}/tree/main?{query}"
-            entries, links = self._json(address)
-            for entry in entries:
-                if entry["type"] == "file":
-                    digest = (entry.get("lfs") or {}).get("oid", "").removeprefix("sha256:")
-                    yield RemoteFile(entry["path"], "", entry["size"], digest)
-            # A mirror may pass on links that lead to the original: only their query counts.
-            query = urlsplit(links.get("next", {}).get("url", "")).query
 
-    def _modelscope(self) -> Iterator[RemoteFile]:
-        api = f"{self._endpoint}/api/v1/datasets/{self._source.modelscope}/repo"
-        number, seen = 1, set()
-        while True:
-            asked = {"Revision": "master", "Recursive": "True", "PageNumber": number,
-                     "PageSize": PAGE}  # fmt: skip
-            url = f"{api}/tree?{urlencode(asked)}"
-            answer, _ = self._json(url)
-            if answer["Code"] != 200:
-                raise DataError(f"{url}: wanted a listing, found {answer['Code']} "
-                                f"{answer.get('Message')}; {REFUSALS[404]}")  # fmt: skip
-            entries = answer["Data"]["Files"] or []
-            fresh = [entry for entry in entries if entry["Path"] not in seen]
-            for entry in fresh:
-                seen.add(entry["Path"])
-                if entry["Type"] != "tree":
-                    query = urlencode({"Revision": "master", "FilePath": entry["Path"]})
-                    address = f"{api}?{query}"
-                    digest = entry.get("Sha256") or ""
-                    yield RemoteFile(entry["Path"], address, entry["Size"], digest)
-            if len(entries) < PAGE or not fresh:
-                return
-            number += 1
+def _modelscope(source: Source) -> list[RemoteFile]:
+    api = f"{ENDPOINTS['modelscope']}/api/v1/datasets/{source.modelscope}/repo"
+    found: dict[str, dict] = {}
+    for number in count(1):
+        asked = {"Revision": "master", "Recursive": "True", "PageNumber": number, "PageSize": PAGE}
+        url = f"{api}/tree?{urlencode(asked)}"
+        page = _insist(url, partial(_json, url))["Data"]["Files"] or []
+        n_before = len(found)
+        found |= {entry["Path"]: entry for entry in page}
+        if len(page) < PAGE or len(found) == n_before:
+            break
+    return [
+        RemoteFile(path, f"{api}?{urlencode({'Revision': 'master', 'FilePath': path})}",
+                   entry["Size"], entry.get("Sha256") or "")
+        for path, entry in found.items() if entry["Type"] != "tree"
+    ]  # fmt: skip
 
-    def _urls(self) -> Iterator[RemoteFile]:
-        for url in self._source.urls:
-            with self._insist(url, partial(self._ask, url)) as answer:
-                name = unquote(PurePosixPath(urlsplit(url).path).name)
-                yield RemoteFile(name, url, _stated_size(answer))
 
-    def _ask(self, url: str, headers: dict[str, str] | None = None) -> requests.Response:
-        """The answer, its body not read yet.
+def _urls(source: Source) -> list[RemoteFile]:
+    found = []
+    for url in source.urls:
+        with _insist(url, partial(_ask, url)) as answer:
+            length = re.fullmatch(r"[0-9]{1,18}", answer.headers.get("Content-Length", ""))
+            size = int(length[0]) if length and "Content-Encoding" not in answer.headers else None
+        found.append(RemoteFile(unquote(PurePosixPath(urlsplit(url).path).name), url, size))
+    return found
 
-        raises: Lost if another try may help, DataError if not
-        """
-        # Compressed bytes could be neither counted nor taken up in the middle.
-        sent = {"User-Agent": "babyllama/1.0", "Accept-Encoding": "identity"} | (headers or {})
-        if self._token:
-            sent["Authorization"] = f"Bearer {self._token}"
-        try:
-            answer = self._session.get(url, headers=sent, stream=True, timeout=TIMEOUT_S)
-        except (requests.ConnectionError, requests.Timeout) as error:
-            raise Lost(f"no connection ({_root(error)})") from None
-        except FAILURES as error:
-            raise DataError(
-                f"{url}: wanted an answer, found an address or a setting that cannot work "
-                f"({type(error).__name__}); check the address, the proxy and HF_TOKEN"
-            ) from None
-        if answer.ok or answer.status_code == 416:
-            return answer
+
+def _ask(url: str, **headers: str) -> requests.Response:
+    """The answer, its body not read yet."""
+    # Compressed bytes could be neither counted nor taken up in the middle.
+    sent = {"User-Agent": "babyllama/1.0", "Accept-Encoding": "identity"} | headers
+    answer = requests.get(url, headers=sent, stream=True, timeout=TIMEOUT_S)
+    if not answer.ok:
         answer.close()
-        said = answer.headers.get("X-Error-Message", answer.reason or "")[:200]
-        raise _refusal(url, answer.status_code, said, answer.headers.get("Retry-After", ""))
+        answer.raise_for_status()
+    return answer
 
-    def _insist(
-        self, what: str, attempt: Callable[[], Result], progress: Callable[[], int] = lambda: 0
-    ) -> Result:
-        """What `attempt` returns, which is called again while it is Lost.
 
-        progress: a number that grows with what has been reached; where it does, the patience
-            starts afresh
-        raises: DataError when the patience ends
-        """
-        best, failures = progress(), 0
-        while True:
-            try:
-                return attempt()
-            except Lost as lost:
-                reached = progress()
-                failures, best = (1, reached) if reached > best else (failures + 1, best)
-                if failures >= TRIES:
-                    raise DataError(
-                        f"{what}: wanted an answer, found {lost}, {failures} times in a row; check "
-                        f"the network and start the same command again, it goes on from there"
-                    ) from None
-                pause = min(max(WAIT_S * 2 ** (failures - 1), lost.after_s), MAX_WAIT_S)
-                note = f"{what}: {lost}; trying again in {pause:g} s"
-                tqdm.write(visible(note), file=sys.stderr)
-                time.sleep(pause)
+def _json(url: str) -> Any:
+    return _ask(url).json()
 
-    def _json(self, url: str) -> tuple[Any, dict]:
-        """The JSON value of an answer, and the links of its Link header."""
 
-        def attempt() -> tuple[bytes, dict]:
-            with self._ask(url) as answer:
-                try:
-                    return answer.content, answer.links
-                except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                    raise Lost(f"the connection broke ({_root(error)})") from None
+def _insist(
+    what: str, attempt: Callable[[], Result], progress: Callable[[], int] = lambda: 0
+) -> Result:
+    """What `attempt` returns, which is called again while another try may help.
 
-        body, links = self._insist(url, attempt)
+    progress: a number that grows with what has been reached; where it does, the patience starts
+        afresh
+    raises: DataError when the patience ends
+    """
+    best, failures = progress(), 0
+    while True:
         try:
-            return json.loads(body), links
-        except (ValueError, RecursionError):
+            return attempt()
+        except DataError:
+            raise
+        except FAILURES as error:
+            reason, reached = _passing(what, error), progress()
+        failures, best = (1, reached) if reached > best else (failures + 1, best)
+        if failures >= TRIES:
             raise DataError(
-                f"{url}: wanted JSON, found something else (a login page of the network, or "
-                f"another kind of server); open the address in a browser"
-            ) from None
+                f"{what}: wanted an answer, found {reason}, {failures} times in a row; check "
+                f"the network and start the same command again, it goes on from there"
+            )
+        pause = WAIT_S * 2 ** (failures - 1)
+        note = f"{what}: {reason}; trying again in {pause:g} s"
+        tqdm.write(visible(note), file=sys.stderr)
+        time.sleep(pause)
 
-    def download(self, file: RemoteFile, path: Path) -> None:
-        """Bring one file here. It gets its name when it is whole and right; until then an older one
-        stays.
 
-        raises: DataError; a part that may be gone on with is kept
-        """
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for is_last in (False, True):
-            part = self._bring(file, path) if file.url else self._from_hub(file, path)
-            if not (problem := fault(part, file)):
-                flush(part)
-                os.replace(part, path)
-                return
+def _passing(what: str, error: Exception) -> str:
+    """What failed, if it may pass; raises: DataError if it will not"""
+    if isinstance(error, requests.JSONDecodeError):
+        raise DataError(
+            f"{what}: wanted JSON, found something else (a login page of the network, or "
+            f"another kind of server); open the address in a browser"
+        )
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
+    answer = getattr(cause, "response", None)
+    if answer is None:
+        while (deeper := error.__context__) is not None:  # what is outside repeats the address
+            error = deeper  # type: ignore[assignment]
+        return f"no connection ({(str(error) or type(error).__name__)[:120]})"
+    code, said = answer.status_code, answer.headers.get("X-Error-Message") or answer.reason or ""
+    if code in (408, 416, 429) or code >= 500:
+        return f"the server answers {code} {said[:200]}"
+    advice = REFUSALS.get(code, "open the address in a browser")
+    raise DataError(f"{what}: wanted an answer, found {code} {said[:200]}; {advice}")
+
+
+def download(file: RemoteFile, target: Path, source: Source) -> None:
+    """Bring one file into the directory of its set. It gets its name when it is whole and right;
+    until then an older one stays.
+
+    raises: DataError; a part that may be gone on with is kept
+    """
+    path = target / file.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if file.url:
+        part = path.with_name(f"{path.name}.part")
+        if not file.sha256:  # who knows of which version the bytes here are
             part.unlink(missing_ok=True)
-            if is_last:
-                break
-            # Pieces of two versions may have met: what comes in one piece will tell.
-            print(f"{visible(file.path)}: {problem}; once more from its start", file=sys.stderr)
+        _insist(file.path, lambda: _go_on(file, part), lambda: size_of(part))
+    else:
+        # In a directory beside, from which it gets its place.
+        hub = target / ".hub"
+        attempt = partial(
+            hf_hub_download, source.huggingface, file.path, repo_type="dataset", local_dir=hub,
+            endpoint=_hub(), token=_token() or False,
+        )  # fmt: skip
+        begun = lambda: sum(map(size_of, hub.rglob("*.incomplete")))  # noqa: E731
+        part = Path(_insist(file.path, attempt, begun))
+    if problem := fault(part, file):
+        part.unlink()
         raise DataError(
             f"{file.path}: {problem}; the file was thrown away: it may have been changed just now, "
             f"so start the same command again"
         )
+    flush(part)
+    os.replace(part, path)
 
-    def _from_hub(self, file: RemoteFile, path: Path) -> Path:
-        """A file of Hugging Face, in a directory beside from which it gets its place."""
-        from huggingface_hub import errors, hf_hub_download
 
-        place = path.parents[file.path.count("/")] / ".hub"
-
-        def attempt() -> Path:
-            try:
-                return Path(hf_hub_download(
-                    self._source.huggingface, file.path, repo_type="dataset", local_dir=place,
-                    endpoint=self._endpoint, token=self._token or False,
-                    etag_timeout=TIMEOUT_S,
-                ))  # fmt: skip
-            except errors.HfHubHTTPError as error:
-                is_vague = isinstance(error, errors.LocalEntryNotFoundError)
-                cause = error.__cause__ if is_vague else error
-                if isinstance(cause, errors.OfflineModeIsEnabled):
-                    raise DataError(
-                        f"{file.path}: wanted to download, found HF_HUB_OFFLINE or "
-                        f"TRANSFORMERS_OFFLINE set; unset them and start the same command again"
-                    ) from None
-                answer = getattr(cause, "response", None)
-                if answer is None:
-                    raise Lost(f"no connection ({_root(error)})") from None
-                said = getattr(cause, "server_message", "") or answer.reason or ""
-                raise _refusal(file.path, answer.status_code, said[:200]) from None
-            except FAILURES as error:
-                raise Lost(f"the connection broke ({_root(error)})") from None
-
-        return self._insist(
-            file.path, attempt, lambda: sum(map(size_of, place.rglob("*.incomplete")))
-        )
-
-    def _bring(self, file: RemoteFile, path: Path) -> Path:
-        """A file of a plain address, beside its place."""
-        part = path.with_name(f"{path.name}.part")
-        if not file.sha256:  # who knows of which version the bytes here are
+def _go_on(file: RemoteFile, part: Path) -> None:
+    """Fetch what is missing of a file, up to its end."""
+    start = size_of(part) if file.sha256 else 0
+    if start and start == file.size:
+        return
+    try:
+        answer = _ask(file.url, **{"Range": f"bytes={start}-"} if start else {})
+    except requests.HTTPError as error:
+        if error.response.status_code == 416:  # the server cannot go on from there
             part.unlink(missing_ok=True)
-        self._insist(file.path, lambda: self._go_on(file, part), lambda: size_of(part))
-        return part
-
-    def _go_on(self, file: RemoteFile, part: Path) -> None:
-        """Fetch what is missing of a file, up to its end; raises Lost before it."""
-        start = size_of(part) if file.sha256 else 0
-        if start and start == file.size:
-            return
-        with self._ask(file.url, {"Range": f"bytes={start}-"} if start else {}) as answer:
-            if answer.headers.get("Content-Type", "").startswith("text/html") and (
-                ".htm" not in file.path
-            ):
-                raise DataError(
-                    f"{file.url}: wanted a file, found a web page (a login or a question?); "
-                    f"open the address in a browser"
-                )
-            span = re.match(r"bytes (\d{1,18})-", answer.headers.get("Content-Range", ""))
-            goes_on = answer.status_code == 206 and span and int(span[1]) == start
-            goes_on = goes_on and "Content-Encoding" not in answer.headers
-            if answer.status_code == 416 or (answer.status_code == 206 and not goes_on):
-                part.unlink(missing_ok=True)
-                raise Lost(f"the server cannot go on at byte {start:,}")
-            with open(part, "ab" if goes_on else "wb") as out:
-                try:
-                    for block in answer.iter_content(BLOCK):
-                        out.write(block)
-                        if file.size is not None and out.tell() > file.size:
-                            return  # as `fault` will say
-                except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                    where = f"at byte {out.tell():,}"
-                    raise Lost(f"the connection broke {where} ({_root(error)})") from None
-        if file.size is not None and size_of(part) < file.size:
-            raise Lost(f"the server stopped at byte {size_of(part):,} of {file.size:,}")
-
-
-def _refusal(what: str, code: int, said: str, after: str = "") -> Exception:
-    """What a server's status means: Lost if it may pass, else a DataError."""
-    if code in (0, 408, 429) or code >= 500:
-        after_s = float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0
-        return Lost(f"the server answers {code} {said}", after_s)
-    advice = REFUSALS.get(code, "open the address in a browser")
-    return DataError(f"{what}: wanted an answer, found {code} {said}; {advice}")
-
-
-def _root(error: BaseException) -> str:
-    """The first cause of a network failure; what is wrapped round it only repeats the address."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return (str(error) or type(error).__name__)[:120]
-
-
-def _stated_size(answer: requests.Response) -> int | None:
-    """Length of the body as the server says, if it says so and does not compress it."""
-    length = answer.headers.get("Content-Length", "")
-    known = re.fullmatch(r"[0-9]{1,18}", length) and "Content-Encoding" not in answer.headers
-    return int(length) if known else None
+        raise
+    with answer, open(part, "ab" if answer.status_code == 206 else "wb") as out:
+        kind = answer.headers.get("Content-Type", "")
+        if kind.startswith("text/html") and ".htm" not in file.path:
+            raise DataError(
+                f"{file.url}: wanted a file, found a web page (a login or a question?); "
+                f"open the address in a browser"
+            )
+        for block in answer.iter_content(BLOCK):
+            out.write(block)
+            if file.size is not None and out.tell() > file.size:
+                return  # as `fault` will say
+    if file.size is not None and size_of(part) < file.size:
+        raise requests.ConnectionError(
+            f"the server stopped at byte {size_of(part):,} of {file.size:,}"
+        )
 
 
 if __name__ == "__main__":
