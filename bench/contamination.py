@@ -36,11 +36,16 @@ def training_of(checkpoint: Path, named: Sequence[Path] = ()) -> Training:
     named: files or folders that hold all of them; what the runs say is not looked at then
     raises: DataError if one of these holds no rows
     """
-    if named:
-        return Training(tuple(dict.fromkeys(f for path in named for f in _named_rows(path))), ())
     files: dict[Path, None] = {}
     missing: dict[str, None] = {}
-    place: Path | None = checkpoint
+    for path in named:
+        found = _rows_in(path)
+        if not found:
+            raise DataError(
+                f"--training {path}: wanted train-*.jsonl in it, found none; name a file"
+            )
+        files |= dict.fromkeys(found)
+    place = None if named else checkpoint
     seen: set[Path] = set()
     while place and place.resolve() not in seen:
         seen.add(place.resolve())
@@ -51,7 +56,8 @@ def training_of(checkpoint: Path, named: Sequence[Path] = ()) -> Training:
         if not sources:
             missing[f"{shown(run)}/config.yaml"] = None
         for source in sources or []:
-            found = _rows_of(source["name"])
+            name = Path(source["name"])
+            found = _rows_in(name) or _rows_in("data/clean" / Path(name.name))
             files |= dict.fromkeys(found)
             if not found:
                 missing[source["name"]] = None
@@ -64,21 +70,10 @@ def _yaml(path: Path) -> dict:
     return (yaml.safe_load(path.read_text("utf-8")) or {}) if path.is_file() else {}
 
 
-def _named_rows(path: Path) -> list[Path]:
-    place = from_repo(path).resolve()
-    found = [place] if place.is_file() else sorted(place.rglob("train-*.jsonl"))
-    if not found:
-        raise DataError(f"--training {path}: wanted train-*.jsonl in it, found none; name a file")
-    return found
-
-
-def _rows_of(name: str) -> list[Path]:
+def _rows_in(path: Path) -> list[Path]:
     # The files are read by another process, whose working directory is the repository.
-    path = from_repo(name).resolve()
-    if path.is_file():
-        return [path]
-    folders = [path, from_repo(Path("data/clean") / path.name).resolve()]
-    return next((found for f in folders if (found := sorted(f.glob("train-*.jsonl")))), [])
+    place = from_repo(path).resolve()
+    return [place] if place.is_file() else sorted(place.rglob("train-*.jsonl"))
 
 
 def count(rows: dict[str, list[dict]], training: Training) -> dict[str, int]:

@@ -8,11 +8,11 @@ are the same. A dialogue is rendered by tokenizer.py, by ids; when it is too lon
 
 import hashlib
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ MAX_NEW = 128  # tokens of a reply where a task does not say
 
 class Store:
     """Answers by question, kept in a file, so that a run that was stopped goes on where it was;
-    without a path in memory only. A last line that was cut is dropped.
+    without a path in memory only. Lines that were cut or are damaged are passed over.
 
     about: what every answer depends on beside its question: the checkpoint and its format
     """
@@ -45,13 +45,9 @@ class Store:
         self.path = path
         self.about = json.dumps(about, ensure_ascii=False, sort_keys=True, default=str)
         self.known: dict[str, Any] = {}
-        self.n_found = 0
-        if path and path.exists():
-            whole = path.read_bytes().rpartition(b"\n")[0]
-            for line in whole.split(b"\n"):
-                with suppress(ValueError):  # blank, or damaged
-                    self.known.update([json.loads(line)])
-            os.truncate(path, len(whole) + bool(whole))
+        for line in path.read_bytes().split(b"\n") if path and path.exists() else ():
+            with suppress(ValueError):
+                self.known.update([json.loads(line)])
 
     def key(self, *question: object) -> str:
         """A short name for a question."""
@@ -64,7 +60,9 @@ class Store:
         self.known.update(answers)
         if self.path:
             with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.writelines(json.dumps(pair) + "\n" for pair in answers)
+                file.writelines(
+                    "\n" + json.dumps(pair) for pair in answers
+                )  # ends one that was cut
 
 
 class Dialogue(str):
@@ -178,22 +176,8 @@ class Scorer:
         return self._loglikelihoods(pairs, keys)
 
     def loglikelihood_rolling(self, requests: Sequence, disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts, in windows that each predict as much as they can."""
-        pairs, keys, owners = [], [], []
-        for number, request in enumerate(requests):
-            (text,) = request.args
-            ids = [self.prefix_id, *self.tokenizer.encode(text)]
-            step = self.max_length
-            for start in range(1, len(ids), step):
-                after = ids[start : start + step]
-                before = ids[max(0, start + len(after) - step - 1) : start]
-                pairs.append((before, after))
-                owners.append(number)
-                keys.append(self.store.key("rolling", text, start))
-        sums = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._loglikelihoods(pairs, keys), strict=True):
-            sums[owner] += value
-        return sums
+        """Refused: no task here asks for the likelihood of whole texts."""
+        raise NotImplementedError("python -m babyllama.analysis.perplexity has it")
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """Greedy replies, each cut before the first of its stop texts."""
@@ -210,7 +194,8 @@ class Scorer:
                 stop = settings.get("until") or []
                 stop = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
                 waiting[n_new, stop].append((number, ids))
-        with self._bar("replies", len(keys), sum(map(len, waiting.values()))) as bar:
+        n_new = sum(map(len, waiting.values()))
+        with tqdm(total=n_new, unit=" replies", disable=not n_new or None) as bar:
             for (n_new, stop), asked in waiting.items():
                 sampling = SamplingConfig(temperature=0.0, max_new_tokens=n_new, stop=list(stop))
                 for chunk in _chunks(sorted(asked, key=lambda a: -len(a[1])), self.batch_size):
@@ -224,32 +209,21 @@ class Scorer:
         return [self.store.known[key] for key in keys]
 
     def _loglikelihoods(self, pairs: list, keys: list[str]) -> list[tuple[float, bool]]:
-        groups: list[Group] = []
-        newest: dict[tuple, Group] = {}
-        # The longest first, so that options that share a context, often an empty one, are padded
-        # little.
-        for number in sorted(range(len(pairs)), key=lambda n: -len(pairs[n][1])):
-            context, after = pairs[number]
-            if keys[number] in self.store.known:
-                continue
-            group = newest.get(tuple(context))
-            if group is None or len(group.numbers) >= MOST_OPTIONS:
-                group = newest[tuple(context)] = Group(context, [], [])
-                groups.append(group)
-            group.continuations.append(after)
-            group.numbers.append(number)
-        n_new = sum(len(group.numbers) for group in groups)
-        with self._bar("options", len(keys), n_new) as bar:
+        new = [n for n in range(len(pairs)) if keys[n] not in self.store.known]
+        # Options that share a context stand together, the longest first: they are padded little.
+        new.sort(key=lambda n: (pairs[n][0], -len(pairs[n][1])))
+        groups = [
+            Group(context, [pairs[n][1] for n in numbers], numbers)
+            for context, same in groupby(new, key=lambda n: pairs[n][0])
+            for numbers in _chunks(list(same), MOST_OPTIONS)
+        ]
+        with tqdm(total=len(new), unit=" options", disable=not new or None) as bar:
             for batch in self._batches(groups):
                 found = self.score(batch)
                 numbers = [number for group in batch for number in group.numbers]
                 self.store.add((keys[n], f) for n, f in zip(numbers, found, strict=True))
                 bar.update(len(numbers))
         return [tuple(self.store.known[key]) for key in keys]
-
-    def _bar(self, unit: str, n_all: int, n_new: int) -> tqdm:
-        self.store.n_found += n_all - n_new
-        return tqdm(total=n_all, initial=n_all - n_new, unit=f" {unit}", disable=not n_new or None)
 
     def _batches(self, groups: list[Group]) -> Iterator[list[Group]]:
         """Groups of like length together; side by side they fit the context."""

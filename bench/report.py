@@ -6,7 +6,6 @@ how many questions there were, and how many of them stood in the training rows.
 
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 from babyllama.config import REPO
@@ -18,17 +17,21 @@ HEAD = ("任务 task", "分数 score", "95 %", "随机 chance", "常答 constant
 
 def markdown(card: dict) -> str:
     """The card as a page of Markdown."""
+    model, about, is_whole = card["model"], card["about"], not card["training"]["missing"]
+    table = [HEAD, ["---"] * len(HEAD), *(cells(report, is_whole) for report in card["tasks"])]
     lines = [
         f"# {card['checkpoint']}",
         "",
-        *_about(card),
+        f"{model['n_parameters']:,} parameters, step {model['step']} ({model['kind']}), context "
+        f"{model['context']}; lm-evaluation-harness {about['harness']}, prompts: "
+        f"{about['prompts']}, {about['form']}; {about['commit']}",
         "",
-        _row(HEAD),
-        _row(["---"] * len(HEAD)),
+        *(f"| {' | '.join(row)} |" for row in table),
+        "",
+        *notes(card),
+        "",
     ]
-    is_whole = not card["training"]["missing"]
-    lines += [_row(cells(report, is_whole)) for report in card["tasks"]]
-    return "\n".join([*lines, "", *notes(card), ""])
+    return "\n".join(lines)
 
 
 def commit() -> str:
@@ -38,19 +41,6 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no commit"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _about(card: dict) -> list[str]:
-    model, about = card["model"], card["about"]
-    return [
-        f"{model['n_parameters']:,} parameters, step {model['step']} ({model['kind']}), context "
-        f"{model['context']}; lm-evaluation-harness {about['harness']}, prompts: "
-        f"{about['prompts']}, {about['form']}; {about['commit']}",
-    ]
 
 
 def cells(report: dict, is_whole: bool = True) -> list[str]:
@@ -103,9 +93,6 @@ def notes(card: dict) -> list[str]:
             own.append(f"entries that make no question: {counts}")
         if report["own_shots"]:
             own.append("examples are other rows of the scored part, for lack of another")
-        if len(report["chosen"]) > 1 and max(report["chosen"].values()) > 0.9 * report["n"]:
-            most = max(report["chosen"], key=report["chosen"].get)
-            own.append(f"option {int(most) + 1} is chosen in {report['chosen'][most]:,} rows")
         if report.get("programs"):
             counts = ", ".join(f"{n} {why}" for why, n in report["programs"].items())
             own.append(f"programs: {counts}")

@@ -12,8 +12,6 @@ beside it lies, for each task, every question with its reply. Groups: math, read
 knowledge, grammar, code, cloze (options scored by their own text), all.
 """
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -26,7 +24,7 @@ from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
 from babyllama.errors import ConfigError, DataError
 from babyllama.run_dir import chosen_run
-from babyllama.scoring.test_sets import beside, checksums, write_json
+from babyllama.scoring.test_sets import beside, checksums
 from bench import contamination
 from bench import report as cards
 from bench.harness import Store, for_harness
@@ -146,7 +144,7 @@ def about(cfg: BenchConfig, loaded: Loaded) -> dict:
 
 
 def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
-    """Ask all tasks; each report is kept as soon as it stands."""
+    """Ask all tasks; each answer is kept as soon as it is there."""
     chosen, skipped = read_tasks(cfg)
     if any(task.score == "code" for task, _ in chosen.values()):
         sandbox.require()
@@ -157,7 +155,9 @@ def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
     leaked = contamination.count({n: r.scored for n, (_, r) in chosen.items()}, training)
     reports = []
     for name, (task, rows) in chosen.items():
-        report = _reported(name, task, rows, cfg, loaded, settings, out)
+        store = Store(out / f"{name}.answers.jsonl", settings)
+        lm = for_harness(loaded, cfg.batch_size, settings["form"] == "dialogue", store)
+        report = ask(task, rows, lm, cfg.shots, cfg.prompts, out / f"{name}.samples.jsonl")
         worth = [report[key] for key in ("low", "high", "chance", "constant")]
         report |= {"verdict": verdict(*worth), "leaked": leaked.get(name)}
         reports.append(report)
@@ -174,31 +174,6 @@ def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
         "skipped": skipped,
         "tasks": reports,
     }  # fmt: skip
-
-
-def _reported(
-    name: str,
-    task: Task,
-    rows: Rows,
-    cfg: BenchConfig,
-    loaded: Loaded,
-    settings: dict,
-    out: Path,
-) -> dict:
-    """The report of a task, from an earlier call where nothing has changed since."""
-    asked = [settings, task.harness, task.official, task.score, task.form, rows.sha256, cfg.limit]
-    key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-    path = out / f"{name}.json"
-    if path.is_file():
-        report = json.loads(path.read_text("utf-8"))
-        if report.get("key") == key:
-            return report
-    store = Store(out / f"{name}.answers.jsonl", settings)
-    lm = for_harness(loaded, cfg.batch_size, settings["form"] == "dialogue", store)
-    report = ask(task, rows, lm, cfg.shots, cfg.prompts, out / f"{name}.samples.jsonl")
-    report |= {"key": key, "n_resumed": store.n_found}
-    write_json(path, report)
-    return report
 
 
 def print_tasks() -> None:

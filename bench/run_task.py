@@ -1,6 +1,5 @@
 """Puts one task to a checkpoint through lm-evaluation-harness, and says what came out."""
 
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -68,7 +67,6 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
         "n_cut": _n_cut(made, said),
         "prompt_language": prompt_language(task, prompts),
         "form": "dialogue" if is_chat else "text",
-        "chosen": _chosen(task, said),
         "seconds": perf_counter() - began,
     }
 
@@ -86,9 +84,6 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
     else:
         chance = chance_of_answer(rows.every)
         constant = constant_answer(rows.every, SCORES[task.score], METRICS[task.score])
-    by_subject = defaultdict(list)
-    for row, score in zip(rows.scored, scores, strict=True):
-        by_subject[row["subject"]].append(score)
     return {
         "task": task.name,
         "title": task.title,
@@ -104,11 +99,6 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         "left_out": dict(rows.left_out),
         "language": task.language,
         "other_metrics": {n: float(np.mean(v)) for n, v in values.items() if n != metric},
-        "by_subject": {
-            name: {"n": len(v), "score": float(np.mean(v))}
-            for name, v in sorted(by_subject.items())
-            if name
-        },
         "data_sha256": rows.sha256,
     }
 
@@ -123,14 +113,6 @@ def _n_cut(made: Any, said: list[dict]) -> int:
     """Rows whose prompt lost its beginning, or an option its end, even without examples."""
     room = type(made).room
     return sum(not room(sample["arguments"][0][0], sample["doc"]) for sample in said)
-
-
-def _chosen(task: Task, said: list[dict]) -> dict[str, int]:
-    """Count of how often each option was chosen, by its number: shows who always says the same."""
-    if task.score != "choice":
-        return {}
-    picked = [int(np.argmax([float(r[0]) for r in s["filtered_resps"]])) for s in said]
-    return {str(n): count for n, count in sorted(Counter(picked).items())}
 
 
 def _samples(
