@@ -11,6 +11,7 @@ from torch import Tensor
 from babyllama.chat.session import Conversation
 from babyllama.errors import DataError
 from babyllama.language.letters import as_trained
+from babyllama.retrieval.index import excerpt
 from babyllama.retrieval.retriever import Retriever
 from serve.schema import MOST_CHARACTERS, ChatRequest, CompletionRequest, Refused, bad
 from serve.vision import Eyes
@@ -46,23 +47,26 @@ def chat_prompt(
     """
     _check(request, eyes is not None)
     context -= eyes.n_positions if eyes else 0
+    talk = Conversation(tokenizer, context - min(request.longest or context, context // 4))
+    truncates = truncate if request.truncate is None else request.truncate
     reference, extra = request.reference or "", dict[str, Any]()
     if request.retrieve:
-        reference, extra["sources"] = _retrieved(request, tokenizer, context, retriever)
+        reference, extra["sources"] = _retrieved(request, talk, retriever)
     messages: list[dict] = [{"role": m.role, "content": m.text} for m in request.messages]
     n_system = _n_system(request)
     given = [m["content"].strip() for m in messages[:n_system]] + [reference.strip()]
-    messages = messages[n_system:]
-    if any(given):
-        messages.insert(0, {"role": "system", "content": "\n".join(filter(None, given))})
+    messages, text = messages[n_system:], "\n".join(filter(None, given))
+    if text and truncates:
+        text = excerpt(text, messages[-1]["content"], talk.room * 2 // 3, talk.n_tokens)
+    if text:
+        messages.insert(0, {"role": "system", "content": text})
     # Each content is encoded once, however often the dialogue is laid out.
     messages = [
         {**m, "content": [tokenizer.encode_content(m["content"])]} for m in as_trained(messages)
     ]
     ids = tokenizer.render_prompt(messages)
-    if truncate if request.truncate is None else request.truncate:
-        room = context - min(request.longest or context, context // 4)
-        ids, n_dropped = _shortened(messages, ids, tokenizer, room)
+    if truncates:
+        ids, n_dropped = _shortened(messages, ids, tokenizer, talk.room)
         extra |= {"dropped_messages": n_dropped} if n_dropped else {}
     _require_fit(ids, context, "messages")
     if eyes is None:
@@ -123,13 +127,12 @@ def _looked_at(request: ChatRequest, eyes: Eyes) -> Tensor:
 
 
 def _retrieved(
-    request: ChatRequest, tokenizer: Tokenizer, context: int, retriever: Retriever | None
+    request: ChatRequest, talk: Conversation, retriever: Retriever | None
 ) -> tuple[str, list[dict]]:
     if retriever is None:
         text = "this server has no index; python -m data_process.run wiki --index makes one"
         raise bad("retrieve", text)
     question = request.messages[-1].text
-    talk = Conversation(tokenizer, context - min(request.longest or context, context // 4))
     found = retriever.context(question, talk.reference_room(question), talk.n_tokens)
     return found.text, [
         {"citation": p.citation, "title": p.title, "paragraph": p.paragraph, "text": p.text}

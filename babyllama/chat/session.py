@@ -21,7 +21,7 @@ from babyllama.errors import ConfigError, DataError
 from babyllama.generate import generate_replies, stream_text
 from babyllama.language.letters import as_trained, likely_encoding
 from babyllama.lora import switch
-from babyllama.retrieval.index import trim
+from babyllama.retrieval.index import excerpt, trim
 from babyllama.retrieval.retriever import API_URL, INDEX, Context, Retriever
 from babyllama.run_dir import TASKS, newest_run, read_info
 from babyllama.sampling import SamplingConfig
@@ -45,12 +45,12 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
     first: int = 0
 
-    def messages(self, first: int = 0, found: str = "") -> list[dict]:
+    def messages(self, first: int = 0, reference: str = "") -> list[dict]:
         """The 资料, if there is one, and the turns from `first` on.
 
-        found: stands in for the 资料 where there is none
+        reference: stands in for the 资料
         """
-        reference = self.reference or found
+        reference = reference or self.reference
         messages = [{"role": "system", "content": reference}] if reference else []
         for user, assistant in self.turns[first:]:
             messages.append({"role": "user", "content": user})
@@ -60,11 +60,14 @@ class Conversation:
     def prompt_for(self, question: str, found: str = "") -> list[int]:
         """The ids to continue; whole oldest turns are let go until they fit, never the 资料.
 
-        found: 资料 for this question alone
+        A third of the room is not for the 资料: of a longer one what the question is about stays.
+
+        found: 资料 for this question alone, where there is no other
         raises: ConfigError if the question does not fit even alone; nothing is let go then
         """
+        reference = excerpt(self.reference or found, question, self.room * 2 // 3, self.n_tokens)
         for first in range(self.first, len(self.turns) + 1):
-            asked = [*self.messages(first, found), {"role": "user", "content": question}]
+            asked = [*self.messages(first, reference), {"role": "user", "content": question}]
             ids = self.tokenizer.render_prompt(as_trained(asked))
             if len(ids) <= self.room:
                 self.first = first
@@ -84,14 +87,13 @@ class Conversation:
         return len(self.tokenizer.encode_content(text))
 
     def set_reference(self, text: str) -> str:
-        """Make `text` the 资料; returns what there is to say about it.
-
-        A third of the room stays free for the question, so a long text is cut after a sentence.
-        """
-        text, limit = text.strip(), self.room * 2 // 3
-        self.reference = trim(text, limit, self.n_tokens)
-        cut = f"（太长，只留开头 {len(self.reference)} 字）" * (len(self.reference) < len(text))
-        return f"资料{cut}：{self.reference or '无'}"
+        """Make `text` the 资料; returns what there is to say about it."""
+        self.reference = text.strip()
+        begin = trim(self.reference, self.room * 2 // 3, self.n_tokens)
+        if begin == self.reference:
+            return f"资料：{begin or '无'}"
+        n = len(self.reference)
+        return f"资料（太长，共 {n} 字：每次只看与问题最有关的部分）：{begin}……"
 
 
 def choose_checkpoint(wanted: Path | None, repo: Path = REPO, lora: Sequence[str] = ()) -> Path:

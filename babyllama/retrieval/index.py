@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,31 @@ def title_names(title: str) -> set[str]:
     """What a document is found by: its title with and without an addition in brackets."""
     names = {title, re.sub(r"[ _]*[(（][^()（）]*[)）]$", "", title)}
     return {normal(name).strip() for name in names if name.strip()}
+
+
+def excerpt(text: str, question: str, limit: int, size: Callable[[str], int] = len) -> str:
+    """The sentences of a text that hold most of a question, in their order, with size(them) <=
+    limit; the whole text where it fits.
+
+    A sentence gains by its neighbours, which say what its pronouns stand for. Of sentences that
+    hold as much the first are taken, so where none holds any it is the beginning.
+    """
+    if size(text) <= limit:
+        return text
+    parts, wanted = sentences(text), set().union(*asked(question))
+    held = [wanted.intersection(terms(normal(part))) for part in parts]
+    counts = Counter(term for found in held for term in found)
+    own = [sum(1 / counts[term] for term in found) for found in held]
+    scores = [a + b / 2 + c / 4 for a, b, c in zip(own, [0, *own], [*own[1:], 0], strict=False)]
+    kept, left = [], limit
+    for number in sorted(range(len(parts)), key=lambda n: -scores[n]):
+        if (n := size(parts[number])) <= left:
+            kept.append(number)
+            left -= n
+    # Tokens of sentences apart are seldom fewer than those of all together.
+    while size(found := "".join(parts[number] for number in sorted(kept)).rstrip()) > limit:
+        kept.pop()
+    return found or trim(text, limit, size)
 
 
 def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST) -> dict:

@@ -171,11 +171,7 @@ def fill(found: list[Passage], question: str, budget: int, size: Callable[[str],
     for passage in found:
         named = "" if not passage.title or passage.title in passage.text else f"{passage.title}："
         before = f"{text}\n{named}" if text else named
-
-        def fits(part: str, before: str = before) -> int:
-            return size(before + part)
-
-        part = best_part(passage.text, question, budget, fits)
+        part = index.excerpt(passage.text, question, budget - size(before), size)
         if not part:
             break
         text += before[len(text) :] + part
@@ -183,22 +179,6 @@ def fill(found: list[Passage], question: str, budget: int, size: Callable[[str],
         if part != passage.text:
             break
     return Context(text, kept)
-
-
-def best_part(text: str, question: str, budget: int, size: Callable[[str], int] = len) -> str:
-    """The whole text if it fits, else the run of sentences that holds most terms of a question,
-    and begins first; "" if not even the beginning of a sentence fits."""
-    if size(text) <= budget:
-        return text
-    wanted, best, most = set(index.asked(question)[0]), "", -1
-    rest = text
-    for sentence in index.sentences(text):
-        part = index.trim(rest, budget, size)
-        held = len(wanted & set(terms(normal(part))))
-        if held > most and part:
-            best, most = part, held
-        rest = rest[len(sentence) :]
-    return best
 
 
 class WikiError(ValueError):

@@ -286,7 +286,7 @@ def test_a_conversation_with_its_commands(open_terminal, polite, tmp_path):
     assert "资料：银杏是乔木。" in terminal.say("/资料 text.txt")
     assert "两者都不是" in terminal.say("/ref picture.txt")
     assert "资料：银杏是乔木。" in terminal.say("/ref")
-    assert re.search(r"只留开头 (\d+) 字）：(今天天气好。)+\r", terminal.say("/资料 long.txt"))
+    assert re.search(r"太长，共 6000 字.*）：(今天天气好。)+……\r", terminal.say("/资料 long.txt"))
     assert "资料：无" in terminal.say("/资料 -")
     assert "资料：他是谁" in terminal.say("／资料 他是谁")
 
@@ -441,7 +441,7 @@ def test_odd_text_goes_through_unharmed_and_harms_no_terminal(terminal, tmp_path
     assert "a·b👩‍👩‍👧👍🏽·[31m红·" in shown
     assert terminal.say("a\u202eb👩‍👩‍👧") == ON_SCREEN
     assert "太长" in terminal.say("a" * 16384)
-    assert "只留开头" in terminal.say("/资料 " + "a" * 16384)
+    assert "太长，共 16384 字" in terminal.say("/资料 " + "a" * 16384)
     assert "没有命令 /aaa" in terminal.say("/" + "a" * 16384)
     terminal.say(f"/资料 {tmp_path / 'odd.txt'}")
     terminal.say(f"/save {tmp_path / 'talk.jsonl'}")
@@ -685,10 +685,12 @@ def test_a_message_that_cannot_fit_changes_nothing(tokenizer):
 @pytest.mark.parametrize("room", [96, 384])
 def test_the_longest_reference_leaves_room_for_a_question(tokenizer, room):
     talk = Conversation(tokenizer, room)
-    said = talk.set_reference("今天天气好。" * 500)
-    assert "太长" in said and talk.reference.endswith("。")
-    assert len(tokenizer.encode(talk.reference)) <= room * 2 // 3
-    assert len(talk.prompt_for("你好")) <= room
+    said = talk.set_reference("今天天气好。" * 500 + "苹果是红色的水果。")
+    assert "太长，共 3009 字" in said and said.endswith("……")
+    assert "太长" not in talk_of(tokenizer, room).set_reference("今天天气好。")
+    ids = talk.prompt_for("苹果是什么颜色？")
+    assert len(ids) <= room and "今天天气好。苹果是红色的水果。\n" in tokenizer.decode(ids)
+    assert talk.messages()[0]["content"] == talk.reference and len(talk.reference) == 3009
 
 
 def test_a_reference_is_a_file_or_the_text_itself(tmp_path):

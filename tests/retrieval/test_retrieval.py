@@ -9,15 +9,16 @@ from threading import Event, Thread
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from babyllama.retrieval.index import build, trim
+from babyllama.retrieval.index import build, excerpt, trim
 from babyllama.retrieval.retriever import (
     Article,
     Choices,
     Context,
     Retriever,
     WikiError,
-    best_part,
     look_up,
 )
 from test_index import write_articles
@@ -229,11 +230,22 @@ def test_an_article_is_its_beginning_or_what_a_search_brings(retriever):
     assert retriever.article("量子纠缠", 300) == Context()
 
 
-def test_of_a_passage_that_is_too_long_the_sentences_stay_that_answer():
+def test_of_a_text_that_is_too_long_the_sentences_stay_that_answer():
     text = "开头的话说了很多。中间也说了一些。银杏的叶子在秋天变黄。最后还有一句。"
-    assert "银杏的叶子在秋天变黄。" in best_part(text, "银杏的叶子什么时候变黄？", 20)
-    assert len(best_part(text, "银杏的叶子什么时候变黄？", 20)) <= 20
-    assert best_part(text, "银杏的叶子", 100) == text and best_part(text, "银杏", 0) == ""
+    assert "银杏的叶子在秋天变黄。" in excerpt(text, "银杏的叶子什么时候变黄？", 20)
+    assert excerpt(text, "银杏的叶子", 100) == text and excerpt(text, "银杏", 0) == ""
+    # Two places are kept in their order, a neighbour before a sentence of another subject.
+    text += "它是落叶乔木。" + "别的话也有很多。" * 3000 + "银杏的果实叫白果。"
+    found = excerpt(text, "银杏的果实和叶子", 30)
+    assert found == "银杏的叶子在秋天变黄。最后还有一句。银杏的果实叫白果。"
+    assert excerpt(text, "今夕是何年", 20) == trim(text, 20)
+
+
+@given(st.text("银杏叶。\nab", max_size=60), st.text("银杏叶ab", max_size=8), st.integers(0, 40))
+def test_an_excerpt_is_made_of_the_text_and_fits(text, question, limit):
+    found = excerpt(text, question, limit)
+    rest = iter(text)
+    assert len(found) <= limit and all(character in rest for character in found)
 
 
 def test_a_passage_that_does_not_name_its_title_is_given_it(retriever):

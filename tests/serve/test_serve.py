@@ -297,6 +297,13 @@ def test_oldest_turns_are_dropped_when_asked_to(client, tokenizer):
     kept = [messages[0], *messages[1 + n :]]
     assert found.usage.prompt_tokens == len(tokenizer.render_prompt(kept)) <= CONTEXT - 20
     assert len(tokenizer.render_prompt([messages[0], *messages[n - 1 :]])) > CONTEXT - 20
+    messages = [{"role": "system", "content": TEXTS[4] * 100}, *HELLO]
+    with pytest.raises(openai.BadRequestError, match="truncate"):
+        client.chat.completions.create(messages=messages, **QUICK)
+    found = client.chat.completions.create(
+        messages=messages, **QUICK, extra_body={"truncate": True}
+    )
+    assert CONTEXT // 2 < found.usage.prompt_tokens <= CONTEXT - 20
 
 
 def test_metrics_count_what_was_done(server, client):
