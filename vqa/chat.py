@@ -9,6 +9,7 @@ The chat, the scores and a server share the functions here. A model of today loo
 image; none, or several, is a DataError that says so.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,22 +100,18 @@ def greedy(
     prompts: without images; each gets that of its row in `seen` (B, M, D)
     """
     rows = [with_image(ids, n, model.n_positions) for n, ids in enumerate(prompts)]
-    replies: list[list[int]] = [[] for _ in rows]
-    going = set(range(len(rows)))
+    said: list[list[int]] = []
+    has_ended = [False] * len(rows)
     with model.looking_at(seen):
         batch = Batch(model.decoder(seen), rows, n_new, 1)
         # All rows go on together, so that row n keeps looking at image n.
         for left in reversed(range(min(batch.limits))):
-            ids = batch.logits.argmax(dim=1).tolist()
-            for row in list(going):
-                if ids[row] == eos_id:
-                    going.discard(row)
-                else:
-                    replies[row].append(ids[row])
-            if not going or not left:
+            said.append(batch.logits.argmax(dim=1).tolist())
+            has_ended = [end or i == eos_id for end, i in zip(has_ended, said[-1], strict=True)]
+            if all(has_ended) or not left:
                 break
-            batch.add(ids)
-    return replies
+            batch.add(said[-1])
+    return [list(itertools.takewhile(eos_id.__ne__, row)) for row in zip(*said, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ frequent answer to the same question. The others get ROUGE. Writes vqa-<dataset>
 beside the checkpoints; with --sheet also photos with questions and answers, wrong ones in red.
 """
 
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from babyllama.scoring.tables import table
 from babyllama.scoring.test_sets import write_json
 from vqa import images
 from vqa.chat import greedy
-from vqa.data import ImageRows, computed, key_of
+from vqa.data import ImageRows, computed
 from vqa.images import normalise
 from vqa.model import Loaded, VqaModel, load
 from vqa.pack import PackedImages
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 
 
 MODES = ("true", "shuffled", "blank")
-GREY = 128
+GREY, BLANK = 128, -1  # the colour of an image without content, and its number
 MAX_ANSWERS = 20  # a question with at most so many different answers is closed
-N_SHOWN, N_PHOTOS = 3, 9  # rows that are printed, photos on the sheet
+N_PHOTOS = 9  # on the sheet
 # Of the sheet, in inches: a photo with its share of the gaps, a line of text. So many characters
 # fill a line.
 SIDE, LINE, LONGEST = 3.6, 0.24, 27
@@ -101,16 +102,14 @@ def questions(loaded: Loaded, packed: PackedImages, dataset: str, split: str) ->
 @torch.inference_mode()
 def features_for(
     model: VqaModel, packed: PackedImages, numbers: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """What the encoder sees in these images, (n, places, C), and in one that is grey (1, …)."""
+) -> dict[int, np.ndarray]:
+    """What the encoder sees in these images, (places, C) each, and as BLANK in a grey one."""
     config, device = model.encoder.config, model.output.weight.device
     shape = (1, config.n_squares, 3, config.size, config.size)
     grey = torch.full(shape, GREY, dtype=torch.uint8, device=device)
     blank = model.encoder(normalise(grey, config.normalisation)).float().cpu().numpy()
-    kept = packed.place / f"features-{key_of(model.encoder, packed)}.npy"
-    if kept.is_file():
-        return np.load(kept, mmap_mode="r")[numbers].astype(np.float32), blank
-    return np.concatenate(list(computed(model.encoder, packed, numbers, device))), blank
+    parts = computed(model.encoder, packed, numbers, device)
+    return dict(zip(numbers, itertools.chain.from_iterable(parts), strict=True)) | {BLANK: blank[0]}
 
 
 def shuffled(asked: list[Asked], seed: int = 0) -> list[int]:
@@ -129,7 +128,7 @@ def shuffled(asked: list[Asked], seed: int = 0) -> list[int]:
 
 @torch.inference_mode()
 def answers(
-    loaded: Loaded, asked: list[Asked], chosen: list[int], features: np.ndarray
+    loaded: Loaded, asked: list[Asked], chosen: list[int], features: dict[int, np.ndarray]
 ) -> list[str]:
     """The answer to each question, with the features that `chosen` names for it."""
     model, tokenizer = loaded.model.eval(), loaded.tokenizer
@@ -264,27 +263,19 @@ def main(cfg: EvaluateConfig) -> None:
     packed = PackedImages(from_repo(cfg.images) / Path(cfg.dataset).name)
     asked = questions(loaded, packed, cfg.dataset, cfg.split)
     numbers = sorted({one.image for one in asked})
-    features, grey = features_for(loaded.model, packed, numbers)
-    place = {number: n for n, number in enumerate(numbers)}
+    features = features_for(loaded.model, packed, numbers)
     chosen = {
-        "true": [place[one.image] for one in asked],
-        "shuffled": [place[number] for number in shuffled(asked)],
-        "blank": [len(numbers)] * len(asked),
+        "true": [one.image for one in asked],
+        "shuffled": shuffled(asked),
+        "blank": [BLANK] * len(asked),
     }
-    features = np.concatenate((features, grey))
     said = {mode: answers(loaded, asked, chosen[mode], features) for mode in MODES}
     found = score(asked, said)
-    for n in np.random.default_rng(0).permutation(len(asked))[:N_SHOWN]:
-        one, name = asked[n], packed.names[asked[n].image]
-        print(f"{name}  {one.question}  {one.answer}  | "
-              + "  ".join(f"{m}: {said[m][n]}" for m in MODES))  # fmt: skip
     print(report(found))
     if cfg.sheet:
         write_sheet(from_repo(cfg.sheet), packed, asked, said["true"])
-    run_directory = loaded.path.parent
-    path = run_directory / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json"
     found |= {"checkpoint": shown(loaded.path), "step": loaded.step}
-    write_json(path, found)
+    write_json(loaded.path.parent / f"vqa-{Path(cfg.dataset).name}-{cfg.split}.json", found)
 
 
 if __name__ == "__main__":

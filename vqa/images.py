@@ -67,7 +67,7 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
         raise DataError(
             f"{name}: wanted a JPEG of at most {MAX_SCANS} scans, found {n_scans}; save it again"
         )
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -78,7 +78,10 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
             if least:
                 image.draft(None, (least, least))
             image.load()
-            return _flat(_upright(image))
+            # Turned and mirrored as EXIF says (2.3, section 4.6), where its data are whole.
+            with contextlib.suppress(*_BAD):
+                ImageOps.exif_transpose(image, in_place=True)
+            return _flat(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
             f"{name}: wanted at most {MAX_PIXELS:,} pixels, found {error}; make the image smaller"
@@ -92,15 +95,6 @@ def decode(source: bytes | Path, name: str = "", least: int = 0) -> "Image":
         raise DataError(
             f"{name}: wanted a whole image, found it cut off or damaged ({error}); get it again"
         ) from None
-
-
-def _upright(image: "Image") -> "Image":
-    """Turned and mirrored as its EXIF data say (2.3, section 4.6), where they are whole."""
-    from PIL import ImageOps
-
-    with contextlib.suppress(*_BAD):
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 
 def _flat(image: "Image") -> "Image":

@@ -9,7 +9,6 @@ for a new language model. What `freeze` names keeps its weights, so a first stag
 [encoder, language] trains the connector alone. The loop, checkpoints and Ctrl-C are pretrain.py's.
 """
 
-import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -144,20 +143,7 @@ def main(cfg: VqaConfig) -> int:
             cfg.data, tokenizer, room, cfg.train, packed, model.encoder.config, features
         )
         with open_run(cfg.name, cfg, world) as directory:
-            if world.is_main:
-                print(describe(model), file=sys.stderr)
             return train(model, data, tokenizer, cfg, world, directory, "vqa", watch=WATCH)
-
-
-def describe(model: VqaModel) -> str:
-    """What trains and what does not, for people."""
-    lines = []
-    for part in PARTS:
-        weights = list(getattr(model, part).parameters())
-        n_trained = sum(w.numel() for w in weights if w.requires_grad)
-        lines.append(f"  {part:<10} {sum(w.numel() for w in weights):>11,} parameters, "
-                     f"{n_trained:>11,} train")  # fmt: skip
-    return "\n".join([f"{model.fusion.kind}: {model.n_positions} positions an image", *lines])
 
 
 if __name__ == "__main__":
