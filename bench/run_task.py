@@ -1,5 +1,6 @@
 """Puts one task to a checkpoint through lm-evaluation-harness, and says what came out."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
@@ -9,7 +10,7 @@ import numpy as np
 
 from babyllama.rows import write_rows
 from bench.harness import Scorer
-from bench.sandbox.run import reasons, run_all
+from bench.sandbox.run import run_all
 from bench.scoring import (
     METRICS,
     SCORES,
@@ -57,7 +58,7 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
     if task.score == "code":
         outcomes = run_all(rows.scored, [s["filtered_resps"][0] for s in said])
         values = {CODE_METRIC: [float(outcome.passed) for outcome in outcomes]}
-        extra["programs"] = reasons(outcomes)
+        extra["programs"] = dict(Counter(one.reason for one in outcomes).most_common())
     report = _report(task, rows, values, metric) | extra
     write_rows(samples, _samples(task, said, values))
     return report | {

@@ -128,7 +128,7 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_558, "core": 4_649, "product": 30_047}
+MOST_LINES = {"evening": 2_558, "core": 4_649, "product": 30_016}
 MOST_FILES = 145
 
 
@@ -143,7 +143,7 @@ def test_the_house_grows_in_no_part():
     found = {
         "evening": n_lines(REPO / name for name in EVENING),
         "core": n_lines(core),
-        "product": 30_047n_lines(product),
+        "product": n_lines(product),
     }
     assert {part: n for part, n in found.items() if n > MOST_LINES[part]} == {}
     assert len(product) <= MOST_FILES

@@ -38,25 +38,15 @@ from vqa.pack import PackedImages
 
 
 class Wanted(NamedTuple):
-    """An image as a row wants it: of which set, which one, with which random changes (0: none)."""
+    """An image as a row wants it: of which set, which one."""
 
     source: int
     number: int
-    chance: int = 0
 
 
-def prepared(data: bytes | Path, name: str, config: EncoderConfig, chance: int = 0) -> Tensor:
-    """The squares (squares, 3, S, S) uint8 of an image, with random changes of this seed."""
+def prepared(data: bytes | Path, name: str, config: EncoderConfig) -> Tensor:
+    """The squares (squares, 3, S, S) uint8 of an image."""
     image = images.decode(data, name, least=config.size * config.tiles)
-    if chance:
-        rng = np.random.default_rng(chance)
-        if rng.random() < 0.5:
-            image = image.transpose(0)  # left and right change places
-        width, height = image.size
-        share = rng.uniform(0.75, 1.0)
-        left, top = (int(rng.integers(0, side - int(side * share) + 1)) for side in image.size)
-        image = image.crop((left, top, left + max(1, int(width * share)),
-                            top + max(1, int(height * share))))  # fmt: skip
     return images.squares(image, config.size, config.tiles)
 
 
@@ -110,7 +100,6 @@ class VqaDataConfig:
         sources: the mixture: sets in data/tokens/<tokenizer> with their images in data/pictures
         pictures: where the packed images lie
         max_val_rows: validation takes the first rows of each source, at most this many
-        augment: images are mirrored and cut at random in training, for encoders that learn
         cache_features: a frozen encoder sees each image once; its features stay on the disk
         workers: threads that decode images
     """
@@ -118,16 +107,12 @@ class VqaDataConfig:
     sources: tuple[SourceConfig, ...] = ()
     pictures: Path = Path("data/pictures")
     max_val_rows: int = 256
-    augment: bool = False
     cache_features: bool = False
     workers: int = 2
 
     def __post_init__(self) -> None:
         names = ("max_val_rows", "workers")
         require("data", self, {name: ("1 or more", getattr(self, name) >= 1) for name in names})
-        if self.augment and self.cache_features:
-            raise ConfigError("data.augment changes images, data.cache_features keeps them; "
-                              "choose one")  # fmt: skip
 
 
 class ImageRow(NamedTuple):
@@ -152,10 +137,8 @@ class ImageRows(Dialogues):
         packed: PackedImages,
         max_seq_len: int,
         n_positions: int,
-        augment: bool = False,
     ) -> None:
-        self.number, self.packed = number, packed
-        self._n_positions, self._augment = n_positions, augment
+        self.number, self.packed, self._n_positions = number, packed, n_positions
         files = token_files(name, split, tokenizer)
         super().__init__(name, files, tokenizer, max_seq_len - n_positions)
         if not len(self):
@@ -185,7 +168,7 @@ class ImageRows(Dialogues):
         return image, [{"role": role, "content": decode(ids)} for role, ids in pieces]
 
     def row(  # type: ignore[override]  # three parts, which Batches takes
-        self, number: int, rng: np.random.Generator
+        self, number: int, _rng: np.random.Generator
     ) -> ImageRow:
         image, pieces = self._messages(number)
         messages = [{"role": role, "content": [ids]} for role, ids in pieces]
@@ -193,8 +176,7 @@ class ImageRows(Dialogues):
         n = self._n_positions
         tokens = np.array(with_image(tokens.tolist(), 0, n), dtype=np.int64)
         targets = np.concatenate((np.full(n, IGNORED), targets))
-        chance = int(rng.integers(1, 2**31)) if self._augment else 0
-        return ImageRow(tokens, targets, Wanted(self.number, image, chance))
+        return ImageRow(tokens, targets, Wanted(self.number, image))
 
 
 def token_files(name: str, split: str, tokenizer: Tokenizer) -> list[TokenFile]:
@@ -232,11 +214,10 @@ class Batches:
     """
 
     def __init__(
-        self, read: Callable[[Wanted], Tensor], key: str, n_workers: int, n_positions: int,
-        pad_id: int,
-    ) -> None:  # fmt: skip
-        self._read, self._key, self._threads = read, key, ThreadPoolExecutor(n_workers)
-        self._n_positions, self._pad_id = n_positions, pad_id
+        self, read: Callable[[Wanted], Tensor], key: str, n_workers: int, room: Room
+    ) -> None:
+        self._read, self._key, self._room = read, key, room
+        self._threads = ThreadPoolExecutor(n_workers)
 
     def of(
         self, rows: list, micro_batch_size: int, rank: int, world_size: int
@@ -251,16 +232,14 @@ class Batches:
         return [self._batch(mine[start : start + micro_batch_size]) for start in starts]
 
     def _batch(self, rows: list[ImageRow]) -> dict[str, Tensor]:
-        """One batch: an image that several rows are about comes once."""
-        wanted = list(dict.fromkeys(row.image for row in rows))
-        number = {image: n for n, image in enumerate(wanted)}
         sequences = []
-        for row in rows:
-            moved = row.tokens - number[row.image] * self._n_positions
+        for n, row in enumerate(rows):
+            moved = row.tokens - n * self._room.n_positions
             sequences.append([(np.where(row.tokens < 0, moved, row.tokens), row.targets)])
-        batch = collate(sequences, self._pad_id)
-        batch["image_of"] = torch.tensor([number[row.image] for row in rows])
-        batch[self._key] = torch.stack(list(self._threads.map(self._read, wanted)))
+        batch = collate(sequences, self._room.pad_id)
+        batch["image_of"] = torch.arange(len(rows))
+        read = self._threads.map(self._read, (row.image for row in rows))
+        batch[self._key] = torch.stack(list(read))
         return batch
 
 
@@ -316,25 +295,24 @@ def open_vqa_data(
     features: of each source's images, where they were computed before
     raises: DataError or ConfigError where a source cannot be used
     """
-    train, val = (
-        [
-            ImageRows(s.name, n, split, tokenizer, packed[n], room.max_seq_len,
-                        room.n_positions, config.augment and split == "train")
+
+    def opened(split: str) -> list[ImageRows]:
+        return [
+            ImageRows(s.name, n, split, tokenizer, packed[n], room.max_seq_len, room.n_positions)
             for n, s in enumerate(config.sources)
         ]
-        for split in ("train", "val")
-    )  # fmt: skip
 
     def read(one: Wanted) -> Tensor:
         if features is not None:
             return torch.from_numpy(np.array(features[one.source][one.number]))
         held = packed[one.source]
-        return prepared(held.read(one.number), held.names[one.number], encoder, one.chance)
+        return prepared(held.read(one.number), held.names[one.number], encoder)
 
     key = "pixels" if features is None else "features"
-    batches = Batches(read, key, config.workers, room.n_positions, room.pad_id)
-    mixture = Mixture(train, [source.weight for source in config.sources], order.seed)
+    batches = Batches(read, key, config.workers, room)
+    weights = [source.weight for source in config.sources]
+    mixture = Mixture(opened("train"), weights, order.seed)
     return Data(
         VqaTrainData(mixture, order.batch_size, room, batches),
-        VqaValData(val, config.max_val_rows, batches),
+        VqaValData(opened("val"), config.max_val_rows, batches),
     )

@@ -22,7 +22,6 @@ import secrets
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,7 +67,7 @@ def missing() -> str:
     """What the system lacks to shut programs in; "" if nothing."""
     if sys.platform != "linux":
         return f"namespaces, which {sys.platform} does not have"
-    found = _run("pass", "pass", Limits(seconds=20.0))
+    found = run_program("pass", "pass", Limits(seconds=20.0))
     return "" if found.passed else f"namespaces ({found.detail or found.reason})"
 
 
@@ -86,16 +85,9 @@ def require() -> None:
         )
 
 
-def run_program(program: str, tests: str, limits: Limits | None = None) -> Outcome:
-    """Run a program and then its tests, both as Python source, shut in.
-
-    raises: ConfigError where the system cannot do it
-    """
-    require()
-    return _run(program, tests, limits or Limits())
-
-
-def _run(program: str, tests: str, limits: Limits) -> Outcome:
+def run_program(program: str, tests: str, limits: Limits = Limits()) -> Outcome:
+    """Run a program and then its tests, both as Python source, shut in; where the system cannot do
+    that, nothing runs and the outcome is setup."""
     word = secrets.token_hex(16)
     job = {"program": program, "tests": tests, "word": word, "python": _python(),
            "limits": limits.__dict__}  # fmt: skip
@@ -181,19 +173,11 @@ def _python() -> str:
     return os.path.realpath(sys.executable)
 
 
-def sources(row: dict, completion: str) -> tuple[str, str]:
-    """The program that a completion makes, and the tests that it must pass."""
-    program = f"{row['prompt']}{completion}\n"
-    return program, f"{row['test']}\ncheck({row['entry_point']})\n"
-
-
 def run_all(rows: Sequence[dict], completions: Iterable[str]) -> list[Outcome]:
-    """Outcome of each completed program, in order."""
+    """Outcome of each completed program with its row's tests, in order; errors as require."""
+    require()
     pairs = zip(rows, completions, strict=True)
-    bar = tqdm(pairs, total=len(rows), desc="run programs", unit=" programs")
-    return [run_program(*sources(row, text)) for row, text in bar]
-
-
-def reasons(outcomes: Iterable[Outcome]) -> dict[str, int]:
-    """Number of programs by outcome."""
-    return dict(Counter(outcome.reason for outcome in outcomes).most_common())
+    return [
+        run_program(f"{row['prompt']}{text}\n", f"{row['test']}\ncheck({row['entry_point']})\n")
+        for row, text in tqdm(pairs, total=len(rows), desc="run programs", unit=" programs")
+    ]

@@ -22,7 +22,7 @@ from babyllama.config import REPO
 from babyllama.errors import ConfigError
 from bench.sandbox import run
 from bench.sandbox.inside import MACHINES
-from bench.sandbox.run import Limits, reasons, run_all, run_program, sources
+from bench.sandbox.run import Limits, run_all, run_program
 
 DATA = REPO / ".." / "shared" / "data" / "benchmarks" / "human_eval" / "HumanEval.jsonl.gz"
 QUICK = Limits(seconds=1.5, memory_mb=170, processes=16)
@@ -124,7 +124,7 @@ def test_a_system_that_cannot_shut_programs_in_is_refused(monkeypatch):
     run.missing.cache_clear()
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(ConfigError, match=r"darwin.*leave HumanEval out"):
-        run_program(RIGHT, TESTS)
+        run_all([], [])
     run.missing.cache_clear()
 
 
@@ -137,8 +137,8 @@ def problems() -> list[dict]:
 def test_a_few_canonical_solutions_pass_and_an_empty_body_does_not():
     rows = problems()[::40]
     outcomes = run_all(rows, [row["canonical_solution"] for row in rows])
-    assert reasons(outcomes) == {"passed": len(rows)}
-    assert not any(run_program(*sources(row, "    pass\n")).passed for row in rows)
+    assert [outcome.reason for outcome in outcomes] == ["passed"] * len(rows)
+    assert not any(outcome.passed for outcome in run_all(rows, ["    pass\n"] * len(rows)))
 
 
 @pytest.mark.slow
@@ -146,4 +146,4 @@ def test_a_few_canonical_solutions_pass_and_an_empty_body_does_not():
 def test_the_164_canonical_solutions_score_100_percent():
     rows = problems()
     outcomes = run_all(rows, [row["canonical_solution"] for row in rows])
-    assert reasons(outcomes) == {"passed": 164}
+    assert [outcome.reason for outcome in outcomes] == ["passed"] * 164

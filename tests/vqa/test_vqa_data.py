@@ -319,22 +319,6 @@ def test_each_picture_of_a_batch_is_its_rows_own(colours, tokenizer):
             assert sorted(row[row < 0].tolist()) == [-2 - 2 * picture, -1 - 2 * picture]
 
 
-def test_random_changes_belong_to_the_row_and_the_epoch(colours, tokenizer):
-    data, _ = data_of(colours, tokenizer, augment=True)
-    again, _ = data_of(colours, tokenizer, augment=True)
-    for step in (0, 13):
-        ours, theirs = (d.train.rows(step) for d in (data, again))
-        assert [row.image for row in ours] == [row.image for row in theirs]
-        assert all(row.image.chance for row in ours)
-    assert not any(r.image.chance for rows in data.val._sequences.values() for r in rows)
-    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
-    out = io.BytesIO()
-    PIL.fromarray(noise).save(out, "PNG")
-    one, other = (prepared(out.getvalue(), "x", ENCODER, chance) for chance in (1, 2))
-    assert not torch.equal(one, other)
-    assert torch.equal(one, prepared(out.getvalue(), "x", ENCODER, 1))
-
-
 def test_features_are_kept_and_belong_to_their_encoder(colours):
     held, device = PackedImages(colours / "data/pictures/colours"), torch.device("cpu")
     encoder = make_encoder(ENCODER)
