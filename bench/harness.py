@@ -3,7 +3,8 @@
 `for_harness` returns the subclass of the harness' LM; all that it does is done by Scorer. The
 context of a question is read once, whatever the number of its options: they continue its KV cache.
 A text is cut as the harness' own Hugging Face model cuts it, so scores of an exported checkpoint
-are the same. A dialogue is rendered by tokenizer.py, by ids; when it is too long its head stays.
+are the same. A dialogue is rendered by tokenizer.py, by ids; a 资料 that is too long is cut as
+chat cuts it, then the dialogue's beginning, but for its head.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from babyllama.checkpoint import Loaded
 from babyllama.cpu.decoder import make_decoder
 from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
+from babyllama.retrieval.index import excerpt
 from babyllama.sampling import SamplingConfig
 from model import IGNORED, KVCache, token_losses
 from tokenizer import LABELS, SEPARATOR
@@ -152,6 +154,20 @@ class Scorer:
             same += 1
         return whole[:same] or [self.prefix_id], whole[same:]
 
+    def fit(self, context: str, ids: list[int], room: int) -> list[int]:
+        """The ids of a prompt, cut to the room; of a 资料 the sentences stay that hold most of the
+        question, as in chat."""
+        is_dialogue = isinstance(context, Dialogue)
+        if len(ids) > room and is_dialogue and context.messages[0]["role"] == "system":
+            reference, *turns = context.messages
+            left = room - len(ids) + self._n_tokens(reference["content"])
+            text = excerpt(reference["content"], turns[-1]["content"], left, self._n_tokens)
+            ids = self.tokenizer.render_prompt([{**reference, "content": text}, *turns])
+        return self.cut(ids, room, is_dialogue)
+
+    def _n_tokens(self, text: str) -> int:
+        return len(self.tokenizer.encode_content(text))
+
     def cut(self, ids: list[int], room: int, is_dialogue: bool) -> list[int]:
         """The last `room` ids; of a dialogue also its head, <bos> and the first label."""
         if len(ids) <= room:
@@ -170,8 +186,7 @@ class Scorer:
                 raise ConfigError(f"the option {option!r} has no token; leave the task out")
             if len(after) > self.max_length:
                 del after[self.max_length // 2 :]
-            is_dialogue = isinstance(text, Dialogue)
-            context[:] = self.cut(context, self.max_length + 1 - len(after), is_dialogue)
+            context[:] = self.fit(text, context, self.max_length + 1 - len(after))
         keys = [self.store.key("loglikelihood", *map(str, args)) for args in asked]
         return self._loglikelihoods(pairs, keys)
 
@@ -190,7 +205,7 @@ class Scorer:
             if keys[-1] not in self.store.known:
                 n_new = min(settings.get("max_gen_toks", MAX_NEW), self.max_length // 2)
                 ids = self.encode_context(context)
-                ids = self.cut(ids, self.max_length - n_new, isinstance(context, Dialogue))
+                ids = self.fit(context, ids, self.max_length - n_new)
                 stop = settings.get("until") or []
                 stop = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
                 waiting[n_new, stop].append((number, ids))

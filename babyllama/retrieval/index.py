@@ -181,6 +181,7 @@ def excerpt(text: str, question: str, limit: int, size: Callable[[str], int] = l
     counts = Counter(term for found in held for term in found)
     own = [sum(1 / counts[term] for term in found) for found in held]
     scores = [a + b / 2 + c / 4 for a, b, c in zip(own, [0, *own], [*own[1:], 0], strict=False)]
+    limit = max(0, limit)
     kept, left = [], limit
     for number in sorted(range(len(parts)), key=lambda n: -scores[n]):
         if (n := size(parts[number])) <= left:

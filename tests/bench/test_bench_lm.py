@@ -102,6 +102,20 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(vocabulary, tmp_path):
         lm.generate_until([Request("a", {"do_sample": True})])
 
 
+def test_of_a_long_reference_the_sentences_that_answer_stay(random_model):
+    lm = for_harness(replace_kind(random_model, "sft"), 4, True, Store(None, ""))
+    text = "今天天气好。" * 60 + "苹果是红色的水果。" + "今天天气好。" * 60
+    asked = [{"role": "user", "content": f"资料：{text}\n\n苹果是什么颜色？"}]
+    prompt = lm.apply_chat_template(asked)
+    ids = lm.encode_context(prompt)
+    room = 60
+    assert len(ids) > room and lm.fit(prompt, ids, len(ids)) == ids
+    found = lm.tokenizer.decode(lm.fit(prompt, ids, room))
+    assert "苹果是红色的水果。" in found and found.endswith("苹果是什么颜色？\n\n助手：")
+    assert room - 10 < len(lm.fit(prompt, ids, room)) <= room
+    assert len(lm.fit(prompt, ids, 12)) <= 12
+
+
 def test_a_dialogue_reaches_the_model_as_the_chat_format_has_it(random_model):
     lm = for_harness(replace_kind(random_model, "sft"), 4, True, Store(None, ""))
     shots = [("system", "请回答。\n\n"), ("user", "问题：一？\n答案："), ("assistant", "1"),
