@@ -266,8 +266,6 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         cache: KVCache | None = None,
         per_position: bool = False,
-        weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
         chosen: Tensor | None = None,
     ) -> Tensor | Loss:
         """Logits (B, T, V), or with targets the summed loss.
@@ -279,8 +277,6 @@ class Transformer(nn.Module):
         cache: continue after the tokens that it holds, and store these
         per_position: with targets, return the loss of each position, (B, T) float32, 0 where
             there is no target
-        weights: (B, T) what the loss of each position is multiplied by
-        label_smoothing: this share of each target is spread evenly over the vocabulary
         chosen: (N,) the positions that have a target, of all B T; sought where not given, for
             which a card has to finish all that it was given before
         """
@@ -293,9 +289,7 @@ class Transformer(nn.Module):
         if chosen is None:
             chosen = (targets != IGNORED).nonzero().squeeze(1)
         x, targets = x.index_select(0, chosen), targets[chosen]
-        weights = None if weights is None else weights.reshape(-1)[chosen]
-        head = self.output.weight
-        return Loss(*self.sliced_loss(x, head, targets, weights, label_smoothing))
+        return Loss(*self.sliced_loss(x, self.output.weight, targets))
 
     def hidden(
         self,
@@ -377,14 +371,12 @@ class SlicedLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        weights: Tensor | None = None,
-        smoothing: float = 0.0,
         size: int = SLICE,
         softmax_loss: Callable | None = None,
         product: Callable = torch.mm,
         add_product: Callable = _add_product,
     ) -> tuple[Tensor, ...]:
-        """hidden (N, D), weight (V, D), targets (N,) without ignored ones, weights (N,).
+        """hidden (N, D), weight (V, D), targets (N,) without ignored ones.
 
         softmax_loss, product, add_product: what a device computes faster (cuda/attention.py)
         """
@@ -398,14 +390,11 @@ class SlicedLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(targets), size):
                 part, goal = hidden[start : start + size].to(dtype), targets[start : start + size]
-                losses, correct, error = softmax_loss(product(part, w.t()), goal, smoothing)
-                scale = None if weights is None else weights[start : start + size]
-                loss_sum += losses.sum() if scale is None else losses @ scale
+                losses, correct, error = softmax_loss(product(part, w.t()), goal)
+                loss_sum += losses.sum()
                 n_correct += correct.sum()
                 if not (want_hidden or want_weight):
                     continue
-                if scale is not None:
-                    error *= scale[:, None]
                 error = error.to(dtype)  # (slice, V): the gradient of the logits
                 if grad_hidden is not None:
                     grad_hidden[start : start + size] = error @ w
@@ -424,7 +413,7 @@ class SlicedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, *[None] * 7
+        return grad_hidden, grad_weight, *[None] * 5
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -432,24 +421,20 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _softmax_loss(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Losses (N,), hits (N,) and the gradient of the logits (N, V), which takes their place."""
     logits = logits.float()
     aimed = logits.gather(1, targets[:, None])  # (N, 1)
     largest = logits.amax(dim=1, keepdim=True)
     hits = (aimed >= largest).squeeze(1)
-    if smoothing:
-        aimed = (1 - smoothing) * aimed + smoothing * logits.mean(dim=1, keepdim=True)
     powers = logits.sub_(largest).exp_()
     # Of equal logits none is the largest: a model that has run away is not right everywhere.
     hits[hits.clone()] = (powers[hits] == 1).sum(dim=1) == 1
     total = powers.sum(dim=1, keepdim=True)
     losses = (total.log() + largest - aimed).squeeze(1)
     error = powers.div_(total)
-    error[torch.arange(len(targets), device=targets.device), targets] -= 1 - smoothing
-    return losses, hits, error.sub_(smoothing / error.shape[1]) if smoothing else error
+    error[torch.arange(len(targets), device=targets.device), targets] -= 1
+    return losses, hits, error
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

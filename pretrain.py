@@ -34,7 +34,7 @@ from babyllama.optim import OptimConfig
 from babyllama.run_dir import open_run, read_base, require_same
 from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig
-from babyllama.trainer import TrainConfig, next_token, train
+from babyllama.trainer import Objective, TrainConfig, train
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
 from data_process.registry import require_known
@@ -108,7 +108,7 @@ def make_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Transformer:
 def main(cfg: PretrainConfig) -> int:
     """Train; returns the exit code."""
     require_known(source.name for source in cfg.data.sources)
-    objective = next_token(cfg.regularise.label_smoothing)
+    objective = Objective()
     if cfg.dry_run and not cfg.base and (lacking := missing(cfg)):
         return plan(cfg, lacking, objective)
     tokenizer = Tokenizer(from_repo(cfg.tokenizer))

@@ -39,7 +39,7 @@ from babyllama.optim import OptimConfig
 from babyllama.run_dir import chosen_run, open_run, read_base, read_info
 from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
-from babyllama.trainer import TrainConfig, next_token, train
+from babyllama.trainer import Objective, TrainConfig, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
@@ -68,7 +68,6 @@ class SftConfig:
         objective: next_token: say what the rows say; dpo: prefer one answer to another, from rows
             of two (python -m babyllama.tuning.preference)
         dpo_beta: how dear it is to leave the base; less lets the answers change more
-        dpo_nll: how much the chosen answer's own loss counts beside the preference; keeps it likely
         device: where and in which format to compute
         parallel: how several processes share the work
         dry_run: only print parameters, memory and time
@@ -86,7 +85,6 @@ class SftConfig:
     regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     objective: Literal["next_token", "dpo"] = "next_token"
     dpo_beta: float = 0.1
-    dpo_nll: float = 0.0
     device: DeviceConfig = field(default_factory=DeviceConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
@@ -129,9 +127,9 @@ def main(cfg: SftConfig) -> int:
         return 0
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)
-        objective = next_token(cfg.regularise.label_smoothing)
+        objective = Objective()
         if cfg.objective == "dpo":  # which compares with a copy of the base
-            objective = preference.dpo(copy.deepcopy(model), cfg.dpo_beta, cfg.dpo_nll)
+            objective = preference.dpo(copy.deepcopy(model), cfg.dpo_beta)
         if cfg.lora:
             apply_lora(model, cfg.lora, base=shown(base.path), seed=cfg.train.seed)
             if world.is_main:

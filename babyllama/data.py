@@ -51,38 +51,24 @@ def pack(rows: Sequence[Row | tuple[Row, ...]], max_seq_len: int) -> list[list[R
     return [[row for item in items for row in parts[item]] for items in bins]
 
 
-def targets_per_row(sequences: list[list[Row]]) -> float:
-    """The mean number of targets of the rows that have any."""
-    counts = [n for rows in sequences for _, targets in rows if (n := (targets != IGNORED).sum())]
-    return float(sum(counts) / max(1, len(counts)))
-
-
-def collate(
-    sequences: list[list[Row]], pad_id: int, row_targets: float | None = None
-) -> dict[str, Tensor]:
+def collate(sequences: list[list[Row]], pad_id: int) -> dict[str, Tensor]:
     """Packed sequences as one batch, as wide as the longest.
 
-    row_targets: give every row the weight of so many targets
-    returns: tokens, targets and, where rows share a sequence, segments; (B, T) int64; with
-        row_targets the weight of each target too, (B, T) float32
+    returns: tokens, targets and, where rows share a sequence, segments; (B, T) int64
     """
     width = max((sum(len(tokens) for tokens, _ in rows) for rows in sequences), default=0) or 1
     shape = (len(sequences), width)
     tokens, targets, segments = (np.full(shape, x, np.int64) for x in (pad_id, IGNORED, 0))
-    weights = np.zeros(shape, dtype=np.float32)
     for line, rows in enumerate(sequences):
         start = 0
         for number, (ids, goal) in enumerate(rows, 1):
             place = line, slice(start, start + len(ids))
             tokens[place], targets[place], segments[place] = ids, goal, number
-            weights[place] = (row_targets or 0) / max(1, (goal != IGNORED).sum())
             start += len(ids)
     batch = {"tokens": tokens, "targets": targets}
     # Padding comes after everything that counts, so causality alone keeps single rows clean.
     if any(len(rows) > 1 for rows in sequences):
         batch["segments"] = segments
-    if row_targets is not None:
-        batch["weights"] = weights
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -92,19 +78,16 @@ def share(
     rank: int,
     world_size: int,
     pad_id: int,
-    row_targets: float | None = None,
 ) -> list[dict[str, Tensor]]:
     """This rank's part of the sequences in micro-batches; every rank gets as many of them.
 
     A rank that would run out gets empty sequences, without targets.
-
-    row_targets: as in collate
     """
     mine = sequences[rank::world_size]
     n_mine = -(-len(sequences) // world_size)
     mine = mine + [[] for _ in range(n_mine - len(mine))]
     return [
-        collate(mine[start : start + micro_batch_size], pad_id, row_targets)
+        collate(mine[start : start + micro_batch_size], pad_id)
         for start in range(0, n_mine, micro_batch_size)
     ]
 
@@ -170,7 +153,6 @@ class TrainData:
     batch_size: int
     max_seq_len: int
     pad_id: int
-    weight_by: str = "token"
 
     @property
     def steps_per_epoch(self) -> float:
@@ -210,10 +192,7 @@ class TrainData:
         self, step: int, micro_batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[dict[str, Tensor]]:
         """This rank's micro-batches of a step."""
-        sequences = self.sequences(step)
-        # The weights of a step so add up to its number of targets, by which the loop divides.
-        row_targets = targets_per_row(sequences) if self.weight_by == "row" else None
-        return share(sequences, micro_batch_size, rank, world_size, self.pad_id, row_targets)
+        return share(self.sequences(step), micro_batch_size, rank, world_size, self.pad_id)
 
 
 class ValData:
@@ -277,6 +256,6 @@ def open_data(
     )
     mixture = Mixture(train, [source.weight for source in config.sources], order.seed)
     return Data(
-        TrainData(mixture, order.batch_size, max_seq_len, tokenizer.pad_id, config.weight_by),
+        TrainData(mixture, order.batch_size, max_seq_len, tokenizer.pad_id),
         ValData(val, config.max_val_rows, max_seq_len, tokenizer.pad_id),
     )

@@ -1,14 +1,10 @@
 """AdamW, Muon and the learning rate.
 
 AdamW (Loshchilov and Hutter 2019) with weight decay on matrices only; Muon (Jordan et al. 2024) for
-the layers' matrices as an option; linear warm-up, then half a cosine or a straight line down. As an
-option an average of the weights over the steps (Polyak and Juditsky 1992), part of the optimizer's
-state.
+the layers' matrices as an option; linear warm-up, then half a cosine or a straight line down.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,8 +32,6 @@ class OptimConfig:
         beta2: decay of the mean squared gradient
         momentum: of muon
         max_grad_norm: longer gradients are shortened to this
-        ema: decay of an average of the weights over the steps, which is then what is evaluated and
-            saved; 0: none; 0.99 looks back a hundred steps
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -51,7 +45,6 @@ class OptimConfig:
     beta2: float = 0.95
     momentum: float = 0.95
     max_grad_norm: float = 1.0
-    ema: float = 0.0
 
     def __post_init__(self) -> None:
         wanted = {
@@ -63,7 +56,6 @@ class OptimConfig:
             "beta2": ("0 to below 1", 0 <= self.beta2 < 1),
             "momentum": ("0 to below 1", 0 <= self.momentum < 1),
             "max_grad_norm": ("more than 0", self.max_grad_norm > 0),
-            "ema": ("0 to below 1", 0 <= self.ema < 1),
         }
         require("optim", self, wanted)
 
@@ -84,7 +76,6 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         muon = {"params": by_muon, "weight_decay": config.weight_decay}
         groups.append({**muon, "momentum": config.momentum})
     kind = MuonAdamW if by_muon else torch.optim.AdamW
-    groups = [group | ({"ema": config.ema} if config.ema else {}) for group in groups]
     return kind(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -170,7 +161,6 @@ def state_shapes(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, tor
             if "momentum" in group
             else {"step": torch.Size(), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
         )
-        | ({"average": weight.shape} if "ema" in group else {})
         for group in optimizer.param_groups
         for weight in group["params"]
     }
@@ -180,43 +170,6 @@ def n_kept(optimizer: torch.optim.Optimizer) -> int:
     """Count of the numbers that the optimizer keeps once it has made a step."""
     shapes = (shape for state in state_shapes(optimizer).values() for shape in state.values())
     return sum(shape.numel() for shape in shapes)
-
-
-@torch.no_grad()
-def move_averages(optimizer: torch.optim.Optimizer) -> None:
-    """Move the average of each weight towards it; to be called after every step that was made.
-
-    The first step's weights are where it begins.
-    """
-    for group in optimizer.param_groups:
-        for weight in group["params"] if "ema" in group else ():
-            state = optimizer.state[weight]
-            if "average" in state:
-                state["average"].lerp_(weight, 1 - group["ema"])
-            elif state:  # AdamW takes a state that is not empty for one that is complete
-                state["average"] = weight.detach().clone()
-
-
-@torch.no_grad()
-def swap_averages(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Let every weight and its average change places, where averages are kept."""
-    kept = [(w, state["average"]) for w, state in optimizer.state.items() if "average" in state]
-    if kept and hasattr(model, "reshard"):
-        model.reshard()  # FSDP2 would go on with what it gathered before
-    for weight, average in kept:
-        before = weight.detach().clone()
-        weight.copy_(average)
-        average.copy_(before)
-
-
-@contextlib.contextmanager
-def averaged(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """As long as the block runs, the weights are their averages, where such are kept."""
-    swap_averages(model, optimizer)
-    try:
-        yield
-    finally:
-        swap_averages(model, optimizer)
 
 
 def lr_at(step: int, config: OptimConfig, total_steps: int) -> float:

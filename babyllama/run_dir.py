@@ -41,6 +41,12 @@ FREE = (
     "dry_run", "rows", "text",
 )  # fmt: skip
 
+# Settings that are no more, and the value at which a run has not used them.
+REMOVED = {
+    "data.weight_by": "token", "optim.ema": 0.0, "regularise.label_smoothing": 0.0,
+    "regularise.noise": 0.0, "dpo_nll": 0.0,
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def open_run(name: str, config: Settings, world: World) -> Iterator[Path]:
@@ -76,7 +82,9 @@ def require_same(name: str, config: Settings) -> None:
     run = REPO / "out" / name
     saved = run / "config.yaml"
     if saved.is_file():
-        lines = differences(_with_defaults(read_config(saved), config), plain(config), FREE)
+        before = read_config(saved)
+        _drop_removed(before, saved)
+        lines = differences(_with_defaults(before, config), plain(config), FREE)
         if lines:
             raise ConfigError(
                 f"{shown(run)} holds a run of another config; take another --name, delete it, or "
@@ -112,6 +120,22 @@ def read_config(path: Path) -> dict:
             f"right, or take another --name"
         )
     return found
+
+
+def _drop_removed(found: dict, path: Path) -> None:
+    """Take settings that are no more out of a saved config.
+
+    raises: ConfigError if the run has used one
+    """
+    for name, unused in REMOVED.items():
+        section, _, key = name.rpartition(".")
+        part = found.get(section) if section else found
+        value = part.pop(key, unused) if isinstance(part, dict) else unused
+        if value != unused:
+            raise ConfigError(
+                f"{shown(path)}: {name} is {value!r}, but there is no such setting any more; take "
+                f"another --name, or go on with the version that began this run"
+            )
 
 
 def _with_defaults(found: dict, config: Settings) -> dict:

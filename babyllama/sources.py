@@ -48,8 +48,6 @@ class DataConfig:
         prompts: wordings for summary rows
         max_val_rows: validation takes the first rows of each source, at most this many
         max_seq_len: longest sequence in tokens, where it is less than the model's context
-        weight_by: what counts alike in the loss: every target token, or every row, so that a
-            title weighs as much as an essay
         least_copied: leave out summaries of which less than this share of tokens stands in the text
             as it is cut: what cannot be known from it teaches a small model to invent
         supervise: what of dialogues and summary rows is a target: the assistant's answers, or all
@@ -62,7 +60,6 @@ class DataConfig:
     prompts: Path = Path("configs/prompts/summary_zh.yaml")
     max_val_rows: int = 256
     max_seq_len: int | None = None
-    weight_by: Literal["token", "row"] = "token"
     least_copied: float = 0.0
     supervise: Literal["answers", "all"] = "answers"
 

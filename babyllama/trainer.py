@@ -71,13 +71,6 @@ class Objective:
     is_of_tokens: bool = True
 
 
-def next_token(label_smoothing: float = 0.0) -> Objective:
-    """The language model's own objective; validation is never smoothed."""
-    if not label_smoothing:
-        return Objective()
-    return Objective(lambda model, batch: model(**batch, label_smoothing=label_smoothing))
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -265,7 +258,6 @@ class Run(checkpoint.Snapshot):
                 "--base"
             )
         state = checkpoint.load_train_state(start, self)
-        optim.swap_averages(self.model, self.optimizer)
         if not steps:
             return Seen()
         found, wanted = self.data.train.fingerprint, state.get("data")
@@ -300,7 +292,6 @@ class Run(checkpoint.Snapshot):
         seen.tokens += int(sums[3])
         if math.isfinite(grad_norm):
             self.bad_steps = 0
-            optim.move_averages(self.optimizer)
             self.window.add(sums.tolist())
         else:
             self.bad_steps += 1
@@ -319,19 +310,16 @@ class Run(checkpoint.Snapshot):
     def validate(self) -> None:
         """Measure, show samples, and keep the weights in best/ where none were better."""
         config, seen = self.cfg.train, self.seen
-        with optim.averaged(self.model, self.optimizer):
-            figures = evaluate(
-                self.wrapped, self.data.val, config.micro_batch_size, self.scaler, self.world,
-                self.tokenizer, self.objective,
-            )  # fmt: skip
-            self.val_loss = figures["loss"]
-            self.log.record("val", seen.step, figures)
-            self.log.samples(
-                seen.step, samples(self.model, self.tokenizer, config.samples, self.kind)
-            )
-            if config.keep_best and seen.step and self.val_loss < (seen.best or math.inf):
-                seen.best = self.val_loss
-                checkpoint.save_best(self, seen.step, seen.best)
+        figures = evaluate(
+            self.wrapped, self.data.val, config.micro_batch_size, self.scaler, self.world,
+            self.tokenizer, self.objective,
+        )  # fmt: skip
+        self.val_loss = figures["loss"]
+        self.log.record("val", seen.step, figures)
+        self.log.samples(seen.step, samples(self.model, self.tokenizer, config.samples, self.kind))
+        if config.keep_best and seen.step and self.val_loss < (seen.best or math.inf):
+            seen.best = self.val_loss
+            checkpoint.save_best(self, seen.step, seen.best)
         self.window.restart()
 
     def save(self) -> None:
@@ -339,8 +327,7 @@ class Run(checkpoint.Snapshot):
         self.seen.window = self.window.sums
         data = self.data.train.fingerprint
         self.extra = {**asdict(self.seen), "scaler": self.scaler.state(), "data": data}
-        with optim.averaged(self.model, self.optimizer):  # whose state holds what trains
-            checkpoint.save_checkpoint(self, self.seen.step)
+        checkpoint.save_checkpoint(self, self.seen.step)
         self.window.restart()
 
     def opening(self) -> str:

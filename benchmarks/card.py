@@ -59,7 +59,7 @@ from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.sampling import SamplingConfig
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
-from babyllama.trainer import TrainConfig, forward_backward, next_token, train
+from babyllama.trainer import TrainConfig, forward_backward, train
 from bench.report import commit
 from benchmarks.peers import SHAPE_43M, hf_model, usual_step
 from model import IGNORED, ModelConfig, Transformer
@@ -164,11 +164,10 @@ class Lab:
 
 
 def one_step(
-    model: nn.Module, batches: list[dict[str, Tensor]], world: World, scaler: Scaler,
-    smoothing: float = 0.0,
-) -> Tensor:  # fmt: skip
+    model: nn.Module, batches: list[dict[str, Tensor]], world: World, scaler: Scaler
+) -> Tensor:
     """The gradients of a step, by the trainer; its sums."""
-    return forward_backward(model, batches, world, scaler, next_token(smoothing))
+    return forward_backward(model, batches, world, scaler)
 
 
 def wrap(world: World, model: nn.Module, blocks: bool = True, **how: bool) -> nn.Module:
@@ -224,7 +223,7 @@ def correct(lab: Lab) -> dict:
     rows, length = 2, min(256, lab.shape.max_seq_len)
     plain, packed = lab.windows(rows, length), lab.dialogues(rows, length)
     cases: dict[str, Any] = {
-        "windows": (plain, {}), "smoothing": (plain, {"smoothing": 0.1}),
+        "windows": (plain, {}),
         "mask": (packed, {"blocks": False}), "blocks": (packed, {"blocks": True}),
         "grouped": (packed, {"blocks": False, "n_kv_heads": lab.shape.n_heads // 2}),
         "adapter": (plain, {"lora": True}),
@@ -249,7 +248,7 @@ def correct(lab: Lab) -> dict:
 
 
 def gradients(
-    lab: Lab, device: torch.device, precision: str, batch: dict[str, Tensor], smoothing: float = 0,
+    lab: Lab, device: torch.device, precision: str, batch: dict[str, Tensor],
     blocks: bool = True, n_kv_heads: int | None = None, lora: bool = False,
 ) -> tuple[float, list[Tensor]]:  # fmt: skip
     """The loss and the gradients of one batch, on the processor."""
@@ -258,7 +257,7 @@ def gradients(
         apply_lora(model, LoraConfig(rank=4), base="")
     model.to(device)
     world, scaler = World(0, 1, device), Scaler(device, precision)
-    sums = one_step(wrap(world, model, blocks), [batch], world, scaler, smoothing)
+    sums = one_step(wrap(world, model, blocks), [batch], world, scaler)
     parameters = [w for w in model.parameters() if w.requires_grad]
     unscale = scaler.state().get("scale", 1.0)
     return float(sums[0]), [w.grad.cpu().float() / unscale for w in parameters]

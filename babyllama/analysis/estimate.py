@@ -14,7 +14,7 @@ from babyllama.checkpoint import checkpoint_bytes
 from babyllama.data import TrainData
 from babyllama.device import Scaler, memory_gb, open_scaler
 from babyllama.distributed import World
-from babyllama.optim import make_optimizer, move_averages, n_kept
+from babyllama.optim import make_optimizer, n_kept
 from babyllama.trainer import Objective, RunConfig, forward_backward, total_steps
 from model import SLICE, ModelConfig, Transformer
 
@@ -224,7 +224,6 @@ def _probe(
             tokens, started = 0, time.perf_counter()
         sums = forward_backward(wrapped, batches, world, scaler, objective)
         scaler.step(optimizer, parameters, cfg.optim.max_grad_norm, float(sums[0]))
-        move_averages(optimizer)
         tokens += int(sums[3])
     synchronize(world.device)
     seconds = time.perf_counter() - started

@@ -11,7 +11,7 @@ import numpy as np
 from rich.cells import cell_len
 
 from babyllama.analysis.terminal_text import BOLD, DIM, Painter
-from babyllama.data import TrainData, pack, targets_per_row
+from babyllama.data import TrainData, pack
 from babyllama.sources import Row
 from model import IGNORED
 
@@ -32,11 +32,8 @@ def shown_batch(data: TrainData, n_sequences: int, painter: Painter) -> Iterator
         yield f"\n{painter.ink(BOLD, title)} {painter.ink(DIM, rule)}"
         for segment, row in enumerate(sequence, 1):
             n_learnt = int((row[1] != IGNORED).sum())
-            weight = ""
-            if data.weight_by == "row":
-                weight = f", weight {targets_per_row(sequences) / max(1, n_learnt):.2f} each"
             head = f"[{segment}] {labels[id(row[0])]}: {len(row[0])} tokens, {n_learnt} learnt"
-            yield painter.ink(DIM, head + weight)
+            yield painter.ink(DIM, head)
             yield painter.dialogue(read_of(row))
     left = len(sequences) - n_sequences
     if left > 0:

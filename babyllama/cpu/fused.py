@@ -241,24 +241,16 @@ class FusedLoss(torch.autograd.Function):
     """model.SlicedLoss, each slice of logits in one pass; float32 goes the usual way."""
 
     @staticmethod
-    def forward(
-        ctx,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        weights: Tensor | None = None,
-        smoothing: float = 0.0,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """As SlicedLoss.forward."""
         if not _is_bf16():
-            return SlicedLoss.forward(ctx, hidden, weight, targets, weights, smoothing)
+            return SlicedLoss.forward(ctx, hidden, weight, targets)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         (N, _), V = hidden.shape, len(weight)
         x, w = hidden.bfloat16(), _bf16(weight)
         grad_hidden = torch.zeros(hidden.shape) if want_hidden else None
         grad_weight = torch.zeros(weight.shape) if want_weight else None
-        scales = torch.ones(N) if weights is None else weights.float().contiguous()
-        largest, (powers, sums, aimed) = torch.full((N,), -1e30), torch.zeros(3, N)
+        largest, (powers, aimed) = torch.full((N,), -1e30), torch.zeros(2, N)
         room = torch.empty(min(N, _ROWS) * V, dtype=torch.bfloat16)
         outputs = [slice(first, min(first + _OUTPUTS, V)) for first in range(0, V, _OUTPUTS)]
         for first in range(0, N, _ROWS):
@@ -268,15 +260,15 @@ class FusedLoss(torch.autograd.Function):
             for o, own in zip(outputs, logits, strict=True):
                 torch.mm(rows, w[o].t(), out=own)
                 _call(
-                    "softmax_look", own, goals, largest[part], powers[part], sums[part],
-                    aimed[part], n, own.shape[1], o.start,
+                    "softmax_look", own, goals, largest[part], powers[part], aimed[part], n,
+                    own.shape[1], o.start,
                 )  # fmt: skip
             for o, own in zip(outputs, logits, strict=True):
                 if not (want_hidden or want_weight):
                     break
                 _call(
-                    "softmax_error", own, goals, scales[part], largest[part], powers[part],
-                    smoothing / V, 1.0 - smoothing, n, own.shape[1], o.start,
+                    "softmax_error", own, goals, largest[part], powers[part], n, own.shape[1],
+                    o.start,
                 )  # fmt: skip
                 if grad_hidden is not None:
                     _add(grad_hidden[part], own @ w[o])
@@ -284,10 +276,9 @@ class FusedLoss(torch.autograd.Function):
                     _add(grad_weight[o], own.t() @ rows)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
-        goal = (1 - smoothing) * aimed + smoothing / V * sums
         # Where all logits are equal none is the largest: a collapsed model is right nowhere.
         hits = (aimed >= largest) & (powers < 0.999 * V)
-        losses = (powers.log() + largest - goal) * scales
+        losses = powers.log() + largest - aimed
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         n_targets, n_correct = torch.tensor(N), hits.sum()

@@ -608,56 +608,47 @@ void add(const float *x, const bf16 *y, float *sum, int64_t n) {
 }
 
 /* Look at logits x (N, V) of outputs first to first + V: the largest so far, the sum of powers of e
-   over it and the sum of all (N); and the targets' logits, where they are among these. */
-void softmax_look(const bf16 *x, const int64_t *targets, float *largest, float *powers, float *sums,
+   over it (N); and the targets' logits, where they are among these. */
+void softmax_look(const bf16 *x, const int64_t *targets, float *largest, float *powers,
                   float *aimed, int64_t N, int64_t V, int64_t first) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < N; i++) {
         const bf16 *own = x + i * V;
         const int64_t target = targets[i] - first, whole = V / 16 * 16;
         if (0 <= target && target < V) aimed[i] = number(own[target]);
-        __m512 most = _mm512_set1_ps(largest[i]), total = _mm512_setzero_ps(), sum = total;
+        __m512 most = _mm512_set1_ps(largest[i]), total = _mm512_setzero_ps();
         for (int64_t v = 0; v < whole; v += 16) most = _mm512_max_ps(most, widen(own + v));
         float top = _mm512_reduce_max_ps(most);
         for (int64_t v = whole; v < V; v++) top = fmaxf(top, number(own[v]));
         const __m512 shift = _mm512_set1_ps(-top * LOG2_E);
-        for (int64_t v = 0; v < whole; v += 16) {
-            const __m512 value = widen(own + v);
+        for (int64_t v = 0; v < whole; v += 16)
             total = _mm512_add_ps(total, power_of_two(_mm512_fmadd_ps(
-                value, _mm512_set1_ps(LOG2_E), shift)));
-            sum = _mm512_add_ps(sum, value);
-        }
+                widen(own + v), _mm512_set1_ps(LOG2_E), shift)));
         powers[i] = powers[i] * exp2f((largest[i] - top) * LOG2_E) + _mm512_reduce_add_ps(total);
-        sums[i] += _mm512_reduce_add_ps(sum);
-        for (int64_t v = whole; v < V; v++) {
-            powers[i] += exp2f((number(own[v]) - top) * LOG2_E);
-            sums[i] += number(own[v]);
-        }
+        for (int64_t v = whole; v < V; v++) powers[i] += exp2f((number(own[v]) - top) * LOG2_E);
         largest[i] = top;
     }
 }
 
-/* The same logits become the gradient of the loss of each row, times weights (N): softmax minus what
-   is wanted, 1 - V rest at the target and rest at all. */
-void softmax_error(bf16 *x, const int64_t *targets, const float *weights, const float *largest,
-                   const float *powers, float rest, float at_target, int64_t N, int64_t V,
-                   int64_t first) {
+/* The same logits become the gradient of the loss of each row: softmax, minus 1 at the target. */
+void softmax_error(bf16 *x, const int64_t *targets, const float *largest, const float *powers,
+                   int64_t N, int64_t V, int64_t first) {
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < N; i++) {
         bf16 *own = x + i * V;
         const int64_t target = targets[i] - first, whole = V / 16 * 16;
         const int is_here = 0 <= target && target < V;
-        const float share = weights[i] / powers[i], less = weights[i] * rest;
+        const float share = 1 / powers[i];
         const float shift = -largest[i] * LOG2_E;
         const float right = is_here ? exp2f(number(own[target]) * LOG2_E + shift) * share : 0;
         for (int64_t v = 0; v < whole; v += 16)
-            narrow(own + v, _mm512_fmsub_ps(
+            narrow(own + v, _mm512_mul_ps(
                 power_of_two(_mm512_fmadd_ps(widen(own + v), _mm512_set1_ps(LOG2_E),
                                              _mm512_set1_ps(shift))),
-                _mm512_set1_ps(share), _mm512_set1_ps(less)));
+                _mm512_set1_ps(share)));
         for (int64_t v = whole; v < V; v++)
-            own[v] = rounded(exp2f(number(own[v]) * LOG2_E + shift) * share - less);
-        if (is_here) own[target] = rounded(right - less - weights[i] * at_target);
+            own[v] = rounded(exp2f(number(own[v]) * LOG2_E + shift) * share);
+        if (is_here) own[target] = rounded(right - 1);
     }
 }
 

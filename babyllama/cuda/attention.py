@@ -140,19 +140,13 @@ def attend(kernel: Any, q: Tensor, k: Tensor, v: Tensor, mask: object, is_causal
 CARD_SLICE = 1024
 
 
-def card_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    weights: Tensor | None = None,
-    smoothing: float = 0.0,
-) -> tuple[Tensor, ...]:
+def card_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """model.SlicedLoss as cards compute it fast."""
     dtype = matmul_dtype(hidden)
     own: list[Callable] = [functools.partial(softmax_loss, dtype=dtype)]
     if dtype != torch.float32:  # whose products a card adds up and gives unrounded
         own += [functools.partial(torch.mm, out_dtype=torch.float32), add_narrow_product]
-    return SlicedLoss.apply(hidden, weight, targets, weights, smoothing, CARD_SLICE, *own)
+    return SlicedLoss.apply(hidden, weight, targets, CARD_SLICE, *own)
 
 
 def add_narrow_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -161,22 +155,17 @@ def add_narrow_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def softmax_loss(
-    logits: Tensor, targets: Tensor, smoothing: float = 0.0, dtype: torch.dtype = torch.float32
+    logits: Tensor, targets: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor]:
     """model._softmax_loss in four passes over the memory, for which a card waits, not in ten.
 
     dtype: of the gradient
     """
     log_probs = logits.log_softmax(dim=1)
-    at, evenly = targets[:, None], smoothing / logits.shape[1]
-    aimed = log_probs.gather(1, at)  # (N, 1)
+    aimed = log_probs.gather(1, targets[:, None])  # (N, 1)
     even = 1.001 / logits.shape[1]  # of equal logits none is the largest
     hits = ((aimed >= log_probs.amax(dim=1, keepdim=True)) & (aimed.exp() > even)).squeeze(1)
-    found = aimed
-    if smoothing:
-        found = (1 - smoothing) * aimed + smoothing * log_probs.mean(dim=1, keepdim=True)
     error = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
-    error = error.sub_(evenly) if smoothing else error
     # Near 1 a narrow format would round a probability's distance from 1 away.
-    error.scatter_(1, at, (aimed.exp() - (1 - smoothing) - evenly).to(dtype))
-    return -found.squeeze(1), hits, error
+    error.scatter_(1, targets[:, None], (aimed.exp() - 1).to(dtype))
+    return -aimed.squeeze(1), hits, error

@@ -7,14 +7,12 @@ A row is {id, messages, chosen, rejected}: messages end with a question, the oth
 answers. The token files, data/tokens/<tokenizer>/<set>, are named after the rows' directory.
 
 `dpo` learns from such pairs to prefer one answer to another (Rafailov et al. 2023,
-arXiv:2305.18290, equation 7), if wanted with the chosen answer's own likelihood beside it (Pang et
-al. 2024, arXiv:2404.19733, equation 1).
+arXiv:2305.18290, equation 7).
 """  # noqa: E501
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,41 +71,32 @@ class Pairs(Source):
 READERS: dict[str, Reader] = {"preference": Pairs}
 
 
-def dpo(reference: nn.Module, beta: float = 0.1, nll: float = 0.0) -> Objective:
+def dpo(reference: nn.Module, beta: float = 0.1) -> Objective:
     """Raise the chosen answer above the rejected one, as seen from a reference that stays.
 
-    The figures count pairs: without `nll` the loss begins at log 2; `accuracy` is the share of
-    pairs whose chosen answer has gained on the other. Validation measures the preference alone.
+    The figures count pairs: the loss begins at log 2; `accuracy` is the share of pairs whose chosen
+    answer has gained on the other.
 
     reference: the model at the beginning, whole, on the device
     beta: how dear it is to leave the reference
-    nll: how much the chosen answer's own loss, a mean over its tokens, counts beside it
-    raises: ConfigError if beta is no positive number or nll a negative one
+    raises: ConfigError if beta is no positive number
     """
     if not 0 < beta < math.inf:
         raise ConfigError(f"dpo_beta wants a number above 0, found {beta}; 0.1 is usual")
-    if not 0 <= nll < math.inf:
-        raise ConfigError(f"dpo_nll wants 0 or more, found {nll}; 1 is usual, 0 leaves it out")
     reference = reference.eval().requires_grad_(False)
 
-    def preference(model: nn.Module, batch: Batch, nll: float = 0.0) -> Loss:
+    def preference(model: nn.Module, batch: Batch) -> Loss:
         with torch.no_grad():
             before = answer_log_probs(reference, batch)
         after = answer_log_probs(model, batch)  # (B, pairs, 2)
         gains = after - before
         margins = beta * (gains[..., 0] - gains[..., 1])
         exists = _pairs_of(batch)[:, None] > torch.arange(margins.shape[1], device=margins.device)
-        losses = -F.logsigmoid(margins)
-        if nll:
-            losses = losses - nll * after[..., 0] / answer_lengths(batch)[..., 0].clamp(min=1)
-        losses = torch.where(exists, losses, 0.0)
+        losses = torch.where(exists, -F.logsigmoid(margins), 0.0)
         return Loss(losses.sum(), exists.sum(), ((margins > 0) & exists).sum())
 
     return Objective(
-        partial(preference, nll=nll),
-        lambda batch: _pairs_of(batch).sum(),
-        preference,
-        is_of_tokens=False,
+        preference, lambda batch: _pairs_of(batch).sum(), preference, is_of_tokens=False
     )
 
 
@@ -116,16 +105,7 @@ def answer_log_probs(model: nn.Module, batch: Batch) -> Tensor:
 
     returns: (B, pairs, 2) float32; 0 for pairs that a sequence has fewer than the others
     """
-    return _by_answer(-model(**batch, per_position=True), batch)
-
-
-def answer_lengths(batch: Batch) -> Tensor:
-    """Number of learnt tokens of each answer, (B, pairs, 2) float32."""
-    return _by_answer((batch["targets"] >= 0).float(), batch)
-
-
-def _by_answer(values: Tensor, batch: Batch) -> Tensor:
-    """Sums of a value of each token (B, T) over each answer, (B, pairs, 2)."""
+    values = -model(**batch, per_position=True)
     segments = _segments(batch)
     n_pairs = int(_pairs_of(batch).max())
     sums = values.new_zeros(len(segments), 2 * n_pairs + 1)

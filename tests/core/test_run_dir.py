@@ -1,5 +1,6 @@
 """A run's directory: one run at a time, the same config, and no trace of those that died."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -110,6 +111,17 @@ def test_a_setting_that_a_saved_config_does_not_know_yet_is_taken_at_its_default
         pass
     with lock(tmp_path):  # a refusal holds nothing
         pass
+
+
+def test_a_setting_that_is_no_more_is_passed_over_where_the_run_has_not_used_it(tmp_path):
+    with open_run(str(tmp_path), Settings(), WORLD):
+        saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    for ema in (0.0, 0.9):
+        old = {**saved, "optim": {**saved["optim"], "ema": ema}, "dpo_nll": 0.0, "regularise": None}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+        refused = pytest.raises(ConfigError, match=r"optim\.ema is 0\.9, but there is no such")
+        with refused if ema else contextlib.nullcontext(), open_run(str(tmp_path), Settings(), WORLD):
+            pass
 
 
 MUTATIONS = {

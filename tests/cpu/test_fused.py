@@ -95,12 +95,6 @@ def test_packed_documents_do_not_see_each_other(kv_heads: int | None) -> None:
 
 
 @needs_kernels
-def test_weights_of_positions_and_label_smoothing() -> None:
-    model, batch = make()
-    require_equal(model, {**batch, "weights": torch.rand(3, 50), "label_smoothing": 0.1})
-
-
-@needs_kernels
 def test_hits_are_those_of_the_model() -> None:
     model, batch = make(tied=True)
     batch["targets"] = batch["tokens"]  # what a tied head says of an embedding, most often

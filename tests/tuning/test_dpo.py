@@ -71,14 +71,13 @@ def by_hand(model: Transformer, tokenizer, row: dict, answer: str) -> torch.Tens
     return sum(log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(said))
 
 
-@pytest.mark.parametrize("nll", [0.0, 0.7])
-def test_loss_and_gradients_are_those_of_the_formula(batches, pairs, tokenizer, model, nll):
+def test_loss_and_gradients_are_those_of_the_formula(batches, pairs, tokenizer, model):
     reference, beta = copy.deepcopy(model), 0.3
     torch.manual_seed(1)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.05 * torch.randn_like(weight)
-    objective = dpo(reference, beta, nll)
+    objective = dpo(reference, beta)
     sums = forward_backward(model, batches, WORLD, Scaler(WORLD.device, "float32"), objective)
     found = [weight.grad.clone() for weight in model.parameters()]
     # The same twelve rows, one by one.
@@ -91,8 +90,7 @@ def test_loss_and_gradients_are_those_of_the_formula(batches, pairs, tokenizer, 
         after = [by_hand(model, tokenizer, row, row[key]) for key in ("chosen", "rejected")]
         before = [by_hand(reference, tokenizer, row, row[key]) for key in ("chosen", "rejected")]
         gain = [a - b.detach() for a, b in zip(after, before, strict=True)]
-        of_its_own = -after[0] / (len(tokenizer.encode(row["chosen"])) + 1)
-        losses.append(-torch.log(torch.sigmoid(beta * (gain[0] - gain[1]))) + nll * of_its_own)
+        losses.append(-torch.log(torch.sigmoid(beta * (gain[0] - gain[1]))))
         wins += int(gain[0] > gain[1])
     assert sums[0].item() == pytest.approx(sum(losses).item(), rel=1e-4)
     assert (int(sums[1]), int(sums[2])) == (12, wins)
@@ -119,7 +117,7 @@ def test_the_loss_begins_at_log_two_and_moves_the_right_way(batches, model):
 def test_the_split_into_micro_batches_does_not_matter(pairs, tokenizer, model, micro):
     config = DataConfig((SourceConfig(str(pairs)),))
     data = open_data(config, tokenizer, 128, TrainConfig(batch_size=12), readers=READERS)
-    objective = dpo(Transformer(small_config(tokenizer.vocab_size)), 0.3, 0.5)
+    objective = dpo(Transformer(small_config(tokenizer.vocab_size)), 0.3)
     found = []
     for size in (2, micro):
         model.zero_grad()
@@ -187,7 +185,7 @@ def config(tmp_path, pairs) -> Path:
     raw = yaml.safe_load(path.read_text("utf-8"))
     raw |= {"objective": "dpo", "dpo_beta": 0.5}
     raw["data"]["sources"] = [{"name": str(pairs)}]
-    raw["optim"] |= {"lr": 1e-3, "ema": 0.5}
+    raw["optim"] |= {"lr": 1e-3}
     raw["regularise"] = {"dropout": 0.1}
     path.write_text(yaml.safe_dump(raw), "utf-8")
     return path
@@ -234,17 +232,3 @@ def test_rows_become_token_files(tmp_path, tokenizer, script):
 def test_a_beta_that_is_no_positive_number_is_refused(beta, model):
     with pytest.raises(ConfigError, match="dpo_beta wants a number above 0"):
         dpo(model, beta)
-
-
-@pytest.mark.parametrize("nll", [-0.1, math.nan, math.inf])
-def test_a_share_of_likelihood_that_is_negative_or_no_number_is_refused(nll, model):
-    with pytest.raises(ConfigError, match="dpo_nll wants 0 or more"):
-        dpo(model, nll=nll)
-
-
-def test_validation_measures_the_preference_alone(batches, model):
-    objective = dpo(copy.deepcopy(model), nll=1.0)
-    with torch.no_grad():
-        measured, learnt = objective.measure(model, batches[0]), objective.loss(model, batches[0])
-    assert float(measured.loss_sum / measured.n_targets) == pytest.approx(math.log(2), abs=1e-6)
-    assert learnt.loss_sum > measured.loss_sum + 1
