@@ -27,14 +27,13 @@ from babyllama.checkpoint import load_model
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
-from babyllama.device import DeviceConfig, pick_device
-from babyllama.distributed import ParallelConfig, start
+from babyllama.device import pick_device
+from babyllama.distributed import start
 from babyllama.errors import ConfigError
-from babyllama.optim import OptimConfig
 from babyllama.run_dir import open_run, read_base, require_same
 from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig
-from babyllama.trainer import Objective, TrainConfig, train
+from babyllama.trainer import Objective, RunConfig, TrainConfig, train
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
 from data_process.registry import require_known
@@ -45,8 +44,8 @@ from tokenizer import Tokenizer
 SAMPLES = ("今天", "中国的", "科学家发现")
 
 
-@dataclass(frozen=True)
-class PretrainConfig:
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig):
     """Settings of a pretraining run.
 
     Args:
@@ -57,25 +56,17 @@ class PretrainConfig:
         base: start from the weights of this run or checkpoint instead of random ones
         model: shape of the model (configs/model/*.yaml)
         data: what is trained on
-        optim: optimizer and schedule
-        train: the loop
         regularise: against overfitting a small set
-        device: where and in which format to compute
-        parallel: how several processes share the work
         dry_run: only print parameters, memory and time
     """
 
     name: str
     tokenizer: Path
     text: Path | None = None
-    base: Path | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(samples=SAMPLES))
     regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
-    device: DeviceConfig = field(default_factory=DeviceConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
 
 

@@ -31,15 +31,15 @@ from babyllama.checkpoint import load_model
 from babyllama.config import parse, run, shown
 from babyllama.cpu.fused import fuse
 from babyllama.data import open_data
-from babyllama.device import DeviceConfig, pick_device
-from babyllama.distributed import ParallelConfig, start
+from babyllama.device import pick_device
+from babyllama.distributed import start
 from babyllama.errors import ConfigError
 from babyllama.lora import LoraConfig, apply_lora
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import chosen_run, open_run, read_base, read_info
 from babyllama.scoring.prompts import READERS
 from babyllama.sources import DataConfig, SourceConfig
-from babyllama.trainer import Objective, TrainConfig, train
+from babyllama.trainer import Objective, RunConfig, TrainConfig, train
 from babyllama.tuning import preference
 from babyllama.tuning.regularise import RegulariseConfig, regularise
 from data_process import own
@@ -49,8 +49,8 @@ from data_process.registry import require_known, settings_of, weighted_names
 SAMPLES = ("你好！", "请介绍一下你自己。", "秋天有什么特点？")
 
 
-@dataclass(frozen=True)
-class SftConfig:
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(RunConfig):
     """Settings of a fine-tuning run.
 
     Args:
@@ -61,15 +61,12 @@ class SftConfig:
         name: the run's directory, out/<name>; null: the names of its sets
         base: run or checkpoint to start from; null: the newest pretraining run
         data: what is trained on; no sources: the set named by dataset
-        optim: optimizer and schedule
         lora: train adapters beside frozen weights; null: train the weights
         train: the loop; a batch is a number of dialogues
         regularise: against overfitting a small set
         objective: next_token: say what the rows say; dpo: prefer one answer to another, from rows
             of two (python -m babyllama.tuning.preference)
         dpo_beta: how dear it is to leave the base; less lets the answers change more
-        device: where and in which format to compute
-        parallel: how several processes share the work
         dry_run: only print parameters, memory and time
         inspect: only print the first batch, with what is learnt in colour
     """
@@ -77,7 +74,6 @@ class SftConfig:
     rows: Path | None = None
     dataset: str | None = None
     name: str | None = None
-    base: Path | None = None
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup_steps=50))
     lora: LoraConfig | None = None
@@ -85,8 +81,6 @@ class SftConfig:
     regularise: RegulariseConfig = field(default_factory=RegulariseConfig)
     objective: Literal["next_token", "dpo"] = "next_token"
     dpo_beta: float = 0.1
-    device: DeviceConfig = field(default_factory=DeviceConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dry_run: bool = False
     inspect: bool = False
 

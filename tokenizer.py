@@ -19,7 +19,7 @@ import codecs
 import hashlib
 import re
 import runpy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from babyllama.errors import ConfigError, nearest  # first: says what to do if nothing is installed
@@ -120,9 +120,14 @@ class Tokenizer:
         """Number of UTF-8 bytes of text that the ids stand for."""
         return sum(len(self.piece_bytes[i]) for i in ids)
 
-    def stream_decoder(self) -> "StreamDecoder":
-        """A decoder for one reply that arrives token by token."""
-        return StreamDecoder(self.piece_bytes)
+    def stream_decoder(self) -> Callable[[int], str]:
+        """A function that turns tokens, as they come, into the characters that each completes.
+
+        Bytes are held back until a character is whole; those that make none, which a model may
+        well choose, are left out.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
+        return lambda token: utf8.decode(self.piece_bytes[token])
 
     def require_dialogue(self) -> None:
         """Refuse a model whose normalisation changes what a dialogue says.
@@ -183,21 +188,6 @@ def _load(path: Path, data: bytes) -> sentencepiece.SentencePieceProcessor:
             f"tokenizer {path}: wanted a SentencePiece model, found {len(data)} bytes that are "
             f"none ({error}); a Llama 3 tokenizer.model is another format"
         ) from None
-
-
-class StreamDecoder:
-    """Turns tokens into text as they come, holding bytes back until a character is whole.
-
-    Bytes that make no character, which a model may well choose, are left out.
-    """
-
-    def __init__(self, piece_bytes: Sequence[bytes]) -> None:
-        self._piece_bytes = piece_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="ignore")
-
-    def feed(self, token: int) -> str:
-        """The characters that this token completes; often one, sometimes none."""
-        return self._utf8.decode(self._piece_bytes[token])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -270,17 +271,12 @@ class Scaler:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The most memory that was in use so far: of a CUDA card, else of the process."""
+    """The most memory that was in use so far: of a CUDA card, else of the process (macOS: now)."""
     if device.type == "cuda":  # of tensors: what nvidia-smi shows holds gaps and context, too
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.is_file():  # Linux: ru_maxrss would begin with what the parent process had
         peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024 / 1e9
-    if os.name == "nt":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
+    used = psutil.Process().memory_info()
+    return getattr(used, "peak_wset", used.rss) / 1e9  # Windows alone keeps the peak

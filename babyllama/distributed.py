@@ -25,7 +25,6 @@ from torch.utils.checkpoint import checkpoint
 
 from babyllama.config import BAD_INPUT
 from babyllama.errors import ConfigError, require
-from babyllama.lora import adapt_like
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def own_card(local_rank: str | None, torchrun: str | None, n_cards: int) -> int:
 @contextlib.contextmanager
 def no_sync(model: nn.Module, is_last: bool) -> Iterator[None]:
     """Exchange gradients in the last micro-batch of a step only."""
-    if hasattr(model, "set_requires_gradient_sync"):  # fsdp2
+    if is_shared(model):
         model.set_requires_gradient_sync(is_last)
         yield
     elif isinstance(model, DistributedDataParallel) and not is_last:
@@ -206,18 +205,9 @@ def inner(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def whole_model(model: nn.Module) -> nn.Module | None:
-    """The model with all its weights: itself, or where each process has a share a copy in the
-    main one, and nothing in the others. All processes must ask for it."""
-    if not hasattr(model, "set_requires_gradient_sync"):
-        return inner(model)
-    weights = gathered(model.state_dict(), dist.get_rank() == 0)
-    if not weights:
-        return None
-    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, and then replaced
-        copy = adapt_like(type(model)(model.config), model)
-    copy.load_state_dict(weights)
-    return copy.to(next(model.parameters()).device)
+def is_shared(model: nn.Module) -> bool:
+    """Whether each process holds a share of the model."""
+    return hasattr(model, "set_requires_gradient_sync")
 
 
 def whole(tensor: Tensor) -> Tensor:

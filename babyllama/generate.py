@@ -51,9 +51,9 @@ def stream_text(
     that never become a whole character are left out.
     """
     reply = Reply() if reply is None else reply
-    decoder, text, n_shown = tokenizer.stream_decoder(), "", 0
+    decode, text, n_shown = tokenizer.stream_decoder(), "", 0
     for token in stream(model, prompt, sampling, tokenizer.eos_id, tokenizer, reply):
-        text += decoder.feed(token)
+        text += decode(token)
         end = n_showable(text, sampling.stop)
         if end > n_shown:
             yield text[n_shown:end]

@@ -302,13 +302,6 @@ def write(model: Transformer, tensors: dict[str, Tensor], place: Path) -> None:
     (place / ADAPTER_FILES[1]).write_text(text, "utf-8")
 
 
-def adapt_like(model: Transformer, other: Transformer) -> Transformer:
-    """`model` with the adapters that `other` has, if any; their values are not copied."""
-    for name, cfg in other.lora.configs.items() if hasattr(other, "lora") else ():
-        apply_lora(model, cfg, name, other.lora.base)
-    return switch(model, other.lora.active) if hasattr(other, "lora") else model
-
-
 def require_base(model: Transformer, found: dict, where: str) -> None:
     """Compare the base that an adapter was trained on with the one it is put on.
 

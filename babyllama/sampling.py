@@ -8,6 +8,7 @@ OpenAI's interface.
 Axes: B rows of a batch, V vocabulary, S tokens said.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
@@ -26,6 +27,8 @@ COLDEST = 1e-6
 
 # A reply loops where a run of so many characters stands in it for this time.
 LOOP_LENGTH, LOOP_TIMES = 10, 3
+
+Kind = TypeVar("Kind", bound="SamplingConfig")
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,6 @@ class SamplingConfig:
     @property
     def penalises(self) -> bool:
         return self.repetition_penalty != 1 or self.frequency_penalty != 0
-
-
-Kind = TypeVar("Kind", bound=SamplingConfig)
 
 
 def alone(config: SamplingConfig, kind: type[Kind]) -> Kind:
@@ -193,13 +193,8 @@ def squeeze(text: str) -> str:
 
 def repeats(text: str, n: int, times: int = 2) -> bool:
     """True if some run of `n` characters stands in the text so many times."""
-    counts: dict[str, int] = {}
-    for start in range(len(text) - n + 1):
-        run = text[start : start + n]
-        counts[run] = counts.get(run, 0) + 1
-        if counts[run] == times:
-            return True
-    return False
+    counts = Counter(text[start : start + n] for start in range(len(text) - n + 1))
+    return max(counts.values(), default=0) >= times
 
 
 def loops(text: str) -> bool:

@@ -172,11 +172,10 @@ class TokenFile:
     digest: SHA-256 of the index, which holds that of the ids
     """
 
-    def __init__(self, stem: Path, fingerprint: str | None = None, verify: bool = True) -> None:
-        """Open and check a pair.
+    def __init__(self, stem: Path, fingerprint: str | None = None) -> None:
+        """Open and check a pair (about 1 s a gigabyte).
 
         fingerprint: of the tokenizer that will read the ids; a file of another one is refused
-        verify: also compare the SHA-256 of all ids (about 1 s a gigabyte)
         raises: DataError if a file is missing, foreign, cut or altered
         """
         self.bin_path, self.idx_path = pair(stem)
@@ -194,7 +193,7 @@ class TokenFile:
                 f"(vocabulary size {self.vocab_size}), wanted {fingerprint[:12]}…; pre-tokenize "
                 f"again: {AGAIN}"
             )
-        self._map_ids(verify)
+        self._map_ids()
 
     def _read_index(self, index: bytes) -> None:
         if index[:8] != MAGIC:
@@ -236,16 +235,15 @@ class TokenFile:
             and all(np.all(self.roles[first + n] == ROLES.index(r)) for n, r in enumerate(opening))
         )
 
-    def _map_ids(self, verify: bool) -> None:
+    def _map_ids(self) -> None:
         wanted, found = self.n_tokens * self.dtype.itemsize, self.bin_path.stat().st_size
         if wanted != found:
             raise self._damaged(self.bin_path, f"wanted {wanted} bytes, found {found}")
-        if verify:
-            with open(self.bin_path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").digest() != self._bin_sha256:
-                    raise self._damaged(self.bin_path, "its ids do not match their checksum")
+        with open(self.bin_path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").digest() != self._bin_sha256:
+                raise self._damaged(self.bin_path, "its ids do not match their checksum")
         self.ids = self._mapped()
-        if verify and self.n_tokens and int(self.ids.max()) >= self.vocab_size:
+        if self.n_tokens and int(self.ids.max()) >= self.vocab_size:
             raise self._damaged(self.bin_path, f"it holds ids of {self.vocab_size} and more")
 
     def _mapped(self) -> np.ndarray:
@@ -278,11 +276,6 @@ class TokenFile:
     def first(self) -> np.ndarray:
         """The first piece of each row."""
         return self.ends - self.n_pieces
-
-    def doc(self, number: int) -> np.ndarray:
-        """The ids of one document of a text file."""
-        start = self.ends[number - 1] if number else 0
-        return self.ids[start : self.ends[number]]
 
     def pieces(self, number: int) -> list[tuple[str, np.ndarray]]:
         """One row of a chat or summary file as (role, ids) pieces."""

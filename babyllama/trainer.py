@@ -11,9 +11,9 @@ is the language model's own; another, for pairs of answers: tuning/preference.py
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from numpy.random import SeedSequence
@@ -32,10 +32,11 @@ from babyllama.device import (
     summed,
     to_device,
 )
-from babyllama.distributed import World, inner, no_sync, whole_model
+from babyllama.distributed import ParallelConfig, World, inner, is_shared, no_sync
 from babyllama.errors import ConfigError, DataError, require
 from babyllama.generate import generate
 from babyllama.log import UNWATCHED, Log, Watch, Window, means
+from babyllama.optim import OptimConfig
 from babyllama.run_dir import find_checkpoint, list_checkpoints
 from babyllama.sampling import SamplingConfig
 from model import IGNORED, Loss, Transformer
@@ -107,11 +108,10 @@ def evaluate(
 
 
 def samples(
-    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[str], kind: str, n_tokens: int = 48
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], kind: str, n_tokens: int = 48
 ) -> list[tuple[str, str]]:
-    """(prompt, reply) for each prompt that fits the context; the same draws every time.
-
-    All processes call it; where each has a share of the model, the main one alone gets replies.
+    """(prompt, reply) for each prompt that fits the context; the same draws every time. None where
+    each process has a share of the model.
 
     kind: "sft" asks in a dialogue, "pretrain" continues a text
     """
@@ -122,14 +122,13 @@ def samples(
         for prompt in prompts
     }
     asked = {text: ids for text, ids in asked.items() if len(ids) < model.config.max_seq_len}
-    plain = whole_model(model) if asked else None
-    if plain is None:
+    if not asked or is_shared(model):
         return []
-    plain.eval()
+    model.eval()
     choice = SamplingConfig(max_new_tokens=n_tokens, seed=0)
     with for_replies():
-        replies = generate(plain, list(asked.values()), choice, tokenizer.eos_id)
-    plain.train()
+        replies = generate(model, list(asked.values()), choice, tokenizer.eos_id)
+    model.train()
     return [(text, tokenizer.decode(reply)) for text, reply in zip(asked, replies, strict=True)]
 
 
@@ -152,7 +151,8 @@ class TrainConfig:
         compile: run each layer as torch.compile makes it; the first steps take minutes
         recompute: activation checkpointing: less memory, a third slower
         blocks: on CUDA cards that can, attend to packed dialogues block by block; else by a mask
-        samples: prompts continued or answered at each evaluation, kept in samples.jsonl
+        samples: prompts continued or answered at each evaluation, kept in samples.jsonl; none are
+            with fsdp2
         track: also send the figures to TensorBoard, SwanLab or Weights & Biases
             (requirements/track.txt)
     """
@@ -192,17 +192,22 @@ def total_steps(config: TrainConfig, data: TrainData) -> int:
     return config.max_steps or max(1, round(config.epochs * data.steps_per_epoch))
 
 
-class RunConfig(Protocol):
-    """Settings of a script that the loop reads."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the settings of all scripts that train have in common.
 
-    @property
-    def base(self) -> Path | None: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def optim(self) -> optim.OptimConfig: ...
-    @property
-    def device(self) -> DeviceConfig: ...
+    Args:
+        optim: optimizer and schedule
+        train: the loop
+        device: where and in which format to compute
+        parallel: how several processes share the work
+    """
+
+    base: Path | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass

@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,7 +58,7 @@ from babyllama.optim import OptimConfig, make_optimizer
 from babyllama.sampling import SamplingConfig
 from babyllama.sources import DataConfig, SourceConfig
 from babyllama.token_file import TokenFileWriter
-from babyllama.trainer import TrainConfig, forward_backward, train
+from babyllama.trainer import RunConfig, TrainConfig, forward_backward, train
 from bench.report import commit
 from benchmarks.peers import SHAPE_43M, hf_model, usual_step
 from model import IGNORED, ModelConfig, Transformer
@@ -409,7 +408,7 @@ def _resumed(lab: Lab, place: Path, device: DeviceConfig) -> float:
                 file.add_text(rng.integers(3, tokenizer.vocab_size, 4 * lab.shape.max_seq_len))
     loop = TrainConfig(max_steps=6, batch_size=8, micro_batch_size=4, eval_every=6, save_every=3,
                        keep=9, keep_best=False)  # fmt: skip
-    cfg = SimpleNamespace(train=loop, device=device, optim=OptimConfig(warmup_steps=2), base=None)
+    cfg = RunConfig(train=loop, device=device, optim=OptimConfig(warmup_steps=2))
     sources = DataConfig(sources=(SourceConfig(str(place / "text")),))
     data = open_data(sources, tokenizer, lab.shape.max_seq_len, loop)
     weights = []

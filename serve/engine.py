@@ -254,7 +254,7 @@ class _Row:
         seed = job.sampling.seed
         seed = random.randrange(2**63) if seed is None else seed
         self.chance = random.Random(f"{seed}/{job.number}")
-        self.stream, self.text, self.n_shown = tokenizer.stream_decoder(), "", 0
+        self.decode, self.text, self.n_shown = tokenizer.stream_decoder(), "", 0
         self.ended = False
 
     def penalised(self, logits: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ class _Row:
         self.rules.extend(job.reply, token, self.limit)
         scores = []
         if len(ids) > before:
-            self.text += self.stream.feed(token)
+            self.text += self.decode(token)
             scores = [] if job.n_top is None else [score(logits, token, job.n_top)]
         self.tell(job.reply.reason, scores)
 

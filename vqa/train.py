@@ -17,12 +17,12 @@ import torch
 from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model, read_checkpoint
 from babyllama.config import from_repo, parse, run
-from babyllama.device import DeviceConfig, pick_device
-from babyllama.distributed import ParallelConfig, World, start
+from babyllama.device import pick_device
+from babyllama.distributed import World, start
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import find_checkpoint, open_run
-from babyllama.trainer import TrainConfig, train
+from babyllama.trainer import RunConfig, TrainConfig, train
 from model import ModelConfig, Transformer
 from tokenizer import Tokenizer
 from vqa.data import Room, VqaDataConfig, features_of, open_images, open_vqa_data
@@ -30,8 +30,8 @@ from vqa.encoders import EncoderConfig, make_encoder
 from vqa.model import PARTS, FusionConfig, VqaModel, load
 
 
-@dataclass(frozen=True)
-class VqaConfig:
+@dataclass(frozen=True, kw_only=True)
+class VqaConfig(RunConfig):
     """Settings of a run about images.
 
     Args:
@@ -44,14 +44,10 @@ class VqaConfig:
         freeze: beginnings of the names of parameters that do not train
         rates: shares of optim.lr by beginnings of names, such as {"language.": 0.1}
         data: what is trained on
-        optim: optimizer and schedule
         train: the loop; a batch is a number of dialogues
-        device: where and in which format to compute
-        parallel: how several processes share the work
     """
 
     name: str | None = None
-    base: Path | None = None
     tokenizer: Path = Path("data/tokenizers/sample.model")
     model: ModelConfig = field(default_factory=ModelConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
@@ -61,8 +57,6 @@ class VqaConfig:
     data: VqaDataConfig = field(default_factory=VqaDataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup_steps=50))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=5.0))
-    device: DeviceConfig = field(default_factory=DeviceConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         bad = []

@@ -34,9 +34,9 @@ class Painter:
         """The characters that each token completes; control tokens by name."""
         assert self.tokenizer  # a painter of tokens has one
         names = {self.tokenizer.bos_id: "<bos>", self.tokenizer.eos_id: "<eos>"}
-        decoder = self.tokenizer.stream_decoder()
+        decode = self.tokenizer.stream_decoder()
         return [
-            visible(decoder.feed(token)) if self.tokenizer.n_bytes([token])
+            visible(decode(token)) if self.tokenizer.n_bytes([token])
             else names.get(token, f"<{token}>")
             for token in ids
         ]  # fmt: skip

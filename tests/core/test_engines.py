@@ -284,8 +284,8 @@ def test_gradients_are_exchanged_after_the_last_micro_batch_alone(engine, root):
 def test_the_main_process_alone_holds_the_whole_weights_and_is_waited_for(engine, root):
     """Of shares: a card that holds only its own has no room for all."""
     main, other = (json.loads((root / f"gathered-{engine}-{n}.json").read_text()) for n in (0, 1))
-    assert main[0] and main[1] > 10 and main[2] == 1
-    assert not other[0] and other[1] == 0 and other[2] == (engine == "ddp")
+    assert main[0] and main[1] > 10 and not other[0] and other[1] == 0
+    assert main[2] == other[2] == (engine == "ddp")  # of a share no samples are drawn
     assert main[3] == other[3] == [40, PATIENCE.total_seconds()] and PATIENCE.total_seconds() > 3600
 
 

@@ -231,7 +231,7 @@ def speaker(tokenizer: Tokenizer) -> Transformer:
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return "".join(map(tokenizer.stream_decoder().feed, ids))
+    return "".join(map(tokenizer.stream_decoder(), ids))
 
 
 @pytest.mark.parametrize("seed", range(3))

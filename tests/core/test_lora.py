@@ -297,15 +297,6 @@ def test_a_name_that_cannot_be_used_is_refused(name):
         switch(model, "none")
 
 
-def test_a_like_model_takes_the_weights_of_an_adapted_one():
-    model = adapted("two", adapted("one", targets=("wq",)), seed=3)
-    copy = lora.adapt_like(make(seed=9), model)
-    copy.load_state_dict(model.state_dict())
-    assert torch.equal(copy(TOKENS), model(TOKENS))
-    assert torch.equal(switch(copy, "one")(TOKENS), switch(model, "one")(TOKENS))
-    assert not hasattr(lora.adapt_like(make(), make()), "lora")
-
-
 def test_a_saved_adapter_comes_back_and_is_all_that_is_saved(tmp_path):
     model = adapted(rank=3, alpha=5.0, rslora=True, targets=("wk", "output"))
     path = save_adapter(model, tmp_path / "title")

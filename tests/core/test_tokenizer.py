@@ -258,8 +258,7 @@ def test_pieces_as_ids_equal_pieces_as_strings(any_tokenizer, pieces, as_ids):
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    decoder = tokenizer.stream_decoder()
-    return list(map(decoder.feed, ids))
+    return list(map(tokenizer.stream_decoder(), ids))
 
 
 @relaxed
