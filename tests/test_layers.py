@@ -128,7 +128,7 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_558, "core": 4_649, "product": 30_016}
+MOST_LINES = {"evening": 2_489, "core": 4_609, "product": 29_817}
 MOST_FILES = 145
 
 
@@ -140,11 +140,10 @@ def test_the_house_grows_in_no_part():
     core = [p for p in (REPO / "babyllama").glob("*.py") if p.name != "__init__.py"]
     packages = [path for path in REPO.glob("*/**/*.py") if is_product(path)]
     product = [*REPO.glob("*.py"), *packages]
-    found = {
-        "evening": n_lines(REPO / name for name in EVENING),
-        "core": n_lines(core),
-        "product": n_lines(product),
-    }
+    found = dict(
+        evening=n_lines(REPO / name for name in EVENING), core=n_lines(core),
+        product=n_lines(product),
+    )  # fmt: skip
     assert {part: n for part, n in found.items() if n > MOST_LINES[part]} == {}
     assert len(product) <= MOST_FILES
 
