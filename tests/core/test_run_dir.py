@@ -128,9 +128,9 @@ def test_a_setting_that_is_no_more_is_passed_over_where_the_run_has_not_used_it(
 
 
 MUTATIONS = {
-    "train.batch_size": 3, "model.dim": 64, "model.n_layers": 3, "model.n_heads": 2, "model.n_kv_heads": 2,
-    "model.multiple_of": 32, "model.max_seq_len": 64, "model.rope_theta": 500.0,
-    "model.norm_eps": 1e-6, "model.tied": True,
+    "train.batch_size": 3, "model.dim": 64, "model.n_layers": 3, "model.n_heads": 2,
+    "model.n_kv_heads": 2, "model.multiple_of": 32, "model.max_seq_len": 64,
+    "model.rope_theta": 500.0, "model.norm_eps": 1e-6, "model.tied": True,
 }  # fmt: skip
 
 
