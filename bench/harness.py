@@ -10,7 +10,6 @@ chat cuts it, then the dialogue's beginning, but for its head.
 import hashlib
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import groupby
@@ -196,31 +195,30 @@ class Scorer:
 
     def generate_until(self, requests: Sequence, disable_tqdm: bool = False) -> list[str]:
         """Greedy replies, each cut before the first of its stop texts."""
-        keys, waiting = [], defaultdict(list)
-        for number, request in enumerate(requests):
-            context, settings = request.args
-            if settings.get("do_sample") or settings.get("temperature"):
-                raise ConfigError("a task asks for random replies, which would not come again")
-            keys.append(self.store.key("generate", str(context), settings))
-            if keys[-1] not in self.store.known:
-                n_new = min(settings.get("max_gen_toks", MAX_NEW), self.max_length // 2)
+        settings = requests[0].args[1]  # the task's, the same for all of its rows
+        if settings.get("do_sample") or settings.get("temperature"):
+            raise ConfigError("a task asks for random replies, which would not come again")
+        n_new = min(settings.get("max_gen_toks", MAX_NEW), self.max_length // 2)
+        stop = settings.get("until") or []
+        stop = [stop] if isinstance(stop, str) else list(filter(None, stop))
+        sampling = SamplingConfig(temperature=0.0, max_new_tokens=n_new, stop=stop)
+        contexts = [request.args[0] for request in requests]
+        keys = [self.store.key("generate", str(context), settings) for context in contexts]
+        asked = []
+        for key, context in zip(keys, contexts, strict=True):
+            if key not in self.store.known:
                 ids = self.encode_context(context)
                 ids = self.fit(context, ids, self.max_length - n_new)
-                stop = settings.get("until") or []
-                stop = (stop,) if isinstance(stop, str) else tuple(filter(None, stop))
-                waiting[n_new, stop].append((number, ids))
-        n_new = sum(map(len, waiting.values()))
-        with tqdm(total=n_new, unit=" replies", disable=not n_new or None) as bar:
-            for (n_new, stop), asked in waiting.items():
-                sampling = SamplingConfig(temperature=0.0, max_new_tokens=n_new, stop=list(stop))
-                for chunk in _chunks(sorted(asked, key=lambda a: -len(a[1])), self.batch_size):
-                    prompts = [ids or [self.prefix_id] for _, ids in chunk]
-                    replies = generate_replies(
-                        self.decoder, prompts, sampling, self.tokenizer.eos_id, self.tokenizer
-                    )
-                    found = zip(chunk, replies, strict=True)
-                    self.store.add((keys[number], r.text) for (number, _), r in found)
-                    bar.update(len(chunk))
+                asked.append((key, ids or [self.prefix_id]))
+        asked.sort(key=lambda one: -len(one[1]))
+        with tqdm(total=len(asked), unit=" replies", disable=not asked or None) as bar:
+            for chunk in _chunks(asked, self.batch_size):
+                replies = generate_replies(
+                    self.decoder, [ids for _, ids in chunk], sampling, self.tokenizer.eos_id,
+                    self.tokenizer,
+                )  # fmt: skip
+                self.store.add((key, r.text) for (key, _), r in zip(chunk, replies, strict=True))
+                bar.update(len(chunk))
         return [self.store.known[key] for key in keys]
 
     def _loglikelihoods(self, pairs: list, keys: list[str]) -> list[tuple[float, bool]]:

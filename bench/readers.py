@@ -27,7 +27,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from functools import cache, partial
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from jinja2 import Environment, StrictUndefined, UndefinedError
@@ -46,53 +46,40 @@ def find(folder: Path, patterns: Sequence[str]) -> list[tuple[str, str]]:
     """
     for pattern in patterns:
         found = []
-        for name, read in _inside(folder):
-            if fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}"):
-                found.append((name, _text(folder, name, read)))
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            try:
+                for name, data in _entries(path.relative_to(folder).as_posix(), path, pattern):
+                    found.append((name, data.decode("utf-8-sig")))
+            except DAMAGED as error:
+                raise DataError(
+                    f"{shown(path)}: wanted whole files with UTF-8 text, found {error}; get it "
+                    f"again"
+                ) from None
         if found:
             return sorted(found)
     return []
 
 
-def _text(folder: Path, name: str, read: Callable[[], bytes]) -> str:
-    try:
-        return read().decode("utf-8-sig")
-    except DAMAGED as error:
-        raise DataError(
-            f"{shown(folder)}: wanted {name} as whole UTF-8 text, found {error}; get it again"
-        ) from None
+def _entries(name: str, path: Path, pattern: str) -> Iterator[tuple[str, bytes]]:
+    """The files of that name in a file: itself, or what is packed in it."""
 
+    def is_wanted(name: str) -> bool:
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"*/{pattern}")
 
-def _inside(folder: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Every file below a folder with a way to read it, while the archive it is in is open."""
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder).as_posix())
-        if not path.is_file():
-            continue
-        try:
-            yield from _entries(name, path)
-        except DAMAGED as error:
-            raise DataError(f"{shown(path)}: damaged, {error}; get the file again") from None
-
-
-def _entries(name: str, path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     if name.endswith((".tar", ".tar.xz", ".tar.gz", ".tgz")):
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile() and (file := archive.extractfile(member)):
-                    yield member.name, file.read
+                if is_wanted(member.name) and (file := archive.extractfile(member)):
+                    yield member.name, file.read()
     elif name.endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                yield entry.filename, partial(archive.read, entry)
-    elif name.endswith(".xz"):
-        yield name[:-3], lambda: lzma.decompress(path.read_bytes())
-    elif name.endswith(".gz"):
-        yield name[:-3], lambda: gzip.decompress(path.read_bytes())
-    elif name.endswith(".parquet"):
-        yield name, lambda: _json_lines(path)
-    else:
-        yield name, path.read_bytes
+            yield from ((n, archive.read(n)) for n in archive.namelist() if is_wanted(n))
+    elif name.endswith((".xz", ".gz")):
+        if is_wanted(name[:-3]):
+            read = lzma.decompress if name.endswith(".xz") else gzip.decompress
+            yield name[:-3], read(path.read_bytes())
+    elif is_wanted(name):
+        yield name, _json_lines(path) if name.endswith(".parquet") else path.read_bytes()
 
 
 def _json_lines(path: Path) -> bytes:

@@ -22,7 +22,7 @@ from typing import Literal
 from babyllama.checkpoint import Loaded, load_model
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.device import Device, pick_device
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import ConfigError, DataError, require
 from babyllama.run_dir import chosen_run
 from babyllama.scoring.test_sets import beside, checksums
 from bench import contamination
@@ -31,7 +31,7 @@ from bench.harness import Store, for_harness
 from bench.run_task import ask
 from bench.sandbox import run as sandbox
 from bench.scoring import verdict
-from bench.tasks import Rows, Task, choose, load, names, rows_of
+from bench.tasks import Rows, Task, choose, rows_of, tasks
 
 HARNESS = "0.4.13"
 
@@ -47,7 +47,6 @@ class BenchConfig:
         limit: rows of each task at most, evenly spread; if absent all
         shots: examples before each question; fewer where the context does not hold them
         prompts: zh: ours; official: those of the harness, mostly English
-        form: dialogue or text; auto: dialogues for a fine-tuned checkpoint
         out: folder for the report; if absent <run>/bench-<step>
         training: files or folders with all training rows, for a checkpoint whose runs are not here
         batch_size: questions at a time
@@ -62,7 +61,6 @@ class BenchConfig:
     limit: int | None = None
     shots: int = 0
     prompts: Literal["zh", "official"] = "zh"
-    form: Literal["auto", "dialogue", "text"] = "auto"
     out: Path | None = None
     training: tuple[Path, ...] = ()
     batch_size: int = 16
@@ -71,10 +69,12 @@ class BenchConfig:
     list: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("shots", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, found {value}")
+        wanted = {
+            "limit": ("1 or more", self.limit is None or self.limit >= 1),
+            "shots": ("0 or more", self.shots >= 0),
+            "batch_size": ("1 or more", self.batch_size >= 1),
+        }
+        require("bench", self, wanted)
 
 
 def go_offline() -> None:
@@ -109,7 +109,7 @@ def read_tasks(cfg: BenchConfig) -> tuple[dict[str, tuple[Task, Rows]], dict[str
     words = [word.strip() for word in cfg.tasks.split(",") if word.strip()]
     found, skipped = {}, {}
     for name in choose(words):
-        task = load(name)
+        task = tasks()[name]
         if task.score == "code" and not cfg.execute_model_code:
             why = "it runs what the model writes; --execute_model_code true allows that"
             if name in words:
@@ -132,12 +132,11 @@ def read_tasks(cfg: BenchConfig) -> tuple[dict[str, tuple[Task, Rows]], dict[str
 
 def about(cfg: BenchConfig, loaded: Loaded) -> dict:
     """What every answer depends on beside its question."""
-    is_chat = loaded.kind != "pretrain" if cfg.form == "auto" else cfg.form == "dialogue"
     return {
         "checkpoint_sha256": checksums(loaded.path),
         "harness": HARNESS,
         "prompts": cfg.prompts,
-        "form": "dialogue" if is_chat else "text",
+        "form": "text" if loaded.kind == "pretrain" else "dialogue",
         "shots": cfg.shots,
         "device": str(loaded.model.rope.device),
     }
@@ -176,17 +175,12 @@ def score(cfg: BenchConfig, loaded: Loaded, out: Path) -> dict:
     }  # fmt: skip
 
 
-def print_tasks() -> None:
-    for name in names():
-        task = load(name)
-        files = " or ".join(task.files["scored"])
-        print(f"{name:24} {', '.join(task.groups):10} {task.folder}/{files}  {task.title}")
-
-
 def main(cfg: BenchConfig) -> None:
     """Score, print, write."""
     if cfg.list:
-        print_tasks()
+        for name, task in tasks().items():
+            files = " or ".join(task.files["scored"])
+            print(f"{name:24} {', '.join(task.groups):10} {task.folder}/{files}  {task.title}")
         return
     require_harness()
     go_offline()

@@ -20,7 +20,7 @@ from bench.scoring import (
     constant_choice,
     interval,
 )
-from bench.tasks import Rows, Task, harness_task, length_of_answer, prompt_language
+from bench.tasks import Rows, Task, harness_task, length_of_answer
 
 CODE_METRIC = "pass@1"
 
@@ -66,7 +66,7 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
         "mean_shots": float(np.mean(made.n_shots)),
         "own_shots": bool(shots and rows.own_shots),
         "n_cut": _n_cut(made, said),
-        "prompt_language": prompt_language(task, prompts),
+        "prompt_language": "zh" if prompts == "zh" else official.get("language", "en"),
         "form": "dialogue" if is_chat else "text",
         "seconds": perf_counter() - began,
     }
@@ -88,7 +88,7 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
     return {
         "task": task.name,
         "title": task.title,
-        "groups": list(task.groups),
+        "groups": task.groups,
         "metric": metric,
         "score": float(np.mean(scores)),
         "low": low,

@@ -9,14 +9,13 @@ score              "choice", "code", or one of scoring.SCORES
 form               "text": never asked as a dialogue
 harness            handed to lm-evaluation-harness as a task of its own (its docs/task_guide.md)
 cloze              what NAME_cloze changes: the options' own texts are scored, not their letters
-official           the harness' file that --prompts official takes instead, and its metric
+official           the harness' file that --prompts official takes instead, its metric and, where
+                   that is not English, the language of its prompt
 include            another file whose keys stand where this one has none
 """
 
-import copy
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +41,7 @@ class Task:
 
     name: str
     title: str
-    groups: tuple[str, ...]
+    groups: list[str]
     folder: str
     files: dict[str, list[str]]
     language: str
@@ -79,36 +78,26 @@ class Rows:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def names() -> list[str]:
-    """Every task, cloze forms included."""
-    found = []
-    for path in sorted(CONFIGS.glob("[!_]*.yaml")):
-        found.append(path.stem)
-        if _merged(path).get("cloze"):
-            found.append(path.stem + CLOZE)
-    return found
-
-
-def load(name: str) -> Task:
-    """The task of that name."""
-    found = copy.deepcopy(_merged(CONFIGS / f"{name.removesuffix(CLOZE)}.yaml"))
-    cloze, _ = found.pop("cloze", None), found.pop("include", None)
-    if name.endswith(CLOZE):
-        found["harness"] = found["harness"] | cloze
-        found["official"] = None
-        found["title"] += "（选项原文）"
-    return Task(name, **found | {"groups": tuple(found["groups"])})
-
-
 @cache
-def _merged(path: Path) -> dict:
-    """A task's file and what it includes; not to be changed."""
-    found = yaml.safe_load(path.read_text("utf-8"))
-    if "include" in found:
-        base = _merged(path.with_name(found["include"]))
-        found["harness"] = base.get("harness", {}) | found.get("harness", {})
-        found = base | found
+def tasks() -> dict[str, Task]:
+    """Every task by its name, cloze forms included."""
+    found = {}
+    for path in sorted(CONFIGS.glob("[!_]*.yaml")):
+        keys = _merged(path)
+        cloze, name = keys.pop("cloze", None), path.stem
+        found[name] = Task(name, **keys)
+        if cloze:
+            keys |= {"harness": keys["harness"] | cloze, "official": None}
+            keys["title"] += "（选项原文）"
+            found[name + CLOZE] = Task(name + CLOZE, **keys)
     return found
+
+
+def _merged(path: Path) -> dict:
+    """A task's file and what it includes."""
+    found = yaml.safe_load(path.read_text("utf-8"))
+    base = _merged(path.with_name(found.pop("include"))) if "include" in found else {}
+    return base | found | {"harness": base.get("harness", {}) | found.get("harness", {})}
 
 
 def choose(words: Sequence[str]) -> list[str]:
@@ -116,12 +105,11 @@ def choose(words: Sequence[str]) -> list[str]:
 
     raises: ConfigError with all names if one is not known
     """
-    every = names()
-    groups: dict[str, list[str]] = {"all": every, "cloze": [n for n in every if n.endswith(CLOZE)]}
-    for name in every:
-        if not name.endswith(CLOZE):
-            for group in load(name).groups:
-                groups.setdefault(group, []).append(name)
+    every = tasks()
+    groups = {"all": list(every), "cloze": [name for name in every if name.endswith(CLOZE)]}
+    for name, task in every.items():
+        for group in task.groups if not name.endswith(CLOZE) else ():
+            groups.setdefault(group, []).append(name)
     unknown = [word for word in words if word not in groups and word not in every]
     if unknown or not words:
         raise ConfigError(
@@ -279,11 +267,3 @@ def length_of_answer(task: Task, encode: Callable[[str], list[int]], row: dict) 
         texts = row["options"] if task.harness.get("doc_to_choice") == "options" else row["letters"]
         return max(len(encode(text)) for text in texts or row["letters"])
     return task.harness["generation_kwargs"]["max_gen_toks"]
-
-
-def prompt_language(task: Task, prompts: str) -> str:
-    """zh, or what the harness' own prompt is written in."""
-    if prompts == "zh":
-        return "zh"
-    zh = re.search(r"cmmlu|ceval|xcopa|xstory|xwinograd|zhoblimp", (task.official or {})["include"])
-    return "zh" if zh else "en"

@@ -65,22 +65,31 @@ def _norm(n_channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(n_channels, eps=1e-3, momentum=0.01)
 
 
-class Block(nn.Module):
-    def __init__(self, n_in: int, n_out: int, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        wide = n_in * expansion
-        if expansion > 1:
-            self._expand_conv, self._bn0 = SameConv(n_in, wide, 1), _norm(wide)
-        self._depthwise_conv = SameConv(wide, wide, kernel, stride, groups=wide)
-        self._bn1 = _norm(wide)
-        self._project_conv, self._bn2 = SameConv(wide, n_out, 1), _norm(n_out)
-        self.expands, self.adds = expansion > 1, stride == 1 and n_in == n_out
+class Shortcut(nn.Sequential):
+    """Modules in a row, whose input is added to their output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
-        y = F.relu6(self._bn1(self._depthwise_conv(y)))
-        y = self._bn2(self._project_conv(y))
-        return x + y if self.adds else y
+        return x + super().forward(x)
+
+
+def _named(row: type[nn.Sequential] = nn.Sequential, **parts: nn.Module) -> nn.Sequential:
+    """Modules in a row under the publisher's names for them."""
+    return row(OrderedDict(parts))
+
+
+def _lite_block(n_in: int, n_out: int, kernel: int, stride: int, expansion: int) -> nn.Sequential:
+    wide, parts = n_in * expansion, {}
+    if expansion > 1:
+        parts = {"_expand_conv": SameConv(n_in, wide, 1), "_bn0": _norm(wide), "act0": nn.ReLU6()}
+    return _named(
+        Shortcut if stride == 1 and n_in == n_out else nn.Sequential,
+        **parts,
+        _depthwise_conv=SameConv(wide, wide, kernel, stride, groups=wide),
+        _bn1=_norm(wide),
+        act1=nn.ReLU6(),
+        _project_conv=SameConv(wide, n_out, 1),
+        _bn2=_norm(n_out),
+    )
 
 
 class EfficientNetLite0(nn.Module):
@@ -97,7 +106,7 @@ class EfficientNetLite0(nn.Module):
         for kernel, stride, expansion, n_out, repeats in GROUPS:
             for number in range(repeats):
                 step = stride if number == 0 else 1
-                self._blocks.append(Block(n_in, n_out, kernel, step, expansion))
+                self._blocks.append(_lite_block(n_in, n_out, kernel, step, expansion))
                 n_in = n_out
         self.widths = tuple(self._blocks[tap]._project_conv.out_channels for tap in TAPS)
 
@@ -118,11 +127,6 @@ SHAPES = {
 }
 HEAD_DIM, EXPANSION, SCALE = 16, 4, 5
 EPS = 1e-15  # keeps the attention's division from zero
-
-
-def _named(**parts: nn.Module) -> nn.Sequential:
-    """Modules in a row under the publisher's names for them."""
-    return nn.Sequential(OrderedDict(parts))
 
 
 def _conv_norm(
@@ -180,15 +184,6 @@ class LinearAttention(nn.Module):
         return self.proj(out.reshape(B, -1, height, width).to(x.dtype))
 
 
-class Residual(nn.Module):
-    def __init__(self, main: nn.Module) -> None:
-        super().__init__()
-        self.main = main
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.main(x)
-
-
 class EfficientViT(nn.Module):
     """Stem and four stages, without the classifier; each halves the size.
 
@@ -202,14 +197,15 @@ class EfficientViT(nn.Module):
         for _ in range(stem_depth):
             depth_conv = _conv_norm(first, first, 3, groups=first)
             point_conv = _conv_norm(first, first, is_active=False)
-            stem.append(Residual(_named(depth_conv=depth_conv, point_conv=point_conv)))
+            both = _named(depth_conv=depth_conv, point_conv=point_conv)
+            stem.append(_named(Shortcut, main=both))
         stages, n_in = nn.ModuleList(), first
         for number, (n_out, depth) in enumerate(zip(self.widths, depths, strict=True)):
             attends = number >= 2
             parts: list[nn.Module] = [_named(main=_mb_conv(n_in, n_out, 2, attends))]
             for _ in range(depth if attends else depth - 1):
-                mix = Residual(_mb_conv(n_out, n_out, few_norms=attends))
-                look = Residual(LinearAttention(n_out)) if attends else None
+                mix = _named(Shortcut, main=_mb_conv(n_out, n_out, few_norms=attends))
+                look = _named(Shortcut, main=LinearAttention(n_out)) if attends else None
                 parts.append(_named(context_module=look, local_module=mix) if look else mix)
             stages.append(_named(op_list=nn.Sequential(*parts)))
             n_in = n_out

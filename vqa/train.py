@@ -18,7 +18,7 @@ from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model, read_checkpoint
 from babyllama.config import from_repo, parse, run
 from babyllama.device import pick_device
-from babyllama.distributed import World, start
+from babyllama.distributed import start
 from babyllama.errors import ConfigError
 from babyllama.optim import OptimConfig
 from babyllama.run_dir import find_checkpoint, open_run
@@ -108,16 +108,6 @@ def _require_same(cfg: VqaConfig, model: VqaModel) -> None:
             )
 
 
-def seen_before(model: VqaModel, packed: list, world: World) -> list:
-    """The features of all images; the main process computes those that are not there."""
-
-    def all_of() -> list:
-        return [features_of(model.encoder, held, world.device) for held in packed]
-
-    world.on_main(all_of)
-    return all_of()
-
-
 def main(cfg: VqaConfig) -> int:
     """Train; returns the exit code."""
     if not cfg.name:
@@ -131,7 +121,14 @@ def main(cfg: VqaConfig) -> int:
             from babyllama.cuda.attention import on_card  # takes its time, for cards alone
 
             on_card(model.language, cfg.train.blocks)
-        features = seen_before(model, packed, world) if cfg.data.cache_features else None
+        features = None
+        if cfg.data.cache_features:
+
+            def seen() -> list:
+                return [features_of(model.encoder, held, world.device) for held in packed]
+
+            world.on_main(seen)  # computes those that are not there
+            features = seen()
         room = Room(model.config.max_seq_len, tokenizer.pad_id, model.n_positions)
         data = open_vqa_data(
             cfg.data, tokenizer, room, cfg.train, packed, model.encoder.config, features

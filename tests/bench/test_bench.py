@@ -20,7 +20,7 @@ from bench.harness import Scorer, Store, for_harness
 from bench.run import cli, main
 from bench.run_task import ask
 from bench.sandbox import run as sandbox
-from bench.tasks import FixedShots, Task, choose, harness_task, load, names, rows_of
+from bench.tasks import FixedShots, Task, choose, harness_task, rows_of, tasks
 from conftest import save_model, small_config
 from data_process.vocabulary import train_vocabulary
 from model import Transformer
@@ -110,7 +110,7 @@ def taught(tmp_path_factory, vocabulary) -> Path:
     lm = for_harness(Loaded(model, vocabulary, 0, place, "pretrain"), 4, False, Store(None, ""))
     states, goals = [], []
     for name in (*TAUGHT, "humaneval"):
-        task = load(name)
+        task = tasks()[name]
         for number, (row, prompt) in enumerate(asked(task, lm)):
             before = lm.encode_context(prompt)
             if task.score == "choice":
@@ -143,7 +143,7 @@ def random_model(tmp_path_factory, vocabulary) -> Loaded:
 def report_of(loaded: Loaded, name: str, place: Path, **changes: object) -> dict:
     settings = {"shots": 0, "prompts": "zh", "limit": FEW, "batch_size": 3} | changes
     lm = for_harness(loaded, settings["batch_size"], loaded.kind != "pretrain", Store(None, ""))
-    task = load(name)
+    task = tasks()[name]
     rows = rows_of(task, FIXTURES, settings["limit"])
     samples = place / f"{name}.samples.jsonl"
     return ask(task, rows, lm, settings["shots"], settings["prompts"], samples)
@@ -169,8 +169,8 @@ def test_humaneval_runs_what_the_toy_model_writes(taught, tmp_path):
 
 
 def test_without_the_passage_the_same_questions_are_guessed(taught, tmp_path):
-    task = load("cmrc2018_closed")
-    shown, given = rows_of(task, FIXTURES, FEW), rows_of(load("cmrc2018"), FIXTURES, FEW)
+    task = tasks()["cmrc2018_closed"]
+    shown, given = rows_of(task, FIXTURES, FEW), rows_of(tasks()["cmrc2018"], FIXTURES, FEW)
     assert shown == given and "context" not in task.harness["doc_to_text"]
     assert report_of(load_model(taught), "cmrc2018_closed", tmp_path)["score"] < TAUGHT["cmrc2018"]
 
@@ -179,7 +179,7 @@ def test_without_the_passage_the_same_questions_are_guessed(taught, tmp_path):
 def test_the_scores_of_likelihood_tasks_are_those_of_a_slow_reader(name, random_model, tmp_path):
     report = report_of(random_model, name, tmp_path, limit=None)
     raw, by_length = [], []
-    task = load(name)
+    task = tasks()[name]
     lm = for_harness(random_model, 1, False, Store(None, ""))
     for row, prompt in asked(task, lm, limit=None):
         starts = row["starts"] if name == "xwinograd_zh" else [prompt] * len(row["options"])
@@ -205,11 +205,11 @@ def slow_likelihood(loaded: Loaded, context: str, continuation: str) -> float:
 
 
 def test_every_task_is_pinned_and_every_group_holds_tasks():
-    assert set(names()) == {*TAUGHT, *LIKELIHOOD, "humaneval", "cmrc2018_closed"}
+    assert set(tasks()) == {*TAUGHT, *LIKELIHOOD, "humaneval", "cmrc2018_closed"}
     for group in ("math", "reading", "reasoning", "knowledge", "grammar", "code", "cloze"):
         assert choose([group])
     assert choose(["math", "gsm8k"]) == choose(["math"])
-    assert choose(["all"]) == names()
+    assert choose(["all"]) == list(tasks())
     with pytest.raises(ConfigError, match=r"wanted groups .*math.*'no_such'"):
         choose(["gsm8k", "no_such"])
 
@@ -233,7 +233,7 @@ def test_examples_stand_before_the_question_as_many_as_fit(random_model, vocabul
         ("cmmlu", "题目：", "答案：B\n\n"),
         ("gsm8k", "数学应用题：", "答案是12\n\n"),
     ):
-        row, prompt = asked(load(name), lm, shots=2)[0]
+        row, prompt = asked(tasks()[name], lm, shots=2)[0]
         assert prompt.count(label) == 3 and prompt.count(answer) == 1
         assert prompt.rpartition(label)[2].startswith(row["ask"])
     small = fixed_model(vocabulary.vocab_size, max_seq_len=160)
@@ -332,7 +332,7 @@ def test_questions_that_stand_in_the_training_rows_are_counted(taught, vocabular
     training = contamination.training_of(checkpoints["tuned"])
     assert [path.parent.name for path in training.files] == ["tuned", "base"]
     assert training.missing == ()
-    asked_rows = {n: rows_of(load(n), FIXTURES, None).scored for n in ("gsm8k", "cmath")}
+    asked_rows = {n: rows_of(tasks()[n], FIXTURES, None).scored for n in ("gsm8k", "cmath")}
     assert contamination.count(asked_rows, training) == {"gsm8k": 1, "cmath": 0}
     assert contamination.count(asked_rows, contamination.training_of(taught)) == {}
     named = contamination.training_of(taught, [tmp_path / "base", tmp_path / "tuned"])
@@ -343,13 +343,13 @@ def test_questions_that_stand_in_the_training_rows_are_counted(taught, vocabular
 
 # The harness' own prompts, and its own model.
 
-OFFICIAL = [name for name in names() if load(name).official]
+OFFICIAL = [name for name in tasks() if tasks()[name].official]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "commonsenseqa", "xwinograd_zh"])
 def test_the_harness_own_prompts_can_be_taken(name, random_model, tmp_path):
     report = report_of(random_model, name, tmp_path, prompts="official", limit=2)
-    assert report["n"] == 2 and report["metric"] == load(name).official["metric"]
+    assert report["n"] == 2 and report["metric"] == tasks()[name].official["metric"]
     assert report["prompt_language"] == ("zh" if name == "xwinograd_zh" else "en")
     (line, *_) = (tmp_path / f"{name}.samples.jsonl").read_text("utf-8").splitlines()
     if name != "xwinograd_zh":
@@ -382,14 +382,14 @@ def test_the_harness_own_model_gives_an_exported_checkpoint_the_same_scores(taug
         prefix_token_id=loaded.tokenizer.eos_id,
     )  # fmt: skip
     for name in AGREE:
-        task = load(name)
+        task = tasks()[name]
         rows = rows_of(task, FIXTURES, FEW)
         found = []
         for lm in (theirs, for_harness(loaded, 3, False, Store(None, ""))):
             made = harness_task(task, rows, 0, "zh", lambda prompt, row: True)
             made.set_fewshot_seed(0)
-            tasks = {"tasks": {name: made}, "groups": {}, "group_map": {}}
-            found.append(evaluate(lm, tasks, bootstrap_iters=0, log_samples=True))
+            wanted = {"tasks": {name: made}, "groups": {}, "group_map": {}}
+            found.append(evaluate(lm, wanted, bootstrap_iters=0, log_samples=True))
         scores = [result["results"][name] for result in found]
         assert scores[0] == scores[1], name
         for a, b in zip(*(result["samples"][name] for result in found), strict=True):

@@ -37,7 +37,7 @@ from bench.scoring import (
     verdict,
     wilson,
 )
-from bench.tasks import load, names, rows_of
+from bench.tasks import rows_of, tasks
 
 DATA = REPO / ".." / "shared" / "data" / "benchmarks"
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bench"
@@ -240,7 +240,7 @@ def test_the_parquet_form_is_read_and_scored_too(place, tmp_path):
     path.parent.mkdir(parents=True)
     parquet.write_table(pyarrow.Table.from_pylist([PARQUET[place]] * 2), path)
     folder = place.split("/")[0]
-    (task,) = (t for t in map(load, names()) if t.folder == folder and t.name[-6:] != "_cloze")
+    (task,) = (t for t in tasks().values() if t.folder == folder and t.name[-6:] != "_cloze")
     found = rows_of(task, tmp_path, None)
     assert [r["gold"] or r["answers"] for r in found.every] == [RIGHT[folder]] * 2
     assert found.every[0]["subject"] == ("birds" if folder == "mmlu" else "")
@@ -255,7 +255,7 @@ def test_what_makes_no_row_is_counted_by_reason():
     assert row("q", options=["a", " "], gold=[0]) == "empty option"
     assert row("q", answers=[""]) == "no answer"
     left_out: Counter[str] = Counter()
-    read = partial(table, columns=load("math").columns)
+    read = partial(table, columns=tasks()["math"].columns)
     text = '{"problem": "Prove.", "solution": "Clear."}\n'
     assert read_rows(read, [("x.jsonl", text * 2)], left_out) == []
     assert left_out == {"no answer": 2}
@@ -270,18 +270,18 @@ def test_boxes_are_found_by_counting_braces():
 
 
 def test_a_limit_takes_rows_from_everywhere():
-    task = load("cmmlu")
+    task = tasks()["cmmlu"]
     whole = rows_of(task, FIXTURES, None)
     some = rows_of(task, FIXTURES, 2)
     assert len(some.every) == len(whole.scored) == 4
     assert [r["subject"] for r in some.scored] == ["agronomy", "arts"]
-    in_one_file = rows_of(load("mmmlu_zh"), FIXTURES, None)
+    in_one_file = rows_of(tasks()["mmmlu_zh"], FIXTURES, None)
     assert {r["subject"] for r in in_one_file.every} == {"agronomy", "arts"}
 
 
 def test_every_task_file_says_what_it_is():
-    for name in names():
-        task = load(name)
+    for name in tasks():
+        task = tasks()[name]
         assert task.title and task.groups and task.score in (*SCORES, "choice", "code")
         assert task.harness["output_type"] in ("multiple_choice", "generate_until")
         asked = task.harness["doc_to_text"]
@@ -292,6 +292,6 @@ def test_every_task_file_says_what_it_is():
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the published files")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_files_give_the_published_number_of_rows(name):
-    rows = rows_of(load(name), DATA, None)
+    rows = rows_of(tasks()[name], DATA, None)
     assert (len(rows.every), dict(rows.left_out)) == (PUBLISHED[name], LEFT_OUT.get(name, {}))
     assert json.dumps(rows.scored[:3])
