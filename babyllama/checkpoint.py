@@ -95,23 +95,19 @@ class Snapshot:
     world: World = ALONE
 
 
-def save_checkpoint(run: Snapshot, step: int) -> Path:
+def save_checkpoint(run: Snapshot, step: int, best: float | None = None) -> Path:
     """Write a checkpoint, whole or not at all, and delete all but the newest `keep`.
 
     All processes call it; shares of weights and state are put together and the main one writes.
 
+    best: the lowest validation loss; then best/ is written, for use and not to resume from
     raises: CheckpointError if the disk does not take it; earlier checkpoints are untouched
     """
-    state = None if run.optimizer is None else _optimizer_tensors(run, run.optimizer)
-    return _save(run, run.directory / f"step-{step:06d}", info_of(run, step), state)
-
-
-def save_best(run: Snapshot, step: int, val_loss: float) -> Path:
-    """Write the run's best/, for use and not to resume from; errors as save_checkpoint."""
-    return _save(run, run.directory / "best", {**info_of(run, step), "val_loss": val_loss})
-
-
-def _save(run: Snapshot, final: Path, info: dict, state: dict[str, Tensor] | None = None) -> Path:
+    final, info, state = run.directory / f"step-{step:06d}", info_of(run, step), None
+    if best is not None:
+        final, info = run.directory / "best", {**info, "val_loss": best}
+    elif run.optimizer is not None:
+        state = _optimizer_tensors(run, run.optimizer)
     weights = model_weights(run.model, run.world.is_main)
 
     def fill(place: Path) -> None:

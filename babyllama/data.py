@@ -12,7 +12,7 @@ import bisect
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -224,25 +224,17 @@ class Data(NamedTuple):
     val: ValData
 
 
-class Order(Protocol):
-    """The settings of the loop that decide which rows a step takes."""
-
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-
-
 def open_data(
     config: DataConfig,
     tokenizer: Tokenizer,
     max_seq_len: int,
-    order: Order,
+    order: Any,
     readers: Mapping[str, Reader] = READERS,
 ) -> Data:
     """Training and validation data of a run.
 
     max_seq_len: the model's context
+    order: settings of the loop, whose batch_size and seed decide which rows a step takes
     readers: of the kinds of rows that the objective learns from
     raises: DataError or ConfigError where a source cannot be used
     """

@@ -33,7 +33,6 @@ class DeviceConfig:
     Args:
         device: auto takes cuda, else mps, else cpu
         precision: auto takes the fastest format that is safe on the device
-        force: take the named format even where it is known to fail or to be emulated
         deterministic: on CUDA cards, too, the same run gives the same bits, and one that goes on
             those of one that never stopped, as on a processor; slower, and wants
             CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment
@@ -41,7 +40,6 @@ class DeviceConfig:
 
     device: Device = "auto"
     precision: Precision = "auto"
-    force: bool = False
     deterministic: bool = False
 
 
@@ -133,7 +131,7 @@ def safe_precision(device: str, card: str = "", capability: tuple[int, int] = (0
 
 
 def checked_precision(
-    device: str, card: str, capability: tuple[int, int], wanted: str, force: bool
+    device: str, card: str, capability: tuple[int, int], wanted: str
 ) -> tuple[str, str]:
     """The format to use and a warning, empty where there is none; arguments as safe_precision."""
     safe = safe_precision(device, card, capability)
@@ -142,9 +140,7 @@ def checked_precision(
     if not is_bad and (device, wanted) != ("cpu", "bfloat16"):
         return (safe if wanted == "auto" else wanted), ""
     why = "gives NaN or is slow" if wanted == "float16" else "is emulated, and slow,"
-    if force:
-        return wanted, f"{wanted} {why} on {card or device}; taken because of device.force"
-    return "float32", f"{wanted} {why} on {card or device}; float32 instead (--device.force true)"
+    return "float32", f"{wanted} {why} on {card or device}; float32 instead"
 
 
 def open_scaler(device: torch.device, config: DeviceConfig) -> "Scaler":
@@ -156,7 +152,7 @@ def open_scaler(device: torch.device, config: DeviceConfig) -> "Scaler":
         capability = torch.cuda.get_device_capability(device)
     elif kind == "cpu" and torch.cpu._is_avx512_bf16_supported():
         kind = "cpu-bf16"
-    found = checked_precision(kind, card, capability, config.precision, config.force)
+    found = checked_precision(kind, card, capability, config.precision)
     return Scaler(device, *found)
 
 

@@ -11,6 +11,7 @@ in `data_process/`; this file knows only what comes out of there. No torch.
 """
 
 import json
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ REQUIRED = {
 }
 OPTIONAL = {"text": (), "chat": (), "summary": ("meta",), "preference": (), "vqa": ()}
 ROLES = ("system", "user", "assistant")
+# JSON's "\ud800" becomes half a character that UTF-8 and SentencePiece refuse.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # How files of texts with titles name their columns, in the order in which they are looked for.
 BODIES = ("text", "content", "article", "abstract", "abst", "body", "short_text", "completion",
           "正文", "内容", "文本", "摘要", "source")  # fmt: skip
@@ -97,7 +100,7 @@ def check_row(row: object) -> str | None:
     if not isinstance(row.get("image", ""), str):
         return "bad_image"
     unseen = [row["id"], row.get("image", ""), json.dumps(row.get("meta"), ensure_ascii=False)]
-    if any(_has_surrogate(text) for text in texts_of(row) + unseen):
+    if any(map(_SURROGATE.search, texts_of(row) + unseen)):
         return "lone_surrogate"
     return None
 
@@ -113,15 +116,6 @@ def _strings(row: dict, kind: str) -> list:
     if kind in ("chat", "vqa") and check_messages(messages):
         return []
     return [m.get("content") for m in messages if isinstance(m, dict)] + own
-
-
-def _has_surrogate(text: str) -> bool:
-    # JSON's "\ud800" becomes half a character that UTF-8 and SentencePiece refuse.
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def read_rows(path: Path) -> Iterator[dict]:

@@ -44,7 +44,7 @@ FREE = (
 # Settings that are no more, and the value at which a run has not used them.
 REMOVED = {
     "data.weight_by": "token", "optim.ema": 0.0, "regularise.label_smoothing": 0.0,
-    "regularise.noise": 0.0, "dpo_nll": 0.0,
+    "regularise.noise": 0.0, "dpo_nll": 0.0, "device.force": False,
 }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from babyllama.errors import require
@@ -140,35 +139,15 @@ def choose(logits: Tensor, sampling: SamplingConfig, chances: Tensor) -> Tensor:
     if sampling.top_k or chances.shape[1] == 1:
         return _choose_sorted(powers, sampling, chances[:, -1:])
     sums = powers.cumsum(dim=-1)
-    if powers.device.type != "cpu":
-        return _choose_at_once(powers, sums, sampling, chances)
-    chosen = torch.searchsorted(sums, chances[:, :1] * sums[:, -1:])
-    if sampling.top_p < 1 or sampling.min_p:
-        own = powers.gather(1, chosen)
-        # Row by row, as `threshold` takes a number: a fourth of the time of comparing them all.
-        pairs = zip(powers, own.tolist(), strict=True)
-        before = torch.stack([F.threshold(row, x, 0).sum() for row, (x,) in pairs])
-        outside = before >= sampling.top_p * sums[:, -1]
-        rows = (outside | (own[:, 0] < sampling.min_p)).nonzero().squeeze(1)
-        if len(rows):
-            chosen[rows, 0] = choose(logits[rows], sampling, chances[rows, 1:])
-    return chosen.squeeze(1)
-
-
-def _choose_at_once(
-    powers: Tensor, sums: Tensor, sampling: SamplingConfig, chances: Tensor
-) -> Tensor:
-    """The same on a card, which would wait to be asked which rows have to draw again: (B,).
-
-    powers, sums: (B, V), shares of the likeliest token's probability and their running sums
-    """
     tries = torch.searchsorted(sums, chances[:, :-1] * sums[:, -1:])  # (B, N_CHANCES - 1)
     own = powers.gather(1, tries)
     before = torch.where(powers[:, None] > own[..., None], powers[:, None], 0).sum(dim=-1)
     inside = (before < sampling.top_p * sums[:, -1:]) & (own >= sampling.min_p)
     first = tries.gather(1, inside.int().argmax(dim=1, keepdim=True)).squeeze(1)
-    last = _choose_sorted(powers, sampling, chances[:, -1:])
-    return torch.where(inside.any(dim=1), first, last)
+    found = inside.any(dim=1)
+    if powers.device.type == "cpu" and found.all():  # a card would have to wait for the answer
+        return first
+    return torch.where(found, first, _choose_sorted(powers, sampling, chances[:, -1:]))
 
 
 def _choose_sorted(powers: Tensor, sampling: SamplingConfig, chance: Tensor) -> Tensor:

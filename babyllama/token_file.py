@@ -66,14 +66,12 @@ def token_directory(name: str, tokenizer: Tokenizer) -> Path:
     return from_repo(name if is_path else Path("data/tokens") / tokenizer.name / name)
 
 
-def require_token_files(
-    names: Sequence[str], tokenizer: Tokenizer, splits: Sequence[str] = ("train", "val")
-) -> None:
+def require_token_files(names: Sequence[str], tokenizer: Tokenizer) -> None:
     """raises: DataError with the commands that make those that are missing"""
     missing, commands = [], []
     for name in names:
         where = token_directory(name, tokenizer)
-        for split in splits:
+        for split in ("train", "val"):
             if not any(where.glob(f"{split}-*.idx")):
                 missing.append(f"{shown(where)} ({split}-*.idx)")
                 commands.append(

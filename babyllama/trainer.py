@@ -324,7 +324,7 @@ class Run(checkpoint.Snapshot):
         self.log.samples(seen.step, samples(self.model, self.tokenizer, config.samples, self.kind))
         if config.keep_best and seen.step and self.val_loss < (seen.best or math.inf):
             seen.best = self.val_loss
-            checkpoint.save_best(self, seen.step, seen.best)
+            checkpoint.save_checkpoint(self, seen.step, seen.best)
         self.window.restart()
 
     def save(self) -> None:

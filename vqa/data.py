@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from babyllama.config import atomic_write, from_repo, shown
-from babyllama.data import Data, Mixture, Order, TrainData, ValData, collate
+from babyllama.data import Data, Mixture, TrainData, ValData, collate
 from babyllama.errors import ConfigError, DataError, require
 from babyllama.sources import Dialogues, SourceConfig, supervised, token_directory
 from babyllama.token_file import TokenFile
@@ -285,7 +285,7 @@ def open_vqa_data(
     config: VqaDataConfig,
     tokenizer: Tokenizer,
     room: Room,
-    order: Order,
+    order: Any,
     packed: list[PackedImages],
     encoder: EncoderConfig,
     features: list[np.ndarray] | None = None,

@@ -73,15 +73,13 @@ def test_a_named_format_is_used_and_auto_is_a_safe_one():
         ("mps", "", (0, 0), "float16", "float16", False),
     ],
 )
-def test_a_format_known_to_fail_is_replaced_with_a_warning_unless_forced(
+def test_a_format_known_to_fail_is_replaced_with_a_warning(
     device, card, capability, wanted, gets, warns
 ):
-    found, warning = checked_precision(device, card, capability, wanted, force=False)
+    found, warning = checked_precision(device, card, capability, wanted)
     assert found == gets and bool(warning) == warns
     if warns:
-        assert wanted in warning and card in warning and "device.force" in warning
-        found, warning = checked_precision(device, card, capability, wanted, force=True)
-        assert found == wanted and "device.force" in warning
+        assert wanted in warning and card in warning
 
 
 def test_the_scale_of_float16_doubles_after_many_good_steps():

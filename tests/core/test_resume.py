@@ -86,7 +86,7 @@ class Case(NamedTuple):
         )  # fmt: skip
         cfg = Settings(
             loop,
-            DeviceConfig("cpu", self.precision, force=True),
+            DeviceConfig("cpu", self.precision),
             OptimConfig(self.optimizer, lr=1e-2, warmup_steps=3),
         )
         torch.manual_seed(1)
