@@ -5,13 +5,13 @@
 
 A chat checkpoint answers each prompt, a base checkpoint continues it. One line of the table for
 each way of decoding: greedy and drawn, without the guard and with it. Characters are counted
-without white space. Sources: rep-n (Welleck et al. 2020, arXiv:1908.04319), distinct-n (Li et al.
-2016, arXiv:1510.03055); what a loop is, sampling.py says.
+without white space; what a loop is, sampling.py says.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from babyllama.checkpoint import Loaded, load_model
@@ -23,7 +23,6 @@ from babyllama.rows import write_rows
 from babyllama.run_dir import chosen_run
 from babyllama.sampling import LOOP_LENGTH, LOOP_TIMES, alone, loops, squeeze
 from babyllama.scoring.beams import BeamConfig
-from babyllama.scoring.rouge import ngrams
 from babyllama.scoring.summarise import AskConfig, ReadyModel, ask_all
 from babyllama.scoring.tables import table
 
@@ -93,34 +92,14 @@ def ways(cfg: LoopsConfig) -> dict[str, BeamConfig]:
 
 
 def statistics(replies: Sequence[Reply]) -> dict[str, float]:
-    """Percentages but for the length: loops, repeated and distinct n-grams, ends by <eos>."""
+    """Percentages but for the length: loops, ends by <eos>, ends by the guard."""
     texts = [squeeze(reply.text) for reply in replies]
-
-    def share(flags: Sequence[bool]) -> float:
-        return 100 * sum(flags) / len(flags)
-
     return {
-        "% loops": share([loops(text) for text in texts]),
-        "rep-2": 100 * sum(repeated_share(text, 2) for text in texts) / len(texts),
-        "rep-4": 100 * sum(repeated_share(text, 4) for text in texts) / len(texts),
-        "distinct-1": distinct_share(texts, 1),
-        "distinct-2": distinct_share(texts, 2),
-        "length": sum(map(len, texts)) / len(texts),
-        "% ended": share([reply.reason == "eos" for reply in replies]),
-        "% cut": share([reply.reason == "loop" for reply in replies]),
+        "% loops": 100 * fmean(map(loops, texts)),
+        "length": fmean(map(len, texts)),
+        "% ended": 100 * fmean(reply.reason == "eos" for reply in replies),
+        "% cut": 100 * fmean(reply.reason == "loop" for reply in replies),
     }
-
-
-def repeated_share(text: str, n: int) -> float:
-    """The share of a text's runs of `n` characters that stood there before; 0 if it has none."""
-    runs = ngrams(text, n)
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def distinct_share(texts: Sequence[str], n: int) -> float:
-    """Share of all runs of `n` characters in all texts that are different ones, in per cent."""
-    runs = [run for text in texts for run in ngrams(text, n)]
-    return 100 * len(set(runs)) / len(runs) if runs else 0.0
 
 
 def main(cfg: LoopsConfig) -> None:

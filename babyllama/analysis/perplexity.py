@@ -8,8 +8,7 @@
 Bits per byte compare models of different tokenizers, perplexity and accuracy only those of one.
 The figures depend neither on batch size nor on packing nor on the number of processes. A document
 longer than the context is read in windows that overlap by half: each token is predicted once, with
-at least half a context before it, or all there is. Beside each figure of bits stands its 95 %
-interval, by resampling documents.
+at least half a context before it, or all there is.
 
 Of several checkpoints the table shows the change since the first, and how much of each set was
 forgotten: the last figure above the lowest before it (Chaudhry et al. 2018, arXiv:1801.10112, there
@@ -21,7 +20,6 @@ one question that scoring asks (prompts.py). Bytes are those of the targets' tex
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -29,7 +27,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from time import perf_counter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -46,7 +43,6 @@ from babyllama.errors import CheckpointError, ConfigError, DataError
 from babyllama.log import perplexity
 from babyllama.rows import read_rows, row_kind
 from babyllama.run_dir import find_checkpoint, list_checkpoints, read_config, read_info
-from babyllama.scoring import rouge
 from babyllama.scoring.prompts import SummaryPrompts
 from babyllama.scoring.tables import table
 from babyllama.scoring.test_sets import beside, checksums, write_json
@@ -56,7 +52,7 @@ from tokenizer import Tokenizer
 
 # A summary row whose text would keep less than this is left out.
 _LEAST_TEXT = 16
-_TARGETS = {"text": ("text",), "chat": ("assistant",), "summary": ("summary",)}
+_TARGETS = {"text": "text", "chat": "assistant", "summary": "summary"}
 
 
 class Document(NamedTuple):
@@ -70,24 +66,25 @@ class Document(NamedTuple):
     is_target: np.ndarray
     text: str
 
-    @property
-    def n_bytes(self) -> int:
-        return len(self.text.encode())
-
 
 @dataclass
 class HeldOut:
     """One set.
 
-    sha256: of its files; with n_rows it says which documents these are
-    counts: what was cut, left out or changed, by reason
+    counts: what was cut or left out, by reason
     """
 
     name: str
     files: list[str]
-    sha256: str
     documents: list[Document]
     counts: dict[str, int]
+
+    @property
+    def about(self) -> dict:
+        """Which documents these are; the same ones have the same hash for any tokenizer."""
+        texts = "\0".join(document.text for document in self.documents)
+        found = hashlib.sha256(texts.encode()).hexdigest()
+        return {"files": self.files, "sha256": found, "n_documents": len(self.documents)}
 
 
 def find_files(item: str, split: str) -> list[Path]:
@@ -130,20 +127,16 @@ def open_held_out(
             f"{item}: no row of {split} can be scored in {max_seq_len} tokens {reader.counts}; "
             f"name another set or a model with a longer context"
         )
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
     counts = {reason: n for reason, n in reader.counts.items() if n}
-    return HeldOut(item, [shown(f) for f in files], digest.hexdigest(), documents, counts)
+    return HeldOut(item, [shown(f) for f in files], documents, counts)
 
 
 class _Reader:
-    """Turns rows into documents, and counts what it changes."""
+    """Turns rows into documents, and counts what it cuts."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Path, max_seq_len: int) -> None:
         self.tokenizer, self._path, self._length = tokenizer, prompts, max_seq_len
-        self.counts = {"text_cut": 0, "summary_does_not_fit": 0, "changed_by_tokenizer": 0}
+        self.counts = {"text_cut": 0, "summary_does_not_fit": 0}
 
     def document(self, row: dict) -> Document | None:
         """None if a row cannot fit.
@@ -163,12 +156,7 @@ class _Reader:
         if ids is None:
             self.counts["summary_does_not_fit"] += 1
             return None
-        both = zip(parts, pieces, strict=True)
-        said = [(text, own) for (role, text), (_, own) in both if role in _TARGETS[kind]]
-        self.counts["changed_by_tokenizer"] += any(
-            self.tokenizer.decode(own) != text for text, own in said
-        )
-        text = "".join(text for text, _ in said)
+        text = "".join(text for role, text in parts if role == _TARGETS[kind])
         return Document(np.array(ids, np.int64), np.array(mask, bool), text)
 
     def _laid_out(
@@ -199,12 +187,6 @@ class _Reader:
         answer = {"role": "assistant", "content": [summary]}
         question = self._prompts.eval_messages(text, room)
         return self.tokenizer.render_chat([*question, answer])
-
-
-def fingerprint(documents: Sequence[Document]) -> str:
-    """SHA-256 of the targets' texts: the same documents for any tokenizer have the same."""
-    texts = json.dumps([document.text for document in documents], ensure_ascii=False)
-    return hashlib.sha256(texts.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -332,47 +314,36 @@ def _losses(model: Transformer, batch: dict[str, Tensor]) -> tuple[np.ndarray, n
     return tuple(each[chosen].double().cpu().numpy() for each in found)
 
 
-def figures(sums: np.ndarray, n_bytes: Sequence[int]) -> dict:
+def figures(sums: np.ndarray, n_bytes: int) -> dict:
     """The figures of one set from the sums of its documents."""
     loss, n_targets, hits = sums.sum(axis=0).tolist()
-    total = sum(n_bytes)
-    low, high = rouge.bootstrap_ratio(sums[:, 0] / math.log(2), np.array(n_bytes))
     return {
         "ppl": perplexity(loss, n_targets),
-        "bpb": loss / total / math.log(2),
-        "bpb_low": low,
-        "bpb_high": high,
+        "bpb": loss / n_bytes / math.log(2),
         "accuracy": hits / n_targets,
         "loss_nats": loss,
         "n_targets": int(n_targets),
-        "n_bytes": total,
+        "n_bytes": n_bytes,
     }
 
 
 def measure(loaded: Loaded, sets: Sequence[HeldOut], cfg: EvaluateConfig, world: World) -> dict:
     """Figures of one checkpoint by set."""
-    length = loaded.config.max_seq_len
-    stride = max(1, length // 2)
-    found = {}
+    length, found = loaded.config.max_seq_len, {}
     for held_out in sets:
-        began = perf_counter()
-        sums = document_sums(
-            loaded.model, held_out.documents, stride, cfg.batch_size, world, held_out.name
-        )
-        rest = {
-            "n_long": sum(len(d.ids) - 1 > length for d in held_out.documents),
-            "counts": held_out.counts,
-            "seconds": perf_counter() - began,
-        }
-        found[held_out.name] = figures(sums, [d.n_bytes for d in held_out.documents]) | rest
-    about = {
+        name, documents = held_out.name, held_out.documents
+        stride = max(1, length // 2)
+        sums = document_sums(loaded.model, documents, stride, cfg.batch_size, world, name)
+        n_bytes = sum(len(document.text.encode()) for document in documents)
+        found[name] = figures(sums, n_bytes) | {"counts": held_out.counts}
+    return {
         "step": loaded.step,
         "sha256": checksums(loaded.path),
         "tokenizer": loaded.tokenizer.fingerprint,
         "vocab_size": loaded.tokenizer.vocab_size,
         "max_seq_len": length,
+        "sets": found,
     }
-    return about | {"sets": found}
 
 
 def bits(found: dict) -> np.ndarray:
@@ -389,7 +360,7 @@ def forgotten(figures: np.ndarray) -> np.ndarray:
 def report(found: dict) -> str:
     """One block a set."""
     blocks, several = [], len(found["checkpoints"]) > 1
-    head = ["", "bits/byte", "95 % interval", "change", "ppl", "accuracy", "targets", "bytes"]
+    head = ["", "bits/byte", "change", "ppl", "accuracy", "targets", "bytes"]
     for (name, about), column in zip(found["sets"].items(), bits(found).T, strict=True):
         lines, notes = [head], []
         for (step, measured), change in zip(
@@ -397,13 +368,11 @@ def report(found: dict) -> str:
         ):
             row = measured["sets"][name]
             lines.append([
-                step, f"{row['bpb']:.4f}", f"{row['bpb_low']:.4f} - {row['bpb_high']:.4f}",
-                f"{change:+.4f}", f"{row['ppl']:.2f}", f"{row['accuracy']:.2%}",
-                f"{row['n_targets']:,}", f"{row['n_bytes']:,}",
+                step, f"{row['bpb']:.4f}", f"{change:+.4f}", f"{row['ppl']:.2f}",
+                f"{row['accuracy']:.2%}", f"{row['n_targets']:,}", f"{row['n_bytes']:,}",
             ])  # fmt: skip
-            counts = row["counts"] | {"longer_than_the_context": row["n_long"]}
-            notes += [f"{step}: {n:,} {reason.replace('_', ' ')}" for reason, n in counts.items()
-                      if n]  # fmt: skip
+            counts = row["counts"].items()
+            notes += [f"{step}: {n:,} {reason.replace('_', ' ')}" for reason, n in counts]
         if several:
             notes.append(f"forgotten: {forgotten(column[:, None])[0]:+.4f} bits per byte")
         title = f"{name} ({about['n_documents']:,} documents, sha256 {about['sha256'][:12]})"
@@ -418,14 +387,9 @@ def require_same_documents(seen: dict[str, dict], held_out: HeldOut) -> None:
 
     raises: ConfigError if one of them has lost or gained some
     """
-    about = {
-        "files": held_out.files,
-        "sha256": held_out.sha256,
-        "texts_sha256": fingerprint(held_out.documents),
-        "n_documents": len(held_out.documents),
-    }
+    about = held_out.about
     before = seen.setdefault(held_out.name, about)
-    if before["texts_sha256"] != about["texts_sha256"]:
+    if before != about:
         raise ConfigError(
             f"{held_out.name}: the checkpoints do not score the same texts "
             f"({before['n_documents']} and {about['n_documents']} documents); their contexts "

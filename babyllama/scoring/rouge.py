@@ -16,7 +16,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import chain
@@ -207,27 +207,12 @@ def bootstrap_interval(
     values: np.ndarray, seed: int = 0, n_resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of (N,) values, N >= 1."""
-    means = [values[rows].mean(axis=1) for rows in _resampled(len(values), seed, n_resamples)]
-    return _middle(means, level)
-
-
-def bootstrap_ratio(
-    parts: np.ndarray, wholes: np.ndarray, seed: int = 0, n_resamples: int = 2000
-) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of sum(parts) / sum(wholes), resampled in pairs."""
-    chosen = _resampled(len(parts), seed, n_resamples)
-    return _middle([parts[r].sum(axis=1) / wholes[r].sum(axis=1).clip(1) for r in chosen], 0.95)
-
-
-def _resampled(n: int, seed: int, n_resamples: int) -> Iterator[np.ndarray]:
-    """Rows drawn with replacement, (some resamples, n) at a time, to spare the memory."""
-    rng, at_once = np.random.default_rng(seed), max(1, 200_000 // n)
+    rng, n = np.random.default_rng(seed), len(values)
+    at_once, means = max(1, 200_000 // n), []  # to spare the memory
     for start in range(0, n_resamples, at_once):
-        yield rng.integers(0, n, (min(at_once, n_resamples - start), n))
-
-
-def _middle(parts: list[np.ndarray], level: float) -> tuple[float, float]:
-    low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2])
+        rows = rng.integers(0, n, (min(at_once, n_resamples - start), n))
+        means.append(values[rows].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -126,7 +126,7 @@ def test_bytes_are_those_of_what_is_predicted(checkpoint, rows_root, script):
     assert found["summary"]["n_bytes"] == sum(len(r["summary"].encode()) for r in ROWS["summary"])
     answers = [m for row in ROWS["chat"] for m in row["messages"] if m["role"] == "assistant"]
     assert found["chat"]["n_bytes"] == sum(len(m["content"].encode()) for m in answers)
-    assert found["summary"]["counts"]["text_cut"] > 0 and found["text"]["n_long"] > 0
+    assert found["summary"]["counts"]["text_cut"] > 0
 
 
 def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary(tmp_path, tokenizer, rows_root,
@@ -141,7 +141,6 @@ def test_a_model_that_knows_nothing_pays_log2_of_the_vocabulary(tmp_path, tokeni
     assert row["ppl"] == pytest.approx(tokenizer.vocab_size, rel=1e-6)
     wanted = math.log2(tokenizer.vocab_size) * n_targets / row["n_bytes"]
     assert row["bpb"] == pytest.approx(wanted, rel=1e-6)
-    assert row["bpb_low"] < row["bpb"] < row["bpb_high"]
 
 
 @pytest.mark.parametrize("n, length, stride", [(10, 4, 2), (5, 4, 4), (4, 4, 1), (23, 8, 3)])
@@ -163,20 +162,12 @@ def test_windows_without_a_target_are_not_computed():
     assert len(list(windows(Document(np.arange(40), is_target, ""), 8, 4))) == 1
 
 
-def test_the_fixed_set_is_named_by_its_hash_and_by_its_texts(checkpoint, rows_root, script):
+def test_the_fixed_set_is_named_by_its_texts(checkpoint, rows_root, script):
     few = evaluated(script, checkpoint, rows_root / "chat", "--max_rows", 2)
     every = evaluated(script, checkpoint, rows_root / "chat")
     (few,), (every,) = few["sets"].values(), every["sets"].values()
-    assert few["sha256"] == every["sha256"] and len(few["sha256"]) == 64
-    assert few["texts_sha256"] != every["texts_sha256"]
+    assert few["sha256"] != every["sha256"] and len(few["sha256"]) == 64
     assert (few["n_documents"], every["n_documents"]) == (2, len(TEXTS))
-
-
-def test_texts_that_the_tokenizer_changes_are_counted(tmp_path, tokenizer, script, checkpoint):
-    rows = [{"id": "a/1", "text": "下划线▁在此"}, {"id": "a/2", "text": "不变"}]
-    write_rows(tmp_path / "a.jsonl", rows)
-    found = evaluated(script, checkpoint, tmp_path / "a.jsonl")
-    assert sets_of(found)["a.jsonl"]["counts"] == {"changed_by_tokenizer": 1}
 
 
 def test_a_summary_that_cannot_fit_is_counted(tmp_path, script, checkpoint):
