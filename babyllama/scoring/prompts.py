@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Self, TypeAlias, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,6 @@ _TELLING = 4  # characters: so many of a template in a title are no accident
 _STORED = ("text", "summary", *META)
 
 Ids = Sequence[int]
-Numbers: TypeAlias = int | np.ndarray
 Choice = TypeVar("Choice")
 
 
@@ -52,8 +51,8 @@ class Turn:
 class SummaryPrompts:
     """The wordings of one template file for one tokenizer.
 
-    unseen: questions that no training wording equals, the twenty of the report on how much a score
-        hangs on the phrase; a row is asked with the k-th by eval_prompt(text, max_ids, unseen[k]),
+    unseen: questions that no training wording should equal, of the report on how much a score hangs
+        on the phrase; a row is asked with the k-th by eval_prompt(text, max_ids, unseen[k]),
         and strip_frame takes off what a reply adds, whatever the question was
     share: of the rows that could have a second turn
     """
@@ -135,21 +134,13 @@ class SummaryPrompts:
         yield from ((question, "text") for question in (self.eval_question, *self.unseen))
 
     def _clashes(self) -> list[str]:
-        """Unseen wordings that training uses, and answers that could not be told apart."""
-        faults = []
-        known = [self._pattern(t) for questions, _ in self.families for t in questions]
-        for number, question in enumerate(self.unseen):
-            if any(p.fullmatch(q) for p in known for q in self._fillings(question)):
-                faults.append(f"eval.unseen {question!r} is a wording of training; write another")
-            if question in self.unseen[:number]:
-                faults.append(f"eval.unseen holds {question!r} twice; write another")
-        for (lead, end), (same, other) in product(self._frames, repeat=2):
-            if lead == same and end != other and end.endswith(other):
-                faults.append(
-                    f"answers that begin {lead!r} end in {end!r} or {other!r}, so it is open what "
-                    f"belongs to the summary; give them one ending or another beginning"
-                )
-        return faults
+        """Answers that could not be told apart."""
+        return [
+            f"answers that begin {lead!r} end in {end!r} or {other!r}, so it is open what "
+            f"belongs to the summary; give them one ending or another beginning"
+            for (lead, end), (same, other) in product(self._frames, repeat=2)
+            if lead == same and end != other and end.endswith(other)
+        ]
 
     @cached_property
     def longest(self) -> int:
@@ -175,14 +166,6 @@ class SummaryPrompts:
         names = [n for n in dict.fromkeys(_SLOT.findall(template)) if n not in _STORED]
         choices = product(*(self.slots[name] for name in names))
         return [_fill(template, dict(zip(names, words, strict=True))) for words in choices]
-
-    def _pattern(self, template: str) -> re.Pattern:
-        """Matches the fillings of a template."""
-        parts = _SLOT.split(template)
-        for number, name in enumerate(parts):
-            words = self.slots.get(name, [f"{{{name}}}"]) if number % 2 else [name]
-            parts[number] = f"(?:{'|'.join(map(re.escape, words))})"
-        return re.compile("".join(parts))
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._ids:
@@ -228,25 +211,8 @@ class SummaryPrompts:
         """True if a second turn about these pieces takes at most `spare` ids in every wording."""
         if not pieces or spare is None:
             return bool(pieces)
-        return self.turn_size(name, len(pieces), sum(map(len, pieces))) <= spare
-
-    def turn_size(self, name: str, n_pieces: Numbers, n_ids: Numbers) -> Numbers:
-        """The most ids that a second turn about so many pieces of so many ids takes in all."""
-        join = len(self._encode(self.turns[name].join))
-        return self._turn_longest[name] + n_ids + join * (n_pieces - 1)
-
-    def n_without_turn(self, file: TokenFile, spare: np.ndarray) -> int:
-        """Rows of a file whose meta some second turn asks about, none of which fits into what is
-        left of the context behind each row's text and summary."""
-        row_of = np.repeat(np.arange(file.n_docs), file.n_pieces)
-        asked, fits = (np.zeros(file.n_docs, dtype=bool) for _ in range(2))
-        for name in self.turns:
-            own = file.roles == ROLES.index(name)
-            counts = np.bincount(row_of[own], minlength=file.n_docs)
-            total = np.bincount(row_of[own], file.sizes[own], file.n_docs)
-            asked |= counts > 0
-            fits |= (counts > 0) & (self.turn_size(name, counts, total) <= spare)
-        return int((asked & ~fits).sum())
+        n_ids = sum(map(len, self._joined(pieces, self.turns[name].join)))
+        return self._turn_longest[name] + n_ids <= spare
 
     def _joined(self, pieces: Sequence[Ids], join: str) -> list[Ids]:
         between = self._encode(join)
@@ -333,22 +299,19 @@ class Summaries(Source):
             [{"role": "user", "content": [[]]}, {"role": "assistant", "content": [[]]}]
         )[0]
         self._room = max_seq_len + 1 - len(frame) - prompts.longest  # for text and summary
-        fitting, n_cut, n_without_turn, n_invented = [], 0, 0, 0
+        fitting, n_cut, n_invented = [], 0, 0
         for file in self.files:
             text, summary = file.sizes[file.first], file.sizes[file.first + 1]
             fits = np.minimum(text, _LEAST_TEXT) + summary <= self._room
             for place in np.flatnonzero(fits) if self._config.least_copied else ():
                 if self._copied(file, place) < self._config.least_copied:
                     fits[place], n_invented = False, n_invented + 1
-            spare = self._room - text - summary
-            n_cut += int((fits & (spare < 0)).sum())
-            n_without_turn += prompts.n_without_turn(file, spare)
+            n_cut += int((fits & (text + summary > self._room)).sum())
             fitting.append(fits)
         self.dropped = {
             "summary_does_not_fit": sum(int((~fits).sum()) for fits in fitting) - n_invented,
             "summary_not_in_text": n_invented,
             "text_cut": n_cut,
-            "no_room_for_second_turn": n_without_turn,
         }
         has_keywords = any((file.roles == ROLES.index("keywords")).any() for file in self.files)
         asks = "keywords" in prompts.turns and prompts.share > 0

@@ -386,7 +386,6 @@ def test_a_summary_row_fits_in_every_wording_and_only_its_texts_end_is_cut(tmp_p
         "summary_does_not_fit": 200 - len(kept),
         "summary_not_in_text": 0,
         "text_cut": n_cut,
-        "no_room_for_second_turn": 0,
     }
     assert len(source) == len(kept)
     for number, place in enumerate(kept):
@@ -471,7 +470,6 @@ def test_what_a_row_knows_besides_becomes_a_second_turn(tmp_path, tokenizer):
     source = open_source(
         SourceConfig(str(tmp_path)), "train", tokenizer, DataConfig(), 260, READERS
     )
-    assert source.dropped["no_room_for_second_turn"] == 1
     turns = {n: 0 for n in range(4)}
     for seed in range(60):
         for n in turns:
