@@ -1,7 +1,6 @@
 """Everything that the recipe makes of papers: documents, titles, and talk about an abstract.
 
-    python -m release.recipe.papers RAW --out data/raw/recipe
-
+csl_papers       the four tasks of CSL's benchmark put together again: one row a paper
 documents/<set>  an abstract with its title and keywords as text, for pretraining
 titles/<set>     abstract and title, with keywords and discipline where the source knows them
 about_real/<set>, about_translated/<set>
@@ -10,9 +9,9 @@ about_real/<set>, about_translated/<set>
 write, category  from a title to its abstract and to its discipline's branch
 title_lists      titles alone, by branch, as text
 
-The parts of journals' papers that are scored (dev.jsonl of csl_papers and cnki) are never read. A
-paper that several files hold is told by its arXiv number; one in two hundred is kept for validation
-in all of them.
+The parts of journals' papers that are scored (dev.jsonl of csl_papers and cnki) are never read: of
+CSL one paper in five, whole, as the tasks' files hold the same papers. A paper that several files
+hold is told by its arXiv number; one in two hundred is kept for validation in all of them.
 """
 
 import hashlib
@@ -26,9 +25,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from babyllama.config import REPO, from_repo, parse, run
+from babyllama.config import REPO, shown
+from babyllama.errors import DataError
+from data_process.columns import Refused
+from data_process.datasets.csl import paper_of
 from data_process.decontaminate import Windows, hits, read_list
-from data_process.raw import records
+from data_process.raw import Skip, records
 from data_process.stages import share_of
 from release.recipe.passages import (
     HERE,
@@ -41,29 +43,11 @@ from release.recipe.passages import (
     write_set,
 )  # fmt: skip
 
-CNKI_DEV, VAL = 0.067, 0.005
+CSL_DEV, CNKI_DEV, VAL = 0.2, 0.067, 0.005  # shares that are kept for validation
 LONGEST = 400  # characters of an abstract that is talked about, so that later turns find room
 BODIES, TITLES = ("text", "abst", "abstract"), ("summary", "title")
 ENGLISH = re.compile(r"\s*[（(]?[A-Z][\x00-\x7f]{20,}[)）]?\s*$")  # what some gists end with
 SLOT = re.compile(r"\{(\w+)\}")
-
-
-@dataclass(frozen=True)
-class PapersConfig:
-    """Source and target files.
-
-    Args:
-        raw: folder with the files
-        out: folder for the sets
-        papers: folder that csl_papers.py wrote
-        kept_out: .u64 lists of texts that must not be trained on, against which titles that stand
-            alone are held here; all else is held against them by data_process
-    """
-
-    raw: Path
-    out: Path = Path("data/raw/recipe")
-    papers: Path = Path("data/raw/csl_papers")
-    kept_out: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -230,16 +214,48 @@ def journals(path: Path) -> Iterator[tuple[str, dict]]:
         yield data["text"], row | ({"keywords": data["keywords"]} if data.get("keywords") else {})
 
 
-def main(cfg: PapersConfig) -> None:
+def task(place: Path, *wanted: str) -> Iterator[dict]:
+    """The papers in the dev file of one of CSL's tasks, as far as its lines state them."""
+    for record in records(place, "utf-8"):
+        try:
+            if isinstance(record, Skip):
+                raise Refused(record.reason)
+            if record.split == "val":
+                yield paper_of(record, *wanted)
+        except Refused:
+            raise DataError(
+                f"{shown(place)}, {record.where}: wanted {' and '.join(wanted)}, found another "
+                f"line; take the file from CSL's repository again"
+            ) from None
+
+
+def joined(benchmark: Path) -> Iterator[tuple[str, dict]]:
+    """The papers of ts with what the other tasks know of them.
+
+    kg has abstract, a space and title; cls_dcp the abstract; cls_ctg the title.
+    """
+    tasks = {"keywords": ("kg", "abstract"), "discipline": ("cls_dcp", "abstract"),
+             "category": ("cls_ctg", "title")}  # fmt: skip
+    known = {
+        field: {one[by]: one[field] for one in task(benchmark / folder, by, field)}
+        for field, (folder, by) in tasks.items()
+    }
+    for one in task(benchmark / "ts", "abstract", "title"):
+        abstract, title = one["abstract"], one["title"]
+        keys = {"keywords": f"{abstract} {title}", "discipline": abstract, "category": title}
+        found = {field: known[field][key] for field, key in keys.items() if key in known[field]}
+        yield abstract, {"title": title, "abstract": abstract} | found
+
+
+def write(raw: Path, out: Path, kept_out: Iterable[Path]) -> None:
     """Split, read, write."""
-    raw, out = from_repo(cfg.raw), from_repo(cfg.out)
+    write_parts(out / "csl_papers", joined(raw / "csl/benchmark"), CSL_DEV)
     write_parts(out / "cnki", journals(raw / ABSTRACTS / "cnki_real_titles.jsonl.xz"), CNKI_DEV)
-    made = {"cnki": out / "cnki", "csl_papers": from_repo(cfg.papers)}
     talk = Talk(seed=0)
     titled: dict[str, list[Paper]] = {}
     files = yaml.safe_load((HERE / "papers.yaml").read_text("utf-8"))
     for name, source in ((name, Source(**given)) for name, given in files.items()):
-        found = list(objects(made.get(name, raw) / source.place))
+        found = list(objects((out if source.place.startswith(name) else raw) / source.place))
         if source.documents:
             write_set(
                 out / "documents" / name, ({"text": document(n, d)} for n, d in enumerate(found))
@@ -255,7 +271,7 @@ def main(cfg: PapersConfig) -> None:
         if papers:
             write_parts(out / "titles" / name, ((one.key, title_row(one)) for one in papers))
     real = [one for name in ("csl_computing", "csl_papers", "cnki") for one in titled[name]]
-    _write_others(out, raw, real, talk, map(from_repo, cfg.kept_out))
+    _write_others(out, raw, real, talk, kept_out)
 
 
 def title_row(one: Paper) -> dict:
@@ -306,7 +322,3 @@ def _write_others(
     write_set(out / "title_lists", lists)
     readings = (data for path in sorted((raw / "reading").glob("*.xz")) for data in objects(path))
     write_set(out / "documents/reading", ({"text": passage(data)} for data in readings))
-
-
-if __name__ == "__main__":
-    run(main, parse(PapersConfig, __doc__, positional=("raw",)))

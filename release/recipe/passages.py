@@ -1,7 +1,5 @@
 """Questions about a passage: those of reading sets, and questions made out of its own sentences.
 
-    python -m release.recipe.passages RAW --out data/raw/recipe
-
 Chinese asks where the answer stands: put 哪一年 for 1998年 into a sentence, and it is a question
 that the sentence answers. So every text gives questions whose answers are copied from it; some are
 joined by a question of another passage, which this one does not answer. Written are reading
@@ -16,12 +14,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from babyllama.config import from_repo, parse, run, shown
+from babyllama.config import shown
 from babyllama.rows import write_rows
 from data_process.raw import Skip, records
 
@@ -48,19 +45,6 @@ NO_SUBJECT = re.compile(
     r"[这那它他她其此该也就还都我你只不没可如若因以说使应当在从对]|目的|主要|问题|关键|重点|目前|今[天年后]"
 )
 NO_OBJECT = re.compile(r"[不由在这说否从对以有为因]")
-
-
-@dataclass(frozen=True)
-class PassagesConfig:
-    """Source and target files.
-
-    Args:
-        raw: folder with the files
-        out: folder for reading, asked and lead
-    """
-
-    raw: Path
-    out: Path = Path("data/raw/recipe")
 
 
 @functools.cache
@@ -275,12 +259,8 @@ def _part(text: str, chance: random.Random, longest: int = 640) -> str:
     return text[start:end].strip()
 
 
-def main(cfg: PassagesConfig) -> None:
+def write(raw: Path, out: Path) -> None:
     """Make the three sets."""
-    made = {"reading": reading_rows, "asked": asked_rows, "lead": lead_rows}
-    for name, rows in made.items():
-        write_set(from_repo(cfg.out) / name, rows(from_repo(cfg.raw)))
-
-
-if __name__ == "__main__":
-    run(main, parse(PassagesConfig, __doc__, positional=("raw",)))
+    write_set(out / "reading", reading_rows(raw))
+    write_set(out / "asked", asked_rows(raw))
+    write_set(out / "lead", lead_rows(raw))

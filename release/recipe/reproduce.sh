@@ -15,17 +15,12 @@ raw=${1:?"usage: release/recipe/reproduce.sh RAW [EVALUATION [SETTINGS]]"}
 evaluation=${2:-}
 settings=${3:-}
 vocabulary=data/tokenizers/flagship.model
-papers=data/raw/csl_papers
 made=data/raw/recipe
+papers=$made/csl_papers
 
 run() {
     echo "+ $*"
     "$@"
-}
-
-# Rows of made sets, once.
-make_rows() {
-    [ -e "$made/$1.done" ] || { run python -m "release.recipe.$1" "$raw" "${@:2}" && touch "$made/$1.done"; }
 }
 
 process() {
@@ -44,17 +39,15 @@ score() {
 }
 
 kept_out=$(grep -oE '[^, ]+\.u64' <<< "$evaluation" | paste -sd, || true)
-run python -m release.recipe.csl_papers "$raw/csl/benchmark" --out "$papers" --dev_share 0.2
-make_rows papers ${kept_out:+--kept_out "[$kept_out]"}
-make_rows passages
-make_rows talk
+[ -e "$made/done" ] || { # once
+    run python -m release.recipe.sets "$raw" --out "$made" ${kept_out:+--kept_out "[$kept_out]"}
+    touch "$made/done"
+}
 for sets in text titles dialogues; do process "$sets"; done
 talks=$(printf ', data/clean/%s' identity talk turns smalltalk short persona duconv kdconv diamante lccc smile)
 run python -m release.recipe.openings --rows "[${talks:2}]"
-[ -e "$vocabulary" ] || {
-    run python -m release.recipe.vocabulary "$raw"
-    run python tokenizer.py train --rows data/vocabulary.jsonl --vocab_size 16000 --out "$vocabulary"
-}
+mkdir -p "$(dirname "$vocabulary")"
+[ -e "$vocabulary" ] || cp release/recipe/vocabulary.model "$vocabulary"
 for sets in text titles dialogues; do process "$sets" --tokenizer "$vocabulary"; done
 
 train pretrain.py --config release/recipe/pretrain/base.yaml

@@ -1,26 +1,20 @@
 """Talk for the last stages: the project's own, and dialogues of others in the layouts of readers.
 
-    python -m release.recipe.talk RAW --out data/raw/recipe
-
 talk      talk.yaml drawn out: every talk in many wordings
 turns     two to four of these talks, of identity.jsonl or about an abstract, one after the other: a
           model that only saw one subject at a time loses the thread
 short     questions of Alpaca and others whose answer is short Chinese
 paper_dialogues, duconv, persona   about a 资料, as {"reference", "dialogue"}
 crosswoz, smile, liver             as {"messages"}
-
-papers.py comes first, for turns takes its dialogues.
 """
 
 import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from babyllama.config import from_repo, parse, run
 from data_process.clean import han_share
 from data_process.raw import records
 from data_process.registry import data_sets
@@ -36,19 +30,6 @@ JOINED, SMILE = 6000, 2500  # dialogues that are joined, and that are taken of t
 LONGEST_ASKED, LONGEST_ANSWER = 150, 110  # characters
 NOT_TALK = re.compile(r"[`<>{}\\]|https?:|\n\s*\n")
 ABOUT_TITLES = re.compile("标题|题目|起个名|取个名")
-
-
-@dataclass(frozen=True)
-class TalkConfig:
-    """Source and target files.
-
-    Args:
-        raw: folder with the files
-        out: folder for the sets, where papers.py wrote about_real
-    """
-
-    raw: Path
-    out: Path = Path("data/raw/recipe")
 
 
 def drawn(talks: list[list[str]], slots: dict[str, list[str]], most: int, seed: int) -> list[dict]:
@@ -140,9 +121,8 @@ def persona(path: Path) -> Iterator[dict]:
             yield grounded("。".join(one["p2_persona"]) + "。", pairs)
 
 
-def main(cfg: TalkConfig) -> None:
-    """Make all sets."""
-    raw, out = from_repo(cfg.raw), from_repo(cfg.out)
+def write(raw: Path, out: Path) -> None:
+    """Make all sets of raw files, in a folder in which papers.py wrote about_real."""
     own = yaml.safe_load((HERE / "talk.yaml").read_text("utf-8"))
     talk = drawn(own["talks"], own["slots"], MOST, seed=0)
     identity = [turn(one["instruction"], one["output"]) for one in objects(HERE / "identity.jsonl")]
@@ -164,7 +144,3 @@ def main(cfg: TalkConfig) -> None:
     }
     for name, rows in sets.items():
         write_set(out / name, rows)
-
-
-if __name__ == "__main__":
-    run(main, parse(TalkConfig, __doc__, positional=("raw",)))
