@@ -698,9 +698,9 @@ def test_a_finished_run_says_so_and_another_config_is_refused_with_the_differenc
     assert found.code == 2
     assert found.err.startswith("error: ")
     assert found.err.splitlines()[1:] == [
-        "  model.dim: saved 32, now 64",
         "  optim.lr: saved 0.01, now 0.5",
         "  train.seed: saved 0, now 3",
+        "  model.dim: saved 32, now 64",
     ]
     assert contents(run) == before
 
