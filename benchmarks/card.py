@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from babyllama.analysis.estimate import available_gb, largest_batch, memory_by_part
 from babyllama.analysis.watch import mfu_per_rate, synchronize
-from babyllama.checkpoint import load_model
+from babyllama.checkpoint import load_model, load_weights, model_weights
 from babyllama.config import REPO, atomic_write, from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.cpu.fused import fuse
@@ -300,6 +300,37 @@ def peer(lab: Lab) -> dict:
     return found
 
 
+def profile(lab: Lab) -> dict:
+    """Where a step's time goes: the head, waiting for the processor, and how often it waits."""
+    batches = [lab.windows(lab.rows, seed=n) for n in range(4)]
+    step = stepper(lab, lab.best)
+    tokens = sum(batch["tokens"].numel() for batch in batches)
+    found: dict[str, Any] = {"step_ms": 1e3 * tokens / lab.rate(lambda: step(batches), tokens)}
+    model = fuse(lab.model())
+    hidden = torch.randn(lab.rows, lab.shape.max_seq_len, lab.shape.dim, device=lab.device)
+    targets = batches[0]["targets"].to(lab.device)
+    scaler = Scaler(lab.device, lab.best)
+    model.hidden = lambda tokens, **_: hidden.requires_grad_(True)
+
+    def head() -> None:
+        with scaler.autocast():
+            loss = model(targets, targets)
+        loss.loss_sum.backward()
+
+    found["head_ms"] = 1e3 * len(batches) / lab.rate(head, 1)
+    if not lab.is_card:
+        return found
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as record:
+        step(batches)
+        synchronize(lab.device)
+    events = record.key_averages()
+    busy = sum(e.self_device_time_total for e in events if e.device_type.name == "CUDA") / 1e3
+    waits = {e.key: e.count for e in events if "Synchronize" in e.key}
+    launches = sum(e.count for e in events if "LaunchKernel" in e.key)
+    return found | {"busy_ms": busy, "waits": waits, "launches": launches}
+
+
 def packed(lab: Lab) -> dict:
     """Packed dialogues by blocks and by a mask: the losses, the speed, and the compiled graphs."""
     from torch._dynamo.utils import counters
@@ -325,6 +356,27 @@ def packed(lab: Lab) -> dict:
     found["loss_gap"] = abs(losses["blocks"] / losses["mask"] - 1)
     found["passed"] = found["loss_gap"] < 1e-2
     return found
+
+
+def overflow(lab: Lab) -> dict:
+    """float16 whose scale is too large skips steps until it fits; NaN changes no weight."""
+    model = lab.model()
+    wrapped = wrap(lab.world, model)
+    scaler, optimizer = Scaler(lab.device, "float16"), make_optimizer(model, OptimConfig())
+    scaler.load({"scale": 2.0**30, "good_steps": 0})
+    batch, parameters, losses, skipped = lab.windows(2), list(model.parameters()), [], 0
+    for _ in range(25):
+        sums = forward_backward(wrapped, [batch], lab.world, scaler)
+        losses.append(float(sums[0] / sums[1]))
+        skipped += not math.isfinite(scaler.step(optimizer, parameters, 1.0, losses[-1]))
+    before = [w.detach().clone() for w in parameters]
+    forward_backward(wrapped, [batch], lab.world, scaler)
+    parameters[0].grad.fill_(math.nan)
+    scaler.step(optimizer, parameters, 1.0, math.nan)
+    is_same = all(map(torch.equal, before, parameters))
+    found = {"skipped": skipped, "scale": scaler.state()["scale"], "first": losses[0],
+             "last": losses[-1], "nan_changes_nothing": is_same}  # fmt: skip
+    return found | {"passed": losses[-1] < losses[0] and is_same}
 
 
 def resumed(lab: Lab) -> dict:
@@ -403,6 +455,63 @@ def largest(lab: Lab) -> dict:
     return found | {"passed": found["largest"]["fits"] and not found["twice"]["fits"]}
 
 
+def optimizers(lab: Lab) -> dict:
+    """Ten steps with AdamW and Muon: how long an update takes, and the loss on the processor."""
+    found: dict[str, Any] = {}
+    batch = lab.windows(2, min(128, lab.shape.max_seq_len))
+    for name in ("adamw", "muon"):
+        optim, losses = OptimConfig(name=name), {}
+        for where in dict.fromkeys((lab.device, torch.device("cpu"))):
+            world, scaler = World(0, 1, where), Scaler(where, "float32")
+            model = lab.model(where)
+            optimizer, parameters = make_optimizer(model, optim), list(model.parameters())
+            for _ in range(3 if where.type == "cpu" else 10):
+                sums = forward_backward(model, [batch], world, scaler)
+                losses.setdefault(where.type, []).append(float(sums[0] / sums[1]))
+                synchronize(where)
+                started = time.perf_counter()
+                scaler.step(optimizer, parameters, 1.0, losses[where.type][-1])
+                synchronize(where)
+                if where == lab.device:
+                    found[f"{name}_ms"] = 1e3 * (time.perf_counter() - started)
+        pairs = zip(losses[lab.device.type], losses["cpu"], strict=False)
+        found[f"{name}_loss_gap"] = max(abs(a / b - 1) for a, b in pairs)
+    return found | {"passed": max(found["adamw_loss_gap"], found["muon_loss_gap"]) < 1e-2}
+
+
+def engines(lab: Lab) -> dict:
+    """DDP and FSDP2 by themselves in a group of one: three steps each, from weights that were put
+    together as for a checkpoint, and the losses of none."""
+    import torch.distributed as dist
+
+    batch, losses = lab.windows(2), {}
+    for name in ("none", "ddp", "fsdp2"):
+        model = lab.model()
+        with tempfile.TemporaryDirectory() as place:
+            if name != "none":
+                backend = "nccl" if lab.is_card else "gloo"
+                at = torch.device("cuda", 0) if lab.is_card else None
+                dist.init_process_group(backend, f"file://{place}/store", rank=0, world_size=1,
+                                        device_id=at)  # fmt: skip
+            try:
+                world = World(0, 1, lab.device, name)
+                wrapped = model if name == "none" else world.distribute(model)
+                optimizer = make_optimizer(model, OptimConfig())
+                scaler = Scaler(lab.device, "float32")
+                for _ in range(3):
+                    load_weights(model, model_weights(model), Path(name))
+                    sums = forward_backward(wrapped, [batch], world, scaler)
+                    scaler.step(optimizer, list(model.parameters()), 1.0, float(sums[0]))
+                losses[name] = float(sums[0] / sums[1])
+            finally:
+                del wrapped
+                gc.collect()
+                if name != "none":
+                    dist.destroy_process_group()
+    gap = max(abs(losses[name] / losses["none"] - 1) for name in ("ddp", "fsdp2"))
+    return {"loss_gap": gap, "passed": gap < 1e-4}
+
+
 def images(lab: Lab) -> dict:
     """The encoder's features beside the processor's, and steps a second of a model that sees."""
     from vqa.encoders import EncoderConfig, make_encoder
@@ -445,8 +554,11 @@ class Part:
 PARTS = {
     "machine": Part(machine, 15, 15), "correct": Part(correct, 60, 45),
     "train": Part(training, 110, 55), "decode": Part(decoding, 50, 30),
-    "packed": Part(packed, 60, 40), "resume": Part(resumed, 40, 20),
-    "largest": Part(largest, 20, 10), "images": Part(images, 20, 10), "peer": Part(peer, 90, 45),
+    "packed": Part(packed, 60, 40), "profile": Part(profile, 25, 15),
+    "resume": Part(resumed, 40, 20), "float16": Part(overflow, 20, 10),
+    "largest": Part(largest, 20, 10), "optimizers": Part(optimizers, 20, 10),
+    "images": Part(images, 20, 10), "engines": Part(engines, 20, 10),
+    "peer": Part(peer, 90, 45),
 }  # fmt: skip
 
 
