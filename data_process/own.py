@@ -35,7 +35,7 @@ import yaml
 from babyllama.config import REPO, from_repo, shown, similar
 from babyllama.errors import DataError
 from babyllama.language.letters import likely_encoding
-from babyllama.rows import check_row
+from babyllama.rows import check_row, write_rows
 from data_process import formats
 from data_process.clean import fix
 from data_process.columns import known
@@ -300,18 +300,9 @@ def _labelled(files: list[Path]) -> Rows:
 def _make(found: _Found, name: str, fresh: Path, target: Path, tokenizer: Tokenizer) -> OwnData:
     """Write rows and token files of both parts into `fresh`, which will be `target`."""
     left_out: Counter[str] = Counter()
-    shares, named, systems = [], [], set()
-    every = fresh / "rows.jsonl"
-    with open(every, "w", encoding="utf-8", newline="\n") as file:
-        for row, part in _kept(found, name, left_out):
-            shares.append(share_of(json.dumps(row, ensure_ascii=False)))
-            named.append(part)
-            first = row.get("messages", [{"role": ""}])[0]
-            if len(systems) < 2:
-                systems.add(first["content"] if first["role"] == "system" else None)
-            row["id"] = f"{name}/{len(shares) - 1}"
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    parts = _parts(shares, named)
+    kept = list(_kept(found, name, left_out))
+    shares = [share_of(json.dumps(row, ensure_ascii=False)) for row, _ in kept]
+    parts = _parts(shares, [part for _, part in kept])
     left_out["test_part"] = parts.count("test")
     if not {"train", "val"} <= set(parts):
         reasons = ", ".join(f"{reason} {n}" for reason, n in left_out.items() if n)
@@ -319,18 +310,21 @@ def _make(found: _Found, name: str, fresh: Path, target: Path, tokenizer: Tokeni
             f"{name}: wanted two rows at least, one to learn from and one to check with, found "
             f"{len(parts)}{f' (left out: {reasons})' if reasons else ''}; add some"
         )
+    rows = [row | {"id": f"{name}/{n}"} for n, (row, _) in enumerate(kept)]
+    first = [row.get("messages", [{"role": ""}])[0] for row in rows]
     # What every dialogue is told alike says nothing about any of them.
-    persona = len(systems) == 1 and None not in systems
-    _divide(every, parts, fresh, persona)
-    every.unlink()
+    persona = first[0]["role"] == "system" and all(turn == first[0] for turn in first)
+    for row in rows if persona else ():
+        del row["messages"][0]
     counts, examples = {}, {}
     for part in ("train", "val"):
+        mine = [row for row, its_part in zip(rows, parts, strict=True) if its_part == part]
         path = fresh / f"{part}-00000.jsonl"
+        write_rows(path, mine)
         cfg = PretokenizeConfig(tokenizer.path, found.kind)
         counts[part] = pretokenize_shard(path, path.with_suffix(""), cfg)
         del counts[part]["files"]
-        with open(path, encoding="utf-8") as file:
-            examples[part] = [json.loads(line) for line in islice(file, 2)]
+        examples[part] = mine[:2]
     layout = found.layout + "; their one system text is left out" * persona
     return OwnData(
         name, shown(target), found.kind, layout, counts, {k: n for k, n in left_out.items() if n},
@@ -368,20 +362,6 @@ def _parts(shares: list[float], named: list[str | None]) -> list[str]:
         for _, n in free[:n_val]:
             parts[n] = "val"
     return parts
-
-
-def _divide(every: Path, parts: list[str], fresh: Path, persona: bool) -> None:
-    with (
-        open(every, encoding="utf-8", newline="\n") as rows,
-        open(fresh / "train-00000.jsonl", "w", encoding="utf-8", newline="\n") as train,
-        open(fresh / "val-00000.jsonl", "w", encoding="utf-8", newline="\n") as val,
-    ):
-        for row, part in zip(map(json.loads, rows), parts, strict=True):
-            if persona:
-                del row["messages"][0]
-            if part != "test":
-                line = json.dumps(row, ensure_ascii=False) + "\n"
-                {"train": train, "val": val}[part].write(line)
 
 
 def as_it_trains(row: dict, most: int = 70) -> str:
