@@ -10,17 +10,17 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 from babyllama.config import REPO, from_repo, shown
 from babyllama.errors import DataError
+from babyllama.rows import write_rows
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     """What a checkpoint was trained on.
 
     files: the rows; missing: sets and runs whose rows are not here
@@ -85,12 +85,13 @@ def count(rows: dict[str, list[dict]], training: Training) -> dict[str, int]:
         return {}
     with tempfile.TemporaryDirectory() as place:
         asked, found = Path(place) / "asked.jsonl", Path(place) / "found.json"
-        with open(asked, "w", encoding="utf-8") as file:
-            for task, its_rows in rows.items():
-                for row in its_rows:
-                    texts = [row["context"], row["ask"], *row["options"]]
-                    line = {"group": task, "text": "\0".join(filter(None, texts))}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        lines = (
+            {"group": task, "text": "\0".join(filter(None, texts))}
+            for task, its_rows in rows.items()
+            for row in its_rows
+            for texts in [(row["context"], row["ask"], *row["options"])]
+        )
+        write_rows(asked, lines)
         done = subprocess.run(
             [sys.executable, "-m", "data_process.decontaminate", asked, *training.files,
              "--out", found],

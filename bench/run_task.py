@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,8 @@ def ask(task: Task, rows: Rows, lm: Scorer, shots: int, prompts: str, samples: P
         "shots": shots,
         "mean_shots": float(np.mean(made.n_shots)),
         "own_shots": bool(shots and rows.own_shots),
-        "n_cut": _n_cut(made, said),
+        # Rows whose prompt lost its beginning, or an option its end, even without examples.
+        "n_cut": sum(not room(one["arguments"][0][0], one["doc"]) for one in said),
         "prompt_language": "zh" if prompts == "zh" else official.get("language", "en"),
         "form": "dialogue" if is_chat else "text",
         "seconds": perf_counter() - began,
@@ -78,7 +78,9 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
     # Of all rows: the most frequent answer of a few would look better than it is.
     if task.score == "choice":
         chance = constant = chance_of_choice(rows.every)
-        if _shows_numbers(task, rows):
+        # One option can be said every time: letters, or the same texts in every row.
+        same = {tuple(row["options"]) for row in rows.every}
+        if task.harness.get("doc_to_choice") == "letters" or len(same) == 1:
             constant = constant_choice(rows.every)
     elif task.score == "code":
         chance = constant = 0.0
@@ -102,18 +104,6 @@ def _report(task: Task, rows: Rows, values: dict[str, list[float]], metric: str)
         "other_metrics": {n: float(np.mean(v)) for n, v in values.items() if n != metric},
         "data_sha256": rows.sha256,
     }
-
-
-def _shows_numbers(task: Task, rows: Rows) -> bool:
-    """True if one option can be said every time: letters, or the same texts in every row."""
-    same = {tuple(row["options"]) for row in rows.every}
-    return task.harness.get("doc_to_choice") == "letters" or len(same) == 1
-
-
-def _n_cut(made: Any, said: list[dict]) -> int:
-    """Rows whose prompt lost its beginning, or an option its end, even without examples."""
-    room = type(made).room
-    return sum(not room(sample["arguments"][0][0], sample["doc"]) for sample in said)
 
 
 def _samples(

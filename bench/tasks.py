@@ -228,16 +228,12 @@ def harness_task(
 def _ours(task: Task) -> dict:
     config = json.loads(json.dumps(task.harness)) | {"metadata": {"version": 1}}
     config.setdefault("target_delimiter", "")
-    if task.score == "choice":
-        metrics = ["acc", "acc_norm"]
-    else:
-        score = SCORES.get(task.score)
-        if score:
-            config["process_results"] = lambda row, replies: score(replies[0], row["answers"])
-            metrics = list(score("", [""]))
-        else:  # code is scored by running it
-            config["process_results"] = lambda row, replies: {"asked": 1.0}
-            metrics = ["asked"]
+    metrics = ["acc", "acc_norm"]
+    if task.score != "choice":
+        # Code is scored by running it.
+        score = SCORES.get(task.score, lambda reply, answers: {"asked": 1.0})
+        config["process_results"] = lambda row, replies: score(replies[0], row["answers"])
+        metrics = list(score("", [""]))
     config["metric_list"] = [
         {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
     ]

@@ -296,14 +296,11 @@ class Encoder(nn.Module):
         pixels: (N, squares, 3, S, S), normalised
         returns: (N, places, sum of widths)
         """
-        N, n_squares = pixels.shape[:2]
-        maps = self.net(pixels.flatten(0, 1))
-        found = []
+        maps, found = self.net(pixels.flatten(0, 1)), []
         for depth in self.config.depths:
             pooled = F.adaptive_avg_pool2d(maps[depth - 1], self.config.grid)
-            channels = pooled.shape[1]
-            found.append(pooled.flatten(2).transpose(1, 2).reshape(N, -1, channels))
-        assert found[0].shape[1] == n_squares * self.config.grid**2
+            places = pooled.flatten(2).transpose(1, 2)  # (N · squares, grid · grid, C)
+            found.append(places.reshape(len(pixels), -1, places.shape[2]))
         return torch.cat(found, dim=2)
 
 

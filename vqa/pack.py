@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -210,22 +211,19 @@ def each_image(names: list[str], cfg: PackConfig) -> Iterator[tuple[str, bytes |
     assert cfg.images
     finder = Finder(cfg.images)
 
-    def found(name: str) -> bytes | Path | DataError:
+    def usable(name: str) -> bytes | DataError:
         try:
-            return finder.find(name)
+            with lock:  # of a table that several want, one is read
+                source = finder.find(name)
+            return checked(source, name, cfg.max_side)
         except DataError as error:
             return error
 
-    def check(source: bytes | Path | DataError, name: str) -> bytes | DataError:
-        try:
-            return source if isinstance(source, DataError) else checked(source, name, cfg.max_side)
-        except DataError as error:
-            return error
-
+    lock = Lock()
     with ThreadPoolExecutor(cfg.workers) as pool:
         for start in range(0, len(names), AHEAD):
             part = names[start : start + AHEAD]
-            yield from zip(part, pool.map(check, map(found, part), part), strict=True)
+            yield from zip(part, pool.map(usable, part), strict=True)
 
 
 def pack(cfg: PackConfig, shard_bytes: int = SHARD_BYTES) -> dict:
