@@ -24,7 +24,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,7 +248,7 @@ def prove(loaded: Loaded, file: Path, material: parity.Material, wanted: GgufTyp
         **parity.origin_of(loaded, material, ["transformers"]),
         "type": wanted,
         **parity.compare_model(loaded, peer, material, twin),
-        **parity.compare_text(loaded, pieces.encode, renderer(loaded, template), None, material),
+        **parity.compare_text(loaded, pieces.encode, renderer(loaded, template), material),
     }
     if wanted != "f32":
         report["rounding"] = drift(loaded, twin, material)
@@ -275,14 +274,10 @@ def prove_llama_cpp(
 ) -> dict[str, dict]:
     """The same comparisons in llama.cpp; logits and replies are bounded for f32 only."""
     peer = tools.LlamaCpp(file, loaded.config.max_seq_len)
-    render, encode_rendered = (
-        renderer(loaded, peer.template),
-        partial(peer.encode, is_rendered=True),
-    )
     model = parity.compare_model(loaded, peer, material)
     if wanted != "f32":
         model = {name: check | {"passed": None} for name, check in model.items()}
-    text = parity.compare_text(loaded, peer.encode, render, encode_rendered, material)
+    text = parity.compare_text(loaded, peer.encode, renderer(loaded, peer.template), material)
     return {f"llama_cpp_{name}": check for name, check in (model | text).items()}
 
 

@@ -16,7 +16,6 @@ Back again: python -m export.import_hf. For llama.cpp: python -m export.gguf.
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -132,11 +131,10 @@ def write_folder(loaded: Loaded, place: Path) -> None:
 def prove(loaded: Loaded, place: Path, material: parity.Material) -> dict:
     """Compare the folder, as transformers loads it, with the checkpoint."""
     peer = tools.HuggingFaceFolder(place)
-    encode_rendered = partial(peer.encode, is_rendered=True)
     return {
         **parity.origin_of(loaded, material, ["transformers", "tokenizers"]),
         **parity.compare_model(loaded, peer, material),
-        **parity.compare_text(loaded, peer.encode, peer.render, encode_rendered, material),
+        **parity.compare_text(loaded, peer.encode, peer.render, material),
     }
 
 

@@ -7,7 +7,7 @@
 
 The other side is given as functions (tools.py). Our prompts are encoded label by label and content
 by content; a tool that encodes the rendered string in one go gets other ids now and then, because
-a token may there reach over a border. How often is counted, not bounded.
+a token may there reach over a border.
 
 An export is built beside its place under another name and renamed when it is finished and proven.
 What stood in its place before is touched only then, and only if it is an export itself.
@@ -231,15 +231,14 @@ def compare_model(
 
 
 def compare_text(
-    loaded: Loaded, encode: Callable, render: Callable, encode_rendered: Callable | None,
-    material: Material,
-) -> dict[str, dict]:  # fmt: skip
+    loaded: Loaded, encode: Callable, render: Callable, material: Material
+) -> dict[str, dict]:
     """Token ids and rendered chats beside a peer's, given as functions."""
     tokenizer, lines = loaded.tokenizer, material.lines
     return {
         "token_ids": compare_ids(tokenizer, encode, lines),
         "hard_token_ids": compare_ids(tokenizer, encode, probes(tokenizer)),
-        "chat_template": compare_templates(tokenizer, render, encode_rendered, lines),
+        "chat_template": compare_templates(tokenizer, render, lines),
     }
 
 
@@ -297,25 +296,17 @@ def compare_ids(
 
 
 def compare_templates(
-    tokenizer: Tokenizer,
-    render: Callable[[list[dict], bool], str],
-    encode: Callable[[list[str]], list[list[int]]] | None,
-    lines: Sequence[str],
+    tokenizer: Tokenizer, render: Callable[[list[dict], bool], str], lines: Sequence[str]
 ) -> dict:
     """Rendered dialogues and prompts against the format's own text.
 
     render: messages and whether it is a prompt, to text
-    encode: a rendered text, with its control names, to ids; null where that is not compared
     """
-    ours, found, n_otherwise = TextFormat(*ends_of(tokenizer)), [], 0
+    ours, found = TextFormat(*ends_of(tokenizer)), []
     for talk in bar(dialogues(lines, N_DIALOGUES), "compare rendered chats"):
         wanted = [ours.dialogue(talk), ours.prompt(talk[:-1])]
         found.append((talk, wanted, [render(talk, False), render(talk[:-1], True)]))
-        if encode is not None:
-            pieces = [tokenizer.render_chat(talk)[0], tokenizer.render_prompt(talk[:-1])]
-            n_otherwise += encode(wanted) != pieces
-    counted = {} if encode is None else {"encoded_otherwise": n_otherwise}
-    return {"dialogues": N_DIALOGUES, **counted, **_equal("dialogue", found)}
+    return {"dialogues": N_DIALOGUES, **_equal("dialogue", found)}
 
 
 def _equal(what: str, found: list[tuple]) -> dict:

@@ -70,10 +70,9 @@ class HuggingFaceFolder(TransformersModel):
         super().__init__(model, model.generation_config.eos_token_id)
         self.tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
 
-    def encode(self, texts: list[str], is_rendered: bool = False) -> list[list[int]]:
-        """Ids of bare texts, in which control names stay text, or of rendered chats."""
-        split = not is_rendered
-        return self.tokenizer(texts, split_special_tokens=split, verbose=False)["input_ids"]
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of bare texts, in which control names stay text."""
+        return self.tokenizer(texts, split_special_tokens=True, verbose=False)["input_ids"]
 
     def render(self, messages: list[dict], is_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(
@@ -123,8 +122,8 @@ class LlamaCpp:
             found.append(_until(self.model.token_eos(), islice(tokens, n_new)))
         return found
 
-    def encode(self, texts: list[str], is_rendered: bool = False) -> list[list[int]]:
-        return [self.model.tokenize(t.encode(), add_bos=False, special=is_rendered) for t in texts]
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [self.model.tokenize(t.encode(), add_bos=False, special=False) for t in texts]
 
 
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, run, shown
@@ -26,23 +27,13 @@ from babyllama.scoring.rouge import bootstrap_interval
 from babyllama.scoring.summarise import ReadyModel, ask_all, load_answering
 from babyllama.scoring.tables import table
 
-# What is told, how it is asked for, and the values that it may have: none is part of another.
-FACTS = {
-    "name": ("你好，我叫{}。", "你还记得我叫什么名字吗？",
-             ("小明", "王芳", "李雷", "张伟", "刘洋", "陈静", "赵强", "孙丽")),
-    "city": ("我住在{}。", "我住在哪个城市？",
-             ("上海", "广州", "成都", "西安", "南京", "武汉", "杭州", "青岛")),
-    "pet": ("我家养了一只{}。", "我家养了什么动物？",
-            ("小猫", "小狗", "兔子", "乌龟", "鹦鹉", "仓鼠", "鸽子", "刺猬")),
-    "colour": ("我最喜欢的颜色是{}。", "我最喜欢什么颜色？",
-               ("红色", "蓝色", "绿色", "黄色", "紫色", "黑色", "白色", "灰色")),
-    "number": ("我的房间号是{}。", "我的房间号是多少？",
-               ("308", "512", "127", "946", "271", "683", "435", "759")),
-}  # fmt: skip
+# By fact what is told, how it is asked for, and the values that it may have, of which none is part
+# of another; and what is said between.
+MATERIAL = yaml.safe_load(Path(__file__).with_name("multi_turn.yaml").read_text("utf-8"))
+FACTS: dict[str, list] = MATERIAL["facts"]
+BETWEEN: list[str] = MATERIAL["between"]
 UNTOLD = "你好。"
 AT_ONCE = 32  # dialogues that are continued together
-BETWEEN = ("怎样才能睡得好？", "下雨天可以做什么？", "写一句祝福的话。", "围棋是怎么下的？",
-           "怎么学好数学？", "请讲一个笑话。", "早饭吃什么好？", "怎么锻炼身体？")  # fmt: skip
 
 
 @dataclass(frozen=True)

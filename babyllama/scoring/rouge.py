@@ -37,7 +37,6 @@ class RougeScores:
 
     measure: str
     f: dict[str, np.ndarray]
-    n_blank: int  # predictions that are blank
     n_long: int = 0  # pairs too long for `rouge`, scored with clipped counts instead
 
 
@@ -109,8 +108,7 @@ def _score(
     for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         if not is_blank(prediction) and not is_blank(reference):
             f[:, i] = score(prediction, reference)
-    n_blank = sum(map(is_blank, predictions))
-    return RougeScores(measure, dict(zip(ROUGE, f, strict=True)), n_blank, n_long)
+    return RougeScores(measure, dict(zip(ROUGE, f, strict=True)), n_long)
 
 
 def _is_long(prediction: str, reference: str) -> bool:

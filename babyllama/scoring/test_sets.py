@@ -2,7 +2,7 @@
 
     .tsv    CSL's benchmark/ts: `to title`, abstract, title
     .json   one object a line: {"id", "abst", "title"} (csl_title_public), {"content", "title"} and
-            the like (LCSTS in its re-releases, with a system's output perhaps), or a row of ours
+            the like (LCSTS in its re-releases), or a row of ours
     folder  its files whose name holds the split
 
 A file of titles has the keys id, text, reference and prediction.
@@ -83,7 +83,7 @@ class SummarySet:
         """What is read of its rows and what is not, as the first row shows."""
         row = _object(next(numbered_lines(self.files[0]))[1])
         used = [first_column(row, names) for names in (BODIES, SUMMARIES)]
-        left = ", ".join(key for key in row if key not in (*used, "id", "meta", "system"))
+        left = ", ".join(key for key in row if key not in (*used, "id", "meta"))
         return f"; title: {used[1]}; not used: {left}" if left and all(used) else ""
 
     def column(self, key: str) -> list[str]:
@@ -189,8 +189,6 @@ def _from_json(line: str, row_id: str) -> tuple[Any, str | None]:
     ours = {"id": str(row.get("id", row_id)), "text": row[body], "summary": row[summary]}
     if "meta" in row:
         ours["meta"] = row["meta"]
-    if "system" in row:
-        ours["meta"] = {"system": row["system"]}
     return ours, None if (body, summary) == ("text", "summary") else "lcsts"
 
 
@@ -250,13 +248,6 @@ def choose_published(wanted: str, found: SummarySet, known: Collection[str]) -> 
     if wanted != "auto" and wanted not in known:
         raise ConfigError(f"--published {wanted}: wanted auto, none or one of {', '.join(known)}")
     return found.published if wanted == "auto" else wanted
-
-
-def stored_outputs(found: SummarySet) -> dict[str, list[str]]:
-    """A system's outputs that the set itself holds, if it holds one for each row."""
-    outputs = [row.get("meta", {}).get("system") for row in found.rows]
-    held = all(isinstance(output, str) for output in outputs)
-    return {"outputs in the file": outputs} if held else {}
 
 
 def choose_systems(named: Sequence[Path], has_wordings: bool) -> dict[str, Path]:

@@ -331,9 +331,7 @@ def test_a_layout_tells_the_published_set(tmp_path):
     public.mkdir()
     (public / "csl_title_dev.json").write_text('{"id": 1, "title": "题", "abst": "方"}\n', "utf-8")
     (public / "csl_title_test.json").write_text('{"id": 2, "title": "甲", "abst": "乙"}\n', "utf-8")
-    (tmp_path / "lcsts_test.jsonl").write_text(
-        '{"content": "文", "title": "题", "system": "题文"}\n', "utf-8"
-    )
+    (tmp_path / "lcsts_test.jsonl").write_text('{"content": "文", "title": "题"}\n', "utf-8")
     (tmp_path / "news_test.jsonl").write_text('{"content": "文", "title": "题"}\n', "utf-8")
 
     def opened(path: Path, split: str = "dev"):
@@ -345,7 +343,6 @@ def test_a_layout_tells_the_published_set(tmp_path):
     assert opened(public, "test").column("summary") == ["甲"]
     lcsts = opened(tmp_path / "lcsts_test.jsonl")
     assert lcsts.published == "lcsts"
-    assert test_sets.stored_outputs(lcsts) == {"outputs in the file": ["题文"]}
     assert opened(tmp_path / "news_test.jsonl").published is None
     mixed = tmp_path / "mixed.jsonl"
     text = (public / "csl_title_dev.json").read_text("utf-8")
@@ -377,4 +374,3 @@ def test_real_sets_are_recognised():
         assert (found.published, len(found.rows)) == (published, n)
     lcsts = test_sets.open_set(SHARED / "lcsts", "", "test", None)
     assert (lcsts.published, len(lcsts.rows)) == ("lcsts", 362)
-    assert len(test_sets.stored_outputs(lcsts)["outputs in the file"]) == 362
