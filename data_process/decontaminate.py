@@ -266,28 +266,22 @@ def make_windows(
     evaluation: .u64 lists and evaluation files
     held_out: shards of rows, of which those with "split": val or test count, as one list
     """
-    names, lists, rolling, notes = [], [], [], {}
-    for path in evaluation:
-        numbers, known, notes[shown(path)] = _list_of(path)
-        names.append(shown(path))
-        lists.append(numbers)
-        rolling.append(known)
-    numbers, known, note = windows_of(_held_out_texts(held_out))
-    if note["texts"]:
-        names.append("held-out rows")
-        lists.append(numbers)
-        rolling.append(known)
-        notes["held-out rows"] = note
-    if not names:
+    found = {shown(path): _list_of(path) for path in evaluation}
+    held = windows_of(_held_out_texts(held_out))
+    found |= {"held-out rows": held} if held[2]["texts"] else {}
+    if not found:
         return None
+    lists, rolling, notes = zip(*found.values(), strict=True)
+    names = tuple(found)
     known = None if any(r is None for r in rolling) else np.unique(np.concatenate(rolling))
     digest = hashlib.sha256(json.dumps(names).encode())
     for numbers in lists:
         digest.update(numbers.tobytes())
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{digest.hexdigest()[:16]}.npz"
-    Windows(tuple(names), tuple(lists), known).save(path)
-    write_whole(path.with_suffix(".json"), json.dumps(notes, ensure_ascii=False, indent=1) + "\n")
+    Windows(names, lists, known).save(path)
+    said = dict(zip(names, notes, strict=True))
+    write_whole(path.with_suffix(".json"), json.dumps(said, ensure_ascii=False, indent=1) + "\n")
     return path
 
 

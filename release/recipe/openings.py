@@ -17,17 +17,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from babyllama.checkpoint import Loaded
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.cpu.decoder import make_decoder
-from babyllama.decoder import Reply, Weights
+from babyllama.decoder import Reply
 from babyllama.device import Device, pick_device
-from babyllama.errors import ConfigError, DataError
+from babyllama.errors import DataError
 from babyllama.generate import generate_replies
 from babyllama.rows import numbered_lines, read_rows, write_rows
-from babyllama.sampling import SamplingConfig, alone, loops, squeeze
+from babyllama.sampling import SamplingConfig, loops, squeeze
 from babyllama.scoring.summarise import load_answering
 
 OPENINGS = Path(__file__).parent / "openings.jsonl"
@@ -36,7 +35,7 @@ LEAST = 5  # characters: what is shorter, such as a greeting, stands in any set
 
 
 @dataclass(frozen=True)
-class OpeningsConfig(SamplingConfig):
+class OpeningsConfig:
     """Checkpoint and questions.
 
     Args:
@@ -44,25 +43,14 @@ class OpeningsConfig(SamplingConfig):
         rows: folders of cleaned dialogues that are looked through instead
         out: file for the conversations, as JSON lines
         device: auto, cpu, cuda or mps
-        weights: auto, float32, or int8: a quarter of the bytes, on the cpu only, with a C compiler
+        max_new_tokens: longest reply
     """
 
     checkpoint: Path = Path("release")
     rows: tuple[Path, ...] = ()
     out: Path | None = None
     device: Device = "auto"
-    weights: Weights = "auto"
     max_new_tokens: int = 96
-    loop_guard: Literal["off", "end", "redraw"] = "redraw"  # as chat.py draws
-    seed: int | None = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.temperature == 0 or self.n > 1:
-            raise ConfigError(
-                f"wanted one drawn reply beside the greedy one, found n {self.n} at temperature "
-                f"{self.temperature:g}; leave both out"
-            )
 
 
 def read_openings(path: Path = OPENINGS) -> list[list[dict]]:
@@ -91,23 +79,17 @@ def bare(text: str) -> str:
     return re.sub(r"[\W_]", "", text)
 
 
-def talk(
-    loaded: Loaded, openings: Sequence[list[dict]], cfg: OpeningsConfig, way: SamplingConfig
-) -> list[dict]:
+def talk(loaded: Loaded, openings: Sequence[list[dict]], way: SamplingConfig) -> list[dict]:
     """Each opening as a conversation, with the fault of each reply."""
-    decoder, tokenizer = make_decoder(loaded.model, cfg.weights), loaded.tokenizer
-    found: list[dict] = [{"messages": [], "faults": [], "ends": []} for _ in openings]
-    for number in range(max(map(len, openings))):
-        going = [
-            (one, t[number]) for one, t in zip(found, openings, strict=True) if number < len(t)
-        ]
-        for one, turn in going:
+    decoder, tokenizer = make_decoder(loaded.model, "auto"), loaded.tokenizer
+    found: list[dict] = [{"messages": [], "faults": []} for _ in openings]
+    for turns in zip(*openings, strict=True):
+        for one, turn in zip(found, turns, strict=True):
             one["messages"].append({"role": "user", "content": turn["say"]})
-        prompts = [tokenizer.render_prompt(one["messages"]) for one, _ in going]
+        prompts = [tokenizer.render_prompt(one["messages"]) for one in found]
         replies = generate_replies(decoder, prompts, way, tokenizer.eos_id, tokenizer)
-        for (one, turn), reply in zip(going, replies, strict=True):
+        for one, turn, reply in zip(found, turns, replies, strict=True):
             one["faults"].append(fault(reply, turn))
-            one["ends"].append(reply.reason)
             said = reply.text.strip() or "……"
             one["messages"].append({"role": "assistant", "content": said})
     return found
@@ -152,12 +134,12 @@ def main(cfg: OpeningsConfig) -> None:
         print(f"none of {len(openings)} openings stands in {len(cfg.rows)} sets")
         return
     loaded = load_answering(from_repo(cfg.checkpoint), pick_device(cfg.device))
-    drawn = alone(cfg, SamplingConfig)
+    drawn = SamplingConfig(cfg.max_new_tokens, loop_guard="redraw", seed=0)  # as chat.py draws
     greedy = replace(drawn, temperature=0.0, loop_guard="off")
     rows = []
     print(f"{shown(loaded.path)}: {len(openings)} openings with their follow-ups")
     for name, way in {"greedy": greedy, "drawn": drawn}.items():
-        talked = talk(loaded, openings, cfg, way)
+        talked = talk(loaded, openings, way)
         line = "  ".join(f"{what} {share:5.1f} %" for what, share in figures(talked).items())
         faults = Counter(fault for one in talked for fault in one["faults"] if fault)
         print(f"{name:<7} {line}  {dict(faults.most_common())}")
