@@ -218,9 +218,10 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], where: Path) ->
 
     raises: CheckpointError with every name and shape that does not fit
     """
-    require_shapes(_stored_shapes(model), weights, where)
+    stored = lora.stored(model)
+    require_shapes({name: tuple(w.shape) for name, w in stored.items()}, weights, where)
     with torch.no_grad():
-        for name, weight in lora.stored(model).items():
+        for name, weight in stored.items():
             weight.copy_(share_of(weight, weights[name]))
 
 
@@ -237,10 +238,6 @@ def require_shapes(
     if faults:
         some = "; ".join(faults[:10]) + advice
         raise CheckpointError(f"{shown(where)} does not fit the model: {some}")
-
-
-def _stored_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(weight.shape) for name, weight in lora.stored(model).items()}
 
 
 def load_train_state(path: Path, run: Snapshot) -> dict:

@@ -206,9 +206,10 @@ class Rules:
 
     def extend(self, reply: Reply, token: int, limit: int) -> None:
         """Lengthen a reply by a token, or end it, or both."""
+        ends = self.sampling.loop_guard == "end"
         if token == self.eos_id:
             reply.reason = "eos"
-        elif token == NOTHING or self._ends_in_loop(reply.ids, token):
+        elif token == NOTHING or (ends and loops(self._text(reply.ids, token))):
             reply.reason = "loop"
         else:
             reply.ids.append(token)
@@ -219,9 +220,6 @@ class Rules:
             reply.text = until_stop(text, self.sampling.stop)
             if len(reply.text) < len(text):
                 reply.reason = "stop"
-
-    def _ends_in_loop(self, ids: list[int], token: int) -> bool:
-        return self.sampling.loop_guard == "end" and loops(self._text(ids, token))
 
     def _text(self, ids: list[int], token: int) -> str:
         assert self.tokenizer is not None  # __init__ wants one where text is looked at
