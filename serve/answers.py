@@ -100,8 +100,7 @@ class Replies(Asked):
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """Who stops listening cancels what is left."""
-        left, last, mailbox = self.n, time.perf_counter(), asyncio.Queue()
-        seen: dict[int, float] = {}
+        left, mailbox = self.n, asyncio.Queue()
         self.desk.submit(self.model.engine, self.jobs, mailbox)
         try:
             while left:
@@ -112,10 +111,6 @@ class Replies(Asked):
                 except TimeoutError:
                     yield None
                     continue
-                now = time.perf_counter()
-                found = self.metrics.between if number in seen else self.metrics.first
-                found.observe(now - seen.get(number, last))
-                seen[number] = now
                 if piece.reason:
                     left -= 1
                     self.metrics.replies.labels(piece.reason).inc()

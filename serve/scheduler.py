@@ -8,7 +8,6 @@ at a time, waiting ones included, and so many of one client; what is done is cou
 import asyncio
 import collections
 import logging
-import math
 import queue
 import threading
 import time
@@ -17,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from serve.engine import Engine, Job, Piece
@@ -26,10 +24,10 @@ from serve.schema import Refused, bad
 logger = logging.getLogger("babyllama.serve")
 
 Mailbox = asyncio.Queue  # of (number of the reply, Piece)
+WAIT_S = 5  # until a place is likely to be free
 
 
-_SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
-_LONG = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+_STEPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Metrics:
@@ -45,13 +43,8 @@ class Metrics:
         self.tokens = Counter("babyllama_tokens", "Tokens read, known, written", ["kind"], **of)
         self.replies = Counter("babyllama_replies", "Replies by the way they ended", ["end"], **of)
         self.open = Gauge("babyllama_open_replies", "Replies running and waiting", **of)
-        self.step = Histogram("babyllama_step_seconds", "A step", buckets=_SHORT, **of)
-        self.first = Histogram("babyllama_first_seconds", "To the first piece", buckets=_LONG, **of)
-        self.between = Histogram(
-            "babyllama_between_seconds", "Between two pieces of a reply", buckets=_SHORT, **of
-        )
+        self.step = Histogram("babyllama_step_seconds", "A step", buckets=_STEPS, **of)
         ProcessCollector(registry=self.registry)
-        GCCollector(registry=self.registry)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -80,7 +73,6 @@ class Desk:
         self._outbox: list[tuple[Mailbox, int, Piece]] = []
         self._unfinished: set[Job] = set()
         self._open: collections.Counter[str] = collections.Counter()
-        self._seconds = 1.0  # of a reply, lately
         self._thread = threading.Thread(target=self._run, name="engines", daemon=True)
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -102,7 +94,7 @@ class Desk:
             raise bad("n", f"wanted at most {most} replies to a request, found {n} in all")
         own, everyone = self._open[client] + n, self._open.total() + n
         if own > self.per_client or everyone > self.most:
-            reason, wait = "client", self.wait_s()
+            reason = "client"
             text = f"this client has {own - n} replies under way, at most {self.per_client} may be"
             if own <= self.per_client:
                 reason = "queue"
@@ -110,24 +102,18 @@ class Desk:
                     f"{everyone - n} replies are under way or waiting, at most {self.most} may be"
                 )
             self.metrics.refused.labels(reason).inc()
-            text, headers = f"{text}; try again in {wait} s", {"Retry-After": str(wait)}
+            text, headers = f"{text}; try again in {WAIT_S} s", {"Retry-After": str(WAIT_S)}
             raise Refused(429, text, code="rate_limit_exceeded", headers=headers)
         self._open[client] += n
         self.metrics.open.set(self._open.total())
         with ExitStack() as stack:
-            stack.callback(self._give_back, client, n, time.monotonic())
+            stack.callback(self._give_back, client, n)
             yield stack
 
-    def _give_back(self, client: str, n: int, started: float) -> None:
+    def _give_back(self, client: str, n: int) -> None:
         self._open[client] -= n
         self._open += collections.Counter()  # forgets clients without replies
         self.metrics.open.set(self._open.total())
-        self._seconds += 0.1 * (time.monotonic() - started - self._seconds)
-
-    def wait_s(self) -> int:
-        """Time until a place is likely to be free."""
-        n_slots = max(engine.n_slots for engine in self.engines)
-        return max(1, min(60, math.ceil(self._seconds * self._open.total() / (2 * n_slots))))
 
     def submit(self, engine: Engine, jobs: list[Job], mailbox: Mailbox) -> None:
         """Let jobs wait for their turn; their pieces go to the mailbox."""

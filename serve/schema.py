@@ -8,7 +8,7 @@ says so; OpenAI's client sends them by `extra_body`.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse
@@ -69,25 +69,17 @@ def is_neutral(name: str, value: object) -> bool:
     )
 
 
-def _one_or_several(most: int, longest: int) -> BeforeValidator:
-    """A text or a list of texts, as a list. A fault is the field's, not that of one of two types.
-
-    longest: characters of each
-    """
-
-    def check(value: object) -> object:
-        texts = [value] if isinstance(value, str) else value
-        if (
-            not isinstance(texts, list)
-            or len(texts) > most
-            or not all(isinstance(text, str) and 0 < len(text) <= longest for text in texts)
-        ):
-            raise ValueError(
-                f"wanted a text of 1 to {longest} characters, or a list of at most {most} of them"
-            )
-        return texts
-
-    return BeforeValidator(check, json_schema_input_type=str | list[str])
+def _some(most: int, longest: int) -> Any:
+    """A list of at most `most` texts of at most so many characters; a text alone is one of them."""
+    each = Annotated[Text, Field(min_length=1, max_length=longest)]
+    return Annotated[
+        list[each],
+        Field(max_length=most),
+        BeforeValidator(
+            lambda value: [value] if isinstance(value, str) else value,
+            json_schema_input_type=str | list[str],
+        ),
+    ]
 
 
 class StreamOptions(Strict):
@@ -163,7 +155,7 @@ class Request(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Text], _one_or_several(16, 100)] | None = None
+    stop: _some(16, 100) | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     user: Name | None = Field(None, description="accepted and not used, as the next three")
     metadata: dict | None = None
@@ -223,8 +215,7 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A text to continue, as in pretraining."""
 
-    prompt: Annotated[list[Text], _one_or_several(MOST_REPLIES, MOST_CHARACTERS),
-                      Field(min_length=1)]  # fmt: skip
+    prompt: Annotated[_some(MOST_REPLIES, MOST_CHARACTERS), Field(min_length=1)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
