@@ -114,8 +114,8 @@ def main(cfg: ChatConfig) -> int:
         raise ConfigError("--prompt and --title are two questions; give one of them")
     if cfg.prompt is not None and not cfg.prompt.strip():
         raise ConfigError("--prompt is blank; give a message, or leave it out to talk")
-    if cfg.n > 1 and not cfg.prompt:
-        raise ConfigError(f"--n {cfg.n} is for one message; add --prompt, or leave it out to talk")
+    if cfg.n > 1:
+        raise ConfigError(f"--n {cfg.n}: a chat has one reply to a message; leave it out")
     retriever = open_retriever(cfg.index, cfg.retrieve)
     checkpoint = choose_checkpoint(cfg.checkpoint, lora=cfg.lora)
     loaded = load_model(checkpoint, pick_device(cfg.device))

@@ -87,17 +87,6 @@ def do_wikipedia(session: Session, term: str, user: User) -> str:
     return f"{said}\n（维基百科《{found.title}》，{found.url}，CC BY-SA）"
 
 
-def do_retrieve(session: Session, value: str, user: User) -> str:
-    if value not in ("on", "off", ""):
-        raise ConfigError(f"应为：/检索 on 或 /检索 off；没有 {value!r}")
-    if value == "on" and session.retriever is None:
-        raise ConfigError("没有本地索引；先运行 python -m data_process.run wiki --index，"
-                          "或启动时用 --index 指明")  # fmt: skip
-    session.retrieve = session.retrieve if not value else value == "on"
-    where = f"，{session.retriever.describe()}" if session.retriever else ""
-    return f"自动检索：{'开' if session.retrieve else '关'}{where}"
-
-
 TITLE_REQUEST = "给下面的摘要写一个标题：\n"  # stands before the abstract in what /save keeps
 
 
@@ -186,8 +175,6 @@ COMMANDS = {
                     "files", "/ref", "reference"),
     "/wiki": Command("词条或问题：从本地索引取资料；没有索引则联网", do_wiki, task="reference"),
     "/wikipedia": Command("词条：联网取维基百科的序言作资料", do_wikipedia, task="reference"),
-    "/检索": Command("on 或 off：回答前自动从索引找资料", do_retrieve,
-                   lambda session: ["on", "off"], "/retrieve", "reference"),
     "/总结": Command("文件或摘要：写一个标题；不写则提示粘贴", do_summary, "files", "/title /sum",
                    "title"),
     "/lora": Command("名字：换一个适配器；不写则列出，- 只用基座", do_lora,

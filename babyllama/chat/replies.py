@@ -113,17 +113,12 @@ def write_title(session: Session, title: str, is_json: bool) -> int:
 
 
 def answer_once(session: Session, prompt: str, is_json: bool) -> int:
-    """The reply to one message, or `n` of them, on standard output and nothing else; returns the
-    exit code."""
+    """The reply to one message on standard output and nothing else; returns the exit code."""
     found = obey(session, whole(prompt), SCRIPT)
     if not isinstance(found, Again):
         give({"prompt": prompt, "reply": found or ""}, found or "", is_json)
         return 0
     asked = session.ask(found.message)
-    if session.sampling.n > 1:
-        for one in session.answers(asked):
-            give(session.record(one), one.text, is_json)
-        return 0
     if is_json:
         give(finished(session, asked))
         return 0

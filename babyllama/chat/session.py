@@ -7,9 +7,9 @@ format is the tokenizer's. Nothing here prints.
 import codecs
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from babyllama.chat.terminal import whole
@@ -18,7 +18,7 @@ from babyllama.config import REPO, from_repo, shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Decoder, Reply, Weights
 from babyllama.errors import ConfigError, DataError
-from babyllama.generate import generate_replies, stream_text
+from babyllama.generate import stream_text
 from babyllama.language.letters import as_trained, likely_encoding
 from babyllama.lora import switch
 from babyllama.retrieval.index import excerpt, trim
@@ -153,10 +153,10 @@ def decoded(data: bytes, place: str, is_cut: bool = False) -> str:
     is_cut: the last character need not be whole
     raises: DataError if it is neither
     """
-    for encoding in ("utf-8-sig", likely_encoding(data) or "gb18030"):
-        with suppress(UnicodeDecodeError):
-            text = codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut)
-            return text.replace("\r\n", "\n")
+    encoding = likely_encoding(data)
+    with suppress(UnicodeDecodeError):
+        text = codecs.getincrementaldecoder(encoding or "gb18030")().decode(data, final=not is_cut)
+        return text.replace("\r\n", "\n")
     raise DataError(
         f"{place}：应为 UTF-8 或 GB18030 编码的文本，收到的两者都不是；请换一个，或先转换编码"
     )
@@ -265,15 +265,6 @@ class Session:
             asked.reason, asked.n_tokens = self._reason(end), len(end.ids)
             if asked.text.strip():
                 self.talk.turns.append((asked.question, asked.text))
-
-    def answers(self, asked: Asked) -> Iterator[Asked]:
-        """sampling.n replies to one question, which are not part of the talk."""
-        tokenizer = self.loaded.tokenizer
-        for reply in generate_replies(
-            self.decoder, [asked.prompt], self.sampling, tokenizer.eos_id, tokenizer
-        ):
-            reason = self._reason(reply)
-            yield replace(asked, text=reply.text, reason=reason, n_tokens=len(reply.ids))
 
     def _reason(self, end: Reply) -> str:
         is_full = end.reason == "length" and len(end.ids) < self.sampling.max_new_tokens
