@@ -1,9 +1,9 @@
 """Cleaning of rows between reading and writing: first fixes, then rules.
 
-A fix (FIX) changes a row, a rule (RULE) says that it must go; FIXES and RULES say which are in
-each way of cleaning, usually named after the kind of the rows. The name of a fix or a rule is the
-one under which it is counted, and by which --skip_rules switches it off. Lists of words stand in
-words.yaml. Duplicates belong to dedup.py.
+A fix (FIX) changes a row, a rule (RULE) says that it must go; words.yaml says which are in each way
+of cleaning, usually named after the kind of the rows, and holds the lists of words. The name of a
+fix or a rule is the one under which it is counted, and by which --skip_rules switches it off.
+Duplicates belong to dedup.py.
 """
 
 import functools
@@ -36,10 +36,30 @@ WORDS = Path(__file__).with_name("words.yaml")
 
 
 @functools.cache
+def _read(part: str) -> dict:
+    """A part of words.yaml."""
+    return yaml.safe_load(WORDS.read_text("utf-8"))[part]
+
+
+@functools.cache
 def _words(name: str, within: str = "{}") -> re.Pattern[str]:
     """Any word of a list in words.yaml, inside a larger pattern."""
-    words = yaml.safe_load(WORDS.read_text("utf-8"))[name]
-    return re.compile(within.replace("{}", "|".join(words)))
+    return re.compile(within.replace("{}", "|".join(_read("words")[name])))
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(_read("patterns")[name])
+
+
+def _without(name: str, text: str) -> str:
+    """A text from which what a pattern of words.yaml matches is gone."""
+    return _pattern(name).sub("", text)
+
+
+def ways() -> dict[str, dict[str, list[str]]]:
+    """The fixes and rules of each way of cleaning, in their order."""
+    return _read("ways")
 
 
 def n_words(name: str, text: str) -> int:
@@ -53,9 +73,6 @@ TITLE_TAILS = (
     re.compile(r"[|｜].*"),
     re.compile(r"(?:--|\s[-–—]\s).*"),
     re.compile(r"[-–—][^-–—]{0,12}(?:网|新闻|论坛|频道|在线|公司|头条)\S{0,6}$"),
-)
-TITLE_LABEL = re.compile(
-    r"^(?:\[[^\]]{1,8}\]|【[^】]{1,8}】|「[^」]{1,8}」|标题[:：]|原标题[:：]|\w{1,8}\s?[|｜丨])\s*"
 )
 LEAST_TITLE = 6
 
@@ -71,7 +88,8 @@ def cut_title_tail(row: Row) -> Row:
     title = row["summary"].replace("\n", " ")
     if n_words("forum", title):
         return row | {"summary": title}
-    for pattern in (*TITLE_TAILS, TITLE_LABEL, TITLE_LABEL):
+    label = _pattern("title_label")
+    for pattern in (*TITLE_TAILS, label, label):
         shorter = pattern.sub("", title, count=1).rstrip()
         if len(shorter) >= LEAST_TITLE:
             title = shorter
@@ -117,13 +135,6 @@ def _each(row: Row, change: Callable[[str], str]) -> Row:
 # Fixes for documents and summaries.
 WIDE_SPACE = re.compile("[\u00a0\u2000-\u200a\u2028\u2029\u3000\t ]+")
 BLANK_LINES = re.compile(r" *\n\s*")
-# Only what is written as a tag is one: a name, attributes with values, ">". So a<b and n<p stay.
-TAG = re.compile(
-    r"""</?(?:a|br|div|font|img|li|p|span|table|td|tr|ul)
-    (?:\s+[a-z][\w:-]*+\s*+=\s*+(?:"[^"<>]*+"|'[^'<>]*+'|[^\s"'<>=`]++)|\s+nowrap)*+
-    \s*+/?>""",
-    re.IGNORECASE | re.VERBOSE,
-)
 SITE_HTML = re.compile(r"</?founder-content>|<!--.{0,80}?-->")
 ENTITY = re.compile(r"&(#\d{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
 CODE = "```"
@@ -151,39 +162,19 @@ def _character(found: re.Match[str]) -> str:
 
 
 def _without_html(text: str) -> str:
-    return unescape(SITE_HTML.sub("", TAG.sub("", text)) if "<" in text else text)
+    return unescape(SITE_HTML.sub("", _without("tag", text)) if "<" in text else text)
 
 
 def _tidied(text: str) -> str:
     return BLANK_LINES.sub("\n", WIDE_SPACE.sub(" ", text))
 
 
-# Behind Chinese text or a mark; behind a Latin name [12] is an index and () a call.
-REFERENCE = re.compile(
-    r"(?<=[\u4e00-\u9fff。，、；！？”’）》」』.,;!?])(?:\[[1-9]\d{0,2}(?:-\d{1,3})?\])+"
-)
-EMPTY_BRACKETS = re.compile(
-    r"（\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}）"
-    r"|(?<=[\u4e00-\u9fff，。、；！？”’）》」』])(?<!号)"
-    r"(?:\(\s{0,9}[，,、；;：:][，,、；;：:\s]{0,20}\)|（）|\(\))"
-)
-OWNER = re.compile(
-    r"^(?:作者[:：]\S{1,40}|链接[:：]\s*https?://\S+|来源[:：]\s*知乎"
-    r"|著作权归作者所有[^\n]{0,60}|商业转载请联系[^\n]{0,60})\s*$",
-    re.MULTILINE,
-)
-
-
 def _without_marks(text: str) -> str:
-    return EMPTY_BRACKETS.sub("", REFERENCE.sub("", text)).replace("。。", "。")
+    return _without("empty_brackets", _without("reference", text)).replace("。。", "。")
 
 
 # Fixes for dialogues. Beyond `normalise`, their texts are never changed inside.
 THINKING, THOUGHT = "<think>", "</think>"
-PERSONA = re.compile(
-    r"(?i)\W{0,9}(?:you are|you're|you will|your name|act as|assistant|a chat between|below is|meta"
-    r"|你是|您是|你叫|你将|你现在|你的名字|现在你|从现在|请你?扮演|请以|请用|假设|假如|作为|扮演)"
-)
 LEAST_REFERENCE = 30  # characters
 LEADING_SPACE = re.compile(r"\s*")
 
@@ -192,7 +183,7 @@ def drop_persona(row: Row) -> Row:
     return row | {"messages": [
         m for m in row["messages"]
         if m["role"] != "system"
-        or (len(m["content"]) >= LEAST_REFERENCE and not PERSONA.match(m["content"]))
+        or (len(m["content"]) >= LEAST_REFERENCE and not _pattern("persona").match(m["content"]))
     ]}  # fmt: skip
 
 
@@ -229,7 +220,7 @@ FIX: dict[str, Callable[[Row], Row]] = {
     # Reference marks such as [12], brackets left empty, and doubled commas go.
     "strip_marks": lambda row: _prose(row, _without_marks),
     # Lines that only name the author, the link and the rights of a copied answer go.
-    "cut_owner": lambda row: _each(row, lambda t: OWNER.sub("", t).strip() if "：" in t else t),
+    "cut_owner": lambda row: _each(row, lambda t: _without("owner", t).strip() if "：" in t else t),
     "cut_title_tail": cut_title_tail,
     "cut_site_text": cut_site_text,
     "cut_repeated_title": cut_repeated_title,
@@ -241,16 +232,6 @@ FIX: dict[str, Callable[[Row], Row]] = {
     # A last user turn that nobody answers goes.
     "cut_open_turn": cut_open_turn,
 }
-
-TEXT = ("strip_html", "normalise", "tidy_space")
-WEB = (*TEXT, "cut_title_tail", "cut_site_text", "cut_repeated_title")
-TURNS = ("drop_thinking", "normalise", "strip_turns", "cut_open_turn")
-FIXES: dict[str, tuple[str, ...]] = {
-    "text": (*TEXT, "strip_marks", "cut_owner"), "summary": TEXT, "article": WEB, "headline": WEB,
-    "chat": ("drop_persona", *TURNS), "reference": TURNS, "exam": TURNS, "vqa": TURNS,
-    "smalltalk": ("normalise", "strip_turns", "cut_open_turn"),
-}  # fmt: skip
-
 
 # Rules.
 LETTERS = re.compile(r"[^\W\d_]+")
@@ -355,23 +336,6 @@ RULE: dict[str, Callable[[Row], bool]] = {
     "mixed_languages": lambda row: han_share("".join(texts(row))) < 0.5,
 }
 
-DOCUMENT = ("empty", "garbled", "not_chinese", "repetition")
-ARTICLE = (*DOCUMENT, "short_body", "little_han", "gambling", "advert", "forum", "promotion",
-           "vulgar")  # fmt: skip
-PICTURE = ("empty", "role_label_inside", "other_identity", "refusal", "not_chinese")
-RULES: dict[str, tuple[str, ...]] = {
-    "text": (*DOCUMENT, "short_text"),
-    "summary": ("empty", "not_chinese"),
-    "article": ARTICLE,
-    "headline": (*ARTICLE, "short_title", "title_cut_off", "clickbait", "title_not_in_text"),
-    "chat": (*PICTURE, "looping_answer"),
-    "reference": (*PICTURE, "looping_answer"),
-    # Benchmarks' training parts: mostly English, asked in Chinese; short answers are no echo.
-    "exam": ("empty", "role_label_inside", "looping_answer"),
-    "vqa": PICTURE,
-    "smalltalk": ("empty", "role_label_inside", "mixed_languages", "rude", "echo"),
-}
-
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse names that are no fix and no rule."""
@@ -385,7 +349,7 @@ def check_names(names: Iterable[str]) -> None:
 def fix(row: Row, rules: str, skip: Iterable[str] = ()) -> tuple[Row, list[str]]:
     """The row after all fixes but those to skip, and the names of those that changed it."""
     changed = []
-    for name in FIXES[rules]:
+    for name in ways()[rules]["fixes"]:
         if name not in skip and (fixed := FIX[name](row)) != row:
             changed.append(name)
             row = fixed
@@ -394,4 +358,4 @@ def fix(row: Row, rules: str, skip: Iterable[str] = ()) -> tuple[Row, list[str]]
 
 def reason_to_drop(row: Row, rules: str, skip: Iterable[str] = ()) -> str | None:
     """The name of the first rule, but those to skip, that refuses the row, or None."""
-    return next((r for r in RULES[rules] if r not in skip and RULE[r](row)), None)
+    return next((r for r in ways()[rules]["rules"] if r not in skip and RULE[r](row)), None)

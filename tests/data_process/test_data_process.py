@@ -16,7 +16,7 @@ from babyllama.config import REPO
 from babyllama.errors import ConfigError, DataError
 from babyllama.rows import check_row, read_rows, row_kind
 from babyllama.token_file import TokenFile
-from data_process.clean import FIXES, RULES, fix, han_share, reason_to_drop
+from data_process.clean import fix, han_share, reason_to_drop, ways
 from data_process.dedup import fingerprint
 from data_process.pipeline import make_clean
 from data_process.raw import Skip, records
@@ -101,7 +101,7 @@ def test_every_data_set_states_what_it_is_and_passes_damage_on(entry):
     assert data_set.about and data_set.license and data_set.source.home
     source = data_set.source
     assert source.huggingface or source.modelscope or source.urls or source.manual
-    assert data_set.rules in FIXES and data_set.rules in RULES
+    assert data_set.rules in ways()
     assert all(path.is_file() for path in data_set.key()[1:])
     damage = Skip("broken_json", "x.json:1", '{"text": ')
     assert data_set.reads_dir or list(data_set.read([damage])) == [damage]
@@ -295,8 +295,9 @@ def test_each_kind_of_dirt_is_dropped_by_its_own_rule(reason):
 
 
 def test_headline_rules_are_those_of_articles_and_more():
-    assert set(RULES["article"]) < set(RULES["headline"])
-    assert FIXES["article"] == FIXES["headline"], "or copies of an article would differ in two sets"
+    assert set(ways()["article"]["rules"]) < set(ways()["headline"]["rules"])
+    article, headline = (ways()[kind]["fixes"] for kind in ("article", "headline"))
+    assert article == headline, "or copies of an article would differ in two sets"
 
 
 def test_han_share_counts_what_is_not_space():

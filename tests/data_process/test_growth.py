@@ -71,7 +71,8 @@ def on_rows(name: str) -> Callable[[str], None]:
 
 def of(kinds: tuple[str, ...]) -> dict[str, Callable]:
     table = clean.FIX | clean.RULE
-    return {name: table[name] for kind in kinds for name in clean.FIXES[kind] + clean.RULES[kind]}
+    used = (names for kind in kinds for names in clean.ways()[kind].values())
+    return {name: table[name] for names in used for name in names}
 
 
 DOCUMENTS = of(("text", "summary", "article", "headline"))

@@ -661,12 +661,11 @@ def test_what_is_plainly_rubbish_goes(dirty: str, clean: str) -> None:
 
 @pytest.mark.parametrize("text", ["&#" + "1" * 5000 + ";", "&#x" + "F" * 5000 + ";", "&#9999999;",
                                   "&#xD800;", "&#0;"])  # fmt: skip
-@pytest.mark.parametrize("reader", ["lines", "wiki", "instruction"])
+@pytest.mark.parametrize("reader", ["lines", "instruction"])
 def test_no_entity_ends_a_run(text: str, reader: str, tmp_path: Path) -> None:
     said = f"今天天气很好，我们一起去公园里散步，看湖边的花。{text}"
     pair = {"instruction": said, "input": text, "output": said}
-    page = f'<doc id="1" title="{text}">\n{said}\n</doc>'
-    data = {"lines": said, "instruction": json.dumps(pair), "wiki": page}
+    data = {"lines": said, "instruction": json.dumps(pair)}
     good = data[reader].replace(text, "").replace(json.dumps(text)[1:-1], "")
     counts, _ = make(reader, write(tmp_path / "a.txt", f"{data[reader]}\n{good}\n"))
     assert counts["rows_in"] == 2
