@@ -40,8 +40,6 @@ class EvalConfig(AskConfig):
         split: which part of the set; dev is the one that data_process calls val
         data: a file or folder instead: summary rows (.jsonl), CSL's TSV, csl_title_public's or
             LCSTS' JSON lines
-        published: whose figures stand beside: auto (as the file's layout says), none,
-            csl_title_public, csl_ts, lcsts
         out: file for the titles; if absent in the first checkpoint's run
         limit: only so many rows, the first
         max_seq_len: longest question with its answer, where it is less than the model's context; a
@@ -55,7 +53,6 @@ class EvalConfig(AskConfig):
     dataset: str | None = None
     split: Literal["test", "dev"] = "test"
     data: Path | None = None
-    published: str = "auto"
     out: Path | None = None
     limit: int | None = None
     max_seq_len: int | None = None
@@ -77,8 +74,8 @@ def evaluate(
         line.score(texts, references)
     result["scores_x100"] = {line.name: line.summary() for line in scored}
     result["references"] = tables.nature(references, texts)
-    published = tables.published_sets().get(result["published"], ())
-    yield tables.opening(found.name, len(texts), result["published"], lines) + found.columns
+    published = tables.published_sets().get(found.published, ())
+    yield tables.opening(found.name, len(texts), found.published, lines) + found.columns
     yield tables.score_table(scored, published)
     yield tables.nature_table(scored, result["references"])
     if len(lines) > 1:
@@ -101,13 +98,12 @@ def main(cfg: EvalConfig) -> None:
     places = list(systems.values())
     found = test_sets.open_set(cfg.data, cfg.dataset, cfg.split, cfg.limit, places)
     out = test_sets.choose_out(cfg.out, places, found)
-    published = test_sets.choose_published(cfg.published, found, tables.published_sets())
     lines, model = summarise_all(systems, found, ways, cfg, cfg.max_seq_len)
     result = {
         "set": found.name,
         "data_sha256": found.sha256,
         "n": len(found.rows),
-        "published": published,
+        "published": found.published,
         "models": test_sets.describe(places),
         "settings": plain(cfg),
         "prompts_sha256": test_sets.sha256(from_repo(cfg.prompts)),

@@ -25,7 +25,7 @@ from typing import Literal
 
 from babyllama.analysis.estimate import adapter_line, dry_run
 from babyllama.analysis.inspect_batch import shown_batch
-from babyllama.analysis.terminal_text import painter_of
+from babyllama.analysis.terminal_text import has_colours
 from babyllama.analysis.watch import WATCH
 from babyllama.checkpoint import load_model
 from babyllama.config import parse, run, shown
@@ -116,8 +116,8 @@ def main(cfg: SftConfig) -> int:
     readers = preference.READERS if cfg.objective == "dpo" else READERS
     data = open_data(cfg.data, base.tokenizer, base.config.max_seq_len, cfg.train, readers)
     if cfg.inspect:
-        for line in shown_batch(data.train, cfg.train.micro_batch_size, painter_of(base.tokenizer)):
-            print(line)
+        n = cfg.train.micro_batch_size
+        print(*shown_batch(data.train, n, base.tokenizer, has_colours()), sep="\n")
         return 0
     with start(pick_device(cfg.device.device), cfg.parallel) as world:
         model = base.model.to(world.device)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from babyllama.analysis.inspect_batch import read_of, shown_batch
-from babyllama.analysis.terminal_text import GREEN, RESET, Painter
+from babyllama.analysis.inspect_batch import dialogue, read_of, shown_batch
+from babyllama.analysis.terminal_text import GREEN, RESET
 from babyllama.config import REPO, parse, to_yaml
 from babyllama.data import open_data
 from babyllama.errors import ConfigError
@@ -131,7 +131,7 @@ def data(token_root: Path, tokenizer: Tokenizer) -> Callable:
 def test_the_first_batch_is_shown_with_its_sources_and_what_is_learnt(data, tokenizer):
     train = data()
     sequences = train.sequences(0)
-    lines = list(shown_batch(train, 99, Painter(tokenizer, False, 80)))
+    lines = list(shown_batch(train, 99, tokenizer, False))
     heads = [line for line in lines if re.match(r"\[\d+\] ", line)]
     rows = [row for sequence in sequences for row in sequence]
     assert len(heads) == len(rows) == 12
@@ -145,19 +145,19 @@ def test_the_first_batch_is_shown_with_its_sources_and_what_is_learnt(data, toke
         ids, mask = read_of(row)
         assert (ids[:-1], ids[1:]) == (row[0].tolist()[: len(ids) - 1], ids[1:])
         assert [i for i, m in zip(ids, mask, strict=True) if m] == row[1][row[1] >= 0].tolist()
-        assert Painter(tokenizer, False, 80).dialogue((ids, mask)) in shown
+        assert dialogue(tokenizer, (ids, mask), False) in shown
     assert f"{sum(n_learnt):,} of" in lines[0]
 
 
 def test_no_more_sequences_are_shown_than_asked_for(data, tokenizer):
     train = data()
-    lines = list(shown_batch(train, 1, Painter(tokenizer, False, 80)))
+    lines = list(shown_batch(train, 1, tokenizer, False))
     assert sum("positions ·" in line for line in lines) == 1
     assert f"{len(train.sequences(0)) - 1} more sequences" in lines[-1]
 
 
 def test_colours_mark_the_targets(data, tokenizer):
-    lines = "\n".join(shown_batch(data(), 99, Painter(tokenizer, True, 80)))
+    lines = "\n".join(shown_batch(data(), 99, tokenizer, True))
     assert GREEN in lines and RESET in lines and "⟦" not in lines
 
 

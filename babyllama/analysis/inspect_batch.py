@@ -6,38 +6,53 @@ is learnt in green (in ⟦ ⟧ where there are no colours). Nothing is computed 
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import groupby
 
 import numpy as np
-from rich.cells import cell_len
 
-from babyllama.analysis.terminal_text import BOLD, DIM, Painter
+from babyllama.analysis.terminal_text import GREEN, RESET, visible
 from babyllama.data import TrainData, pack
 from babyllama.sources import Row
 from model import IGNORED
+from tokenizer import Tokenizer
 
 
-def shown_batch(data: TrainData, n_sequences: int, painter: Painter) -> Iterator[str]:
+def shown_batch(
+    data: TrainData, n_sequences: int, tokenizer: Tokenizer, colours: bool
+) -> Iterator[str]:
     """The lines that show the first `n_sequences` of step 0."""
     rows = data.rows(0)
     labels = _labels(data, rows)
     sequences = pack(rows, data.max_seq_len)
-    yield painter.ink(BOLD, _summary(data, labels, sequences))
+    yield _summary(data, labels, sequences)
     for number, sequence in enumerate(sequences[:n_sequences], 1):
         n_used = sum(len(tokens) for tokens, _ in sequence)
-        title = (
+        yield ""
+        yield (
             f"sequence {number} · {n_used} of {data.max_seq_len} positions · "
             f"{len(sequence)} segments"
         )
-        rule = "─" * max(0, painter.width - cell_len(title) - 1)
-        yield f"\n{painter.ink(BOLD, title)} {painter.ink(DIM, rule)}"
         for segment, row in enumerate(sequence, 1):
             n_learnt = int((row[1] != IGNORED).sum())
-            head = f"[{segment}] {labels[id(row[0])]}: {len(row[0])} tokens, {n_learnt} learnt"
-            yield painter.ink(DIM, head)
-            yield painter.dialogue(read_of(row))
+            yield f"[{segment}] {labels[id(row[0])]}: {len(row[0])} tokens, {n_learnt} learnt"
+            yield dialogue(tokenizer, read_of(row), colours)
     left = len(sequences) - n_sequences
     if left > 0:
-        yield painter.ink(DIM, f"\n{left} more sequences in this step")
+        yield f"\n{left} more sequences in this step"
+
+
+def dialogue(tokenizer: Tokenizer, read: tuple[list[int], list[int]], colours: bool) -> str:
+    """The text of (ids, mask), what is learnt marked; control tokens by name."""
+    names = {tokenizer.bos_id: "<bos>", tokenizer.eos_id: "<eos>"}
+    begin, end = (GREEN, RESET) if colours else "⟦⟧"
+    found = ""
+    for is_learnt, run_of in groupby(zip(*read, strict=True), key=lambda pair: pair[1]):
+        decode, text = tokenizer.stream_decoder(), ""
+        for token, _ in run_of:
+            has_text = tokenizer.n_bytes([token])
+            text += visible(decode(token)) if has_text else names.get(token, f"<{token}>")
+        found += f"{begin}{text}{end}" if is_learnt else text
+    return found
 
 
 def _labels(data: TrainData, rows: list[Row | tuple[Row, ...]]) -> dict[int, str]:

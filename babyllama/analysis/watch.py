@@ -21,18 +21,7 @@ from babyllama.log import Watch
 from model import Transformer
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-def _draw_sources(axis: "Axes", records: list[dict], font: str | None) -> None:
-    """The validation loss of each source, where there are several."""
-    validated = [record for record in records if record["kind"] == "val"]
-    names = dict.fromkeys(name for record in validated for name in record.get("sources", {}))
-    for name in names if len(names) > 1 else ():
-        points = [(r["step"], r["sources"][name]) for r in validated if name in r["sources"]]
-        words = f"{label(LABELS['val'], font)}: {writable(Path(name).name, font)}"
-        axis.plot(*zip(*points, strict=True), label=words, lw=1, ls="--")
 
 
 def draw_curves(records: list[dict], path: Path, title: str) -> None:
@@ -42,7 +31,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    font = plot_font(title, *(name for record in records for name in record.get("sources", {})))
+    font = plot_font(title)
     families = [*([font] if font else []), "DejaVu Sans"]
     with pyplot.rc_context({"font.family": families}), atomic_write(path) as temporary:
         try:
@@ -62,8 +51,6 @@ def _draw(records: list[dict], title: str, font: str | None) -> "Figure":
             points = [(r["step"], r[key]) for r in records if r["kind"] == kind]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label(LABELS[kind], font), **style)
-        if key == "loss":
-            _draw_sources(axis, records, font)
         axis.set(xlabel=label("training step", font), title=label(LABELS[key], font))
         axis.grid(alpha=0.3)
         if key == "ppl":

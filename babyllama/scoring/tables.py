@@ -168,7 +168,7 @@ def differences(a: System, b: System) -> dict:
 
 def opening(name: str, n_texts: int, published: str | None, systems: Sequence[System]) -> str:
     """What was scored, which published figures stand beside it, and what was cut or taken off."""
-    known = "no published set that is known here (--published names one)"
+    known = "no published set that is known here"
     if published:
         n = len(published_sets()[published]) or "no"
         known = f"published as {published}, {n} systems known by this protocol"

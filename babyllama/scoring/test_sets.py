@@ -11,7 +11,7 @@ A file of titles has the keys id, text, reference and prediction.
 import hashlib
 import json
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,15 +239,6 @@ def predictions_for(path: Path, wanted: SummarySet) -> list[str]:
                 f"same order, can be compared"
             )
     return [row["prediction"] for row in found]
-
-
-def choose_published(wanted: str, found: SummarySet, known: Collection[str]) -> str | None:
-    """Which published set the rows are: what the user says, or what their layout says."""
-    if wanted == "none":
-        return None
-    if wanted != "auto" and wanted not in known:
-        raise ConfigError(f"--published {wanted}: wanted auto, none or one of {', '.join(known)}")
-    return found.published if wanted == "auto" else wanted
 
 
 def choose_systems(named: Sequence[Path], has_wordings: bool) -> dict[str, Path]:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from babyllama.analysis.terminal_text import Painter, clipped, visible
+from babyllama.analysis.inspect_batch import dialogue
+from babyllama.analysis.terminal_text import clipped, visible
 from tokenizer import Tokenizer
 
 
@@ -29,11 +30,11 @@ def test_signs_or_colours_stand_round_what_is_learnt_and_nothing_else(tokenizer:
     turns = [("user", "天气怎么样？"), ("assistant", "很好。\n去公园吧"), ("user", "谢谢"),
              ("assistant", "好")]  # fmt: skip
     read = tokenizer.render_chat([{"role": role, "content": said} for role, said in turns])
-    shown = Painter(tokenizer, False, 60).dialogue(read)
+    shown = dialogue(tokenizer, read, False)
     assert re.findall("⟦([^⟧]*)⟧", shown) == ["很好。\n去公园吧<eos>", "好<eos>"]
     bare = shown.replace("⟦", "").replace("⟧", "")
     assert bare == (
         "<bos>人类：天气怎么样？\n\n助手：很好。\n去公园吧<eos>\n\n人类：谢谢\n\n助手：好<eos>"
     )
-    coloured = Painter(tokenizer, True, 60).dialogue(read)
+    coloured = dialogue(tokenizer, read, True)
     assert re.sub("\x1b\\[32m([^\x1b]*)\x1b\\[0m", "⟦\\1⟧", coloured) == shown

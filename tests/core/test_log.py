@@ -110,24 +110,6 @@ def test_a_single_validation_can_be_drawn(tmp_path):
         assert picture.size[0] > 1000
 
 
-def test_the_validation_loss_of_each_source_is_drawn(tmp_path):
-    def picture(sources: list[str]) -> bytes:
-        records = [
-            {
-                "kind": "val",
-                "step": step,
-                **FIGURES,
-                "sources": {n: 2.0 + i for i, n in enumerate(sources)},
-            }
-            for step in (0, 10)
-        ]
-        draw_curves(records, tmp_path / "curves.png", "run")
-        return (tmp_path / "curves.png").read_bytes()
-
-    assert picture(["inews"]) == picture([])  # its loss is the loss
-    assert picture(["inews", "smalltalk"]) != picture([])
-
-
 def test_the_curves_are_redrawn_while_a_run_goes_on(tmp_path, monkeypatch):
     log = Log(tmp_path, 0, 4)
     log.record("val", 0, FIGURES)

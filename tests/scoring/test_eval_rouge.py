@@ -261,7 +261,6 @@ def test_mistakes_are_one_line_and_code_2(checkpoint, rows_file, tmp_path, scrip
     assert "is the data" in mistake(titles, checkpoint, "--data", rows_file, "--out", titles)
     assert "asks a checkpoint" in mistake(titles, "--wordings")
     assert "wanted texts under" in mistake(rows_file)
-    assert "csl_ts" in mistake(checkpoint, "--data", rows_file, "--published", "csl")
     with pytest.raises(ConfigError, match="limit must be at least 1, found 0"):
         eval_rouge.EvalConfig(limit=0)
 
