@@ -156,13 +156,13 @@ class Scorer:
     def fit(self, context: str, ids: list[int], room: int) -> list[int]:
         """The ids of a prompt, cut to the room; of a 资料 the sentences stay that hold most of the
         question, as in chat."""
-        is_dialogue = isinstance(context, Dialogue)
-        if len(ids) > room and is_dialogue and context.messages[0]["role"] == "system":
-            reference, *turns = context.messages
+        turns = context.messages if isinstance(context, Dialogue) else []
+        if len(ids) > room and turns and turns[0]["role"] == "system":
+            reference, *turns = turns
             left = room - len(ids) + self._n_tokens(reference["content"])
             text = excerpt(reference["content"], turns[-1]["content"], left, self._n_tokens)
             ids = self.tokenizer.render_prompt([{**reference, "content": text}, *turns])
-        return self.cut(ids, room, is_dialogue)
+        return self.cut(ids, room, isinstance(context, Dialogue))
 
     def _n_tokens(self, text: str) -> int:
         return len(self.tokenizer.encode_content(text))

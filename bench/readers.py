@@ -72,8 +72,8 @@ def _entries(name: str, path: Path, pattern: str) -> Iterator[tuple[str, bytes]]
                 if is_wanted(member.name) and (file := archive.extractfile(member)):
                     yield member.name, file.read()
     elif name.endswith(".zip"):
-        with zipfile.ZipFile(path) as archive:
-            yield from ((n, archive.read(n)) for n in archive.namelist() if is_wanted(n))
+        with zipfile.ZipFile(path) as packed:
+            yield from ((n, packed.read(n)) for n in packed.namelist() if is_wanted(n))
     elif name.endswith((".xz", ".gz")):
         if is_wanted(name[:-3]):
             read = lzma.decompress if name.endswith(".xz") else gzip.decompress
