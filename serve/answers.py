@@ -10,7 +10,6 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import ExitStack, aclosing
-from itertools import accumulate
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -19,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from babyllama.errors import ConfigError
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import suggest
-from serve.engine import Job, Piece, TokenScore
+from serve.engine import Job, Piece
 from serve.models import Model
 from serve.scheduler import Desk
 from serve.schema import ChatRequest, Refused, Request, bad
@@ -48,35 +47,10 @@ class Asked:
             "model": model.name,
         }
 
-    def choice(self, number: int, piece: Piece, offset: int) -> dict:
-        """A reply, or what a piece adds to it, but for the text; offset: characters before it."""
-        scores = self._scores(piece.scores, offset) if piece.scores else None
-        end = {"end": piece.reason} if piece.reason else {}
-        finish = FINISH.get(piece.reason)
-        return {"index": number, "finish_reason": finish, "logprobs": scores, **end}
-
-    def _scores(self, scores: list[TokenScore], offset: int) -> dict:
-        """Log-probabilities of tokens."""
-        parts = self.model.engine.tokenizer.piece_bytes
-
-        def text(token: int) -> str:
-            return parts[token].decode("utf-8", "replace")
-
-        def named(token: int, logprob: float) -> dict:
-            return {"token": text(token), "logprob": logprob, "bytes": list(parts[token])}
-
-        if self.is_chat:
-            return {"content": [
-                named(s.token, s.logprob) | {"top_logprobs": [named(*top) for top in s.top]}
-                for s in scores
-            ]}  # fmt: skip
-        texts = [text(s.token) for s in scores]
-        return {
-            "tokens": texts,
-            "token_logprobs": [s.logprob for s in scores],
-            "top_logprobs": [{text(t): p for t, p in s.top} for s in scores],
-            "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)),
-        }
+    def choice(self, number: int, reason: str) -> dict:
+        """A reply, or what a piece adds to it, but for the text."""
+        end = {"end": reason} if reason else {}
+        return {"index": number, "finish_reason": FINISH.get(reason), "logprobs": None, **end}
 
     def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         """Pieces of all replies as they come; None when nothing came for a while.
@@ -142,17 +116,17 @@ class Replies(Asked):
 
 async def whole(asked: Asked) -> dict:
     """The answer to a request that does not stream; raises as Asked.pieces."""
-    found = [Piece("", [])] * asked.n
+    found = [Piece("")] * asked.n
     async with aclosing(asked.pieces()) as pieces:
         async for item in pieces:
             if item is not None:
                 (number, new), old = item, found[item[0]]
-                found[number] = Piece(old.text + new.text, old.scores + new.scores, new.reason)
+                found[number] = Piece(old.text + new.text, new.reason)
     choices = []
     for number, piece in enumerate(found):
         message = {"message": {"role": "assistant", "content": piece.text}}
         said = message if asked.is_chat else {"text": piece.text}
-        choices.append(asked.choice(number, piece, 0) | said)
+        choices.append(asked.choice(number, piece.reason) | said)
     return {**asked.head, "choices": choices, "usage": asked.usage(), **asked.extra}
 
 
@@ -160,20 +134,17 @@ async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
     """The answer to a request that streams, as server-sent events."""
     head = {**asked.head, "object": asked.head["object"] + ".chunk" * asked.is_chat}
     more = {"usage": None} if asked.include_usage else {}
-    n_characters = [0] * asked.n
 
     def chunk(number: int, piece: Piece, role: bool = False) -> dict:
         delta = {"role": "assistant"} if role else {}
         if piece.text or role:
             delta["content"] = piece.text
-        choice = asked.choice(number, piece, n_characters[number])
-        n_characters[number] += len(piece.text)
-        choice |= {"delta": delta} if asked.is_chat else {"text": piece.text}
-        return {**head, "choices": [choice], **more}
+        choice = {"delta": delta} if asked.is_chat else {"text": piece.text}
+        return {**head, "choices": [asked.choice(number, piece.reason) | choice], **more}
 
     for number in range(asked.n if asked.is_chat else 0):
         extra = {} if number else asked.extra
-        yield event(chunk(number, Piece("", []), role=True) | extra)
+        yield event(chunk(number, Piece(""), role=True) | extra)
     try:
         async with aclosing(asked.pieces()) as pieces:
             async for item in pieces:
@@ -230,8 +201,8 @@ MOST_TITLES = 4
 
 # What the search sets itself, and what has no place beside it.
 _TAKEN = {
-    *SamplingConfig.__dataclass_fields__, "max_tokens", "max_completion_tokens", "logprobs",
-    "top_logprobs", "reference", "retrieve", "truncate",
+    *SamplingConfig.__dataclass_fields__, "max_tokens", "max_completion_tokens", "reference",
+    "retrieve", "truncate",
 } - {"n"}  # fmt: skip
 
 
@@ -270,7 +241,7 @@ class Titles(Asked):
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
         for number, title in enumerate(self.titles):
-            yield number, Piece(title, [], "eos")
+            yield number, Piece(title, "eos")
 
     def usage(self) -> dict:
         return token_usage(self.n_prompt, self.n_reply)

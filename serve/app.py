@@ -132,8 +132,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
                 chat_prompt, body, model.engine.tokenizer, model.engine.context,
                 service.retriever, service.cfg.truncate, model.eyes,
             )  # fmt: skip
-            n_top = (body.top_logprobs or 0) if body.logprobs else None
-            asked = _replies(service, model, body, [prompt], n_top)
+            asked = _replies(service, model, body, [prompt])
             return await _answer(asked, request, places)
 
     @app.post("/v1/completions", responses=schema.REPLY)
@@ -147,7 +146,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
             prompts = await asyncio.to_thread(
                 text_prompts, body, model.engine.tokenizer, model.engine.context
             )
-            asked = _replies(service, model, body, prompts, body.logprobs)
+            asked = _replies(service, model, body, prompts)
             return await _answer(asked, request, places)
 
 
@@ -164,7 +163,7 @@ def _client(request: HttpRequest) -> str:
 
 
 def _replies(
-    service: Service, model: Model, body: schema.Request, prompts: list[Prompt], n_top: int | None
+    service: Service, model: Model, body: schema.Request, prompts: list[Prompt]
 ) -> Replies:
     try:
         sampling = body.sampling(model.engine.context)
@@ -172,9 +171,8 @@ def _replies(
         raise schema.Refused(400, str(error)) from None
     deadline = time.monotonic() + service.cfg.reply_seconds
     jobs = [
-        Job(prompt.ids, sampling, lambda piece: None, number, n_top, deadline,
-            image=prompt.image)
+        Job(prompt.ids, sampling, lambda piece: None, number, deadline, image=prompt.image)
         for prompt in prompts
         for number in range(body.n or 1)
-    ]  # fmt: skip
+    ]
     return Replies(body, model, service.desk, jobs, prompts[0].extra)

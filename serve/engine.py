@@ -196,26 +196,15 @@ class Reading:
 BLOCK = 64
 
 
-class TokenScore(NamedTuple):
-    """A token of a reply, its log-probability before any setting, and those of the likeliest."""
-
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What a step added to a reply.
 
     text: whole characters; may be empty
-    scores: of the tokens behind it, where they were asked for
     reason: why the reply ended, "" while it goes on: a reason of Reply, cancelled, time, or error
         (the logits were no finite numbers)
     """
 
     text: str
-    scores: list[TokenScore]
     reason: str = ""
 
 
@@ -224,7 +213,6 @@ class Job:
     """One reply to write.
 
     number: among the replies to its prompt
-    n_top: of how many tokens the scores are wanted; None: of none
     notify: called with each piece, in the thread that steps; the last one has a reason
     cancelled: may be set from any thread; the slot is free after the step under way
     deadline: by `Engine.clock`
@@ -236,7 +224,6 @@ class Job:
     sampling: SamplingConfig
     notify: Callable[[Piece], None]
     number: int = 0
-    n_top: int | None = None
     deadline: float = float("inf")
     cancelled: bool = False
     reply: Reply = field(default_factory=Reply)
@@ -263,26 +250,24 @@ class _Row:
         n_prompt, eos_id = len(self.job.prompt), self.rules.eos_id
         return penalise(logits, self.job.sampling, said, n_prompt, eos_id)
 
-    def take(self, token: int, found: Tensor, logits: Tensor, choose: Chooser) -> None:
-        """Continue by the token that was drawn, or end; both (V,), with penalties and without."""
+    def take(self, token: int, found: Tensor, choose: Chooser) -> None:
+        """Continue by the token that was drawn from these logits (V,), or end."""
         job, ids, before = self.job, self.job.reply.ids, len(self.job.reply.ids)
         if job.sampling.reads_text:
             token = redraw(found, token, ids, self.rules, self.chance, choose)
         self.rules.extend(job.reply, token, self.limit)
-        scores = []
         if len(ids) > before:
             self.text += self.decode(token)
-            scores = [] if job.n_top is None else [score(logits, token, job.n_top)]
-        self.tell(job.reply.reason, scores)
+        self.tell(job.reply.reason)
 
-    def tell(self, reason: str, scores: Sequence[TokenScore] = ()) -> None:
+    def tell(self, reason: str) -> None:
         """Give what can be shown, and all of it with a reason, which ends the reply."""
         stop, self.ended = self.job.sampling.stop, bool(reason)
         end = len(until_stop(self.text, stop)) if reason else n_showable(self.text, stop)
         text = self.text[self.n_shown : end]
         self.n_shown = max(self.n_shown, end)
-        if text or scores or reason:
-            self.job.notify(Piece(text, list(scores), reason))
+        if text or reason:
+            self.job.notify(Piece(text, reason))
 
 
 def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
@@ -294,9 +279,9 @@ def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
         key = (s.temperature, s.top_p, s.top_k, s.min_p, s.penalises)
         alike.setdefault(key, []).append(number)
     for numbers in alike.values():
-        own = found = logits if len(numbers) == len(rows) else logits[numbers]
+        found = logits if len(numbers) == len(rows) else logits[numbers]
         if rows[numbers[0]].job.sampling.penalises:
-            found = torch.cat([rows[n].penalised(own[i : i + 1]) for i, n in enumerate(numbers)])
+            found = torch.cat([rows[n].penalised(found[i : i + 1]) for i, n in enumerate(numbers)])
         # A penalty next to 0 is enough to leave the numbers behind, as is a damaged checkpoint.
         is_finite = torch.isfinite(found.amax(dim=1))
         if not bool(is_finite.all()):
@@ -304,20 +289,12 @@ def draw(rows: list[_Row], logits: Tensor, choose: Chooser) -> None:
                 if not is_good:
                     rows[number].tell("error")
             numbers = [n for n in numbers if not rows[n].ended]
-            own, found = own[is_finite], found[is_finite]
+            found = found[is_finite]
         if numbers:
             chances = random_numbers(found, [rows[n].chance for n in numbers])
             tokens = choose(found, rows[numbers[0]].job.sampling, chances).tolist()
             for i, number in enumerate(numbers):
-                rows[number].take(tokens[i], found[i], own[i], choose)
-
-
-def score(logits: Tensor, token: int, n_top: int) -> TokenScore:
-    """The log-probability of a token and those of the n_top likeliest; logits (V,)."""
-    found = logits.log_softmax(dim=-1)
-    values, tokens = found.topk(min(n_top, len(found)))
-    top = list(zip(tokens.tolist(), values.tolist(), strict=True))
-    return TokenScore(token, float(found[token]), top)
+                rows[number].take(tokens[i], found[i], choose)
 
 
 class Engine:
@@ -386,11 +363,11 @@ class Engine:
                 row.tell(reason)
                 self._leave(number)
         if self.reading and (reason := _over(self.reading[0], now)):
-            self.reading[0].notify(Piece("", [], reason))
+            self.reading[0].notify(Piece("", reason))
             self.reading = None
         for job in [job for job in self.waiting if _over(job, now)]:
             self.waiting.remove(job)
-            job.notify(Piece("", [], _over(job, now)))
+            job.notify(Piece("", _over(job, now)))
 
     def _leave(self, number: int) -> None:
         self.rows[number] = None

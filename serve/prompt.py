@@ -107,8 +107,6 @@ def _check(request: ChatRequest, sees: bool) -> None:
     if has_system + bool(request.reference) + bool(request.retrieve) > 1:
         text = "one 资料 only: a system message, `reference` or `retrieve`"
         raise bad("reference" if request.reference else "retrieve", text)
-    if request.top_logprobs and not request.logprobs:
-        raise bad("top_logprobs", "goes with logprobs: true")
 
 
 def _n_system(request: ChatRequest) -> int:

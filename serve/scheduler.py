@@ -155,7 +155,7 @@ class Desk:
                 if found := self._inbox.get():
                     self._unfinished.add(found[1])
             for job in list(self._unfinished):
-                job.notify(Piece("", [], "error"))
+                job.notify(Piece("", "error"))
             self._send()
             self.on_failure()
 

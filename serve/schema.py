@@ -21,7 +21,8 @@ MOST_REPLIES = 8
 
 # OpenAI's fields that this server lacks, with their values that ask for nothing.
 NEUTRAL: dict[str, tuple] = {
-    "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
+    "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,), "top_logprobs": (0,),
+    "tools": ([],), "functions": ([],),
     "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "store": (False,), "service_tier": ("auto", "default"),
@@ -192,8 +193,6 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     # Our own.
     task: Literal["chat", "title"] | None = Field(
         None,
@@ -216,7 +215,6 @@ class CompletionRequest(Request):
     """A text to continue, as in pretraining."""
 
     prompt: Annotated[_some(MOST_REPLIES, MOST_CHARACTERS), Field(min_length=1)]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
 def described(**fields: str | dict) -> dict:

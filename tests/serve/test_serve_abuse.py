@@ -118,7 +118,7 @@ BAD = {
             {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]),
         "messages.0",
     ),
-    "top_without_logprobs": (body(top_logprobs=3), "top_logprobs"),
+    "logprobs": (body(logprobs=True), "logprobs"),
     "deep": (body(messages=deep(90)), "messages"),
     "501_messages": (body(messages=ASK * 501), "messages"),
     "32001_characters": (body(messages=[{"role": "user", "content": "好" * 32_001}]), "messages"),

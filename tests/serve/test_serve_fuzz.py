@@ -35,8 +35,8 @@ FIELDS = {
     "frequency_penalty": 0.5, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1,
     "no_repeat_ngram": 3, "loop_guard": "end",
 }  # fmt: skip
-OF_CHAT = {"logprobs": True, "top_logprobs": 2, "reference": "花", "retrieve": False,
-           "truncate": True, "max_completion_tokens": 2}  # fmt: skip
+OF_CHAT = {"logprobs": False, "reference": "花", "retrieve": False, "truncate": True,
+           "max_completion_tokens": 2}  # fmt: skip
 TALK = [{"role": "system", "content": "资料"}, {"role": "user", "content": "你好"},
         {"role": "assistant", "content": "好"}, {"role": "user", "content": "再见"}]  # fmt: skip
 
