@@ -43,7 +43,7 @@ from data_process.datasets.conversations import labelled, split_at_labels
 from data_process.executor import key_of, write_whole
 from data_process.formats import HEAD, format_of
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
-from data_process.raw import PACKED, Part, Record, Skip, records, sorted_files, split_of
+from data_process.raw import Part, Record, Skip, is_packed, records, sorted_files, split_of
 from data_process.registry import data_sets
 from data_process.stages import share_of
 from tokenizer import LABELS, Tokenizer
@@ -225,9 +225,7 @@ def encoding_of(path: Path) -> str:
 
     raises: DataError if the bytes are no text
     """
-    with open(path, "rb") as file:
-        head = file.read(HEAD)
-    found = likely_encoding(head)
+    found = likely_encoding(_head(path))
     if not found:
         raise DataError(f"{shown(path)}: wanted text, found a file of another kind; save it as "
                         f".txt, .docx, .csv, .xlsx or JSON lines")  # fmt: skip
@@ -237,23 +235,21 @@ def encoding_of(path: Path) -> str:
 def _is_prose(path: Path) -> bool:
     if path.suffix.lower() == ".docx":
         return True
-    if _is_packed(path):
+    head = _head(path)
+    if is_packed(head):
         return False
-    with open(path, "rb") as file:
-        what = format_of(file.read(HEAD), encoding_of(path), path.name, known())
-    return what in ("text", "document")
+    return format_of(head, encoding_of(path), path.name, known()) in ("text", "document")
 
 
-def _is_packed(path: Path) -> bool:
+def _head(path: Path) -> bytes:
     with open(path, "rb") as file:
-        head = file.read(512)
-    return head.startswith(PACKED) or head[257:262] == b"ustar"
+        return file.read(HEAD)
 
 
 def _records(files: list[Path]) -> Iterator[Record | Skip]:
     """Every entry of tables, JSON files and archives."""
     for path in files:
-        encoding = "utf-8-sig" if _is_packed(path) else encoding_of(path)
+        encoding = "utf-8-sig" if is_packed(_head(path)) else encoding_of(path)
         yield from records([Part(path, path.name)], encoding, columns=known())
 
 

@@ -393,6 +393,11 @@ PACKED = (*UNPACK, b"PK\x03\x04", b"PAR1")
 WIDE = ("utf16", "utf32")  # encodings in which the byte \n may be half a character
 
 
+def is_packed(head: bytes) -> bool:
+    """True if the first bytes are those of an archive, or of a table that is no text."""
+    return head.startswith(PACKED) or head[257:262] == b"ustar"
+
+
 def divide(
     files: Iterable[Part], encoding: str, layout: str = "", job_bytes: int = JOB_BYTES,
     columns: Collection[str] = (), may_cut: bool = True,
@@ -422,9 +427,8 @@ def _cut(
     with open(part.path, "rb") as file:
         head = file.read(HEAD)
         layout = layout or format_of(head, encoding, part.name, columns)
-        packed = head.startswith(PACKED) or head[257:262] == b"ustar"
         wide = encoding.lower().replace("-", "").startswith(WIDE)
-        if size <= 1.5 * job_bytes or packed or wide or layout not in ("lines", "text"):
+        if size <= 1.5 * job_bytes or is_packed(head) or wide or layout not in ("lines", "text"):
             yield part
             return
         start = 0

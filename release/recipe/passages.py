@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,36 +25,31 @@ from data_process.raw import Skip, records
 
 HERE = Path(__file__).parent
 READING = "reading"
-# File, and how many of its texts are asked about and how many lose their leading sentence.
-TEXTS = {
-    "wikipedia_zh/wikipedia_zh.jsonl.xz": (15000, 3000),
-    "news_zh/cctv_news_titles.jsonl.xz": (3000, 3000),
-    "science_abstracts/fewclue_csldcp.jsonl.xz": (4000, 5000),
-    "prose/lctt.jsonl.xz": (2000, 2000),
-}
 UNANSWERED = 0.2  # share of the passages that are asked what they do not say
 MOST_COPIES = 5  # of a text, each asked about other sentences
 MOST_QUESTIONS, MOST_TEXT = 8, 720  # of a passage, and characters in all: the context holds that
-SMALL = re.compile("(?<=[\u4e00-\u9fff])(?:了|也|则|并|便|均|曾|已经|就|都|亦)(?=[\u4e00-\u9fff])")
 SENTENCE = re.compile(r"[^。！？；!?\n]+[。！？；!?]?")
 CLAUSE = re.compile(r"[^，,：:]+[，,：:]?")
-START = re.compile(
-    r"^(?:但是?|而且?|并且?|此外|另外|同时|因此|所以|其中|然而|不过|于是|后来|之后|[“”\"「」（）()、，,])+"
-)
-# What is no subject of a definition, and no definition.
-NO_SUBJECT = re.compile(
-    r"[这那它他她其此该也就还都我你只不没可如若因以说使应当在从对]|目的|主要|问题|关键|重点|目前|今[天年后]"
-)
-NO_OBJECT = re.compile(r"[不由在这说否从对以有为因]")
+
+
+@functools.cache
+def asking(part: str) -> Any:
+    """A part of questions.yaml."""
+    return yaml.safe_load((HERE / "questions.yaml").read_text("utf-8"))[part]
+
+
+@functools.cache
+def pattern(name: str) -> re.Pattern[str]:
+    """A pattern of questions.yaml."""
+    return re.compile(asking("patterns")[name])
 
 
 @functools.cache
 def rules(kind: str) -> list[tuple[re.Pattern[str], str, str, bool]]:
     """The rules of questions.yaml: pattern, question, answer, and whether it is a definition."""
-    found = yaml.safe_load((HERE / "questions.yaml").read_text("utf-8"))[kind]
     return [
-        (re.compile(pattern), ask, answer[0] if answer else r"\1", len(answer) > 1)
-        for pattern, ask, *answer in found
+        (re.compile(rule), ask, answer[0] if answer else r"\1", len(answer) > 1)
+        for rule, ask, *answer in asking(kind)
     ]
 
 
@@ -71,8 +67,8 @@ def questions(text: str, chance: random.Random) -> list[tuple[str, str]]:
 
 def _in_place(sentence: str) -> Iterator[tuple[str, str]]:
     clauses = [match.span() for match in CLAUSE.finditer(sentence)]
-    for pattern, ask, answer, _ in rules("in_place"):
-        for match in pattern.finditer(sentence):
+    for rule, ask, answer, _ in rules("in_place"):
+        for match in rule.finditer(sentence):
             inside = [
                 n for n, (a, b) in enumerate(clauses) if a < match.end() and match.start() < b
             ]
@@ -89,16 +85,17 @@ def _in_place(sentence: str) -> Iterator[tuple[str, str]]:
 
 
 def _whole(sentence: str) -> Iterator[tuple[str, str]]:
-    for pattern, ask, answer, is_definition in rules("whole"):
-        match = pattern.search(sentence)
+    for rule, ask, answer, is_definition in rules("whole"):
+        match = rule.search(sentence)
         if match and not (
-            is_definition and (NO_SUBJECT.search(match[1]) or NO_OBJECT.match(match[2]))
+            is_definition
+            and (pattern("no_subject").search(match[1]) or pattern("no_object").match(match[2]))
         ):
             yield from _asked(match.expand(ask), match.expand(answer))
 
 
 def _asked(question: str, answer: str) -> Iterator[tuple[str, str]]:
-    question = START.sub("", question).strip("。！；，,：: ")
+    question = pattern("start").sub("", question).strip("。！；，,：: ")
     answer = answer.strip("，。；,：:“”「」 ")
     if 5 <= len(question) <= 60 and 1 < len(answer) <= 60 and answer[0] not in "了着于而的":
         yield question + "？", answer
@@ -204,7 +201,7 @@ class Asking:
             if word in question and self.chance.random() < 0.5:
                 question = question.replace(word, self.chance.choice(others), 1)
                 break
-        return SMALL.sub("", question) if self.chance.random() < 0.3 else question
+        return pattern("small").sub("", question) if self.chance.random() < 0.3 else question
 
 
 def reading_rows(raw: Path) -> Iterator[dict]:
@@ -240,8 +237,8 @@ def lead_rows(raw: Path) -> Iterator[dict]:
 
 
 def _texts(raw: Path, column: int, shortest: int) -> Iterator[str]:
-    """As many texts of each file as TEXTS says; of a short file all, and again."""
-    for place, wanted in TEXTS.items():
+    """As many texts of each file as questions.yaml says; of a short file all, and again."""
+    for place, wanted in asking("texts").items():
         chance = random.Random(f"0 {place} {column}")
         texts = [one.get("text") or one.get("abst") or "" for one in objects(raw / place)]
         texts = [text for text in texts if len(text) >= shortest]
