@@ -15,11 +15,9 @@ with split_special_tokens=True, or a "</s>" that they contain ends the dialogue.
 Back again: python -m export.import_hf. For llama.cpp: python -m export.gguf.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from babyllama.checkpoint import Loaded, load_model, model_weights
@@ -28,7 +26,6 @@ from babyllama.run_dir import chosen_run
 from babyllama.sampling import SamplingConfig
 from export import parity, tools
 from model import ModelConfig, Transformer
-from tokenizer import Tokenizer
 
 # Ours beside theirs; inside a layer, and outside.
 LAYER_NAMES = {
@@ -62,69 +59,44 @@ def llama_shape(config: ModelConfig) -> dict:
     }  # fmt: skip
 
 
-def model_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """config.json of transformers."""
-    has_pad = tokenizer.pad_id != tokenizer.eos_id
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **llama_shape(config),
-        "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
-        "torch_dtype": "float32", "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        # <eos> as padding here would stop its embedding from being trained (padding_idx).
-        "pad_token_id": tokenizer.pad_id if has_pad else None,
-    }  # fmt: skip
-
-
-def tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict:
-    """tokenizer_config.json: the special pieces and the chat template."""
-    begin, end = tools.ends_of(tokenizer)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end,
-        "pad_token": tokenizer.sp.id_to_piece(tokenizer.pad_id), "add_bos_token": False,
-        "add_eos_token": False, "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": config.max_seq_len, "chat_template": tools.chat_template(),
-    }  # fmt: skip
-
-
-def generation_config(tokenizer: Tokenizer) -> dict:
-    """generation_config.json: chat.py's way of choosing tokens."""
-    chosen = SamplingConfig()
-    return {
-        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id, "do_sample": chosen.temperature > 0,
-        "temperature": chosen.temperature, "top_p": chosen.top_p, "top_k": chosen.top_k,
-        "max_new_tokens": chosen.max_new_tokens,
-    }  # fmt: skip
-
-
 def hf_weights(model: Transformer) -> dict[str, Tensor]:
     names = hf_names(model.config)
     return {names[name]: weight for name, weight in model_weights(model).items()}
 
 
-def llama_of(loaded: Loaded) -> torch.nn.Module:
-    """The checkpoint as a LlamaForCausalLM."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_of(loaded: Loaded) -> Any:
+    """The checkpoint as a LlamaForCausalLM, which chooses tokens as chat.py does."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**model_config(loaded.config, loaded.tokenizer))
-    model = LlamaForCausalLM(config)
+    tokenizer, chosen = loaded.tokenizer, SamplingConfig()
+    ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    pad_id = tokenizer.pad_id
+    # <eos> as padding here would stop its embedding from being trained (padding_idx).
+    padding = {"pad_token_id": pad_id if pad_id != tokenizer.eos_id else None}
+    model = LlamaForCausalLM(LlamaConfig(**llama_shape(loaded.config), **ends, **padding))
     missing, _ = model.load_state_dict(hf_weights(loaded.model), strict=False)
     assert not set(missing) - {"lm_head.weight"}, missing  # which is tied
     model.tie_weights()
+    model.generation_config = GenerationConfig(
+        **ends, pad_token_id=pad_id, do_sample=chosen.temperature > 0,
+        temperature=chosen.temperature, top_p=chosen.top_p, top_k=chosen.top_k,
+        max_new_tokens=chosen.max_new_tokens,
+    )  # fmt: skip
     return model
 
 
 def write_folder(loaded: Loaded, place: Path) -> None:
     """The files that transformers reads, and tokenizer.model for import_hf."""
-    config, tokenizer = loaded.config, loaded.tokenizer
-    save_file(hf_weights(loaded.model), place / "model.safetensors", metadata={"format": "pt"})
-    parity.write_json(place / "config.json", model_config(config, tokenizer))
-    parity.write_json(place / "generation_config.json", generation_config(tokenizer))
-    parity.write_json(place / "tokenizer_config.json", tokenizer_config(config, tokenizer))
-    text = json.loads(tools.fast_tokenizer(tokenizer).to_str())
-    (place / "tokenizer.json").write_text(json.dumps(text, ensure_ascii=False, indent=1), "utf-8")
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, (begin, end) = loaded.tokenizer, tools.ends_of(loaded.tokenizer)
+    llama_of(loaded).save_pretrained(place)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tools.fast_tokenizer(tokenizer), bos_token=begin, eos_token=end,
+        pad_token=tokenizer.sp.id_to_piece(tokenizer.pad_id), clean_up_tokenization_spaces=False,
+        model_max_length=loaded.config.max_seq_len, chat_template=tools.chat_template(),
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(place, save_jinja_files=False)  # fmt: skip
     (place / "tokenizer.model").write_bytes(tokenizer.bytes)
 
 
