@@ -1,7 +1,7 @@
 """One checkpoint out of several: the mean of their weights.
 
     python -m babyllama.tuning.average out/csl --last 3 --out out/csl_mean   the last few of a run
-    python -m babyllama.tuning.average out/chat out/csl --out out/both       the newest of several
+    python -m babyllama.tuning.average release out/csl --out out/both        the newest of several
 
 Late checkpoints of a run lie round the bottom that it goes to; their mean lies nearer than each
 (Izmailov et al. 2018, arXiv:1803.05407); so does the mean of a run and of one that went on from it
@@ -20,7 +20,7 @@ from torch import Tensor
 from babyllama.checkpoint import Loaded, Snapshot, load_model, model_weights, save_checkpoint
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import CheckpointError, ConfigError
-from babyllama.run_dir import list_checkpoints
+from babyllama.run_dir import find_checkpoint, list_checkpoints
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class AverageConfig:
     """Checkpoints to average.
 
     Args:
-        runs: run directories, out/<name>
+        runs: run directories, out/<name>, or checkpoints, as release/
         last: of one run, how many of its newest checkpoints; of several, each gives its newest
         out: run directory of the result; if absent <first run>_mean
     """
@@ -96,7 +96,7 @@ def main(cfg: AverageConfig) -> None:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"--out {shown(out)}: wanted a new directory, found files; name another")
     alone = len(places) == 1
-    steps = [step for one in places for step in newest_steps(one, cfg.last if alone else 1)]
+    steps = newest_steps(place, cfg.last) if alone else list(map(find_checkpoint, places))
     print(f"{shown(save(mean_weights(steps), out))}: the mean of {', '.join(map(shown, steps))}")
 
 
