@@ -8,36 +8,41 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
 from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from babyllama.decoder import Reply
 from babyllama.errors import ConfigError
 from babyllama.sampling import SamplingConfig
 from babyllama.scoring.summarise import suggest
 from serve.engine import Job, Piece
 from serve.models import Model
-from serve.scheduler import Desk
+from serve.scheduler import Mailbox, Metrics
 from serve.schema import ChatRequest, Refused, Request, bad
 
 # What OpenAI's clients know of the ways a reply ends; the exact one is in `end`.
 FINISH = {"eos": "stop", "stop": "stop", "loop": "stop", "length": "length", "time": "length"}
-KEEP_ALIVE_S = 10
 
 
-class Asked:
+class Replies:
     """One request under way, whose replies come in pieces; how they are written down.
 
-    n: replies
+    jobs: a reply each
     extra: what the answer says beside them
+    submit: lets them begin, their pieces going to a mailbox
     include_usage: the events end with it
     """
 
-    def __init__(self, body: Request, model: Model, n: int, extra: dict) -> None:
-        self.body, self.model, self.n, self.extra = body, model, n, extra
+    def __init__(
+        self, body: Request, model: Model, jobs: list[Job], extra: dict, metrics: Metrics,
+        submit: Callable[[Mailbox], None],
+    ) -> None:  # fmt: skip
+        self.body, self.jobs, self.extra = body, jobs, extra
+        self.metrics, self.submit = metrics, submit
         self.is_chat = isinstance(body, ChatRequest)
         self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
         self.head: dict[str, Any] = {
@@ -52,39 +57,16 @@ class Asked:
         end = {"end": reason} if reason else {}
         return {"index": number, "finish_reason": FINISH.get(reason), "logprobs": None, **end}
 
-    def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
-        """Pieces of all replies as they come; None when nothing came for a while.
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Pieces of all replies as they come; who stops listening cancels what is left.
 
         raises: Refused if a reply could not be written
         """
-        raise NotImplementedError
-
-    def usage(self) -> dict:
-        raise NotImplementedError
-
-
-class Replies(Asked):
-    """Jobs of the engine."""
-
-    def __init__(
-        self, body: Request, model: Model, desk: Desk, jobs: list[Job], extra: dict
-    ) -> None:
-        super().__init__(body, model, len(jobs), extra)
-        self.desk, self.metrics, self.jobs = desk, desk.metrics, jobs
-
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
-        """Who stops listening cancels what is left."""
-        left, mailbox = self.n, asyncio.Queue()
-        self.desk.submit(self.model.engine, self.jobs, mailbox)
+        left, mailbox = len(self.jobs), asyncio.Queue()
+        self.submit(mailbox)
         try:
             while left:
-                try:
-                    # Not wait_for: before Python 3.12 it may swallow a cancellation.
-                    async with asyncio.timeout(KEEP_ALIVE_S):
-                        number, piece = await mailbox.get()
-                except TimeoutError:
-                    yield None
-                    continue
+                number, piece = await mailbox.get()
                 if piece.reason:
                     left -= 1
                     self.metrics.replies.labels(piece.reason).inc()
@@ -110,18 +92,19 @@ class Replies(Asked):
         prompts = {id(job.prompt): job for job in reversed(self.jobs)}.values()
         n_prompt = sum(len(job.prompt) for job in prompts)
         n_reply = sum(len(job.reply.ids) for job in self.jobs)
-        known = {"cached_tokens": sum(job.n_known for job in prompts)}
-        return token_usage(n_prompt, n_reply) | {"prompt_tokens_details": known}
+        return {
+            "prompt_tokens": n_prompt, "completion_tokens": n_reply,
+            "total_tokens": n_prompt + n_reply,
+            "prompt_tokens_details": {"cached_tokens": sum(job.n_known for job in prompts)},
+        }  # fmt: skip
 
 
-async def whole(asked: Asked) -> dict:
-    """The answer to a request that does not stream; raises as Asked.pieces."""
-    found = [Piece("")] * asked.n
+async def whole(asked: Replies) -> dict:
+    """The answer to a request that does not stream; raises as Replies.pieces."""
+    found = [Piece("")] * len(asked.jobs)
     async with aclosing(asked.pieces()) as pieces:
-        async for item in pieces:
-            if item is not None:
-                (number, new), old = item, found[item[0]]
-                found[number] = Piece(old.text + new.text, new.reason)
+        async for number, new in pieces:
+            found[number] = Piece(found[number].text + new.text, new.reason)
     choices = []
     for number, piece in enumerate(found):
         message = {"message": {"role": "assistant", "content": piece.text}}
@@ -130,7 +113,7 @@ async def whole(asked: Asked) -> dict:
     return {**asked.head, "choices": choices, "usage": asked.usage(), **asked.extra}
 
 
-async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
+async def events(asked: Replies) -> AsyncGenerator[bytes, None]:
     """The answer to a request that streams, as server-sent events."""
     head = {**asked.head, "object": asked.head["object"] + ".chunk" * asked.is_chat}
     more = {"usage": None} if asked.include_usage else {}
@@ -142,13 +125,13 @@ async def events(asked: Asked) -> AsyncGenerator[bytes, None]:
         choice = {"delta": delta} if asked.is_chat else {"text": piece.text}
         return {**head, "choices": [asked.choice(number, piece.reason) | choice], **more}
 
-    for number in range(asked.n if asked.is_chat else 0):
+    for number in range(len(asked.jobs) if asked.is_chat else 0):
         extra = {} if number else asked.extra
         yield event(chunk(number, Piece(""), role=True) | extra)
     try:
         async with aclosing(asked.pieces()) as pieces:
             async for item in pieces:
-                yield event(chunk(*item)) if item else b": waiting\n\n"
+                yield event(chunk(*item))
     except Refused as refused:
         yield event(refused.body)
         return
@@ -186,7 +169,7 @@ class EventStream(StreamingResponse):
     places: closed at the end, however it comes
     """
 
-    def __init__(self, asked: Asked, places: ExitStack) -> None:
+    def __init__(self, asked: Replies, places: ExitStack) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events(asked), headers=headers, media_type="text/event-stream")
         self.places = places
@@ -223,30 +206,23 @@ def titled_text(request: ChatRequest) -> str:
     return message.text.strip()
 
 
-class Titles(Asked):
-    """Titles of a text, found when this is made: the best first."""
+def titles(body: ChatRequest, model: Model, text: str, metrics: Metrics) -> Replies:
+    """Titles of a text, the best first, which are found before this returns.
 
-    def __init__(self, body: ChatRequest, model: Model, text: str) -> None:
-        """raises: Refused (400) if the model's context is too short for any text"""
-        tokenizer = model.engine.tokenizer
-        try:
-            found = suggest(model.engine.decoder, tokenizer, text, body.n or 1)
-        except ConfigError as error:
-            raise Refused(400, str(error), "messages", "context_length_exceeded") from None
-        self.titles = found.titles or [""]
-        self.n_prompt = len(tokenizer.encode(text[: found.n_read]))
-        self.n_reply = sum(len(tokenizer.encode(title)) for title in self.titles)
-        extra = {"read": {"characters": found.n_read, "of": len(text)}}
-        super().__init__(body, model, len(self.titles), extra)
+    raises: Refused (400) if the model's context is too short for any text
+    """
+    tokenizer = model.engine.tokenizer
+    try:
+        found = suggest(model.engine.decoder, tokenizer, text, body.n or 1)
+    except ConfigError as error:
+        raise Refused(400, str(error), "messages", "context_length_exceeded") from None
+    prompt = tokenizer.encode(text[: found.n_read])
+    replies = [Reply(tokenizer.encode(title), title, "eos") for title in found.titles or [""]]
+    jobs = [Job(prompt, SamplingConfig(), lambda piece: None, reply=reply) for reply in replies]
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, Piece] | None, None]:
-        for number, title in enumerate(self.titles):
-            yield number, Piece(title, "eos")
+    def submit(mailbox: Mailbox) -> None:
+        for number, reply in enumerate(replies):
+            mailbox.put_nowait((number, Piece(reply.text, reply.reason)))
 
-    def usage(self) -> dict:
-        return token_usage(self.n_prompt, self.n_reply)
-
-
-def token_usage(n_prompt: int, n_reply: int) -> dict:
-    total = n_prompt + n_reply
-    return {"prompt_tokens": n_prompt, "completion_tokens": n_reply, "total_tokens": total}
+    extra = {"read": {"characters": found.n_read, "of": len(text)}}
+    return Replies(body, model, jobs, extra, metrics, submit)

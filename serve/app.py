@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from functools import partial
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
@@ -17,9 +18,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from babyllama.errors import ConfigError
 from serve import schema
-from serve.answers import Asked, EventStream, Replies, Titles, titled_text, unless_gone, whole
+from serve.answers import EventStream, Replies, titled_text, titles, unless_gone, whole
 from serve.engine import Job
 from serve.guard import Gate
 from serve.models import Model
@@ -118,14 +118,13 @@ def _add_replies(app: FastAPI, service: Service) -> None:
     async def chat(body: schema.ChatRequest, request: HttpRequest) -> object:
         """Continue a dialogue, or give a text its title."""
         model, client = service.model(body.model), _client(request)
-        asked: Asked
         if body.task == "title":
             if model.eyes:
                 raise schema.bad("task", "this model answers about images alone")
             text = titled_text(body)
             with service.desk.places(client, 1) as places:
                 async with service.searching:
-                    asked = await asyncio.to_thread(Titles, body, model, text)
+                    asked = await asyncio.to_thread(titles, body, model, text, service.desk.metrics)
                 return await _answer(asked, request, places)
         with service.desk.places(client, body.n or 1) as places:
             prompt = await asyncio.to_thread(
@@ -150,7 +149,7 @@ def _add_replies(app: FastAPI, service: Service) -> None:
             return await _answer(asked, request, places)
 
 
-async def _answer(asked: Asked, request: HttpRequest, places: ExitStack) -> object:
+async def _answer(asked: Replies, request: HttpRequest, places: ExitStack) -> object:
     """The answer, whole or as events, which give back the places when they end."""
     if asked.body.stream:
         return EventStream(asked, places.pop_all())
@@ -165,14 +164,12 @@ def _client(request: HttpRequest) -> str:
 def _replies(
     service: Service, model: Model, body: schema.Request, prompts: list[Prompt]
 ) -> Replies:
-    try:
-        sampling = body.sampling(model.engine.context)
-    except ConfigError as error:  # a combination that no single field shows
-        raise schema.Refused(400, str(error)) from None
+    sampling, desk = body.sampling(model.engine.context), service.desk
     deadline = time.monotonic() + service.cfg.reply_seconds
     jobs = [
         Job(prompt.ids, sampling, lambda piece: None, number, deadline, image=prompt.image)
         for prompt in prompts
         for number in range(body.n or 1)
     ]
-    return Replies(body, model, service.desk, jobs, prompts[0].extra)
+    submit = partial(desk.submit, model.engine, jobs)
+    return Replies(body, model, jobs, prompts[0].extra, desk.metrics, submit)

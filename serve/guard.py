@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import h11
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -126,21 +126,24 @@ class Gate:
             return await self.app(scope, _to_the_end(receive), send)
         path, headers = scope["path"], Headers(scope=scope)
         reply = _Reply(send, path if path in self.paths else "other", self.metrics)
-        answer: ASGIApp
+        answer: ASGIApp = self.app
         try:
             reply.allowed = self._check_site(headers)
-            if reply.allowed and scope["method"] == "OPTIONS":
-                answer = _preflight(headers)
-            else:
+            if not (reply.allowed and scope["method"] == "OPTIONS"):
                 self._check_key(path, headers)
                 body = await self._body(path, headers, HttpRequest(scope, receive))
-                answer, receive = self.app, _replay(body, receive)
+                receive = _replay(body, receive)
         except Refused as refused:
             # Where the client is still sending, uvicorn throws that away, until Protocol's time
             # is up.
             answer = refused.answer
         except ClientDisconnect:
             return
+        if reply.allowed:  # what lets a browser give an answer to another site's page
+            answer = CORSMiddleware(
+                answer, [reply.allowed], ["GET", "POST"], ["*"], allow_private_network=True,
+                expose_headers=["Retry-After"],
+            )  # fmt: skip
         try:
             await answer(scope, receive, reply.send)
         except TimeoutError:
@@ -218,16 +221,6 @@ def _name(address: str) -> str | None:
         return None
 
 
-def _preflight(headers: Headers) -> Response:
-    """The answer to a browser's question whether the other site's page may send these headers."""
-    return Response(status_code=204, headers={
-        "Access-Control-Allow-Methods": "GET, POST",
-        "Access-Control-Allow-Headers": headers.get("access-control-request-headers") or "*",
-        "Access-Control-Allow-Private-Network": "true",
-        "Access-Control-Max-Age": "600",
-    })  # fmt: skip
-
-
 def _to_the_end(receive: Receive) -> Receive:
     """The server's life: one that is cut off by a second Ctrl-C ends as any other."""
 
@@ -266,11 +259,8 @@ class _Reply:
             self.has_begun = True
             headers = MutableHeaders(raw=list(message["headers"]))
             headers.update(SAFETY)
-            if self.allowed:  # what lets a browser give an answer to another site's page
-                headers["Access-Control-Allow-Origin"] = self.allowed
-                headers["Access-Control-Expose-Headers"] = "Retry-After"
+            if self.allowed:
                 headers["Cross-Origin-Resource-Policy"] = "cross-origin"
-                headers["Vary"] = "Origin"
             message = {**message, "headers": headers.raw}
             self.metrics.requests.labels(self.path, str(message["status"])).inc()
         try:
