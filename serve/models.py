@@ -18,7 +18,7 @@ from babyllama.config import shown
 from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Weights
 from babyllama.device import Device, pick_device
-from babyllama.errors import ConfigError
+from babyllama.errors import ConfigError, require
 from babyllama.retrieval.retriever import API_URL
 from babyllama.run_dir import find_checkpoint, read_info
 from serve.engine import Engine
@@ -76,21 +76,20 @@ class ServerConfig:
     wiki_url: str = API_URL
 
     def __post_init__(self) -> None:
-        least = {"port": 0, "slots": 1, "queue": 0, "per_client": 1, "reply_seconds": 0.1,
-                 "body_seconds": 0.1, "shutdown_seconds": 0}  # fmt: skip
-        faults = [
-            f"--{name} {getattr(self, name)} (at least {bound})"
-            for name, bound in least.items()
-            if getattr(self, name) < bound
-        ]
-        if faults or self.port > 65535:
-            raise ConfigError(f"cannot serve with {', '.join(faults) or f'port {self.port}'}")
-        for origin in self.allow_origin:
-            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
-                raise ConfigError(
-                    f"--allow-origin {origin!r}: wanted a site as browsers name it, with scheme "
-                    f"and without a path: https://chat.example.org"
-                )
+        site = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
+        require("server", self, {
+            "port": ("0 to 65535", 0 <= self.port <= 65535),
+            "slots": ("1 or more", self.slots >= 1),
+            "queue": ("0 or more", self.queue >= 0),
+            "per_client": ("1 or more", self.per_client >= 1),
+            "reply_seconds": ("0.1 or more", self.reply_seconds >= 0.1),
+            "body_seconds": ("0.1 or more", self.body_seconds >= 0.1),
+            "shutdown_seconds": ("0 or more", self.shutdown_seconds >= 0),
+            "allow_origin": (
+                "a site as browsers name it, with scheme and without a path, https://example.org",
+                all(map(site.fullmatch, self.allow_origin)),
+            ),
+        })  # fmt: skip
 
     @property
     def is_local(self) -> bool:

@@ -15,24 +15,23 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from babyllama.chat.session import choose_checkpoint, open_retriever
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import ConfigError
-from babyllama.retrieval.retriever import Retriever
-from serve.models import Model, ServerConfig, serve_from
-
-if TYPE_CHECKING:
-    import uvicorn
-
-    from serve.scheduler import Desk
+from serve.models import ServerConfig, serve_from
 
 MOST_CONNECTIONS = 1000  # more are answered with 503
 
 
 def main(cfg: ServerConfig) -> int:
-    import serve.app  # noqa: F401  (if a package is missing, that is said before the work)
+    # First, so that a package that is missing is said before the work.
+    import uvicorn
+
+    from serve.app import make_app
+    from serve.guard import Protocol
+    from serve.page_routes import Service
+    from serve.scheduler import Desk, Metrics
 
     key = read_key(cfg.api_key_file)
     if not key and not cfg.is_local:
@@ -41,12 +40,31 @@ def main(cfg: ServerConfig) -> int:
             f"leave --host out to serve this machine alone"
         )
     raise_file_limit()
+    Protocol.head_s = cfg.body_seconds
     # Before the model is loaded, so that a port in use shows at once.
     with listen(cfg.host, cfg.port) as listener:
         retriever = open_retriever(cfg.index, False)
         models = serve_from(cfg, choose_checkpoint(cfg.checkpoint, lora=cfg.lora))
-        server, desk = make_server(cfg, key, models, retriever)
-        _say(listener, models, retriever)
+        engines = [model.engine for model in models.values()]
+        desk = Desk(engines, cfg.slots + cfg.queue, cfg.per_client, Metrics())
+        # Without proxy_headers=False a client could give itself another address. Protocol closes
+        # idle connections.
+        server = uvicorn.Server(uvicorn.Config(
+            make_app(Service(desk, models, cfg, retriever), key), http=Protocol, ws="none",
+            lifespan="on", log_level="warning", access_log=False, server_header=False,
+            limit_concurrency=MOST_CONNECTIONS, backlog=256, proxy_headers=False,
+            timeout_graceful_shutdown=cfg.shutdown_seconds, timeout_keep_alive=3600,
+        ))  # fmt: skip
+        desk.on_failure = lambda: setattr(server, "should_exit", True)
+        logging.getLogger("babyllama.serve").addHandler(logging.StreamHandler())
+        for model in models.values():
+            decoder = model.engine.decoder
+            print(f"{model.name}: {shown(model.path)}, {decoder.kind} ({decoder.reason})")
+        if retriever:
+            print(f"资料: {retriever.describe()}")
+        host, port = listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(f"http://{host}:{port}   (Ctrl-C: 停止 / stop)", flush=True)
         # uvicorn raises a signal that it caught once more when all is done; here nothing comes of
         # it, because to stop when asked is no failure.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -64,48 +82,6 @@ def raise_file_limit() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):  # macOS allows less than it says
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def make_server(
-    cfg: ServerConfig,
-    key: str,
-    models: dict[str, Model],
-    retriever: Retriever | None,
-) -> tuple["uvicorn.Server", "Desk"]:
-    """A server that is ready to run, and its desk."""
-    import uvicorn
-
-    from serve.app import make_app
-    from serve.guard import Protocol
-    from serve.page_routes import Service
-    from serve.scheduler import Desk, Metrics
-
-    engines = [model.engine for model in models.values()]
-    desk = Desk(engines, cfg.slots + cfg.queue, cfg.per_client, Metrics())
-    service = Service(desk, models, cfg, retriever)
-    protocol = type("Protocol", (Protocol,), {"head_s": cfg.body_seconds, "open": {}})
-    # Without proxy_headers=False a client could give itself another address. Protocol closes idle
-    # connections.
-    server = uvicorn.Server(uvicorn.Config(
-        make_app(service, key), http=protocol, ws="none", lifespan="on", log_level="warning",
-        access_log=False, server_header=False, limit_concurrency=MOST_CONNECTIONS, backlog=256,
-        timeout_graceful_shutdown=cfg.shutdown_seconds, proxy_headers=False,
-        timeout_keep_alive=3600,
-    ))  # fmt: skip
-    desk.on_failure = lambda: setattr(server, "should_exit", True)
-    logging.getLogger("babyllama.serve").addHandler(logging.StreamHandler())
-    return server, desk
-
-
-def _say(listener: socket.socket, models: dict[str, Model], retriever: Retriever | None) -> None:
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    for model in models.values():
-        decoder = model.engine.decoder
-        print(f"{model.name}: {shown(model.path)}, {decoder.kind} ({decoder.reason})")
-    if retriever:
-        print(f"资料: {retriever.describe()}")
-    print(f"http://{host}:{port}   (Ctrl-C: 停止 / stop)", flush=True)
 
 
 def listen(host: str, port: int) -> socket.socket:

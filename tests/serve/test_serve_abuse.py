@@ -380,7 +380,7 @@ def test_mistakes_at_the_start_are_one_line_each(server, checkpoint, tmp_path, s
         (checkpoint, "--index", tmp_path, "--port", 0): "no index.json",
         (checkpoint, "--lora", f"other={checkpoint}", "--port", 0): "wanted an adapter",
         (checkpoint, "--lora", checkpoint, "--port", 0): "two models are called 'small'",
-        (checkpoint, "--slots", 0): "--slots 0",
+        (checkpoint, "--slots", 0): "slots wants 1 or more, found 0",
         (tmp_path / "nothing", "--port", 0): "no such checkpoint",
     }
     for words, wanted in cases.items():
