@@ -8,7 +8,7 @@ says so; OpenAI's client sends them by `extra_body`.
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.responses import JSONResponse
@@ -33,14 +33,8 @@ NEUTRAL: dict[str, tuple] = {
 }  # fmt: skip
 
 
-def well_formed(text: str) -> str:
-    """JSON can spell half a character, which is no text."""
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("holds half a character (a lone surrogate)")
-    return text
-
-
-Text = Annotated[str, AfterValidator(well_formed)]
+# With a longest length pydantic refuses half a character, which JSON can spell.
+Text = Annotated[str, Field(max_length=2**20)]
 Name = Annotated[Text, Field(max_length=200)]
 
 
@@ -70,17 +64,13 @@ def is_neutral(name: str, value: object) -> bool:
     )
 
 
-def _some(most: int, longest: int) -> Any:
-    """A list of at most `most` texts of at most so many characters; a text alone is one of them."""
-    each = Annotated[Text, Field(min_length=1, max_length=longest)]
-    return Annotated[
-        list[each],
-        Field(max_length=most),
-        BeforeValidator(
-            lambda value: [value] if isinstance(value, str) else value,
-            json_schema_input_type=str | list[str],
-        ),
-    ]
+# A text alone stands for a list of it.
+_ONE_OR_SEVERAL = BeforeValidator(
+    lambda value: [value] if isinstance(value, str) else value,
+    json_schema_input_type=str | list[str],
+)
+Stop = Annotated[Text, Field(min_length=1, max_length=100)]
+Beginning = Annotated[Text, Field(min_length=1, max_length=MOST_CHARACTERS)]
 
 
 class StreamOptions(Strict):
@@ -116,7 +106,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 def _as_parts(value: object) -> object:
     if not isinstance(value, str | list):
         raise ValueError("wanted a text or a list of parts")
-    return [{"type": "text", "text": well_formed(value)}] if isinstance(value, str) else value
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 # The newer name of the same.
@@ -156,7 +146,7 @@ class Request(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_REPLIES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: _some(16, 100) | None = None
+    stop: Annotated[list[Stop], Field(max_length=16), _ONE_OR_SEVERAL] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     user: Name | None = Field(None, description="accepted and not used, as the next three")
     metadata: dict | None = None
@@ -214,7 +204,9 @@ class ChatRequest(Request):
 class CompletionRequest(Request):
     """A text to continue, as in pretraining."""
 
-    prompt: Annotated[_some(MOST_REPLIES, MOST_CHARACTERS), Field(min_length=1)]
+    prompt: Annotated[
+        list[Beginning], Field(min_length=1, max_length=MOST_REPLIES), _ONE_OR_SEVERAL
+    ]
 
 
 def described(**fields: str | dict) -> dict:

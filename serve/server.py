@@ -105,11 +105,26 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(256)
     except OSError as error:
         listener.close()
+        holder = _holder(port)
         raise ConfigError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; "
-            f"stop what is there, or choose another with --port"
+            f"cannot listen on {host} port {port}: {error.strerror or error}"
+            + (f" (by {holder})" if holder else "")
+            + "; stop what is there, or choose another with --port"
         ) from None
     return listener
+
+
+def _holder(port: int) -> str:
+    """The program that listens on a port, where the system tells."""
+    import psutil
+
+    try:
+        for found in psutil.net_connections("tcp"):
+            if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid:
+                return f"{psutil.Process(found.pid).name()}, process {found.pid}"
+    except (psutil.Error, OSError):
+        pass  # the name is a courtesy
+    return ""
 
 
 def read_key(path: Path | None) -> str:
