@@ -143,13 +143,11 @@ def _shortened(
 ) -> tuple[list[int], int]:
     """The prompt without its oldest turns, as few as must go; the 资料 and the last one stay."""
     first = int(messages[0]["role"] == "system")
-    head, turns = messages[:first], messages[first:]
     n_dropped = 0
-    while len(ids) > room and len(turns) - n_dropped > 1:
-        n_dropped += 1
-        while turns[n_dropped]["role"] != "user":
-            n_dropped += 1
-        ids = tokenizer.render_prompt(head + turns[n_dropped:])
+    for start, message in enumerate(messages):
+        if start > first and message["role"] == "user" and len(ids) > room:
+            n_dropped = start - first
+            ids = tokenizer.render_prompt(messages[:first] + messages[start:])
     return ids, n_dropped
 
 

@@ -14,7 +14,7 @@ import locale
 import os
 import re
 import sys
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,15 +39,11 @@ REMARK = re.compile(r"(?<=\S)(  +(?:# )?)(\S.*)")  # behind a command
 def speak(argv: Sequence[str]) -> list[str]:
     """Let this program speak UTF-8, and Chinese where it should; returns the command line without
     --lang."""
-    rest, asked = [], None
     sys.stdout, sys.stderr = verbatim(sys.stdout), verbatim(sys.stderr)
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--lang":
-            asked = value if equals else next(words, "")
-        else:
-            rest.append(word)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--lang", nargs="?", const="")
+    known, rest = parser.parse_known_args(argv)
+    asked = known.lang
     if asked not in (*LANGUAGES, None):
         return [*rest, f"--lang={asked}"]  # for the parser to refuse
     for stream in (sys.stdout, sys.stderr):

@@ -225,9 +225,9 @@ def build(files: Iterable[Path], out: Path, corpus: str, longest: int = LONGEST)
 
 
 def _write(files: list[Path], place: Path, longest: int) -> dict:
-    """Write tantivy's files; returns the counts of rows, passages and characters."""
+    """Write tantivy's files; returns the counts of rows and passages."""
     writer = tantivy.Index(_schema(), path=str(place)).writer(_HEAP, num_threads=1)
-    n = {"n_rows": 0, "n_passages": 0, "n_chars": 0}
+    n = {"n_rows": 0, "n_passages": 0}
     for path in files:
         for row in read_rows(path):
             if row_kind(row) != "text":
@@ -237,7 +237,6 @@ def _write(files: list[Path], place: Path, longest: int) -> dict:
             for passage in passages(row, longest):
                 writer.add_document(_document(passage, n["n_passages"]))
                 n["n_passages"] += 1
-                n["n_chars"] += len(passage.text)
     if not n["n_passages"]:
         raise DataError(f"{', '.join(map(str, files)) or 'no file'}: wanted text, found none")
     writer.commit()

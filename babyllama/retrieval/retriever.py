@@ -68,7 +68,7 @@ class Context:
 class Retriever:
     """Passages and reference text out of an index on the disk; for any number of threads.
 
-    info: what index.json says: corpus, n_rows, n_passages, n_chars and more
+    info: what index.json says: corpus, n_rows, n_passages and more
     """
 
     def __init__(self, place: Path) -> None:
