@@ -74,7 +74,7 @@ def evaluate(
         line.score(texts, references)
     result["scores_x100"] = {line.name: line.summary() for line in scored}
     result["references"] = tables.nature(references, texts)
-    published = tables.published_sets().get(found.published, ())
+    published = tables.published_sets().get(found.published or "", ())
     yield tables.opening(found.name, len(texts), found.published, lines) + found.columns
     yield tables.score_table(scored, published)
     yield tables.nature_table(scored, result["references"])

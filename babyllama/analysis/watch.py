@@ -70,9 +70,9 @@ def label(text: str, font: str | None) -> str:
     return say(text) if font else text
 
 
-def plot_font(*names: str) -> str | None:
-    """The font of a plot that shows these names: None where all is English."""
-    return cjk_font() if catalogue() or not all(map(str.isascii, names)) else None
+def plot_font(name: str) -> str | None:
+    """The font of a plot of that name: None where all is English."""
+    return cjk_font() if catalogue() or not name.isascii() else None
 
 
 # Families with simplified Chinese, the more legible ones first; a part of the name is enough.
