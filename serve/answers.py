@@ -145,22 +145,20 @@ def event(data: dict) -> bytes:
     return b"data: " + text.encode("utf-8") + b"\n\n"
 
 
-async def unless_gone(work: Coroutine, receive: Receive) -> asyncio.Task | None:
-    """The work, done; None where the client left before, which ends it."""
+async def unless_gone(work: Coroutine, receive: Receive) -> Any:
+    """What the work gives; it is cancelled, and who waits for it, if the client leaves before."""
+    doing = asyncio.create_task(work)
 
     async def leave() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
+        doing.cancel()
 
-    doing, leaving = asyncio.create_task(work), asyncio.create_task(leave())
+    leaving = asyncio.create_task(leave())
     try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return doing if doing.done() else None
+        return await doing
     finally:
-        for task in (doing, leaving):
-            task.cancel()
-        # The pieces' own clean-up must have run when the places are given back.
-        await asyncio.gather(doing, leaving, return_exceptions=True)
+        leaving.cancel()
 
 
 class EventStream(StreamingResponse):

@@ -47,8 +47,7 @@ def make_app(service: Service, key: str = "") -> Gate:
     _add_errors(app)
     _add_replies(app, service)
     add_page(app, service)
-    paths = {route.path for route in app.routes if hasattr(route, "path")}
-    return Gate(app, service.cfg, key, service.desk.metrics, paths)
+    return Gate(app, service.cfg, key)
 
 
 class _OncePerMinute:
@@ -153,8 +152,7 @@ async def _answer(asked: Replies, request: HttpRequest, places: ExitStack) -> ob
     """The answer, whole or as events, which give back the places when they end."""
     if asked.body.stream:
         return EventStream(asked, places.pop_all())
-    written = await unless_gone(whole(asked), request.receive)
-    return JSONResponse(written.result()) if written else Response(status_code=499)  # nobody reads
+    return JSONResponse(await unless_gone(whole(asked), request.receive))
 
 
 def _client(request: HttpRequest) -> str:

@@ -37,7 +37,6 @@ from torch import Tensor
 
 from babyllama.cpu.decoder import Float32Step
 from babyllama.decoder import Decoder, Reply, Rules, random_numbers, redraw
-from babyllama.errors import ConfigError
 from babyllama.sampling import Chooser, SamplingConfig, n_showable, penalise, until_stop
 from model import KVCache, ModelConfig, Transformer
 from tokenizer import Tokenizer
@@ -335,15 +334,7 @@ class Engine:
         return len(self.waiting) + (self.reading is not None)
 
     def add(self, job: Job) -> None:
-        """Let a job wait for its turn.
-
-        raises: ConfigError if its prompt leaves no room in the context
-        """
-        if not 0 < len(job.prompt) < self.context:
-            raise ConfigError(
-                f"a prompt of {len(job.prompt)} tokens leaves no room for a reply in the model's "
-                f"context of {self.context}, or it is empty; shorten it"
-            )
+        """Let a job wait for its turn; its prompt must leave room for a token in the context."""
         self.waiting.append(job)
 
     def step(self) -> bool:

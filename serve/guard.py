@@ -20,7 +20,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serve.models import LOOPBACK, ServerConfig
 from serve.page_routes import LARGER, OPEN
-from serve.scheduler import Metrics
 from serve.schema import Refused
 
 SEND_S = 30
@@ -112,20 +111,17 @@ class Gate:
     """The application behind its gate.
 
     key: the key that a request must bear; "" asks for none
-    paths: that the application has
     """
 
-    def __init__(
-        self, app: ASGIApp, cfg: ServerConfig, key: str, metrics: Metrics, paths: set[str]
-    ) -> None:
-        self.app, self.cfg, self.metrics, self.paths = app, cfg, metrics, paths
+    def __init__(self, app: ASGIApp, cfg: ServerConfig, key: str) -> None:
+        self.app, self.cfg = app, cfg
         self.key = hashlib.sha256(key.encode()).digest() if key else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, _to_the_end(receive), send)
         path, headers = scope["path"], Headers(scope=scope)
-        reply = _Reply(send, path if path in self.paths else "other", self.metrics)
+        reply = _Reply(send)
         answer: ASGIApp = self.app
         try:
             reply.allowed = self._check_site(headers)
@@ -244,13 +240,13 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 class _Reply:
-    """The way out: headers that every answer has, a time limit, a count.
+    """The way out: headers that every answer has, a time limit.
 
     allowed: the other site that may read the answer
     """
 
-    def __init__(self, send: Send, path: str, metrics: Metrics) -> None:
-        self._send, self.path, self.metrics = send, path, metrics
+    def __init__(self, send: Send) -> None:
+        self._send = send
         self.is_slow = self.has_begun = False
         self.allowed = ""
 
@@ -262,7 +258,6 @@ class _Reply:
             if self.allowed:
                 headers["Cross-Origin-Resource-Policy"] = "cross-origin"
             message = {**message, "headers": headers.raw}
-            self.metrics.requests.labels(self.path, str(message["status"])).inc()
         try:
             async with asyncio.timeout(SEND_S):
                 await self._send(message)

@@ -36,9 +36,6 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         of = {"registry": self.registry}
-        self.requests = Counter(
-            "babyllama_requests", "Requests by path and status", ["path", "status"], **of
-        )
         self.refused = Counter("babyllama_refused", "Requests refused with 429", ["reason"], **of)
         self.tokens = Counter("babyllama_tokens", "Tokens read, known, written", ["kind"], **of)
         self.replies = Counter("babyllama_replies", "Replies by the way they ended", ["end"], **of)
@@ -121,6 +118,7 @@ class Desk:
             raise Refused(503, "the model has stopped working; start the server again")
         for number, job in enumerate(jobs):
             job.notify = partial(self._take, job, mailbox, number)
+            self._unfinished.add(job)
             self._inbox.put((engine, job))
 
     def _take(self, job: Job, mailbox: Mailbox, number: int, piece: Piece) -> None:
@@ -136,7 +134,6 @@ class Desk:
                 try:
                     while (found := self._inbox.get(block=not busy)) is not None:
                         engine, job = found
-                        self._unfinished.add(job)
                         engine.add(job)
                         busy = True
                     return
@@ -151,9 +148,6 @@ class Desk:
             # the server after them.
             logger.exception("a step failed")
             self.failed = True
-            while not self._inbox.empty():
-                if found := self._inbox.get():
-                    self._unfinished.add(found[1])
             for job in list(self._unfinished):
                 job.notify(Piece("", "error"))
             self._send()

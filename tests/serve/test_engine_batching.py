@@ -9,7 +9,6 @@ import torch
 from babyllama.cpu.compile import compiler
 from babyllama.cpu.decoder import make_decoder
 from babyllama.decoder import Decoder, plain_decoder
-from babyllama.errors import ConfigError
 from babyllama.generate import generate_replies
 from babyllama.sampling import SamplingConfig
 from conftest import TEXTS, small_config
@@ -274,9 +273,3 @@ def test_logits_that_are_no_numbers_end_the_reply_and_not_the_engine(tokenizer):
     )
     run(engine, [bad, far, good])
     assert bad.reason == far.reason == "error" and good.reason in ("length", "eos")
-
-
-@pytest.mark.parametrize("n", [0, 128, 500])
-def test_a_prompt_that_cannot_be_continued_is_refused(decoder, tokenizer, n):
-    with pytest.raises(ConfigError, match=f"{n} tokens"):
-        make_engine(decoder, tokenizer).add(Job([5] * n, SamplingConfig(), print))
