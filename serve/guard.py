@@ -8,7 +8,7 @@ for a request's head, and how many connections one address may hold.
 import asyncio
 import hashlib
 import hmac
-from urllib.parse import urlsplit
+import re
 
 import h11
 from starlette.datastructures import Headers, MutableHeaders
@@ -156,7 +156,8 @@ class Gate:
         """The other site whose page asks, if it may; "" for the server's own and for programs."""
         host, origin = headers.get("host", ""), headers.get("origin", "")
         # Keeps out web pages whose own name was turned to this address.
-        if self.cfg.is_local and _name(f"//{host}") not in LOOPBACK:
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if self.cfg.is_local and name not in LOOPBACK:
             text = (
                 f"this server answers to {', '.join(LOOPBACK)} only, found host {host!r}; to "
                 f"reach it by another name start it with --host 0.0.0.0 --api-key-file FILE"
@@ -208,13 +209,6 @@ class Gate:
             text = f"the body did not arrive within {self.cfg.body_seconds:g} s"
             raise Refused(408, text, code="timeout")
         return bytes(body)
-
-
-def _name(address: str) -> str | None:
-    try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
 
 
 def _to_the_end(receive: Receive) -> Receive:

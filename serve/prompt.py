@@ -71,7 +71,11 @@ def chat_prompt(
     _require_fit(ids, context, "messages")
     if eyes is None:
         return Prompt(ids, extra)
-    return Prompt(eyes.laid(ids), extra, _looked_at(request, eyes))
+    try:
+        image = eyes.look([url for message in request.messages for url in message.images])
+    except DataError as error:
+        raise bad("messages", str(error)) from None
+    return Prompt(eyes.laid(ids), extra, image)
 
 
 def text_prompts(request: CompletionRequest, tokenizer: Tokenizer, context: int) -> list[Prompt]:
@@ -112,16 +116,6 @@ def _check(request: ChatRequest, sees: bool) -> None:
 def _n_system(request: ChatRequest) -> int:
     """System messages at the beginning: some clients send several, which are one 资料."""
     return next(n for n, m in enumerate([*request.messages, None]) if not m or m.role != "system")
-
-
-def _looked_at(request: ChatRequest, eyes: Eyes) -> Tensor:
-    """What the model gets of the dialogue's one image."""
-    holders = [n for n, message in enumerate(request.messages) if message.images]
-    try:
-        return eyes.look([url for message in request.messages for url in message.images])
-    except DataError as error:
-        place = f"messages.{holders[-1]}" if holders else "messages"
-        raise bad(place, str(error)) from None
 
 
 def _retrieved(

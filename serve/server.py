@@ -12,7 +12,6 @@ The first Ctrl-C lets running replies finish, a second one does not. Needs requi
 import logging
 import signal
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -89,28 +88,21 @@ def listen(host: str, port: int) -> socket.socket:
 
     raises: ConfigError if the address cannot be had; one line that says why
     """
+    is_6 = ":" in host
     try:
-        ((family, kind, protocol, _, address), *_) = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named.
-        listener = socket.socket(family, kind, protocol)
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if is_6 else socket.AF_INET, backlog=256,
+            dualstack_ipv6=is_6 and socket.has_dualstack_ipv6(),
+        )  # fmt: skip
     except OSError as error:
-        raise ConfigError(f"--host {host}: no such address ({error.strerror or error})") from None
-    try:
-        if sys.platform != "win32":
-            # There it would let two servers share a port; here it skips the wait after a stop.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(256)
-    except OSError as error:
-        listener.close()
         holder = _holder(port)
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error.strerror or error}"
             + (f" (by {holder})" if holder else "")
             + "; stop what is there, or choose another with --port"
         ) from None
+    # What it accepts sends small answers at once, too.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
