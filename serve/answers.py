@@ -5,14 +5,13 @@ of its own, one at a time; its decoder is the engine's, which any number of thre
 """
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
 from typing import Any
 
-from starlette.responses import StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from babyllama.decoder import Reply
@@ -119,9 +118,7 @@ async def events(asked: Replies) -> AsyncGenerator[bytes, None]:
     more = {"usage": None} if asked.include_usage else {}
 
     def chunk(number: int, piece: Piece, role: bool = False) -> dict:
-        delta = {"role": "assistant"} if role else {}
-        if piece.text or role:
-            delta["content"] = piece.text
+        delta = {"content": piece.text} | ({"role": "assistant"} if role else {})
         choice = {"delta": delta} if asked.is_chat else {"text": piece.text}
         return {**head, "choices": [asked.choice(number, piece.reason) | choice], **more}
 
@@ -141,8 +138,7 @@ async def events(asked: Replies) -> AsyncGenerator[bytes, None]:
 
 
 def event(data: dict) -> bytes:
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return b"data: " + text.encode("utf-8") + b"\n\n"
+    return b"data: " + JSONResponse(data).body + b"\n\n"
 
 
 async def unless_gone(work: Coroutine, receive: Receive) -> Any:

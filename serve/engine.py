@@ -245,9 +245,9 @@ class _Row:
 
     def penalised(self, logits: Tensor) -> Tensor:
         """The logits (1, V) after the penalties for what was said."""
-        said = torch.tensor([self.job.prompt + self.job.reply.ids], device=logits.device)
-        n_prompt, eos_id = len(self.job.prompt), self.rules.eos_id
-        return penalise(logits, self.job.sampling, said, n_prompt, eos_id)
+        job = self.job
+        said = torch.tensor([job.prompt + job.reply.ids], device=logits.device)
+        return penalise(logits, job.sampling, said, len(job.prompt), self.rules.eos_id)
 
     def take(self, token: int, found: Tensor, choose: Chooser) -> None:
         """Continue by the token that was drawn from these logits (V,), or end."""

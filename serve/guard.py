@@ -142,10 +142,8 @@ class Gate:
             )  # fmt: skip
         try:
             await answer(scope, receive, reply.send)
-        except TimeoutError:
-            if not reply.is_slow:
-                raise
-            # The server closes a connection whose answer was not finished.
+        except ClientDisconnect:
+            pass  # the server closes a connection whose answer was not finished
         except asyncio.CancelledError:
             # The server stops and waits no longer. Raised, it would be logged as a fault of ours.
             if not reply.has_begun:
@@ -240,9 +238,7 @@ class _Reply:
     """
 
     def __init__(self, send: Send) -> None:
-        self._send = send
-        self.is_slow = self.has_begun = False
-        self.allowed = ""
+        self._send, self.has_begun, self.allowed = send, False, ""
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -256,5 +252,4 @@ class _Reply:
             async with asyncio.timeout(SEND_S):
                 await self._send(message)
         except TimeoutError:
-            self.is_slow = True
-            raise
+            raise ClientDisconnect from None
