@@ -51,7 +51,7 @@ class SamplingConfig:
     """
 
     max_new_tokens: int = 256
-    temperature: float = 0.8
+    temperature: float = 0.5
     top_p: float = 0.9
     top_k: int = 0
     min_p: float = 0.0

@@ -5,7 +5,7 @@
 const KEPT = "babyllama.1"; // settings, in localStorage
 const DRAFT = "babyllama.draft."; // what is typed and not sent, by conversation
 const SLIDERS = {
-  temperature: { min: 0, max: 2, step: 0.05, value: 0.8 },
+  temperature: { min: 0, max: 2, step: 0.05, value: 0.5 },
   top_p: { min: 0.05, max: 1, step: 0.05, value: 0.9 },
   repetition_penalty: { min: 1, max: 1.5, step: 0.01, value: 1 },
   max_tokens: { min: 8, max: 512, step: 8, value: 256 },

@@ -481,7 +481,7 @@ def test_messages_are_remembered_from_one_session_to_the_next(open_terminal, pol
 
 def test_words_of_commands_are_completed(terminal, tmp_path):
     (tmp_path / "资料一.txt").write_text("银杏是乔木。", "utf-8")
-    assert "temperature 0.8" in terminal.say("/se\ttempera\t")
+    assert "temperature 0.5" in terminal.say("/se\ttempera\t")
     assert "资料：银杏是乔木。" in terminal.say(f"/资料 {tmp_path}/资\t")
     assert "没有命令 /nothing" in terminal.say("/nothing\t")
     assert terminal.say("普通\t的话") == ON_SCREEN
@@ -499,7 +499,7 @@ def test_sampling_is_shown_changed_and_checked(open_terminal, endless):
     assert "seed 7" in terminal.say("/set seed 7") and "seed None" in terminal.say("/set seed -")
     assert "stop ['好好', 'x']" in terminal.say("/set stop 好好 x")
     assert terminal.say("/retry").startswith(f"{LABELS['assistant']}\r")
-    assert "temperature 0.8" in terminal.say("/set temperature")
+    assert "temperature 0.5" in terminal.say("/set temperature")
 
 
 def test_retry_answers_the_last_message_again(terminal, tmp_path):
