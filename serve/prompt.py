@@ -96,17 +96,16 @@ def _check(request: ChatRequest, sees: bool) -> None:
         text = f"found {n_characters} characters, at most {MOST_CHARACTERS} are read"
         raise bad("messages", text)
     for number, message in enumerate(messages):
+        is_last, role = number == len(messages) - 1, message.role
         faults = {
             "this model takes no images; leave them out": message.images and not sees,
-            "images come in messages of the user": message.images and message.role != "user",
-            "system (资料) only comes first": message.role == "system" and number >= n_system,
-            "is blank; write a message": message.role == "user" and not message.text.strip(),
+            "images come in messages of the user": message.images and role != "user",
+            "system (资料) only comes first": role == "system" and number >= n_system,
+            "is blank; write a message": role == "user" and not message.text.strip(),
+            f"the last message must be the user's, found {role!r}": is_last and role != "user",
         }
         for fault in (text for text, holds in faults.items() if holds):
             raise bad(f"messages.{number}", fault)
-    if messages[-1].role != "user":
-        text = f"the last message must be the user's, found {messages[-1].role!r}"
-        raise bad(f"messages.{len(messages) - 1}.role", text)
     has_system = any(m.text.strip() for m in messages[:n_system])
     if has_system + bool(request.reference) + bool(request.retrieve) > 1:
         text = "one 资料 only: a system message, `reference` or `retrieve`"

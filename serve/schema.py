@@ -91,22 +91,10 @@ class ImagePart(Strict):
     """An image inside the message, as a data URL; nothing is ever fetched."""
 
     type: Literal["image_url"]
-    image_url: Annotated[
-        ImageAddress,
-        BeforeValidator(
-            lambda value: {"url": value} if isinstance(value, str) else value,
-            json_schema_input_type=ImageAddress | str,
-        ),
-    ]
+    image_url: ImageAddress
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-
-
-def _as_parts(value: object) -> object:
-    if not isinstance(value, str | list):
-        raise ValueError("wanted a text or a list of parts")
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 # The newer name of the same.
@@ -121,7 +109,10 @@ class Message(Strict):
     content: Annotated[
         list[Part],
         Field(max_length=50),
-        BeforeValidator(_as_parts, json_schema_input_type=str | list[Part]),
+        BeforeValidator(
+            lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+            json_schema_input_type=str | list[Part],
+        ),
     ]
     name: Name | None = Field(None, description="accepted and not used")
 
