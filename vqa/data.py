@@ -167,7 +167,7 @@ class ImageRows(Dialogues):
         decode = self._tokenizer.decode
         return image, [{"role": role, "content": decode(ids)} for role, ids in pieces]
 
-    def row(self, number: int, _rng: np.random.Generator) -> ImageRow:
+    def row(self, number: int, _rng: np.random.Generator) -> ImageRow:  # type: ignore[override]
         """A row in three parts, which Batches takes."""
         image, pieces = self._messages(number)
         messages = [{"role": role, "content": [ids]} for role, ids in pieces]
