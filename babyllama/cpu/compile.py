@@ -1,4 +1,5 @@
-"""The C files of this folder as a library: int8.c (steps), choose.c (drawing a token), train.c.
+"""The C files of this folder as a library: int8.c (steps), choose.c (drawing a token), train.c
+and train32.c (training steps).
 
 They are compiled when they are first needed, in two seconds, for the processor at hand, and kept in
 the user's cache directory for the next start. What is kept runs as the user: it is loaded from a
@@ -21,7 +22,8 @@ from pathlib import Path
 from babyllama.config import atomic_write
 from babyllama.errors import ConfigError
 
-_SOURCES = [Path(__file__).with_name(name) for name in ("int8.c", "choose.c", "train.c")]
+_HERE = Path(__file__).parent
+_SOURCES = [_HERE / name for name in ("int8.c", "choose.c", "train.c", "train32.c")]
 
 # Vector instructions add in an order of their own, only in the loops that allow it (omp simd): one
 # that -ffast-math chose would depend on the number of rows, and change what tiny numbers are.
@@ -43,7 +45,7 @@ def _key(compiler: str) -> str:
     told = {line for line in lines if line.startswith(("model name", "flags", "Features"))}
     parts = [compiler, _FLAGS, *_EXTRA, platform.platform(), platform.processor(), *sorted(told)]
     key = hashlib.sha256("\0".join(parts).encode())
-    for source in _SOURCES:
+    for source in sorted(_HERE.glob("*.[ch]")):
         key.update(source.read_bytes())
     return key.hexdigest()[:16]
 

@@ -1,9 +1,10 @@
-"""Training in bfloat16 on processors that multiply it: layers and loss in few passes over memory.
+"""Training on processors in bfloat16 or float32: layers and loss in few passes over memory.
 
 `fuse` changes a finished model from outside. A layer is then one autograd function: the products
-are torch's, attention and all that stands between the products is train.c's. Losses and gradients
-equal those of model.py under autocast to the format's rounding. Whatever the kernels do not cover
-(float32, a KV cache, adapters, hooks, odd widths) runs as model.py has it.
+are torch's, attention and all that stands between the products is train.c's in bfloat16 (where the
+processor multiplies it) and train32.c's in float32. Losses and gradients equal those of model.py to
+the format's rounding. Whatever the kernels do not cover (a KV cache, adapters, hooks, odd widths)
+runs as model.py has it.
 """
 
 import ctypes
@@ -17,7 +18,8 @@ from babyllama.cpu.compile import compiled, library
 from model import DecoderLayer, KVCache, SlicedLoss, Transformer
 
 # Positions whose logits exist at a time, as bfloat16, and outputs of the head taken together, whose
-# logits stay near the processor. The head's gradient is added up once for so many positions.
+# logits stay near the processor; in float32 half and twice as many. The head's gradient is added up
+# once for so many positions.
 _ROWS, _OUTPUTS = 1024, 4096
 # Parts of a batch whose gradients of a norm's weight are summed up by themselves (train.c).
 _CHUNKS = 16
@@ -37,11 +39,10 @@ def suits(model: Transformer) -> bool:
     config = model.config
     return (
         model.rope.device.type == "cpu"
-        and torch.cpu._is_avx512_bf16_supported()
         and config.head_dim in (32, 64, 96, 128)
         and config.hidden_dim % 16 == 0
         and (found := library()) is not None
-        and bool(found.has_bf16())
+        and bool(found.has_f32())
     )
 
 
@@ -90,15 +91,16 @@ def _layer_forward(
     return DecoderLayer.forward(layer, x, rope, mask, cache, number)
 
 
-def _is_bf16() -> bool:
-    """True if products are taken in bfloat16 here."""
-    is_on = torch.is_autocast_enabled("cpu")
-    return is_on and torch.get_autocast_dtype("cpu") == torch.bfloat16
+def _format() -> torch.dtype | None:
+    """What products are taken in here, if there are kernels for it."""
+    is_on, has_bf16 = torch.is_autocast_enabled("cpu"), compiled().has_bf16()
+    format = torch.get_autocast_dtype("cpu") if is_on else torch.float32
+    return format if format == torch.float32 or (format == torch.bfloat16 and has_bf16) else None
 
 
 def _is_covered(layer: DecoderLayer, x: Tensor) -> bool:
-    """True if this call may be fused: bfloat16, and every part is as model.py made it."""
-    if torch.compiler.is_compiling() or not _is_bf16() or x.dtype != torch.float32:
+    """True if this call may be fused: by its format, and every part is as model.py made it."""
+    if torch.compiler.is_compiling() or _format() is None or x.dtype != torch.float32:
         return False
     a, f = layer.attention, layer.feed_forward
     matrices = (a.wq, a.wk, a.wv, a.wo, f.w1, f.w2, f.w3)
@@ -109,36 +111,40 @@ def _is_covered(layer: DecoderLayer, x: Tensor) -> bool:
 
 
 def _call(function: str, *arguments: Tensor | float | None) -> None:
-    """Call a function of train.c: tensors by where they stand, whole numbers as int64."""
-    kinds: dict[type, Callable] = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
-    getattr(compiled(), function)(
+    """Call a function of train.c (for bfloat16) or train32.c: tensors by where they stand."""
+    is_bf16 = any(isinstance(a, Tensor) and a.dtype == torch.bfloat16 for a in arguments)
+    run = getattr(compiled(), function + ("_bf16" if is_bf16 else "_f32"))
+    kinds: dict[type, Callable] = {
+        int: ctypes.c_int64, float: ctypes.c_float, type(None): ctypes.c_void_p
+    }  # fmt: skip
+    run(
         *(
-            ctypes.c_void_p(value.data_ptr() if isinstance(value, Tensor) else value)
-            if value is None or isinstance(value, Tensor)
-            else kinds[type(value)](value)
-            for value in arguments
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else kinds[type(a)](a)
+            for a in arguments
         )
     )
 
 
-def _bf16(*weights: Tensor) -> Tensor:
-    """Matrices below each other, in bfloat16."""
-    rows = sum(len(weight) for weight in weights)
-    out = torch.empty(rows, weights[0].shape[1], dtype=torch.bfloat16)
-    for part, weight in zip(out.split([len(weight) for weight in weights]), weights, strict=True):
-        part.copy_(weight)
-    return out
+def _joined(format: torch.dtype, *weights: Tensor) -> Tensor:
+    """Matrices below each other, in a format."""
+    room = torch.empty(sum(map(len, weights)), weights[0].shape[1], dtype=format)
+    return torch.cat(weights, out=room)
 
 
-def _add(total: Tensor, part: Tensor) -> None:
-    """total += part; float32 and bfloat16."""
-    _call("add", total, part, total, total.numel())
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; the total is float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        _call("add", total, a @ b, total, total.numel())
 
 
-def _norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    """x + y (N, D) float32, its RMSNorm in bfloat16, and the scales (N) of the rows."""
+def _norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, format: torch.dtype
+) -> tuple[Tensor, ...]:
+    """x + y (N, D) float32, its RMSNorm in the format, and the scales (N) of the rows."""
     (N, D), total = x.shape, x if y is None else torch.empty_like(x)
-    normed, scales = torch.empty(N, D, dtype=torch.bfloat16), torch.empty(N)
+    normed, scales = torch.empty(N, D, dtype=format), torch.empty(N)
     _call("norm_forward", x, y, total, weight, normed, scales, N, D, eps)
     return total, normed, scales
 
@@ -147,12 +153,13 @@ def _norm_back(
     x: Tensor, scales: Tensor, weight: Tensor, grad_normed: Tensor, grad: Tensor, narrowed: bool
 ) -> tuple[Tensor, ...]:
     """Add to grad (N, D) what comes through the norm; returns the weight's gradient, and grad in
-    bfloat16 if wanted."""
+    the products' format if wanted."""
     N, D = x.shape
     sums = torch.empty(_CHUNKS, D)
-    small = torch.empty(N, D, dtype=torch.bfloat16) if narrowed else None
+    is_other = narrowed and grad_normed.dtype != grad.dtype
+    small = torch.empty_like(grad_normed) if is_other else None
     _call("norm_backward", x, scales, weight, grad_normed, grad, small, sums, N, D)
-    return sums.sum(0), small
+    return sums.sum(0), grad if small is None else small
 
 
 def _attention(
@@ -168,11 +175,12 @@ def _attention(
     assert rope.shape[1] == 1 and rope[0].is_contiguous()
     parts = (qkv, rope[0], rope[1], segments, out, powers, *(grads or (None, None)))
     asked = _Attention(*shape, *(None if part is None else part.data_ptr() for part in parts))
-    compiled().attention(ctypes.byref(asked), ctypes.c_int64(grads is not None))
+    run = compiled().attention_f32 if qkv.dtype == torch.float32 else compiled().attention_bf16
+    run(ctypes.byref(asked), ctypes.c_int64(grads is not None))
 
 
 class FusedLayer(torch.autograd.Function):
-    """A decoder layer; x (B, T, D) float32, weights float32, products bfloat16."""
+    """A decoder layer; x (B, T, D) and weights float32, products in the format of `_format`."""
 
     @staticmethod
     def forward(
@@ -183,16 +191,17 @@ class FusedLayer(torch.autograd.Function):
         B, T, D = x.shape
         x = x.reshape(-1, D).contiguous()
         shape = (B, T, len(wq) // head_dim, len(wk) // head_dim, head_dim)
-        qkv_weight, out_weight = _bf16(wq, wk, wv), _bf16(wo)
-        up_weight, down_weight = _bf16(w1, w3), _bf16(w2)
-        _, normed_1, scales_1 = _norm(x, None, norm_1, eps)
+        format = _format()
+        qkv_weight, out_weight = _joined(format, wq, wk, wv), wo.to(format)
+        up_weight, down_weight = _joined(format, w1, w3), w2.to(format)
+        _, normed_1, scales_1 = _norm(x, None, norm_1, eps, format)
         qkv = normed_1 @ qkv_weight.t()
-        seen = torch.empty(B * T, len(wq), dtype=torch.bfloat16)
+        seen = torch.empty(B * T, len(wq), dtype=format)
         powers = torch.empty(B, shape[2], T)
         _attention(shape, qkv, rope, segments, seen, powers)
-        middle, normed_2, scales_2 = _norm(x, seen @ out_weight.t(), norm_2, eps)
+        middle, normed_2, scales_2 = _norm(x, seen @ out_weight.t(), norm_2, eps, format)
         up = normed_2 @ up_weight.t()
-        gated = torch.empty(B * T, len(w1), dtype=torch.bfloat16)
+        gated = torch.empty(B * T, len(w1), dtype=format)
         _call("gate_forward", up, gated, B * T, len(w1))
         ctx.save_for_backward(
             rope, segments, x, norm_1, normed_1, scales_1, qkv, seen, powers, middle, norm_2,
@@ -212,7 +221,7 @@ class FusedLayer(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         N, D = x.shape
         grad = grad_out.reshape(N, D).clone(memory_format=torch.contiguous_format)
-        small = grad.bfloat16()
+        small = grad.to(down_weight.dtype)
         grad_gated = small @ down_weight
         gated = torch.empty_like(grad_gated)
         grad_up = torch.empty_like(up)
@@ -238,23 +247,26 @@ class FusedLayer(torch.autograd.Function):
 
 
 class FusedLoss(torch.autograd.Function):
-    """model.SlicedLoss, each slice of logits in one pass; float32 goes the usual way."""
+    """model.SlicedLoss, each slice of logits in few passes."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """As SlicedLoss.forward."""
-        if not _is_bf16():
+        format = _format()
+        is_f32 = format == torch.float32
+        if format is None or (is_f32 and not hidden.dtype == weight.dtype == format):
             return SlicedLoss.forward(ctx, hidden, weight, targets)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         (N, _), V = hidden.shape, len(weight)
-        x, w = hidden.bfloat16(), _bf16(weight)
+        x, w = hidden.to(format), weight.to(format)
         grad_hidden = torch.zeros(hidden.shape) if want_hidden else None
         grad_weight = torch.zeros(weight.shape) if want_weight else None
         largest, (powers, aimed) = torch.full((N,), -1e30), torch.zeros(2, N)
-        room = torch.empty(min(N, _ROWS) * V, dtype=torch.bfloat16)
-        outputs = [slice(first, min(first + _OUTPUTS, V)) for first in range(0, V, _OUTPUTS)]
-        for first in range(0, N, _ROWS):
-            part = slice(first, min(first + _ROWS, N))
+        n_rows, n_outputs = (_ROWS // 2, 2 * _OUTPUTS) if is_f32 else (_ROWS, _OUTPUTS)
+        room = torch.empty(min(N, n_rows) * V, dtype=format)
+        outputs = [slice(first, min(first + n_outputs, V)) for first in range(0, V, n_outputs)]
+        for first in range(0, N, n_rows):
+            part = slice(first, min(first + n_rows, N))
             rows, goals, n = x[part], targets[part], len(x[part])
             logits = [room[n * o.start : n * o.stop].view(n, -1) for o in outputs]
             for o, own in zip(outputs, logits, strict=True):
@@ -271,9 +283,9 @@ class FusedLoss(torch.autograd.Function):
                     o.start,
                 )  # fmt: skip
                 if grad_hidden is not None:
-                    _add(grad_hidden[part], own @ w[o])
+                    _add_product(grad_hidden[part], own, w[o])
                 if grad_weight is not None:
-                    _add(grad_weight[o], own.t() @ rows)
+                    _add_product(grad_weight[o], own.t(), rows)
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
         # Where all logits are equal none is the largest: a collapsed model is right nowhere.

@@ -25,6 +25,17 @@
 
 typedef uint16_t bf16;
 
+#define NUMBER bf16
+#define NAME(f) f##_bf16
+#define V __m512
+#define WIDE 16
+#define all _mm512_set1_ps
+#define load _mm512_loadu_ps
+#define store _mm512_storeu_ps
+#define larger _mm512_max_ps
+#define sum_of _mm512_reduce_add_ps
+#define most_of _mm512_reduce_max_ps
+
 typedef struct {
     int32_t B, T, H, K, C;
     const bf16 *qkv;         /* (N, (H + 2K) C) */
@@ -492,7 +503,7 @@ OF_WIDTH(96)
 OF_WIDTH(128)
 
 /* Fill out and powers, or grad_qkv. C is 32, 64, 96 or 128, a constant where it counts. */
-void attention(const Attention *a, int64_t is_back) {
+void attention_bf16(const Attention *a, int64_t is_back) {
     const int T = (a->T + TILE - 1) / TILE * TILE;
 #pragma omp parallel
     {
@@ -508,64 +519,6 @@ void attention(const Attention *a, int64_t is_back) {
     }
 }
 
-/* sum = x (N, D) + y, if there is a y, else sum is x; normed = RMSNorm of sum, whose rows were scaled
-   by scales (N). D is a multiple of 16. */
-void norm_forward(const float *x, const bf16 *y, float *sum, const float *weight, bf16 *normed,
-                  float *scales, int64_t N, int64_t D, float eps) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < N; i++) {
-        const float *own = y ? sum + i * D : x + i * D;
-        __m512 squares = _mm512_setzero_ps();
-        for (int64_t d = 0; d < D; d += 16) {
-            __m512 value = _mm512_loadu_ps(x + i * D + d);
-            if (y) {
-                value = _mm512_add_ps(value, widen(y + i * D + d));
-                _mm512_storeu_ps(sum + i * D + d, value);
-            }
-            squares = _mm512_fmadd_ps(value, value, squares);
-        }
-        scales[i] = 1 / sqrtf(_mm512_reduce_add_ps(squares) / D + eps);
-        const __m512 scale = _mm512_set1_ps(scales[i]);
-        for (int64_t d = 0; d < D; d += 16)
-            narrow(normed + i * D + d,
-                   _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(own + d), scale),
-                                 _mm512_loadu_ps(weight + d)));
-    }
-}
-
-/* grad (N, D) += the gradient of x, from that of its norm; narrowed: grad in bf16, if wanted; sums
-   (CHUNKS, D): the gradients of the weight, chunk by chunk. */
-void norm_backward(const float *x, const float *scales, const float *weight, const bf16 *grad_normed,
-                   float *grad, bf16 *narrowed, float *sums, int64_t N, int64_t D) {
-#pragma omp parallel for schedule(static)
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        float *sum = sums + (int64_t)chunk * D;
-        memset(sum, 0, D * sizeof *sum);
-        for (int64_t i = N * chunk / CHUNKS; i < N * (chunk + 1) / CHUNKS; i++) {
-            const float *own = x + i * D;
-            const bf16 *given = grad_normed + i * D;
-            const __m512 scale = _mm512_set1_ps(scales[i]);
-            __m512 dot = _mm512_setzero_ps();
-            for (int64_t d = 0; d < D; d += 16) {
-                const __m512 normed = _mm512_mul_ps(_mm512_loadu_ps(own + d), scale);
-                const __m512 g = widen(given + d);
-                const __m512 part = _mm512_mul_ps(g, normed);
-                _mm512_storeu_ps(sum + d, _mm512_add_ps(_mm512_loadu_ps(sum + d), part));
-                dot = _mm512_fmadd_ps(part, _mm512_loadu_ps(weight + d), dot);
-            }
-            const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(dot) / D);
-            for (int64_t d = 0; d < D; d += 16) {
-                const __m512 normed = _mm512_mul_ps(_mm512_loadu_ps(own + d), scale);
-                const __m512 g = _mm512_mul_ps(widen(given + d), _mm512_loadu_ps(weight + d));
-                const __m512 change = _mm512_fnmadd_ps(normed, mean, g);
-                const __m512 all = _mm512_fmadd_ps(change, scale, _mm512_loadu_ps(grad + i * D + d));
-                _mm512_storeu_ps(grad + i * D + d, all);
-                if (narrowed) narrow(narrowed + i * D + d, all);
-            }
-        }
-    }
-}
-
 /* 1 / (1 + e^-x) */
 INLINE __m512 logistic(__m512 x) {
     const __m512 power = power_of_two(_mm512_max_ps(_mm512_set1_ps(-126),
@@ -574,83 +527,7 @@ INLINE __m512 logistic(__m512 x) {
     return _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, _mm512_set1_ps(2)));
 }
 
-/* y (N, F) = silu(a) b, from rows a, b of x (N, 2 F). */
-void gate_forward(const bf16 *x, bf16 *y, int64_t N, int64_t F) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < N; i++)
-        for (int64_t f = 0; f < F; f += 16) {
-            const __m512 a = widen(x + 2 * i * F + f), b = widen(x + (2 * i + 1) * F + f);
-            narrow(y + i * F + f, _mm512_mul_ps(_mm512_mul_ps(a, logistic(a)), b));
-        }
-}
-
-/* The same y again, and the gradient of x from grad (N, F) of y. */
-void gate_backward(const bf16 *x, const bf16 *grad, bf16 *y, bf16 *grad_x, int64_t N, int64_t F) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < N; i++)
-        for (int64_t f = 0; f < F; f += 16) {
-            const int64_t at = 2 * i * F + f;
-            const __m512 a = widen(x + at), b = widen(x + at + F), g = widen(grad + i * F + f);
-            const __m512 s = logistic(a), silu = _mm512_mul_ps(a, s);
-            /* silu' = s + silu (1 - s) */
-            const __m512 slope = _mm512_fmadd_ps(silu, _mm512_sub_ps(_mm512_set1_ps(1), s), s);
-            narrow(y + i * F + f, _mm512_mul_ps(silu, b));
-            narrow(grad_x + at, _mm512_mul_ps(_mm512_mul_ps(g, b), slope));
-            narrow(grad_x + at + F, _mm512_mul_ps(g, silu));
-        }
-}
-
-/* x (n) + y, float32 and bf16. */
-void add(const float *x, const bf16 *y, float *sum, int64_t n) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n / 16; i++)
-        _mm512_storeu_ps(sum + 16 * i, _mm512_add_ps(_mm512_loadu_ps(x + 16 * i), widen(y + 16 * i)));
-}
-
-/* Look at logits x (N, V) of outputs first to first + V: the largest so far, the sum of powers of e
-   over it (N); and the targets' logits, where they are among these. */
-void softmax_look(const bf16 *x, const int64_t *targets, float *largest, float *powers,
-                  float *aimed, int64_t N, int64_t V, int64_t first) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < N; i++) {
-        const bf16 *own = x + i * V;
-        const int64_t target = targets[i] - first, whole = V / 16 * 16;
-        if (0 <= target && target < V) aimed[i] = number(own[target]);
-        __m512 most = _mm512_set1_ps(largest[i]), total = _mm512_setzero_ps();
-        for (int64_t v = 0; v < whole; v += 16) most = _mm512_max_ps(most, widen(own + v));
-        float top = _mm512_reduce_max_ps(most);
-        for (int64_t v = whole; v < V; v++) top = fmaxf(top, number(own[v]));
-        const __m512 shift = _mm512_set1_ps(-top * LOG2_E);
-        for (int64_t v = 0; v < whole; v += 16)
-            total = _mm512_add_ps(total, power_of_two(_mm512_fmadd_ps(
-                widen(own + v), _mm512_set1_ps(LOG2_E), shift)));
-        powers[i] = powers[i] * exp2f((largest[i] - top) * LOG2_E) + _mm512_reduce_add_ps(total);
-        for (int64_t v = whole; v < V; v++) powers[i] += exp2f((number(own[v]) - top) * LOG2_E);
-        largest[i] = top;
-    }
-}
-
-/* The same logits become the gradient of the loss of each row: softmax, minus 1 at the target. */
-void softmax_error(bf16 *x, const int64_t *targets, const float *largest, const float *powers,
-                   int64_t N, int64_t V, int64_t first) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < N; i++) {
-        bf16 *own = x + i * V;
-        const int64_t target = targets[i] - first, whole = V / 16 * 16;
-        const int is_here = 0 <= target && target < V;
-        const float share = 1 / powers[i];
-        const float shift = -largest[i] * LOG2_E;
-        const float right = is_here ? exp2f(number(own[target]) * LOG2_E + shift) * share : 0;
-        for (int64_t v = 0; v < whole; v += 16)
-            narrow(own + v, _mm512_mul_ps(
-                power_of_two(_mm512_fmadd_ps(widen(own + v), _mm512_set1_ps(LOG2_E),
-                                             _mm512_set1_ps(shift))),
-                _mm512_set1_ps(share)));
-        for (int64_t v = whole; v < V; v++)
-            own[v] = rounded(exp2f(number(own[v]) * LOG2_E + shift) * share);
-        if (is_here) own[target] = rounded(right - 1);
-    }
-}
+#include "train_rows.h"
 
 int has_bf16(void) { return 1; }
 #else
