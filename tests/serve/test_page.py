@@ -149,7 +149,7 @@ def test_a_damaged_store_loses_what_is_damaged_and_nothing_else(page):
         page.evaluate("kept => localStorage.setItem('babyllama.1', kept)", text)
         reload(page)
         assert page.evaluate("[state.sampling.temperature, state.sampling.loop_guard]") == [
-            0.8, "redraw",
+            0.5, "redraw",
         ]  # fmt: skip
         assert ask(page, "你好")
     for messages, wanted in (([*bad, good], ["还在"] * 2), ("x", []), ({}, []), (None, [])):

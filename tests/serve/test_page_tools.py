@@ -164,7 +164,7 @@ def test_what_the_sliders_say_is_asked_for(page):
     page.click("#reset")
     page.click("#close-settings")
     sent = sent_with(page, "你好")
-    assert sent["temperature"] == 0.8 and "seed" not in sent
+    assert sent["temperature"] == 0.5 and "seed" not in sent
 
 
 def test_a_visitor_finds_his_own_language_and_colours(browser, server):
