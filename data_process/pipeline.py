@@ -14,10 +14,11 @@ reasons and examples, and depends on the input and the settings alone.
 import json
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from babyllama import rows
 from babyllama.config import atomic_dir, from_repo, recover_dir, shown
@@ -197,7 +198,7 @@ def _counts(making: Making, written: list[dict], sizes: dict[str, Counter]) -> d
         if stage in written[0]["stages"]:
             by_stage[stage] = merged(count["stages"][stage] for count in written)
     dropped = {r: found for counts in by_stage.values() for r, found in counts["dropped"].items()}
-    data_set, raw_set = making.raw.data_set, making.raw
+    data_set = making.raw.data_set
     unused: dict[str, dict] = {}
     for column, seen in (item for c in making.read for item in c["unused"].items()):
         total = unused.setdefault(column, seen | {"rows": 0})
@@ -219,12 +220,6 @@ def _counts(making: Making, written: list[dict], sizes: dict[str, Counter]) -> d
         "notes": making.notes,
         "unused": unused,
         "left_alone": [path.name for path in making.left],
-        "made_with": {
-            "raw": shown(raw_set.place),
-            "official": raw_set.official,
-            "columns": dict(raw_set.columns),
-            "roles": dict(raw_set.roles),
-        },
         "leaks": [row_id for count in written for row_id in count["leaks"]],
         "inputs": {name: digest for c in making.read for name, digest in c["inputs"].items()},
         "key": making.key,
@@ -326,16 +321,15 @@ def _make(all_sets: list[Making], wanted: list[Making]) -> None:
 
 
 Jobs = dict[Making, list[Job]]
+Key = TypeVar("Key")
 
 
-def _run(
-    function: ShardFunction, jobs: Jobs, title: str
-) -> Iterator[tuple[Making, list[tuple[Job, dict]]]]:
-    """Do the jobs of all sets; the sets with their jobs and what these counted."""
-    cfg = next(iter(jobs)).cfg
-    every = [job for its_jobs in jobs.values() for job in its_jobs]
-    counts = iter(run_shards(function, every, cfg.engine, cfg.workers, title))
-    return ((making, [(job, next(counts)) for job in its]) for making, its in jobs.items())
+def run_sets(
+    function: ShardFunction, jobs: Mapping[Key, list[Job]], cfg: ProcessConfig, title: str
+) -> dict[Key, list[tuple[Job, dict]]]:
+    """Do the jobs of all sets; for each set its jobs and what these counted."""
+    counts = iter(run_shards(function, [*chain(*jobs.values())], cfg.engine, cfg.workers, title))
+    return {key: [(job, next(counts)) for job in its_jobs] for key, its_jobs in jobs.items()}
 
 
 def _clean(all_sets: list[Making]) -> None:
@@ -349,7 +343,7 @@ def _clean(all_sets: list[Making]) -> None:
                 CleanConfig(made, tuple(parts), cfg.encoding, cfg.skip_rules))
             for number, parts in enumerate(_jobs(made, cfg))
         ]  # fmt: skip
-    for making, done in _run(clean_shard, jobs, "read and clean"):
+    for making, done in run_sets(clean_shard, jobs, all_sets[0].cfg, "read and clean").items():
         n_entries = 0
         for job, count in done:
             making.read.append(count)
@@ -407,7 +401,7 @@ def _refuse_damaged(making: Making) -> None:
 def _dedup(all_sets: list[Making], threshold: float, drops: Drops) -> None:
     cfg = all_sets[0].cfg
     jobs = _of_shards(all_sets, "signatures", key_of(*SIGN_CODE), BANDS)
-    _run(sign_shard, jobs, "sign")
+    run_sets(sign_shard, jobs, cfg, "sign")
     # Sets with held-out rows first: these stay, and their copies elsewhere go.
     ordered = sorted(all_sets, key=lambda making: not making.held_out())
     groups = [ordered] if cfg.dedup_across else [[making] for making in all_sets]
@@ -432,7 +426,7 @@ def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     if not windows_path:
         return
     jobs = _of_shards(all_sets, "flags", windows_path.name, windows_path)
-    _run(flag_shard, jobs, "decontaminate")
+    run_sets(flag_shard, jobs, cfg, "decontaminate")
     notes = json.loads(windows_path.with_suffix(".json").read_text(encoding="utf-8"))
     for making, its_jobs in jobs.items():
         making.notes["evaluation"] = notes
@@ -462,5 +456,5 @@ def _write(fresh: list[Making], drops: Drops) -> None:
                 WriteConfig(making.raw.data_set, first_id, official, tuple(drops[shard])))
             for n, (shard, first_id) in enumerate(numbered)
         ]  # fmt: skip
-    for making, done in _run(write_shard, jobs, "write"):
+    for making, done in run_sets(write_shard, jobs, fresh[0].cfg, "write").items():
         put_together(making, done)

@@ -27,8 +27,8 @@ from babyllama.config import from_repo, lock, parse, run, shown
 from babyllama.errors import ConfigError
 from babyllama.retrieval.index import build
 from data_process.clean import check_names
-from data_process.executor import Job, key_of, run_shards, write_whole
-from data_process.pipeline import ProcessConfig, RawSet, make_clean, raw_place
+from data_process.executor import Job, key_of, write_whole
+from data_process.pipeline import ProcessConfig, RawSet, make_clean, raw_place, run_sets
 from data_process.pretokenize import PretokenizeConfig, pretokenize_shard
 from data_process.registry import GROUPS, DataSet, catalog, check_chosen, data_sets
 from data_process.stages import SPLITS
@@ -113,14 +113,12 @@ def make_tokens(
         for path in sorted(source.glob("*-*.jsonl")):
             key = key_of(source / "counts.json", path.stat().st_size, tokenizer.fingerprint, code)
             its_jobs.append(Job(path, target / path.stem, key, settings))
-    every = [job for its_jobs in jobs.values() for job in its_jobs]
-    counts = iter(run_shards(pretokenize_shard, every, cfg.engine, cfg.workers, "turn into ids"))
     tokens: dict[str, Counter[str]] = {}
-    for name, its_jobs in jobs.items():
+    for name, done in run_sets(pretokenize_shard, jobs, cfg, "turn into ids").items():
         tokens[name] = Counter()
-        for job in its_jobs:
-            tokens[name][job.target.name.rsplit("-", 1)[0]] += next(counts)["tokens"]
-        kept = {job.target for job in its_jobs}
+        for job, counts in done:
+            tokens[name][job.target.name.rsplit("-", 1)[0]] += counts["tokens"]
+        kept = {job.target for job, _ in done}
         for path in (root / "tokens" / tokenizer.name / name).iterdir():
             if path.with_suffix("") not in kept:
                 path.unlink()
