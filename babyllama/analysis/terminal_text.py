@@ -1,10 +1,8 @@
-"""Terminal output: colours, harmless characters, Chinese text cut by its width."""
+"""Terminal output: colours and harmless characters."""
 
 import os
 import sys
 import unicodedata
-
-from rich.cells import cell_len, set_cell_size
 
 GREEN, RESET = "\x1b[32m", "\x1b[0m"
 
@@ -23,8 +21,3 @@ def visible(text: str) -> str:
         else c
         for c in text
     )
-
-
-def clipped(text: str, width: int) -> str:
-    """As much of a text as fits into so many columns."""
-    return text if cell_len(text) <= width else set_cell_size(text, width - 1).rstrip() + "…"

@@ -12,10 +12,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
 from tqdm import tqdm
 
-from babyllama.analysis.terminal_text import clipped
 from babyllama.config import from_repo, parse, run, shown
 from babyllama.errors import DataError
 from babyllama.language import say
@@ -45,7 +45,7 @@ def main(cfg: ListConfig) -> None:
             counts = read_counts(path)
             said = {"kind": str(counts.get("kind", "")), "licence": str(counts.get("license", ""))}
             entries.append(dict.fromkeys(entries[0], "") | {"name": path.parent.name} | said)
-    print(aligned([entry | on_disk(entry["name"], root) for entry in entries]))
+    show([entry | on_disk(entry["name"], root) for entry in entries])
 
 
 def described(data_set: DataSet) -> dict[str, str]:
@@ -96,17 +96,15 @@ def on_disk(name: str, root: Path) -> dict[str, str]:
     }
 
 
-def aligned(rows: list[dict[str, str]]) -> str:
-    """A table for the terminal, without columns in which nothing stands."""
+def show(rows: list[dict[str, str]]) -> None:
+    """Print a table, without columns in which nothing stands."""
     names = [name for name in rows[0] if any(row[name] for row in rows)]
-    table = [names, *([row[name] for name in names] for row in rows)]
-    table = [[clipped(say(cell), LONGEST) for cell in line] for line in table]
-    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
-    lines = (
-        "  ".join(cell + " " * (n - cell_len(cell)) for cell, n in zip(line, widths, strict=True))
-        for line in table
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in names:
+        table.add_column(say(name), max_width=LONGEST, no_wrap=True)
+    for row in rows:
+        table.add_row(*(say(row[name]) for name in names))
+    Console(width=(LONGEST + 2) * len(names), markup=False, emoji=False).print(table)
 
 
 if __name__ == "__main__":

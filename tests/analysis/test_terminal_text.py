@@ -4,19 +4,10 @@ import re
 
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.cells import cell_len
 
 from babyllama.analysis.inspect_batch import dialogue
-from babyllama.analysis.terminal_text import clipped, visible
+from babyllama.analysis.terminal_text import visible
 from tokenizer import Tokenizer
-
-
-@given(st.text(max_size=40), st.integers(2, 30))
-def test_text_is_cut_by_its_width(text: str, width: int):
-    cut = clipped(text, width)
-    assert cell_len(cut) <= max(width, 1)
-    assert cut == text or (cut[-1] == "…" and text.startswith(cut[:-1]))
-    assert cell_len("天气a１é") == 4 + 1 + 2 + 1
 
 
 @given(st.text())
