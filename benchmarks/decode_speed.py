@@ -31,6 +31,7 @@ from model import Transformer
 
 NO_EOS = -1
 LLAMA = "llama.cpp"
+Write = Callable[[list[int], int, bool], object]  # a reply to a prompt, of n tokens, greedy or not
 
 # Random weights give nearly equal probabilities. With this factor on the logits the nucleus has
 # some 60 tokens, as a trained model's, instead of 50,000.
@@ -63,23 +64,27 @@ def in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
     return seconds
 
 
-def compare(
-    seconds: dict[str, list[float]], n_tokens: int, base: str
-) -> dict[str, dict[str, float]]:
-    """Of each work: tokens/s, the best of them, and how many times those of `base`, and of the
-    fastest llama.cpp where there is one."""
-    llamas = [name for name in seconds if name.startswith(LLAMA)]
-    bases = {f"over {base}": base}
-    if llamas:
-        bases[f"over {LLAMA}"] = min(llamas, key=lambda name: statistics.median(seconds[name]))
-    return {
-        name: {"tokens_per_s": n_tokens / statistics.median(took), "best": n_tokens / min(took)}
-        | {
-            key: statistics.median(a / b for a, b in zip(seconds[other], took, strict=True))
-            for key, other in bases.items()
-        }
-        for name, took in seconds.items()
-    }
+def compare(seconds: dict[str, list[float]], n_tokens: int) -> dict[str, dict[str, float]]:
+    """Of each work: ms, tokens/s, the best of them, and how many times those of transformers, and
+    of the fastest llama.cpp where there is one."""
+    bases = {"transformers": "transformers"}
+    if llamas := [name for name in seconds if name.startswith(LLAMA)]:
+        bases[LLAMA] = min(llamas, key=lambda name: statistics.median(seconds[name]))
+    found: dict[str, dict[str, float]] = {}
+    for name, took in seconds.items():
+        usual = statistics.median(took)
+        found[name] = {"ms": 1e3 * usual, "tokens_per_s": n_tokens / usual}
+        found[name]["best"] = n_tokens / min(took)
+        for title, base in bases.items():
+            ratios = (a / b for a, b in zip(seconds[base], took, strict=True))
+            found[name][f"over {title}"] = statistics.median(ratios)
+    return found
+
+
+def our_generate(decoder: Decoder, prompt: list[int], n: int, greedy: bool) -> None:
+    """Write exactly n tokens."""
+    sampling = SamplingConfig(max_new_tokens=n, temperature=0 if greedy else 0.8, top_p=0.9)
+    generate(decoder, [prompt], sampling, NO_EOS)
 
 
 def hf_generate(peer: torch.nn.Module, prompt: list[int], n: int, greedy: bool) -> None:
@@ -91,39 +96,15 @@ def hf_generate(peer: torch.nn.Module, prompt: list[int], n: int, greedy: bool) 
     )  # fmt: skip
 
 
-def one_reply(
-    decoders: dict[str, Decoder],
-    peer: torch.nn.Module,
-    llamas: dict[str, LlamaCpp],
-    rounds: int,
-    length: int,
-    n: int,
-    greedy: bool,
-) -> dict[str, dict[str, float]]:
-    """One sequence of all contestants: n tokens behind a prompt of some length."""
-    prompt = torch.randint(3, SHAPE_43M.vocab_size, (length,)).tolist()
-    sampling = SamplingConfig(max_new_tokens=n, temperature=0 if greedy else 0.8, top_p=0.9)
-    works: dict[str, Callable[[], object]] = {
-        "transformers": partial(hf_generate, peer, prompt, n, greedy)
-    }
-    for name, decoder in decoders.items():
-        works[name] = partial(generate, decoder, [prompt], sampling, NO_EOS)
-    for name, llama in llamas.items():
-        works[name] = partial(llama.generate, prompt, n, greedy)
-    seconds = in_turn(works, rounds)
-    found = compare(seconds, n, "transformers")
-    return {name: {"ms": 1e3 * statistics.median(seconds[name]), **found[name]} for name in works}
-
-
-def llama_cpps(model: Transformer) -> dict[str, LlamaCpp]:
+def llama_cpps(model: Transformer) -> dict[str, Write]:
     """llama.cpp with each type of weights and each number of threads."""
-    found = {}
+    found: dict[str, Write] = {}
     with tempfile.TemporaryDirectory() as place:
         for kind in ("f16", "q8_0"):
             file = Path(place) / f"{kind}.gguf"
             write_gguf(model, file, kind)
             for threads in range(1, torch.get_num_threads() + 1):
-                found[f"{LLAMA} {kind} {threads}"] = LlamaCpp(file, threads)
+                found[f"{LLAMA} {kind} {threads}"] = LlamaCpp(file, threads).generate
     return found
 
 
@@ -133,17 +114,20 @@ def main(cfg: DecodeConfig) -> None:
     model = Transformer(SHAPE_43M).eval()
     with torch.no_grad():
         model.norm.weight *= SHARPNESS
-    peer = hf_copy(model)
-    decoders = {weights: make_decoder(model, weights) for weights in ("float32", "int8")}
+    contestants: dict[str, Write] = {"transformers": partial(hf_generate, hf_copy(model))}
+    for weights in ("float32", "int8"):
+        contestants[weights] = partial(our_generate, make_decoder(model, weights))
     result: dict[str, dict] = {}
     with torch.inference_mode():
-        llamas = llama_cpps(model) if cfg.llama else {}
-        for title, *how in (
+        contestants |= llama_cpps(model) if cfg.llama else {}
+        for title, length, n, greedy in (
             ("one_reply", 64, 128, False),
             ("one_greedy_reply", 64, 128, True),
             ("first_token", SHAPE_43M.max_seq_len - 1, 1, True),
         ):
-            found = result[title] = one_reply(decoders, peer, llamas, cfg.rounds, *how)
+            prompt = torch.randint(3, SHAPE_43M.vocab_size, (length,)).tolist()
+            works = {name: partial(write, prompt, n, greedy) for name, write in contestants.items()}
+            found = result[title] = compare(in_turn(works, cfg.rounds), n)
             print(title)
             for name, row in found.items():
                 cells = "  ".join(f"{key} {value:,.2f}" for key, value in row.items())

@@ -120,7 +120,7 @@ def answer_once(session: Session, prompt: str, is_json: bool) -> int:
         return 0
     asked = session.ask(found.message)
     if is_json:
-        give(finished(session, asked))
+        give(session.record(asked))
         return 0
     reply(session, asked)
     print(flush=True)
@@ -133,13 +133,6 @@ def give(record: dict, text: str = "", is_json: bool = True) -> None:
     """What a script reads on standard output: an object of JSON, or the text in it."""
     said = json.dumps(record, ensure_ascii=False) if is_json else visible(text)
     print(said, file=verbatim(sys.stdout), flush=True)
-
-
-def finished(session: Session, asked: Asked) -> dict:
-    """The record of a reply, written to its end."""
-    for _ in session.answer(asked):
-        pass
-    return session.record(asked)
 
 
 def piped_lines() -> Iterator[str]:
@@ -162,7 +155,7 @@ def answer_lines(session: Session, lines: Iterable[str], is_json: bool) -> int:
             if not is_json:
                 ended = respond(session, line, SCRIPT)
             elif isinstance(found := obey(session, line, SCRIPT), Again):
-                give(finished(session, session.ask(found.message)))
+                give(session.record(session.ask(found.message)))
             elif (ended := found) is not None:
                 give({"prompt": line, "reply": found})
         except (*MISTAKES, OSError) as error:

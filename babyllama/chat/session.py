@@ -280,7 +280,9 @@ class Session:
         return suggest(self.decoder, self.loaded.tokenizer, text, n)
 
     def record(self, asked: Asked) -> dict:
-        """A finished reply as an object for JSON."""
+        """A reply, written to its end, as an object for JSON."""
+        for _ in self.answer(asked):
+            pass
         found, of_it = asked.found, asked.found.text if asked.found else ""
         return {
             "prompt": asked.question, "reply": asked.text, "finish_reason": asked.reason,
