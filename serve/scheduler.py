@@ -89,18 +89,16 @@ class Desk:
         """
         if n > (most := min(self.per_client, self.most)):
             raise bad("n", f"wanted at most {most} replies to a request, found {n} in all")
-        own, everyone = self._open[client] + n, self._open.total() + n
-        if own > self.per_client or everyone > self.most:
-            reason = "client"
-            text = f"this client has {own - n} replies under way, at most {self.per_client} may be"
-            if own <= self.per_client:
-                reason = "queue"
-                text = (
-                    f"{everyone - n} replies are under way or waiting, at most {self.most} may be"
-                )
-            self.metrics.refused.labels(reason).inc()
-            text, headers = f"{text}; try again in {WAIT_S} s", {"Retry-After": str(WAIT_S)}
-            raise Refused(429, text, code="rate_limit_exceeded", headers=headers)
+        bounds = (
+            ("client", "of this client ", self._open[client], self.per_client),
+            ("queue", "", self._open.total(), self.most),
+        )
+        for reason, whose, n_open, most in bounds:
+            if n_open + n > most:
+                self.metrics.refused.labels(reason).inc()
+                text = f"{n_open} replies {whose}are under way or waiting, at most {most} may be"
+                text, headers = f"{text}; try again in {WAIT_S} s", {"Retry-After": str(WAIT_S)}
+                raise Refused(429, text, code="rate_limit_exceeded", headers=headers)
         self._open[client] += n
         self.metrics.open.set(self._open.total())
         with ExitStack() as stack:
