@@ -259,10 +259,10 @@ def _joined(row: dict[str, Any]) -> str:
 
 def make_windows(
     evaluation: Sequence[Path], held_out: Sequence[Path], directory: Path
-) -> Path | None:
-    """Gather all that must not be trained on into one file of the directory; None if it is nothing.
+) -> tuple[Path, dict] | None:
+    """Gather all that must not be trained on into one file of the directory, and say what each of
+    its lists holds; None if it is nothing. The file's name changes with its content.
 
-    The file's name changes with its content. Beside it lies a .json that says what each list holds.
     evaluation: .u64 lists and evaluation files
     held_out: shards of rows, of which those with "split": val or test count, as one list
     """
@@ -280,9 +280,7 @@ def make_windows(
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{digest.hexdigest()[:16]}.npz"
     Windows(names, lists, known).save(path)
-    said = dict(zip(names, notes, strict=True))
-    write_whole(path.with_suffix(".json"), json.dumps(said, ensure_ascii=False, indent=1) + "\n")
-    return path
+    return path, dict(zip(names, notes, strict=True))
 
 
 def _list_of(path: Path) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:

@@ -124,7 +124,6 @@ class Making:
     read: list[dict] = field(default_factory=list)  # counts of the clean jobs
     shards: list[Path] = field(default_factory=list)  # clean rows
     first_ids: list[int] = field(default_factory=list)  # of each shard's job
-    left: list[Path] = field(default_factory=list)  # files that cannot be data
 
     @property
     def name(self) -> str:
@@ -219,7 +218,7 @@ def _counts(making: Making, written: list[dict], sizes: dict[str, Counter]) -> d
         "stages": by_stage,
         "notes": making.notes,
         "unused": unused,
-        "left_alone": [path.name for path in making.left],
+        "left_alone": [path.name for path in _raw_files(making.raw)[1]],
         "leaks": [row_id for count in written for row_id in count["leaks"]],
         "inputs": {name: digest for c in making.read for name, digest in c["inputs"].items()},
         "key": making.key,
@@ -337,7 +336,6 @@ def _clean(all_sets: list[Making]) -> None:
     jobs: Jobs = {}
     for making in all_sets:
         made, cfg = making.raw, making.cfg
-        making.left = _raw_files(made)[1]
         jobs[making] = [
             Job(made.place, making.work / "clean" / f"{number:05d}", key_of(making.raw_key, number),
                 CleanConfig(made, tuple(parts), cfg.encoding, cfg.skip_rules))
@@ -422,12 +420,11 @@ def _decontaminate(all_sets: list[Making], drops: Drops) -> None:
     cfg = all_sets[0].cfg
     held_out = [shard for making in all_sets if making.held_out() for shard in making.shards]
     evaluation, place = [*map(from_repo, cfg.evaluation)], from_repo(cfg.out) / "work/windows"
-    windows_path = make_windows(evaluation, held_out, place)
-    if not windows_path:
+    if not (made := make_windows(evaluation, held_out, place)):
         return
+    windows_path, notes = made
     jobs = _of_shards(all_sets, "flags", windows_path.name, windows_path)
     run_sets(flag_shard, jobs, cfg, "decontaminate")
-    notes = json.loads(windows_path.with_suffix(".json").read_text(encoding="utf-8"))
     for making, its_jobs in jobs.items():
         making.notes["evaluation"] = notes
         for job in its_jobs:

@@ -105,16 +105,15 @@ def _sample(lines: Iterator[str], most: int, seed: int) -> list[str]:
     return kept
 
 
-def _texts(rows: Path, split: str) -> Iterator[str]:
-    """Every text of a canonical file, or of <split>-*.jsonl in a directory or those inside it."""
+def _texts(rows: Path) -> Iterator[str]:
+    """Every text of a canonical file, or of train-*.jsonl in a directory or those inside it."""
     place = from_repo(rows)
     files = [place]
     if place.is_dir():
-        parts = f"{split}-*.jsonl"
-        files = sorted(place.glob(parts)) or sorted(place.glob(f"*/{parts}"))
+        files = sorted(place.glob("train-*.jsonl")) or sorted(place.glob("*/train-*.jsonl"))
     if not files:
         raise DataError(
-            f"{rows}: wanted {split}-*.jsonl, found none{similar(place)}; make them: "
+            f"{rows}: wanted train-*.jsonl, found none{similar(place)}; make them: "
             f"python -m data_process.run {place.name}"
         )
     for file in files:
@@ -131,7 +130,7 @@ def train(rows: Path, out: Path, vocab_size: int = 6000, max_lines: int = 500_00
         vocab_size: number of tokens, control and byte tokens included
         max_lines: learn from a uniform sample of this many lines (bounds the memory)
     """
-    train_vocabulary(_texts(rows, "train"), out, vocab_size, max_lines)
+    train_vocabulary(_texts(rows), out, vocab_size, max_lines)
     print(f"{out}: vocabulary size {Tokenizer(out).vocab_size}")
     stats(out, rows)
 
@@ -151,18 +150,17 @@ def show(text: str, tokenizer: Path) -> None:
     print(f"{len(text)} characters, {len(ids)} tokens; comes back unchanged: {same}")
 
 
-def stats(tokenizer: Path, rows: Path, split: str = "train") -> None:
+def stats(tokenizer: Path, rows: Path) -> None:
     """Characters per token, round-trip rate and unused pieces of a set.
 
     Args:
         tokenizer: a SentencePiece .model file
-        rows: a .jsonl of canonical rows, or a directory of <split>-*.jsonl
-        split: which part of the directory
+        rows: a .jsonl of canonical rows, or a directory of train-*.jsonl
     """
     model = Tokenizer(tokenizer)
     n_texts = n_same = n_characters = n_tokens = n_byte_tokens = 0
     used: set[int] = set()
-    for text in _texts(rows, split):
+    for text in _texts(rows):
         ids = model.encode(text)
         n_texts += 1
         n_same += model.decode(ids) == text

@@ -202,7 +202,7 @@ def test_every_text_of_every_kind_of_file_is_protected(tmp_path):
     texts[3] = texts[3][:30] + ',"' + texts[3][30:]
     wanted = windows_of(texts)[0].tolist()
     for path in evaluation_files(tmp_path, texts):
-        windows = load_windows(make_windows([path], [], tmp_path / "w"))
+        windows = load_windows(make_windows([path], [], tmp_path / "w")[0])
         assert windows.lists[0].tolist() == wanted, path.name
 
 
@@ -216,7 +216,7 @@ def test_the_command_writes_a_list_that_finds_what_the_texts_find(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "texts" in done.stdout and "too_short" in done.stdout and "list.u64" in done.stdout
     assert out.read_bytes() == windows_of(evaluation)[0].astype("<u8").tobytes()
-    both = [load_windows(make_windows([path], [], tmp_path / "w")) for path in (files[0], out)]
+    both = [load_windows(make_windows([path], [], tmp_path / "w")[0]) for path in (files[0], out)]
     assert (hits(training, both[0]) == hits(training, both[1])).all()
     assert np.flatnonzero(hits(training, both[0])[:, 0] >= 2).tolist() == [3]
 
@@ -227,11 +227,11 @@ def test_lists_files_and_held_out_rows_are_searched_for_together(tmp_path):
     evaluation = [tmp_path / "a.u64", write_rows(tmp_path / "b.jsonl", [{"t": t} for t in filed])]
     rows = [{"id": n, "text": text, "split": "test"} for n, text in enumerate(held)]
     rows += [{"id": n, "text": text} for n, text in enumerate(training)]
-    path = make_windows(evaluation, [write_rows(tmp_path / "c.jsonl", rows)], tmp_path / "w")
+    shard = write_rows(tmp_path / "c.jsonl", rows)
+    path, notes = make_windows(evaluation, [shard], tmp_path / "w")
     found = hits([*listed, *filed, *held, *training], load_windows(path)) >= 2
     assert found.sum(axis=0).tolist() == [6, 6, 6]
     assert (found.argmax(axis=1)[:18] == np.repeat([0, 1, 2], 6)).all() and not found[18:].any()
-    notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
     assert [note["windows"] for note in notes.values()] == [len(n) for n in load_windows(path).lists]  # fmt: skip  # noqa: E501
 
 
