@@ -172,9 +172,6 @@ def _dragged(value: str) -> str:
     return next((one for one in (bare, plain) if os.path.isfile(one)), bare)
 
 
-INTERRUPTED, FULL = "interrupted", "context"
-
-
 @dataclass
 class Asked:
     """A question on its way.
@@ -262,13 +259,11 @@ class Session:
                 yield piece
         finally:
             # Ctrl-C while the caller prints closes the generator: nothing says so but this.
-            asked.reason, asked.n_tokens = self._reason(end), len(end.ids)
+            asked.n_tokens = len(end.ids)
+            is_full = end.reason == "length" and asked.n_tokens < self.sampling.max_new_tokens
+            asked.reason = "context" if is_full else end.reason or "interrupted"
             if asked.text.strip():
                 self.talk.turns.append((asked.question, asked.text))
-
-    def _reason(self, end: Reply) -> str:
-        is_full = end.reason == "length" and len(end.ids) < self.sampling.max_new_tokens
-        return FULL if is_full else end.reason or INTERRUPTED
 
     @property
     def tasks(self) -> tuple[str, ...]:
