@@ -248,12 +248,7 @@ def load_train_state(path: Path, run: Snapshot) -> dict:
     is_adapted = lora.is_adapted(run.model)
     verify(path, (INFO_FILES if is_adapted else MODEL_FILES) + STATE_FILES)
     info = read_info(path)
-    if info["fingerprint"] != run.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{shown(path)} was trained with another tokenizer ({info['tokenizer']}, "
-            f"{info['fingerprint'][:12]}…) than {shown(run.tokenizer.path)} is now "
-            f"({run.tokenizer.fingerprint[:12]}…); set the file back or take another --name"
-        )
+    require_tokenizer(path, info, run.tokenizer, shown(run.tokenizer.path))
     if is_adapted:
         _, found, weights = read_adapter(path)
         lora.require_base(run.model, found, shown(path))
@@ -270,6 +265,16 @@ def load_train_state(path: Path, run: Snapshot) -> dict:
         raise CheckpointError(f"{shown(path)}: wanted a training state, found {error!r}") from None
     _put_optimizer_state(run, tensors, path)
     return state
+
+
+def require_tokenizer(path: Path, info: dict, tokenizer: Tokenizer, there: str) -> None:
+    """raises: CheckpointError if a checkpoint belongs to another tokenizer than stands there"""
+    if info["fingerprint"] != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{shown(path)} was trained with another tokenizer ({info['tokenizer']}, "
+            f"{info['fingerprint'][:12]}…) than that of {there} now "
+            f"({tokenizer.fingerprint[:12]}…); put back what was there, or take another --name"
+        )
 
 
 def _put_optimizer_state(run: Snapshot, tensors: dict[str, Tensor], where: Path) -> None:
@@ -464,11 +469,6 @@ def load_adapted(path: Path, device: torch.device | str, dtype: torch.dtype) -> 
             f"{found['fingerprint'][:12]}…) is not there; put the base back in that place"
         )
     base = load_model(where)
-    if info["fingerprint"] != base.tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{shown(path)} was trained with another tokenizer ({info['tokenizer']}, "
-            f"{info['fingerprint'][:12]}…) than its base {found['base']} "
-            f"({base.tokenizer.fingerprint[:12]}…); put the base back in that place"
-        )
+    require_tokenizer(path, info, base.tokenizer, found["base"])
     model = lora.bake(load_adapter(base.model, path)).to(device, dtype).eval()
     return Loaded(model, base.tokenizer, info["step"], path, info["kind"])

@@ -23,7 +23,7 @@ from argparse import SUPPRESS
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, Protocol, TypeVar, get_origin
 
 import filelock
 import yaml
@@ -264,7 +264,8 @@ def parse(
             name, nargs="?", type=field.type, default=field.default, help=explained[name]
         )
     parser.add_class_arguments(config_class, skip=set(positional))
-    argv = _spelled(argv, config_class, positional)
+    kinds = {each.dest: getattr(each, "_typehint", each.type) for each in parser._actions}
+    argv = _spelled(argv, kinds, positional)
     if default_config and not any(word.startswith("--config") for word in argv):
         argv = [f"--config={from_repo(default_config)}", *argv]
     read: Namespace | None = None
@@ -288,10 +289,12 @@ def parse(
         parser.error(f"a config file cannot be read: {type(error).__name__} {error}")
 
 
-def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> list[str]:
+def _spelled(argv: Sequence[str], kinds: dict, positional: Sequence[str]) -> list[str]:
     """The words as jsonargparse wants them: names with "_", flags with values, lists as JSON,
-    configs where they are; a flag for a list of words may come several times."""
-    kinds = _kinds(config_class)
+    configs where they are; a flag for a list of words may come several times.
+
+    kinds: the types of all settings by their dotted names
+    """
     lists: dict[str, list[str]] = {}
     if positional and get_origin(kinds[positional[0]]) is tuple:
         n_words = next((n for n, word in enumerate(argv) if word.startswith("-")), len(argv))
@@ -318,16 +321,6 @@ def _spelled(argv: list[str], config_class: type, positional: Sequence[str]) -> 
 
 
 YES_OR_NO = ("true", "false", "yes", "no")
-
-
-def _kinds(config_class: type, prefix: str = "") -> dict[str, object]:
-    """The types of all settings by their dotted names."""
-    found = {}
-    for name, kind in get_type_hints(config_class).items():
-        found[prefix + name] = kind
-        if isinstance(kind, type) and is_dataclass(kind):
-            found |= _kinds(kind, f"{prefix}{name}.")
-    return found
 
 
 class Parser(ArgumentParser):

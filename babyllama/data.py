@@ -169,13 +169,10 @@ class TrainData:
         """Tasks that a model learns from the mixture, by its sources (run_dir.TASKS)."""
         return list(dict.fromkeys(task for one in self.mixture.sources for task in one.teaches))
 
-    def _places(self, step: int) -> range:
-        """The rows of a step by their number in the whole training."""
-        return range(step * self.batch_size, (step + 1) * self.batch_size)
-
     def rows(self, step: int) -> list[Row | tuple[Row, ...]]:
         """The rows of a step, as they are drawn."""
-        return [self.mixture.row(place) for place in self._places(step)]
+        first = step * self.batch_size
+        return [self.mixture.row(place) for place in range(first, first + self.batch_size)]
 
     def sequences(self, step: int) -> list[list[Row]]:
         """The global batch of a step, packed."""
@@ -183,7 +180,8 @@ class TrainData:
 
     def names(self, step: int, most: int = 32) -> str:
         """The rows of a step by source and number, to look them up; not more than `most`."""
-        places = [self.mixture.place(place) for place in self._places(step)]
+        first = step * self.batch_size
+        places = map(self.mixture.place, range(first, first + self.batch_size))
         names = [f"{self.mixture.sources[source].name} {row}" for _, source, row, _ in places]
         more = len(names) - most
         return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

@@ -41,7 +41,7 @@ FREE = (
     "dry_run", "rows", "text",
 )  # fmt: skip
 
-# Settings that are no more, and the value at which a run has not used them.
+# Settings that are no more, and the value at which a run has not used them: it can go on.
 REMOVED = {
     "data.weight_by": "token", "optim.ema": 0.0, "regularise.label_smoothing": 0.0,
     "regularise.noise": 0.0, "dpo_nll": 0.0, "device.force": False,
@@ -82,9 +82,8 @@ def require_same(name: str, config: Settings) -> None:
     run = REPO / "out" / name
     saved = run / "config.yaml"
     if saved.is_file():
-        before = read_config(saved)
-        _drop_removed(before, saved)
-        lines = differences(_with_defaults(before, config), plain(config), FREE)
+        before = _with_defaults(read_config(saved), config)
+        lines = differences(before, plain(config), FREE)
         if lines:
             raise ConfigError(
                 f"{shown(run)} holds a run of another config; take another --name, delete it, or "
@@ -105,7 +104,9 @@ def differences(old: object, new: object, free: tuple[str, ...] = (), at: str = 
             where = f"{at}.{key}" if at else key
             lines += differences(old.get(key), new.get(key), free, where)
         return lines
-    return [] if old == new or at in free else [f"{at}: saved {old!r}, now {new!r}"]
+    is_unused = new is None and at in REMOVED and old in (None, REMOVED[at])
+    is_same = old == new or at in free or is_unused
+    return [] if is_same else [f"{at}: saved {old!r}, now {new!r}"]
 
 
 def read_config(path: Path) -> dict:
@@ -120,22 +121,6 @@ def read_config(path: Path) -> dict:
             f"right, or take another --name"
         )
     return found
-
-
-def _drop_removed(found: dict, path: Path) -> None:
-    """Take settings that are no more out of a saved config.
-
-    raises: ConfigError if the run has used one
-    """
-    for name, unused in REMOVED.items():
-        section, _, key = name.rpartition(".")
-        part = found.get(section) if section else found
-        value = part.pop(key, unused) if isinstance(part, dict) else unused
-        if value != unused:
-            raise ConfigError(
-                f"{shown(path)}: {name} is {value!r}, but there is no such setting any more; take "
-                f"another --name, or go on with the version that began this run"
-            )
 
 
 def _with_defaults(found: dict, config: Settings) -> dict:

@@ -146,7 +146,8 @@ class TokenFileWriter:
             self._tokenizer.vocab_size, self._n_tokens, len(self._ends), len(self._piece_ends),
             bytes.fromhex(self._tokenizer.fingerprint), self._hash.digest(),
         )  # fmt: skip
-        index = header + _u64(self._ends) + _u64(self._piece_ends) + bytes(self._roles)
+        ends = (np.array(each, "<u8").tobytes() for each in (self._ends, self._piece_ends))
+        index = header + b"".join(ends) + bytes(self._roles)
         self._temporary[1].write_bytes(index + hashlib.sha256(index).digest())
         self._file.close()
         for path in self._temporary:
@@ -155,10 +156,6 @@ class TokenFileWriter:
         os.replace(self._temporary[0], self.bin_path)
         os.replace(self._temporary[1], self.idx_path)
         flush(self.idx_path.parent)
-
-
-def _u64(values: array) -> bytes:
-    return np.frombuffer(values, dtype=np.uint64).astype("<u8").tobytes() if values else b""
 
 
 class TokenFile:

@@ -253,11 +253,8 @@ class Run(checkpoint.Snapshot):
         steps, base = list_checkpoints(self.directory), self.cfg.base
         if not steps and not self.cfg.optim.from_base:
             return Seen()
-        if steps:
-            start = steps[-1]
-        elif base is not None:
-            start = find_checkpoint(from_repo(base))
-        else:
+        start = steps[-1] if steps else base and find_checkpoint(from_repo(base))
+        if start is None:
             raise ConfigError(
                 "optim.from_base wants a base whose optimizer goes on, found none; name it with "
                 "--base"
