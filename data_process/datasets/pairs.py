@@ -1,10 +1,10 @@
 """Texts with a title or a summary: papers, news, LCSTS, NLPCC 2017, and your own files."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from data_process.columns import Fields, Refused
-from data_process.raw import Record, as_row
+from data_process.raw import Record, Skip, as_row
 
 PARAGRAPH = re.compile(r"(?:<Paragraph>\s*)+")
 
@@ -52,19 +52,66 @@ def nlpcc(record: Record) -> dict:
     return as_row(record, text=text, summary=PARAGRAPH.sub(" ", summary).strip())
 
 
+# LCSTS as first published: PART_I.txt … of tagged lines, no XML: ids are unquoted, & and < are raw.
+PART = re.compile(r"(?i)part_?(i{1,3})\b")
+SPLITS = {"i": "train", "ii": "val", "iii": "test"}
+TAG = re.compile(r"\s*</?(short_text|summary)>\s*")
+LABEL = re.compile(r"\s*<human_label>\s*(\d{1,9})\s*</human_label>")
 LOW_LABELS = ("0", "1", "2")
 LEAD = re.compile(r"^【([^】]{1,40})】")
+MOST_LINES = 100  # of a block; a longer one has lost its end
 
 
-def lcsts(record: Record) -> dict:
-    """LCSTS in its re-releases; pairs of the held-out parts with a label under 3 of 5 are left out.
+def lcsts(records: Iterable[Record | Skip]) -> Iterator[dict | Skip]:
+    """One pair a block, or an object of the re-releases.
 
-    Some summaries of the test part stand in the training part too; de-duplication and
-    decontamination see to them.
+    Parts II and III carry a label from 1 to 5; pairs under 3 are left out, part II is the
+    validation set, part III the test set. Some summaries of part III stand in part I too;
+    de-duplication and decontamination see to them.
     """
-    body, summary, _ = _pair(record, None)
-    if str(record.data.get("human_label")) in LOW_LABELS:
-        raise Refused("low_label")
+    start, lines = None, []
+    for record in records:
+        if isinstance(record, Skip) or not isinstance(record.data, str):
+            yield record if isinstance(record, Skip) else _short(record)
+        elif record.data.lstrip().startswith("<doc"):
+            if start:
+                yield Skip("cut_block", start.where, " ".join(lines))
+            start, lines = record, []
+        elif not start or len(lines) > MOST_LINES:
+            yield Skip("outside_block", record.where, record.data)
+        elif record.data.strip() == "</doc>":
+            yield _short(start._replace(data=_fields(lines)))
+            start = None
+        else:
+            lines.append(record.data)
+    if start:
+        yield Skip("cut_block", start.where, " ".join(lines))
+
+
+def _fields(lines: list[str]) -> dict:
+    """The contents of a block's tags, and its label."""
+    fields, inside = {}, ""
+    for line in lines:
+        if label := LABEL.match(line):
+            fields["human_label"] = label[1]
+        elif tag := TAG.fullmatch(line):
+            inside = "" if "/" in line else tag[1]
+            fields.setdefault(tag[1], "")
+        elif inside:
+            fields[inside] = f"{fields[inside]}\n{line.strip()}".strip()
+    return fields
+
+
+def _short(record: Record) -> dict | Skip:
+    try:
+        body, summary, _ = _pair(record, None)
+        label = record.data.get("human_label")
+        if str(label) in LOW_LABELS:
+            raise Refused("low_label")
+    except Refused as refused:
+        return refused.skip(record)
+    part = PART.search(record.where.rpartition(":")[0] or record.where)
+    record = record._replace(split=SPLITS[part[1].lower()] if part else record.split)
     lead = LEAD.match(body)
     # Held-out texts stay as published, or scores could not be compared.
     if lead and lead[1] not in summary and record.split not in ("val", "test"):

@@ -1,4 +1,4 @@
-"""Documents: JSON objects with a text, plain lines, Markdown files, Wikipedia, Baidu Baike."""
+"""Documents: JSON objects with a text, plain lines, Markdown files, entries of Baidu Baike."""
 
 import functools
 import re
@@ -82,24 +82,3 @@ def baike(record: Record) -> dict:
 def _tidy(text: str) -> str:
     lines = SPACES.sub(" ", REFERENCE.sub("", text)).split("\n")
     return "\n".join(line.strip() for line in lines if line.strip())
-
-
-# What lost templates of Wikipedia leave in brackets: （，）, （teapot，）, （）.
-REST = re.compile(r"(?<=（)[\s，、；：。,;:]{1,20}|[\s，、；：,;:]{1,20}(?=）)")
-EMPTY_BRACKETS = re.compile(r"（）|《》|「」|\([\s，、；：。,;:]+\)|(?<![A-Za-z_])\(\)")
-
-
-def wiki(record: Record) -> dict:
-    """Chinese Wikipedia: {"completion"} of the filtered list, or {"title", "text"} lines as
-    WikiExtractor --json writes them. A document is its title and its paragraphs, one a line."""
-    data = record.data if isinstance(record.data, dict) else {}
-    body, title = data.get("completion", data.get("text")), data.get("title", "")
-    if not isinstance(body, str) or not isinstance(title, str):
-        raise Refused("wrong_type", "wanted texts in completion, or in title and text", broken=True)
-    text = EMPTY_BRACKETS.sub("", REST.sub("", body))
-    title, *lines = [title.strip(), *filter(None, map(str.strip, text.split("\n")))]
-    if lines[:1] == [title]:
-        del lines[0]
-    if not lines:
-        raise Refused("empty_text")
-    return as_row(record, text="\n".join([title, *lines] if title else lines))

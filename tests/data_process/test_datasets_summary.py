@@ -3,6 +3,7 @@
 import pytest
 from reading import SHARED, fault, raw, read, reason, set_of
 
+from data_process.datasets import pairs
 from data_process.raw import Record
 
 # The real files: rows by split, and Skips by reason.
@@ -56,18 +57,38 @@ def test_only_a_name_is_taken_for_a_discipline(label, wanted):
 # LCSTS.
 
 
+def block(label: str = "", body: str = "正文。", end: str = "</doc>") -> list[str]:
+    texts = ["<doc id=0>", label, "<summary>", "摘要", "</summary>", "<short_text>", body,
+             "</short_text>", end]  # fmt: skip
+    return [text for text in texts if text]
+
+
+def read_lcsts(lines: list[str], file: str) -> list:
+    entries = [Record(n, f"{file}:{n + 1}", None, text) for n, text in enumerate(lines)]
+    return list(pairs.lcsts(entries))
+
+
+@pytest.mark.parametrize(("file", "split"), [("DATA/PART_I.txt", "train"), ("PART_II.txt", "val"),
+                                             ("x.zip/PART_III.txt", "test")])  # fmt: skip
 @pytest.mark.parametrize("label", range(1, 6))
-def test_labels_under_three_are_left_out(label):
-    data = {"text": "正文。", "summary": "摘要", "human_label": label}
-    (item,) = read(set_of("lcsts"), [Record(0, "test.jsonl:1", "test", data)])
+def test_labels_under_three_are_left_out_and_parts_are_the_official_split(file, split, label):
+    (item,) = read_lcsts(block(f"    <human_label>{label}</human_label>"), file)
     assert reason(item) == ("low_label" if label < 3 else None)
+    assert label < 3 or item["split"] == split
 
 
 def test_held_out_texts_keep_their_lead_so_that_scores_can_be_compared():
-    data = {"text": "【快讯】正文。", "summary": "摘要"}
-    entries = [Record(n, "a:1", part, data) for n, part in enumerate(["train", "val", "test"])]
-    bodies = [row["text"] for row in read(set_of("lcsts"), entries)]
+    bodies = [read_lcsts(block(body="【快讯】正文。"), f"PART_{part}.txt")[0]["text"]
+              for part in ("I", "II", "III")]  # fmt: skip
     assert bodies == ["正文。", "【快讯】正文。", "【快讯】正文。"]
+
+
+def test_an_endless_block_is_read_in_bounded_memory_and_its_lines_are_counted():
+    lines = block(end="没有结尾") + ["还有一行"] * 500
+    items = read_lcsts(lines, "PART_I.txt")
+    assert {reason(item) for item in items} == {"outside_block!", "cut_block!"}
+    assert len(items) == len(lines) - 1 - pairs.MOST_LINES
+    assert not set_of("lcsts").split_files, "a block has several lines"
 
 
 # News.

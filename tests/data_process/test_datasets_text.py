@@ -1,11 +1,14 @@
 """Readers of documents: what becomes of each row of the fixtures, and why."""
 
 import random
+import tracemalloc
+from collections.abc import Iterator
+from itertools import chain
 
 import pytest
 from reading import SHARED, fault, finished, raw, read, reason, set_of
 
-from data_process.datasets import mnbvc
+from data_process.datasets import mnbvc, wiki
 from data_process.raw import Record, Skip
 
 # The real files: rows and characters of their texts.
@@ -20,6 +23,10 @@ REAL = {
     ("text", "luxun"): (307, 740_000),
     ("news", "news_zh/inews_dev.jsonl.xz"): (689, 753_000),
 }
+
+
+def lines(*texts: str) -> list[Record]:
+    return [Record(n, f"a.txt:{n + 1}", None, text) for n, text in enumerate(texts)]
 
 
 # Every reader.
@@ -88,5 +95,29 @@ def test_a_conversation_without_end_is_read_in_bounded_memory():
     assert texts[1].startswith(f"问{mnbvc.MOST_TURNS}\n")
 
 
-def test_the_reader_of_conversations_takes_files_in_one_piece():
-    assert not set_of("mnbvc").split_files
+# Wikipedia.
+
+
+def test_a_page_without_end_is_read_in_bounded_memory(monkeypatch):
+    monkeypatch.setattr(wiki, "LONGEST_PAGE", 1000)
+    last = []
+
+    def dump() -> Iterator[Record]:
+        long = (f"第{n}行" + "字" * 1000 for n in range(2000))  # 4 MB
+        for place, text in enumerate(
+            chain(['<doc id="1">'], long, ["</doc>", '<doc id="2">', "断"])
+        ):
+            last[:] = [place]
+            yield Record(place, f"a.xml:{place}", None, text)
+
+    tracemalloc.start()
+    stream = wiki.wiki(dump())
+    assert reason(next(stream)) == "page_too_long"
+    assert tracemalloc.get_traced_memory()[1] < 500_000
+    tracemalloc.stop()
+    assert last == [2001], "a page comes out as soon as it ends"
+    assert [reason(item) for item in stream] == ["cut_page!"]
+
+
+def test_readers_of_blocks_and_conversations_take_files_in_one_piece():
+    assert not set_of("wiki").split_files and not set_of("mnbvc").split_files
