@@ -148,7 +148,7 @@ def test_a_message_is_copied(page):
 
 def test_what_the_sliders_say_is_asked_for(page):
     page.click("#open-settings")
-    wanted = {"temperature": 0.75, "top_p": 0.95, "repetition_penalty": 1.01}
+    wanted = {"temperature": 0.45, "top_p": 0.95, "repetition_penalty": 1.01}
     for name, key in zip(wanted, ("ArrowLeft", "ArrowRight", "ArrowRight"), strict=True):
         page.focus(f"#{name}")
         page.keyboard.press(key)
